@@ -1,0 +1,74 @@
+"""Multimodal fine-tuning of CLIP with synthetic captions (MMFT), as a Hugging Face Trainer.
+
+Public names are imported when they are first used, so that `mmft-hf --help` imports no torch.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+
+from .version import __version__
+
+_PUBLIC = {
+    "ClassPrototypes": "prototypes",
+    "ClassificationReport": "metrics",
+    "Captioner": "captioning",
+    "MMFTConfig": "configuration",
+    "MMFTDataCollator": "collator",
+    "MMFTImageClassificationPipeline": "pipeline",
+    "MMFTLoss": "losses",
+    "MMFTTrainer": "trainer",
+    "caption_dataset": "captioning",
+    "clip_loss": "losses",
+    "few_shot_split": "sampling",
+    "load_captioned_dataset": "data",
+    "load_model": "modeling",
+    "supcon_loss": "losses",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])
+
+
+# `import mmft_hf` is all it takes to have transformers.pipeline("mmft-image-classification"). transformers.pipelines
+# imports torch, so it is not imported here: where it is not loaded yet, registration waits until somebody loads it.
+_PIPELINES = "transformers.pipelines"
+
+
+def _register_pipeline() -> None:
+    from .pipeline import register
+
+    register()
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != _PIPELINES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                _register_pipeline()
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _PIPELINES in sys.modules:
+    _register_pipeline()
+else:
+    sys.meta_path.insert(0, _RegisterAfterImport())

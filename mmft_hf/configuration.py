@@ -1,0 +1,191 @@
+"""Every setting of a run, in three dataclasses that the command line, YAML files and Python share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from .errors import UserError
+from .prompts import DEFAULT_TEMPLATE, check_template
+
+TOWER_MODES = ("full", "frozen")
+PROTOTYPE_SOURCES = ("captions", "template", "templates", "images")
+
+
+def choice(name: str, value: str, known) -> None:
+    """Raises `UserError` unless `value` is one of `known`."""
+    if value not in known:
+        raise UserError(f"--{name}: expected one of {', '.join(known)}, found {value!r}.")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its towers are trained."""
+
+    model_name_or_path: str = field(
+        default="builtin/tiny-clip",
+        metadata={"help": "Hub id or folder of a CLIPModel. builtin/tiny-clip comes with this package."},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub model. Default: its main branch."}
+    )
+    vision_tower: str = field(
+        default="full",
+        metadata={"help": "full: the image tower is trained; frozen: it is not.", "choices": TOWER_MODES},
+    )
+    text_tower: str = field(
+        default="full", metadata={"help": "full: the text tower is trained; frozen: it is not.", "choices": TOWER_MODES}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images, labels and captions."""
+
+    dataset_name: str = field(
+        default="builtin/emoji-mini",
+        metadata={
+            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, or a CSV/JSONL "
+            "file of image paths and labels. builtin/emoji-mini comes with this package."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    train_split: str | None = field(default=None, metadata={"help": "Split trained on. Default: train."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split on which the best epoch is chosen. Default: validation (or valid, val, dev); if there is "
+            "none, part of the training split is held out (--validation_size)."
+        },
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split read once, after selection. Default: test; if there is none, part of the training split "
+            "is held out (--test_size)."
+        },
+    )
+    validation_size: float = field(
+        default=0.1, metadata={"help": "Share of each class held out of train where there is no validation split."}
+    )
+    test_size: float = field(
+        default=0.2, metadata={"help": "Share of each class held out of train where there is no test split."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the images (or of their paths)."})
+    label_column: str = field(default="label", metadata={"help": "Column of the class: ClassLabel, text or number."})
+    captions_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the captions: text, or a list of texts. Default: captions if there is such a column, "
+            "else none: class templates alone."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes, where the label column holds bare numbers."}
+    )
+    shots: int | None = field(
+        default=None, metadata={"help": "Train on this many images of each class. Default: all of them."}
+    )
+    shots_seed: int = field(default=0, metadata={"help": "Seed of the few-shot subset and of held-out splits."})
+
+    def __post_init__(self):
+        for name in ("validation_size", "test_size"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise UserError(f"--{name}: expected a share between 0 and 1, found {getattr(self, name)}.")
+        if self.shots is not None and self.shots < 1:
+            raise UserError(f"--shots: expected 1 or more images per class, found {self.shots}. Leave it out for all.")
+
+
+@dataclass
+class MMFTConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of the method, and the paper's defaults where they differ.
+
+    References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426): AdamW at
+    1e-5 with weight decay 1e-4, cosine to zero without warm-up, no clipping, batches of 64, 50 epochs, w = 0.1.
+    """
+
+    output_dir: str | None = field(
+        default="outputs/mmft",
+        metadata={"help": "Folder of the results. A folder that holds a run is not overwritten."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the run that output_dir holds, and start a new one there."}
+    )
+    supcon_weight: float = field(
+        default=0.1, metadata={"help": "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1."}
+    )
+    include_self: bool = field(
+        default=False, metadata={"help": "UniCL form: the pair itself is a positive of the SupCon term, too."}
+    )
+    class_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={"help": "Text before every caption, and the zero-shot prompt; {} stands for the class name."},
+    )
+    prototypes: str = field(
+        default="captions",
+        metadata={
+            "help": "What an image is compared with: class averages of the training captions, of one template, of "
+            "several templates, or of the training images.",
+            "choices": PROTOTYPE_SOURCES,
+        },
+    )
+    crop_min_area: float = field(
+        default=0.9, metadata={"help": "Training crops keep at least this share of an image's area; 1: no random crop."}
+    )
+    on_bad_image: str = field(
+        default="fail",
+        metadata={
+            "help": "fail: stop at an image that cannot be read; skip: go on and count it.",
+            "choices": ("fail", "skip"),
+        },
+    )
+
+    # Defaults of the method, or of what a classifier's user expects, where they differ from the Trainer's.
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay (not on norms and biases)."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0: none."})
+    num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs of training."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training batch per process."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch per process."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When validation accuracy is measured."})
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Make the untuned model a candidate of the selection, as epoch 0."}
+    )
+    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is saved."})
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints kept, beside the best one. Nothing: all."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Keep the weights of the best validation accuracy, not the last ones."}
+    )
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selection compares."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that is better."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When the losses are logged."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
+    )
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Pinned memory speeds up copies to an accelerator; without one it only warns, at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        check_template(self.class_template)
+        choice("prototypes", self.prototypes, PROTOTYPE_SOURCES)
+        choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
+        if not 0.0 <= self.supcon_weight <= 1.0:
+            raise UserError(f"--supcon_weight: expected a number from 0 to 1, found {self.supcon_weight}.")
+        if not 0.0 < self.crop_min_area <= 1.0:
+            raise UserError(f"--crop_min_area: expected a share above 0, at most 1, found {self.crop_min_area}.")
+        if self.seed < 0:
+            raise UserError(f"--seed: expected 0 or more, found {self.seed}.")
+        if self.dataloader_drop_last:
+            raise UserError(
+                "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "
+                "evaluation. Leave it out."
+            )

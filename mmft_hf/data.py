@@ -1,0 +1,276 @@
+"""The data contract: load, map columns by name, validate, split. No image is opened here.
+
+Columns after loading: `image`, `label` (a `ClassLabel` whose names are the class names) and, where there are captions,
+`captions` (text or list of texts per image; none and empty are allowed). Other columns stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
+
+from .configuration import DataArguments
+from .errors import UserError, nearest
+from .modeling import builtin
+from .prompts import clean_class_name
+from .sampling import few_shot_split, hold_out
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+@dataclass
+class Splits:
+    """What a run works on. `notes` says in sentences what was decided for the user."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    class_names: list[str]
+    has_captions: bool
+    notes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of class names, labels and captions of all splits; independent of paths and dates."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(labels_of(split).astype("<i8").tobytes())
+            if self.has_captions and split is self.train:
+                digest.update(json.dumps([captions_of(c) for c in split["captions"]]).encode())
+        return digest.hexdigest()[:16]
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """The labels `(rows,)`, read without touching any other column."""
+    return np.asarray(dataset["label"][:], dtype=np.int64)
+
+
+def captions_of(value: str | list | None) -> list[str]:
+    """The captions of one row: nothing, one text or a list become a list of texts that are not blank."""
+    texts = [value] if isinstance(value, str) else value or []
+    return [text.strip() for text in texts if text and text.strip()]
+
+
+def load_raw(name: str, config: str | None = None, revision: str | None = None) -> DatasetDict:
+    """Opens a Hub id, a local folder (parquet, or images in class folders) or a CSV/JSONL file.
+
+    Raises:
+        UserError: nothing there, or nothing that `datasets` can open.
+    """
+    path = Path(builtin(name))
+    try:
+        if path.is_file():
+            kind = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix.lower())
+            if kind is None:
+                raise UserError(
+                    f"data set {name!r}: expected a .csv, .jsonl or .parquet file, found {path.suffix!r}. For a folder "
+                    "of images type --dataset_name FOLDER."
+                )
+            return load_dataset(kind, data_files={"train": str(path)})
+        if path.is_dir() and not any(path.rglob("*.*")):
+            raise UserError(
+                f"data set {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
+            )
+        return load_dataset(str(path) if path.exists() else name, config, revision=revision)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a different class for each builder
+        raise UserError(
+            f"data set {name!r}: expected a Hub id, a folder of parquet files, a folder with one subfolder of images per "
+            f"class, or a CSV/JSONL file; it could not be opened ({str(error).strip().splitlines()[0]})."
+        ) from error
+
+
+def _map_columns(raw: DatasetDict, args: DataArguments, base: Path) -> tuple[DatasetDict, bool]:
+    """Renames the three columns, checks their types and makes image paths absolute."""
+    features = next(iter(raw.values())).features
+    wanted = {"image": args.image_column, "label": args.label_column}
+    captions = args.captions_column or ("captions" if "captions" in features else None)
+    if captions:
+        wanted["captions"] = captions
+    for role, column in wanted.items():
+        if column not in features:
+            lists = [c for c, kind in features.items() if role == "captions" and _is_text(kind)]
+            raise UserError(
+                f"column {column!r} for the {role} is missing: found {', '.join(features)}."
+                + (f" Columns of text: {', '.join(lists)}." if lists else "")
+                + (nearest(column, features) or f" Type --{role}_column NAME.")
+            )
+    if captions and not _is_text(features[captions]):
+        raise UserError(
+            f"column {captions!r}: expected text or a list of texts as captions, found {features[captions]}. "
+            "Type --captions_column NAME, or leave it out to train with class templates alone."
+        )
+    mapped = DatasetDict()
+    for split, dataset in raw.items():
+        # A column that already has a contract's name without playing that role makes way.
+        in_the_way = [role for role, column in wanted.items() if role != column and role in dataset.column_names]
+        dataset = dataset.remove_columns(in_the_way)
+        dataset = dataset.rename_columns({column: role for role, column in wanted.items() if role != column})
+        if dataset.features["image"] in (Value("string"), Value("large_string")):
+            paths = [str(base / p) if p else None for p in dataset["image"]]
+            dataset = dataset.remove_columns("image").add_column("image", paths)
+        kind = dataset.features["image"]
+        if not isinstance(kind, Image) and kind not in (Value("string"), Value("large_string"), Value("binary")):
+            raise UserError(f"column {args.image_column!r}: expected images or their paths, found {kind}.")
+        mapped[split] = dataset.cast_column("image", Image(decode=False))
+    return mapped, bool(captions)
+
+
+def _is_text(kind) -> bool:
+    return kind in (Value("string"), Value("large_string")) or (
+        isinstance(kind, List) and kind.feature in (Value("string"), Value("large_string"))
+    )
+
+
+def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str]:
+    kind = data[train].features["label"]
+    if args.class_names:
+        names = list(args.class_names)
+    elif isinstance(kind, ClassLabel):
+        names = list(kind.names)
+    elif kind in (Value("string"), Value("large_string")):
+        names = sorted({str(v) for v in data[train]["label"] if v is not None})
+    elif kind.dtype.startswith(("int", "uint")):
+        count = len(set(data[train]["label"]))
+        raise UserError(
+            f"column {args.label_column!r}: expected class names, found bare numbers ({count} different ones), from "
+            "which no prompt can be made. Type --class_names NAME_OF_0 NAME_OF_1 …"
+        )
+    else:
+        raise UserError(f"column {args.label_column!r}: expected class names or numbers, found {kind}.")
+    seen: dict[str, str] = {}
+    for name in names:
+        key = clean_class_name(name).casefold()
+        if key in seen:
+            raise UserError(
+                f"two classes have the same name, {seen[key]!r} and {name!r}: no prompt can tell them apart. Give one "
+                "of them another name (rename its folder, or type --class_names with all names in order)."
+            )
+        seen[key] = name
+    return names
+
+
+def _encode_labels(dataset: Dataset, split: str, names: list[str], column: str) -> Dataset:
+    """Labels as `ClassLabel` over `names`; text is looked up, numbers are checked."""
+    values = dataset["label"][:]
+    if isinstance(dataset.features["label"], ClassLabel) and dataset.features["label"].names != names:
+        own = dataset.features["label"].names
+        values = [own[v] if v is not None and 0 <= v < len(own) else v for v in values]
+    lookup = {name: i for i, name in enumerate(names)}
+    labels = [lookup.get(v, -1) if isinstance(v, str) else v for v in values]
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < len(names):
+            raise UserError(
+                f"column {column!r}, split {split!r}, row {row}: label {values[row]!r} is outside the class list "
+                f"({len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}). "
+                "Correct the row, or leave the split out."
+            )
+    if isinstance(dataset.features["label"], ClassLabel) and dataset.features["label"].names == names:
+        return dataset
+    dataset = dataset.remove_columns("label").add_column("label", labels)
+    return dataset.cast_column("label", ClassLabel(names=names))
+
+
+def _find_split(data: DatasetDict, role: str, name: str | None) -> str | None:
+    if name is not None:
+        if name not in data:
+            raise UserError(
+                f"split {name!r} is missing: found {', '.join(data)}.{nearest(name, data) or ''} Type --{role}_split NAME."
+            )
+        return name
+    return next((alias for alias in SPLIT_NAMES[role] if alias in data), None)
+
+
+def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None = None, **options) -> DatasetDict:
+    """Loads labelled images, with captions where there are any, under the contract's column names.
+
+    Args:
+        name: Hub id, folder of parquet files, folder of images in class folders, CSV/JSONL file, or
+            `builtin/emoji-mini`.
+        config: configuration of a Hub data set.
+        options: any field of `DataArguments`, e.g. `captions_column="text"`.
+
+    Returns:
+        All splits, each with `image` (decoded on access), `label` (`ClassLabel`) and perhaps `captions`.
+
+    Raises:
+        UserError: nothing there, a missing column, a wrong type, a label outside the class list, two equal class names.
+    """
+    data, _, _ = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
+    return DatasetDict({split: dataset.cast_column("image", Image()) for split, dataset in data.items()})
+
+
+def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool]:
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision)
+    empty = [split for split, dataset in raw.items() if len(dataset) == 0]
+    if empty:
+        raise UserError(f"data set {args.dataset_name!r}: split {empty[0]!r} is empty. Remove it, or fill it.")
+    train = _find_split(raw, "train", args.train_split)
+    if train is None:
+        if len(raw) > 1:
+            raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
+        train = next(iter(raw))
+    path = Path(builtin(args.dataset_name))
+    data, has_captions = _map_columns(raw, args, path.parent if path.is_file() else path)
+    names = _class_names(data, train, args)
+    encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
+    return DatasetDict(encoded), names, has_captions
+
+
+def load_splits(args: DataArguments) -> Splits:
+    """Loads a data set and decides what is trained on, what selects, and what is tested.
+
+    Where a split is missing, part of every class of the training split is held out, the same for every seed of the
+    training. Few-shot subsets (`shots`) are drawn from what is left; validation and test stay whole.
+
+    Raises:
+        UserError: as `load_captioned_dataset`, and for a class without a training image.
+    """
+    data, names, has_captions = _load(args)
+    notes = []
+    train_name = _find_split(data, "train", args.train_split) or next(iter(data))
+    train = data[train_name]
+    chosen = {}
+    for role, share in (("test", args.test_size), ("validation", args.validation_size)):
+        found = _find_split(data, role, getattr(args, f"{role}_split"))
+        if found is not None:
+            chosen[role] = data[found]
+            continue
+        rest, held = hold_out(labels_of(train), share, args.shots_seed)
+        if not held:
+            raise UserError(
+                f"no {role} split, and no class of {train_name!r} has two images, so none can be held out. Add a "
+                f"{role} split, or type --{role}_split NAME."
+            )
+        chosen[role], train = train.select(held), train.select(rest)
+        notes.append(
+            f"There is no {role} split: {len(held)} images ({share:.0%} of each class, seed {args.shots_seed}) were held "
+            f"out of {train_name!r} for it."
+        )
+    counts = np.bincount(labels_of(train), minlength=len(names))
+    if (counts == 0).any():
+        missing = [names[c] for c in np.flatnonzero(counts == 0)]
+        raise UserError(
+            f"{len(missing)} of {len(names)} classes have no training image: {', '.join(missing[:8])}"
+            f"{', …' if len(missing) > 8 else ''}. Add images of them, or take them out of the class list."
+        )
+    if args.shots:
+        train = train.select(few_shot_split(labels_of(train), args.shots, args.shots_seed))
+        notes.append(f"Few-shot: {len(train)} images, at most {args.shots} of each class (seed {args.shots_seed}).")
+        notes.append("Validation stays at full size (selection policy val-full).")
+    if not has_captions:
+        text = [c for c, kind in train.features.items() if _is_text(kind) and isinstance(kind, List)]
+        hint = (
+            f" It has texts in {', '.join(text)}: type --captions_column {text[0]} to train with them." if text else ""
+        )
+        notes.append(f"There are no captions: training uses the class template alone.{hint}")
+    return Splits(train, chosen["validation"], chosen["test"], names, has_captions, notes)

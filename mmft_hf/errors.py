@@ -1,0 +1,20 @@
+"""Errors that the user can mend, apart from the defects that we must mend."""
+
+
+class UserError(ValueError):
+    """Something the user must change: a bad argument, bad data, a missing key. The command line exits with 2.
+
+    The message says what was expected, what was found and what to type.
+    """
+
+
+class PartialResult(Exception):
+    """Done in part, and the rest can be had by the command in the message. The command line exits with 3."""
+
+
+def nearest(name: str, known) -> str:
+    """Returns ` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    import difflib
+
+    found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,116 @@
+"""Loading a CLIP-style dual encoder, choosing what of it is trained, and encoding with it.
+
+Shapes: `B` images or texts, `T` tokens, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
+
+from .configuration import TOWER_MODES, choice
+from .errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+# Parameters of each tower, by the start of their names in CLIPModel.
+TOWERS = {
+    "vision": ("vision_model.", "visual_projection."),
+    "text": ("text_model.", "text_projection."),
+}
+
+
+def builtin(name: str) -> str:
+    """The folder of `builtin/...` inside this package; any other name as it is.
+
+    Raises:
+        UserError: there is no such embedded model or data set.
+    """
+    if not name.startswith("builtin/"):
+        return name
+    folder = ASSETS / name.removeprefix("builtin/").replace("-", "_")
+    if not folder.is_dir():
+        known = ", ".join(f"builtin/{p.name.replace('_', '-')}" for p in sorted(ASSETS.iterdir()) if p.is_dir())
+        raise UserError(f"{name}: expected one of {known}.")
+    return str(folder)
+
+
+def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = None) -> tuple[CLIPModel, CLIPProcessor]:
+    """Loads a dual encoder and its processor, in float32 whatever precision it was stored in.
+
+    Half-precision weights cannot be fine-tuned: AdamW's steps vanish in rounding. Autocast (`--bf16 true`) is the way
+    to speed. Pictures are always prepared by the Pillow backend, so that an installed torchvision changes no result.
+
+    Args:
+        name_or_path: Hub id, local folder, or `builtin/tiny-clip`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: not found, or not a CLIP-style dual encoder.
+    """
+    path = builtin(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected a Hub id or a folder with a config.json of a CLIPModel; it could not be "
+            f"loaded ({str(error).strip().splitlines()[0]}). Type for example --model_name_or_path "
+            "openai/clip-vit-base-patch32."
+        ) from error
+    if config.model_type != "clip":
+        raise UserError(
+            f"model {name_or_path!r}: expected a CLIP-style dual encoder (model_type 'clip'), found model_type "
+            f"{config.model_type!r}. Type for example --model_name_or_path openai/clip-vit-base-patch32."
+        )
+    try:
+        # Only safetensors: nothing is ever unpickled from a path that a user gives.
+        model = CLIPModel.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+    except OSError as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json beside "
+            f"config.json; {str(error).strip().splitlines()[0]}"
+        ) from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    return model, CLIPProcessor(image_processor, tokenizer)
+
+
+def set_towers(model: CLIPModel, vision: str = "full", text: str = "full") -> None:
+    """Makes each tower trainable (`full`) or not (`frozen`). The logit scale is always trained.
+
+    Raises:
+        UserError: an unknown mode, or both towers frozen.
+    """
+    modes = {"vision": vision, "text": text}
+    for tower, mode in modes.items():
+        choice(f"{tower}_tower", mode, TOWER_MODES)
+    if set(modes.values()) == {"frozen"}:
+        raise UserError("--vision_tower and --text_tower: expected one of them to be full, found both frozen.")
+    for name, parameter in model.named_parameters():
+        for tower, prefixes in TOWERS.items():
+            if name.startswith(prefixes):
+                parameter.requires_grad_(modes[tower] != "frozen")
+
+
+def parameter_counts(model: CLIPModel) -> dict[str, tuple[int, int]]:
+    """`{"vision": (trainable, all), "text": (trainable, all)}`."""
+    counts = {}
+    for tower, prefixes in TOWERS.items():
+        own = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
+        counts[tower] = (sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own))
+    return counts
+
+
+def encode_images(model: CLIPModel, pixel_values: Tensor) -> Tensor:
+    """Unit-norm image embeddings `(B, D)` in float32 of pixels `(B, 3, height, width)`."""
+    return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)
+
+
+def encode_texts(model: CLIPModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`."""
+    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    return F.normalize(features.pooler_output.float(), dim=-1)

@@ -1,0 +1,74 @@
+"""`transformers.pipeline("mmft-image-classification", model=folder_or_hub_id)`: the trained classifier, ready to use."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPModel, Pipeline
+from transformers.image_utils import load_image
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .images import read_image
+from .modeling import encode_images
+from .prototypes import ClassPrototypes
+
+TASK = "mmft-image-classification"
+
+
+class MMFTImageClassificationPipeline(Pipeline):
+    """Classifies images with a fine-tuned CLIP and its saved class prototypes.
+
+    Args:
+        model (`CLIPModel`): from the folder or Hub repository that `mmft-hf finetune` made.
+        prototypes (`ClassPrototypes`, *optional*): those saved with the model, if not given.
+
+    Inputs of the call: a path, URL, `PIL.Image`, or a list or data set of them; `top_k` (5) classes are returned.
+
+    Returns:
+        `[{"label", "score"}, …]` for one image, best first, scores being softmax probabilities over all classes; a list
+        of these for several.
+
+    Raises:
+        UserError: no prototypes beside the model, or an image that cannot be read.
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, prototypes: ClassPrototypes | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # evaluate.evaluator("image-classification") takes no pipeline of another task name.
+        self.task = "image-classification"
+        self.prototypes = prototypes or ClassPrototypes.from_pretrained(
+            self.model.name_or_path, revision=getattr(self.model.config, "_commit_hash", None)
+        )
+
+    def _sanitize_parameters(self, top_k=None, timeout=None):
+        preprocess = {} if timeout is None else {"timeout": timeout}
+        return preprocess, {}, {} if top_k is None else {"top_k": top_k}
+
+    def preprocess(self, image, timeout=None):
+        """One picture to `{"pixel_values": (1, 3, height, width)}`."""
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            image = load_image(image, timeout=timeout)
+        return self.image_processor(read_image(image), return_tensors="pt")
+
+    def _forward(self, inputs):
+        with torch.no_grad():
+            return {"logits": self.prototypes.logits(encode_images(self.model, inputs["pixel_values"]))}
+
+    def postprocess(self, outputs, top_k=5):
+        """Logits `(1, C)` to the `top_k` labels with their probabilities."""
+        scores = outputs["logits"][0].float().softmax(dim=0)
+        best = scores.topk(min(top_k, len(scores)))
+        return [
+            {"label": self.prototypes.class_names[i], "score": score}
+            for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+
+def register() -> None:
+    """Makes the task known to `transformers.pipeline`; calling it again changes nothing."""
+    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(TASK, MMFTImageClassificationPipeline, pt_model=CLIPModel, type="image")

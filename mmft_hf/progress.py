@@ -1,0 +1,78 @@
+"""What a user watches while it trains: one bar, and one line per epoch."""
+
+from __future__ import annotations
+
+from transformers.trainer_callback import ProgressCallback
+
+
+class EpochLines(ProgressCallback):
+    """A progress bar with one readable line per evaluation, in place of the stock callback's dictionaries.
+
+    Args:
+        bar: False prints the lines without a bar, for log files.
+    """
+
+    def __init__(self, bar: bool = True):
+        super().__init__()
+        self.bar = bar
+        self.losses: dict[str, float] = {}
+        self.best = float("-inf")
+        self.training = False
+
+    def _print(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar."""
+        self.training = True
+        if self.bar:
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description("Training")
+                self.training_bar.update(state.global_step)
+        self.current_step = state.global_step
+        self.best = state.best_metric if state.best_metric is not None else float("-inf")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Nothing: validation passes are short, and a second bar would tear the lines."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Remembers the losses of an epoch, and prints the line when its validation is known."""
+        if not state.is_world_process_zero or not self.training:
+            return
+        if "loss" in logs:
+            self.losses = logs
+            if args.eval_strategy == "no":
+                self._print(self._line(logs, state, None))
+        if "eval_accuracy" in logs:
+            self._print(self._line(self.losses, state, logs["eval_accuracy"]))
+            self.losses = {}
+
+    def _line(self, logs: dict, state, accuracy: float | None) -> str:
+        parts = [f"epoch {state.epoch or 0:>5.1f}/{state.num_train_epochs:g}"]
+        if logs:
+            parts.append(f"loss {logs['loss']:.3f} = supcon {logs['supcon_loss']:.3f}, clip {logs['clip_loss']:.3f}")
+            parts.append(f"anchors with a positive {logs['anchors_with_positives']:.0%}")
+            parts.append(f"captions cut {logs['captions_cut']:.1%}")
+            if logs["skipped_images"]:
+                parts.append(f"images skipped {logs['skipped_images']:.0f}")
+        elif state.global_step == 0:
+            parts.append("untuned model")
+        if accuracy is not None:
+            parts.append(f"validation {accuracy:.1%}{' *' if accuracy > self.best else ''}")
+            self.best = max(self.best, accuracy)
+        return " | ".join(parts)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes the bar."""
+        self.training = False
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)

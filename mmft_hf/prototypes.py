@@ -1,0 +1,250 @@
+"""Class prototypes: the saved half of the classifier. An image belongs to the class whose prototype is nearest.
+
+Shapes: `C` classes, `D` embedding size, `B` items per batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+from .collator import IGNORED, MMFTDataCollator, tokenize
+from .data import captions_of, labels_of
+from .errors import UserError
+from .modeling import encode_images, encode_texts
+from .prompts import DEFAULT_TEMPLATE, TEMPLATES, class_prompt, training_text
+from .views import ImageView
+
+FILE_NAME = "prototypes.safetensors"
+BATCH_SIZE = 256
+
+
+@dataclass
+class ClassPrototypes:
+    """One unit-norm embedding per class, and the scale that turns cosines into logits.
+
+    Args:
+        embeddings (`(C, D)`, float32): unit-norm rows.
+        class_names: `C` names, in the order of the rows.
+        logit_scale: `exp(logit_scale)` of the model that made them.
+        source: `captions`, `template`, `templates` or `images`.
+        template: class template of the texts.
+        fallback_classes: classes that had no caption and use the class template instead.
+    """
+
+    embeddings: Tensor
+    class_names: list[str]
+    logit_scale: float
+    source: str
+    template: str = DEFAULT_TEMPLATE
+    fallback_classes: tuple[str, ...] = ()
+
+    def logits(self, image_embeds: Tensor) -> Tensor:
+        """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
+        return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T
+
+    @classmethod
+    @torch.no_grad()
+    def from_captions(
+        cls,
+        model: CLIPModel,
+        processor: CLIPProcessor,
+        dataset: Dataset,
+        template: str = DEFAULT_TEMPLATE,
+        batch_size: int = BATCH_SIZE,
+        progress: bool = False,
+    ) -> ClassPrototypes:
+        """Averages the captions of each class: normalise each embedding, mean per class, normalise.
+
+        Every caption counts once for each image that has it, and equal texts are encoded once. Texts are sorted by
+        length and encoded in batches of bounded size, whatever the size of a class. A class without captions gets
+        the embedding of its class prompt and is listed in `fallback_classes`.
+
+        Args:
+            dataset: with columns `label` and, perhaps, `captions`: the training split, never an evaluation split.
+
+        References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
+        """
+        names = dataset.features["label"].names
+        weights: Counter[tuple[int, str]] = Counter()
+        if "captions" in dataset.column_names:
+            for label, value in zip(labels_of(dataset).tolist(), dataset["captions"][:], strict=True):
+                weights.update((label, training_text(template, names[label], text)) for text in captions_of(value))
+        captioned = {label for label, _ in weights}
+        missing = [c for c in range(len(names)) if c not in captioned]
+        weights.update((c, class_prompt(template, names[c])) for c in missing)
+        embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress)
+        fallback = tuple(names[c] for c in missing)
+        return cls(embeddings, names, _scale(model), "captions", template, fallback)
+
+    @classmethod
+    @torch.no_grad()
+    def from_templates(
+        cls,
+        model: CLIPModel,
+        processor: CLIPProcessor,
+        class_names: Sequence[str],
+        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+    ) -> ClassPrototypes:
+        """Zero-shot prototypes: the class prompt of one template, or the average over several.
+
+        Args:
+            class_names: `C` names.
+            templates: one or more texts with `{}` for the class name; `prompts.TEMPLATES` is a set of them.
+
+        References: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+        """
+        several = [templates] if isinstance(templates, str) else list(templates)
+        weights = Counter((c, class_prompt(t, name)) for c, name in enumerate(class_names) for t in several)
+        embeddings = _average_texts(model, processor, weights, len(class_names), BATCH_SIZE, False)
+        source = "template" if len(several) == 1 else "templates"
+        return cls(embeddings, list(class_names), _scale(model), source, several[0])
+
+    @classmethod
+    @torch.no_grad()
+    def from_images(
+        cls,
+        model: CLIPModel,
+        processor: CLIPProcessor,
+        dataset: Dataset,
+        batch_size: int = BATCH_SIZE,
+        on_bad_image: str = "fail",
+        workers: int = 0,
+        progress: bool = False,
+    ) -> ClassPrototypes:
+        """Averages the image embeddings of each class: normalise each, mean per class, normalise.
+
+        Args:
+            dataset: with columns `image` and `label`: the training split, never an evaluation split.
+
+        Raises:
+            UserError: a class without a readable image, or a bad image with `on_bad_image="fail"`.
+        """
+        names = dataset.features["label"].names
+        sums, counts = None, torch.zeros(len(names), dtype=torch.float64)
+        for embeds, labels in image_embeddings(model, processor, dataset, batch_size, on_bad_image, workers, progress):
+            embeds, labels = embeds[labels != IGNORED].double().cpu(), labels[labels != IGNORED]
+            sums = torch.zeros(len(names), embeds.shape[1], dtype=torch.float64) if sums is None else sums
+            sums.index_add_(0, labels, embeds)
+            counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+        if (counts == 0).any():
+            empty = [names[c] for c in torch.nonzero(counts == 0).flatten().tolist()]
+            raise UserError(f"no readable training image of {', '.join(empty)}: no prototype can be made of them.")
+        return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes `prototypes.safetensors`: the embeddings, with all the rest in its metadata. Returns its path."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "class_names": json.dumps(self.class_names),
+            "logit_scale": repr(self.logit_scale),
+            "source": self.source,
+            "template": self.template,
+            "fallback_classes": json.dumps(self.fallback_classes),
+        }
+        save_file({"prototypes": self.embeddings.cpu().float().contiguous()}, path, metadata)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> ClassPrototypes:
+        """Reads them from a folder, or from a model repository on the Hub.
+
+        Raises:
+            UserError: there are none.
+        """
+        path = Path(folder_or_hub_id) / FILE_NAME
+        if not path.is_file() and not Path(folder_or_hub_id).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            try:
+                path = Path(hf_hub_download(str(folder_or_hub_id), FILE_NAME, revision=revision))
+            except Exception as error:  # not found, offline, no access: for the user all the same
+                raise UserError(_no_prototypes(folder_or_hub_id)) from error
+        if not path.is_file():
+            raise UserError(_no_prototypes(folder_or_hub_id))
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            embeddings = file.get_tensor("prototypes")
+        return cls(
+            embeddings,
+            json.loads(metadata["class_names"]),
+            float(metadata["logit_scale"]),
+            metadata["source"],
+            metadata["template"],
+            tuple(json.loads(metadata["fallback_classes"])),
+        )
+
+
+def _no_prototypes(name: str | Path) -> str:
+    return (
+        f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
+        "--output_dir; found none. Type --model_name_or_path FOLDER."
+    )
+
+
+def _scale(model: CLIPModel) -> float:
+    return model.logit_scale.detach().float().exp().item()
+
+
+def _average_texts(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    weights: Counter[tuple[int, str]],
+    classes: int,
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    """Unit-norm weighted means `(C, D)` of text embeddings; `weights` counts each (class, text)."""
+    texts = sorted({text for _, text in weights}, key=lambda text: (len(text), text))
+    position = {text: i for i, text in enumerate(texts)}
+    # Pairs in the order of their texts, so that each batch of texts meets its own pairs and nothing else is kept.
+    pairs = sorted((position[text], label, n) for (label, text), n in weights.items())
+    sums, done = None, 0
+    model.eval()
+    for start in tqdm(range(0, len(texts), batch_size), desc="Captions", disable=not progress, leave=False):
+        tokens, _ = tokenize(processor, texts[start : start + batch_size])
+        embeds = encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}).double().cpu()
+        sums = embeds.new_zeros(classes, embeds.shape[1]) if sums is None else sums
+        until = done
+        while until < len(pairs) and pairs[until][0] < start + batch_size:
+            until += 1
+        where, labels, counts = (torch.tensor(column) for column in zip(*pairs[done:until], strict=True))
+        sums.index_add_(0, labels, embeds[where - start] * counts[:, None])
+        done = until
+    return F.normalize(sums, dim=1).float()
+
+
+@torch.no_grad()
+def image_embeddings(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    dataset: Dataset,
+    batch_size: int = BATCH_SIZE,
+    on_bad_image: str = "fail",
+    workers: int = 0,
+    progress: bool = False,
+    name: str = "evaluation",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields unit-norm embeddings `(B, D)` on the model's device and labels `(B,)` (-100: unreadable), in row order."""
+    view = ImageView(dataset, on_bad_image, name)
+    loader = DataLoader(view, batch_size=batch_size, collate_fn=MMFTDataCollator(processor), num_workers=workers)
+    model.eval()
+    for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False):
+        yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]
+
+
+__all__ = ["FILE_NAME", "TEMPLATES", "ClassPrototypes", "image_embeddings"]

@@ -1,0 +1,108 @@
+"""What a data loader sees of a data set: rows that are read, cropped and given a text at the moment they are needed."""
+
+from __future__ import annotations
+
+import logging
+
+from datasets import Dataset, Image
+from torch.utils.data import Dataset as TorchDataset
+
+from .data import captions_of
+from .errors import UserError
+from .images import BadImage, random_crop_box, read_image
+from .prompts import training_text
+from .sampling import generator
+
+logger = logging.getLogger(__name__)
+
+
+class ImageView(TorchDataset):
+    """Rows for evaluation: `image`, `label`, `row`, `skipped`.
+
+    Args:
+        dataset: with columns `image` and `label`.
+        on_bad_image: `fail` raises `UserError` with the row's number; `skip` gives `image=None`, which the collator
+            turns into a blank picture with label -100, left out of every metric and counted.
+        name: of the split, for messages.
+    """
+
+    def __init__(self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation"):
+        columns = [c for c in ("image", "label", "captions") if c in dataset.column_names]
+        # Undecoded: datasets would raise inside itself at a bad picture, without the row's number.
+        self.rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))
+        self.on_bad_image = on_bad_image
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> dict:
+        """The row with its picture read (None where it cannot be, and `on_bad_image` is `skip`)."""
+        values = self.rows[row]
+        try:
+            values["image"] = read_image(values["image"])
+        except BadImage as error:
+            path = (values["image"] or {}).get("path")
+            where = f"{self.name} image, row {row}{f' ({path})' if path else ''}"
+            if self.on_bad_image == "fail":
+                raise UserError(
+                    f"{where} cannot be read: {error}. Repair or remove it, or type --on_bad_image skip."
+                ) from error
+            logger.warning("%s is skipped: %s", where, error)
+            values["image"] = None
+        return values
+
+    def __getitem__(self, row: int) -> dict:
+        values = self.read(row)
+        return {"image": values["image"], "label": values["label"], "skipped": int(values["image"] is None)}
+
+
+class TrainingView(ImageView):
+    """Rows for training: `image`, `box`, `label`, `text`, `skipped`, as a function of (seed, epoch, row) alone.
+
+    Indexed by `epoch * length + row`, which `EpochSampler` yields. One caption is drawn uniformly from those of the
+    image; it follows the class template. With `on_bad_image="skip"` the next readable row takes the place of a bad one,
+    so that batches keep their size in every process, and `skipped` counts the rows passed over.
+
+    Args:
+        class_names: `C` names, in the order of the labels.
+        template: with `{}` for the class name.
+        seed: of all draws.
+        crop_min_area: smallest share of the area that a random crop keeps; 1 means no random crop.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        class_names: list[str],
+        template: str,
+        seed: int = 0,
+        crop_min_area: float = 0.9,
+        on_bad_image: str = "fail",
+    ):
+        super().__init__(dataset, on_bad_image, "training")
+        self.class_names = class_names
+        self.template = template
+        self.seed = seed
+        self.crop_min_area = crop_min_area
+
+    def __getitem__(self, key: int) -> dict:
+        epoch, row = divmod(key, len(self))
+        for skipped in range(len(self)):
+            values = self.read((row + skipped) % len(self))
+            if values["image"] is not None:
+                break
+        else:
+            raise UserError("none of the training images can be read.")
+        # 1: a stream of its own, apart from the sampler's (seed, epoch).
+        rng = generator(self.seed, epoch, row, 1)
+        captions = captions_of(values.get("captions"))
+        caption = captions[rng.integers(len(captions))] if captions else None
+        box = random_crop_box(*values["image"].size, self.crop_min_area, rng) if self.crop_min_area < 1 else None
+        return {
+            "image": values["image"],
+            "box": box,
+            "label": values["label"],
+            "text": training_text(self.template, self.class_names[values["label"]], caption),
+            "skipped": skipped,
+        }
