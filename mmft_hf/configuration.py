@@ -169,7 +169,7 @@ class MMFTConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."})
 
     def __post_init__(self):
         super().__post_init__()

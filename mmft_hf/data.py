@@ -38,6 +38,10 @@ class Splits:
     has_captions: bool
     notes: list[str] = field(default_factory=list)
 
+    def captions_per_image(self) -> np.ndarray:
+        """Number of captions of each training image, `(rows,)`."""
+        return np.array([len(captions_of(value)) for value in self.train["captions"][:]])
+
     def fingerprint(self) -> str:
         """16 hex digits of class names, labels and captions of all splits; independent of paths and dates."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
@@ -89,8 +93,10 @@ def load_raw(name: str, config: str | None = None, revision: str | None = None) 
         ) from error
 
 
-def _map_columns(raw: DatasetDict, args: DataArguments, base: Path) -> tuple[DatasetDict, bool]:
+def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bool]:
     """Renames the three columns, checks their types and makes image paths absolute."""
+    path = Path(builtin(args.dataset_name))
+    base = path.parent if path.is_file() else path
     features = next(iter(raw.values())).features
     wanted = {"image": args.image_column, "label": args.label_column}
     captions = args.captions_column or ("captions" if "captions" in features else None)
@@ -98,7 +104,7 @@ def _map_columns(raw: DatasetDict, args: DataArguments, base: Path) -> tuple[Dat
         wanted["captions"] = captions
     for role, column in wanted.items():
         if column not in features:
-            lists = [c for c, kind in features.items() if role == "captions" and _is_text(kind)]
+            lists = [name for name, kind in features.items() if role == "captions" and _is_text(kind)]
             raise UserError(
                 f"column {column!r} for the {role} is missing: found {', '.join(features)}."
                 + (f" Columns of text: {', '.join(lists)}." if lists else "")
@@ -129,6 +135,11 @@ def _is_text(kind) -> bool:
     return kind in (Value("string"), Value("large_string")) or (
         isinstance(kind, List) and kind.feature in (Value("string"), Value("large_string"))
     )
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """Names of the columns that hold a list of texts per row, which could serve as captions."""
+    return [name for name, kind in dataset.features.items() if isinstance(kind, List) and _is_text(kind)]
 
 
 def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str]:
@@ -219,11 +230,39 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool]:
         if len(raw) > 1:
             raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
         train = next(iter(raw))
-    path = Path(builtin(args.dataset_name))
-    data, has_captions = _map_columns(raw, args, path.parent if path.is_file() else path)
+    data, has_captions = _map_columns(raw, args)
     names = _class_names(data, train, args)
+    if args.class_names:
+        # Names typed by the user are given by position.
+        data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
     encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
     return DatasetDict(encoded), names, has_captions
+
+
+def _rename_classes(dataset: Dataset, names: list[str]) -> Dataset:
+    kind = dataset.features["label"]
+    if not isinstance(kind, ClassLabel):
+        return dataset
+    if len(kind.names) != len(names):
+        raise UserError(f"--class_names: expected {len(kind.names)} names, one per class, found {len(names)}.")
+    return dataset.cast_column("label", ClassLabel(names=names))
+
+
+def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | None:
+    """One labelled split with its labels matched, by name, to the classes of a trained model.
+
+    Returns:
+        The split named by `test_split` (or `test`); None where no split is named and there is no `test`.
+
+    Raises:
+        UserError: as `load_captioned_dataset`; a class that the model does not know.
+    """
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision)
+    split = _find_split(raw, "test", args.test_split)
+    if split is None:
+        return None
+    data, _ = _map_columns(DatasetDict({split: raw[split]}), args)
+    return _encode_labels(data[split], split, class_names, args.label_column)
 
 
 def load_splits(args: DataArguments) -> Splits:
@@ -268,7 +307,7 @@ def load_splits(args: DataArguments) -> Splits:
         notes.append(f"Few-shot: {len(train)} images, at most {args.shots} of each class (seed {args.shots_seed}).")
         notes.append("Validation stays at full size (selection policy val-full).")
     if not has_captions:
-        text = [c for c, kind in train.features.items() if _is_text(kind) and isinstance(kind, List)]
+        text = text_columns(train)
         hint = (
             f" It has texts in {', '.join(text)}: type --captions_column {text[0]} to train with them." if text else ""
         )

@@ -1,0 +1,7 @@
+"""`python -m mmft_hf VERB …`"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,31 @@
+"""Prints versions and devices, for bug reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+from ..version import __version__
+
+ARGUMENTS = ()
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "huggingface_hub", "pillow")
+
+
+def run() -> None:
+    """Prints one `name: value` a line."""
+    import torch
+
+    versions = {"mmft_hf": __version__, "python": platform.python_version()}
+    for name in (*PACKAGES, "safetensors", "tokenizers", "numpy", "torchvision"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    for name, version in versions.items():
+        print(f"{name}: {version}")
+    print(f"platform: {platform.platform()}")
+    print(f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"gpu: {', '.join(devices) or 'none'}")
+    print(f"offline: {os.environ.get('HF_HUB_OFFLINE', '0') == '1'}")

@@ -1,0 +1,123 @@
+"""Measures a saved classifier on a labelled split, with the zero-shot baseline beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..configuration import DataArguments
+from ..console import percent, say, table
+from ..errors import UserError
+
+
+@dataclass
+class EvaluateArguments:
+    """Which classifier, and where the figures go."""
+
+    model_name_or_path: str = field(
+        default="outputs/mmft", metadata={"help": "Folder that finetune left, or its Hub repository."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."},
+    )
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per batch."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
+    on_bad_image: str = field(
+        default="fail",
+        metadata={"help": "fail: stop at an unreadable image; skip: count it.", "choices": ("fail", "skip")},
+    )
+
+
+ARGUMENTS = (DataArguments, EvaluateArguments)
+
+
+def run(data_args: DataArguments, args: EvaluateArguments) -> None:
+    """Prints accuracy, its interval, the baseline and a table per class."""
+    import torch
+
+    from ..data import load_splits, load_test_split
+    from ..evaluation import classify
+    from ..modeling import load_model
+    from ..prototypes import ClassPrototypes
+    from ..run_folder import RUN_FILE
+
+    prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
+    model, processor = load_model(args.model_name_or_path, args.model_revision)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model.to(device)
+
+    record = Path(args.model_name_or_path) / RUN_FILE
+    identity = json.loads(record.read_text())["identity"] if record.is_file() else {}
+    dataset = load_test_split(data_args, prototypes.class_names)
+    if dataset is None:
+        splits = load_splits(data_args)
+        if splits.fingerprint() != identity.get("dataset_fingerprint"):
+            raise UserError(
+                f"data set {data_args.dataset_name!r}: there is no split named test, and these are not the data that the "
+                "model was trained on, whose held-out test images could be found again. Type --test_split NAME."
+            )
+        dataset = splits.test
+
+    def score(model, prototypes):
+        return classify(
+            model,
+            processor,
+            prototypes,
+            dataset,
+            args.per_device_eval_batch_size,
+            args.on_bad_image,
+            args.dataloader_num_workers,
+        ).report()
+
+    result = score(model, prototypes)
+    base = identity.get("base_model")
+    zero_shot = None
+    if base:
+        untuned, _ = load_model(base, identity.get("base_model_revision"))
+        untuned.to(device)
+        template = identity["class_template"]
+        zero_shot = score(untuned, ClassPrototypes.from_templates(untuned, processor, prototypes.class_names, template))
+
+    def accuracy(result: dict) -> str:
+        return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
+
+    say(f"{args.model_name_or_path} on {data_args.dataset_name}, {result['examples']} images\n")
+    rows = {"accuracy": accuracy(result)}
+    if zero_shot:
+        rows["zero-shot"] = f"{accuracy(zero_shot)}   {base}, untuned"
+    if "top5_accuracy" in result:
+        rows["top-5"] = percent(result["top5_accuracy"])
+    rows["mean per class"] = percent(result["mean_per_class_accuracy"])
+    if result["skipped"]:
+        rows["skipped"] = f"{result['skipped']} images that cannot be read"
+    table(rows)
+    say("\nPer class, weakest first")
+    names = prototypes.class_names
+    width = max(map(len, names))
+    present = [c for c, row in enumerate(result["per_class"]) if row["images"]]
+    for c in sorted(present, key=lambda c: result["per_class"][c]["accuracy"]):
+        row, confusions = result["per_class"][c], list(result["confusion_matrix"][c])
+        confusions[c] = 0
+        most = max(range(len(names)), key=confusions.__getitem__)
+        taken = f"most often taken for {names[most]} ({confusions[most]})" if confusions[most] else ""
+        say(f"  {row['label']:<{width}}  {row['images']:>5} images  {percent(row['accuracy']):>8}  {taken}".rstrip())
+
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps({**result, "zero_shot": zero_shot}, indent=2) + "\n")
+        _write_csv(
+            folder / "per_class.csv", ["class", "images", "accuracy"], [list(r.values()) for r in result["per_class"]]
+        )
+        matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
+        _write_csv(folder / "confusion_matrix.csv", ["true class", *names], matrix)
+        say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])

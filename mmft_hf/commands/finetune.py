@@ -1,0 +1,150 @@
+"""Fine-tunes a CLIP model on images and captions, and saves a classifier that needs neither to predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..configuration import DataArguments, MMFTConfig, ModelArguments
+from ..console import is_main, percent, say, table
+from ..run_folder import Run
+
+ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig) -> None:
+    """Trains, selects on validation, reads the test split once, and leaves everything in `config.output_dir`."""
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from ..data import load_splits
+    from ..evaluation import classify
+    from ..modeling import load_model, parameter_counts, set_towers
+    from ..prototypes import ClassPrototypes
+    from ..trainer import MMFTTrainer
+
+    # -- before anything expensive -----------------------------------------------------------------------------------
+    splits = load_splits(data_args)
+    folder = Run(config.output_dir, model_args, data_args, config, splits)
+    resume = folder.open(config.overwrite_output_dir, config.resume_from_checkpoint)
+    if folder.completed:
+        say(f"{folder.path} holds this very run, complete. Its results are in {folder.path / 'all_results.json'}.")
+        return
+    set_seed(config.seed)
+    model, processor = load_model(model_args.model_name_or_path, model_args.model_revision)
+    model.to(config.device)
+
+    def score(model, prototypes, dataset, name):
+        return classify(
+            model,
+            processor,
+            prototypes,
+            dataset,
+            config.per_device_eval_batch_size,
+            config.on_bad_image,
+            config.dataloader_num_workers,
+            name,
+            progress=is_main() and not config.disable_tqdm,
+        )
+
+    # -- what is about to happen -------------------------------------------------------------------------------------
+    set_towers(model, model_args.vision_tower, model_args.text_tower)
+    zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template)
+    zero_shot_validation = score(model, zero_shot, splits.validation, "validation").report()["accuracy"]
+    _announce(model_args, data_args, config, splits, parameter_counts(model), zero_shot_validation)
+
+    # -- training and selection --------------------------------------------------------------------------------------
+    trainer = MMFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        processing_class=processor,
+    )
+    train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    state = trainer.state
+    validation = trainer.evaluate()["eval_accuracy"]
+
+    # -- the sealed test split, once, for the tuned and the untuned model --------------------------------------------
+    if is_main():
+        tuned = trainer.accelerator.unwrap_model(trainer.model)
+        prototypes = trainer.prototypes
+        test = score(tuned, prototypes, splits.test, "test")
+        untuned, _ = load_model(model_args.model_name_or_path, model_args.model_revision)
+        zero_shot_test = score(untuned.to(config.device), zero_shot, splits.test, "test").report()
+        results = folder.save(
+            model=tuned,
+            processor=processor,
+            prototypes=prototypes,
+            predictions=test,
+            zero_shot_test=zero_shot_test,
+            accuracies={"validation_accuracy": validation, "zero_shot_validation_accuracy": zero_shot_validation},
+            train_metrics=train_metrics,
+            state=state,
+        )
+        _show(folder.path, results, prototypes)
+    PartialState().wait_for_everyone()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _announce(model_args, data_args, config, splits, counts, zero_shot: float) -> None:
+    """Says what will be trained on what, before it starts."""
+    names = splits.class_names
+    rows = {
+        "classes": f"{len(names)}: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}",
+        "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test",
+    }
+    if splits.has_captions:
+        per_image = splits.captions_per_image()
+        without = int((per_image == 0).sum())
+        rows["captions"] = f'{per_image.mean():.1f} per training image, after "{config.class_template}"' + (
+            f"; {without} images have none and use that alone" if without else ""
+        )
+    else:
+        rows["captions"] = f'none: class template "{config.class_template}" alone'
+    w = config.supcon_weight
+    rows["loss"] = f"{w:g} SupCon + {1 - w:g} CLIP, learning rate {config.learning_rate:g}, seed {config.seed}"
+    rows["trained"] = ", ".join(
+        f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters)"
+        for tower, (trained, total) in counts.items()
+    )
+    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    batch = config.per_device_train_batch_size
+    rows["training"] = f"{length}, batches of {batch}" + (
+        f" on each of {config.world_size} processes" if config.world_size > 1 else f" on {config.device}"
+    )
+    rows["zero-shot"] = f'{percent(zero_shot)} on validation, untuned, with "{config.class_template}"'
+    rows["output"] = config.output_dir
+    say(f"Fine-tuning {model_args.model_name_or_path} on {data_args.dataset_name}\n")
+    table(rows)
+    for note in splits.notes:
+        say(f"\n  Note: {note}")
+    say()
+
+
+def _show(path: Path, results: dict, prototypes) -> None:
+    """Prints the result beside the zero-shot baseline, and what to type next."""
+
+    def line(prefix: str) -> str:
+        interval = (results[f"{prefix}test_accuracy_ci_low"], results[f"{prefix}test_accuracy_ci_high"])
+        return percent(results[f"{prefix}test_accuracy"], interval)
+
+    gain = 100 * (results["test_accuracy"] - results["zero_shot_test_accuracy"])
+    say(f"\nTest accuracy on {results['test_images']} images, with 95 % interval\n")
+    rows = {"zero-shot": line("zero_shot_"), "fine-tuned": f"{line('')}   {gain:+.1f} points"}
+    rows["mean per class"] = percent(results["test_mean_per_class_accuracy"])
+    if "test_top5_accuracy" in results:
+        rows["top-5"] = percent(results["test_top5_accuracy"])
+    rows["selection"] = results["selection"]
+    table(rows)
+    if results["test_accuracy"] <= results["zero_shot_test_accuracy"]:
+        say(
+            "\n  Fine-tuning did not help here: the untuned model is as good. Try more images, epochs or learning rate."
+        )
+    if results["test_skipped_images"]:
+        say(f"\n  {results['test_skipped_images']} test images could not be read and are not counted.")
+    if prototypes.fallback_classes:
+        say(f"\n  Without captions, classified by the template: {', '.join(prototypes.fallback_classes)}")
+    say(f"\nEverything is in {path} (predictions_test.png shows some pictures). Next:")
+    say(f"  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {path}")
+    say(f"  mmft-hf evaluate --model_name_or_path {path} --dataset_name YOUR_DATA")

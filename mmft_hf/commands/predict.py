@@ -1,0 +1,121 @@
+"""Classifies pictures, or all pictures in folders, with a saved classifier."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import PartialResult, UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass
+class PredictArguments:
+    """Which classifier, and how its answers are written."""
+
+    model_name_or_path: str = field(
+        default="outputs/mmft", metadata={"help": "Folder that finetune left, or its Hub repository."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    top_k: int = field(default=3, metadata={"help": "Classes printed for each picture."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "A .csv or .jsonl file for the answers. Default: they are printed."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Pictures per batch."})
+
+
+ARGUMENTS = (PredictArguments,)
+POSITIONAL = ("images", "pictures, or folders of pictures")
+
+
+def run(args: PredictArguments, images: list[str]) -> None:
+    """Prints one line per picture. A picture that cannot be read is named, and the others go on."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from ..images import BadImage, read_image
+    from ..modeling import encode_images, load_model
+    from ..prototypes import ClassPrototypes
+
+    files = find_images(images)
+    if args.top_k < 1:
+        raise UserError(f"--top_k: expected 1 or more, found {args.top_k}.")
+    if args.output_file and Path(args.output_file).suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
+    prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
+    model, processor = load_model(args.model_name_or_path, args.model_revision)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model.to(device).eval()
+
+    answers, bad = [], []
+    starts = range(0, len(files), args.batch_size)
+    for start in tqdm(starts, desc="Pictures", disable=len(starts) < 3):
+        readable, pictures = [], []
+        for file in files[start : start + args.batch_size]:
+            try:
+                pictures.append(read_image(file))
+                readable.append(file)
+            except BadImage as error:
+                bad.append(file)
+                print(f"{file}: cannot be read ({error})", file=sys.stderr)
+        if not pictures:
+            continue
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(device)
+        with torch.no_grad():
+            scores = prototypes.logits(encode_images(model, pixels)).softmax(dim=1)
+        best = scores.topk(min(args.top_k, scores.shape[1]), dim=1)
+        for file, values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
+            answers.append((file, [(prototypes.class_names[c], v) for c, v in zip(classes, values, strict=True)]))
+
+    if args.output_file:
+        _write(Path(args.output_file), answers)
+        print(f"{len(answers)} predictions written to {args.output_file}")
+    else:
+        for file, top in answers:
+            print(f"{file}: " + ", ".join(f"{name} {score:.1%}" for name, score in top))
+    if bad:
+        raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
+
+
+def find_images(arguments: list[str]) -> list[str]:
+    """Files as they are given, and the pictures in folders and below, sorted.
+
+    Raises:
+        UserError: nothing given, no such file, or a folder without pictures.
+    """
+    if not arguments:
+        raise UserError("predict: expected pictures or folders, found none. Type mmft-hf predict PICTURE.jpg.")
+    files = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{argument}: expected pictures in this folder ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+            files += found
+        elif path.is_file():
+            files.append(argument)
+        else:
+            raise UserError(f"{argument}: expected a picture or a folder, found nothing there.")
+    return files
+
+
+def _write(path: Path, answers: list[tuple[str, list[tuple[str, float]]]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            for name, top in answers:
+                row = {"file": name, "predictions": [{"label": label, "score": score} for label, score in top]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return
+        writer = csv.writer(file)
+        writer.writerow(
+            ["file", *(f"{what}_{k + 1}" for k in range(len(answers[0][1])) for what in ("label", "score"))]
+            if answers
+            else ["file"]
+        )
+        writer.writerows([name, *(value for pair in top for value in pair)] for name, top in answers)

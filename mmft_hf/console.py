@@ -1,0 +1,29 @@
+"""Printing for people: from the main process alone, in two columns."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks, under any launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str = "") -> None:
+    """Prints one text, in the main process."""
+    if is_main():
+        print(text, flush=True)
+
+
+def table(rows: dict[str, object]) -> None:
+    """Prints `name  value` lines, the names aligned."""
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        say(f"  {name:<{width}}  {value}")
+
+
+def percent(share: float, interval: tuple[float, float] | None = None) -> str:
+    """`31.5 %`, or `31.5 % (26.2 to 37.3)` with a 95 % interval."""
+    text = f"{100 * share:.1f} %"
+    return f"{text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else text

@@ -1,0 +1,198 @@
+"""The output folder of a run: whose it is, whether it may be written to, and the files that it ends up with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+
+from . import cards, report
+from .configuration import DataArguments, MMFTConfig, ModelArguments
+from .console import is_main
+from .data import Splits
+from .errors import UserError
+from .evaluation import Predictions
+from .prototypes import ClassPrototypes
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "mmft.json"
+RESULTS_FILE = "all_results.json"
+PREDICTIONS_FILE = "predictions_test.parquet"
+PICTURE_FILE = "predictions_test.png"
+# Settings of TrainingArguments that the weights depend on; another value is another run.
+DECIDING = (
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
+    "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
+    "eval_strategy eval_steps load_best_model_at_end world_size supcon_weight include_self class_template prototypes "
+    "crop_min_area on_bad_image"
+).split()
+
+
+class Run:
+    """One run and its folder.
+
+    Args:
+        path: the output folder.
+        model_args, data_args, config, splits: what the run works with; its identity is made of them.
+    """
+
+    def __init__(
+        self, path: str, model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig, splits: Splits
+    ):
+        self.path = Path(path)
+        self.splits = splits
+        self.config = config
+        self.identity = {
+            "base_model": model_args.model_name_or_path,
+            "base_model_revision": model_args.model_revision,
+            "vision_tower": model_args.vision_tower,
+            "text_tower": model_args.text_tower,
+            "dataset": data_args.dataset_name,
+            "dataset_config_name": data_args.dataset_config_name,
+            "dataset_fingerprint": splits.fingerprint(),
+            "captions": splits.has_captions,
+            "shots": data_args.shots,
+            "shots_seed": data_args.shots_seed,
+            # Through JSON, as it will be read back (enums become text).
+            **{key: json.loads(json.dumps(getattr(config, key), default=str)) for key in DECIDING},
+        }
+        self.completed = False
+
+    def open(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
+        """Claims the folder, before anything expensive, and returns what to resume from.
+
+        Raises:
+            UserError: it holds another run, or files that no run of ours left there.
+        """
+        if isinstance(resume, str) and resume.lower() in ("true", "false"):
+            resume = resume.lower() == "true"
+        found = self._read()
+        if found is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(
+                f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
+                "Type another --output_dir."
+            )
+        if found is not None and not overwrite:
+            differ = [k for k, v in self.identity.items() if found["identity"].get(k) != v]
+            if not resume:
+                state = "a finished run" if found["completed"] else "an unfinished run"
+                what = f"of other settings ({', '.join(differ)})" if differ else "of these very settings"
+                go_on = "" if differ else " To go on with it, type --resume_from_checkpoint true."
+                raise UserError(
+                    f"--output_dir {self.path}: it holds {state} {what}.{go_on} To keep it, type another --output_dir; "
+                    "to delete it, --overwrite_output_dir true."
+                )
+            if differ:
+                pairs = [f"{k} was {found['identity'].get(k)!r}, now {self.identity[k]!r}" for k in differ]
+                raise UserError(
+                    f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
+                    "same ones to go on with it, or another --output_dir."
+                )
+            self.completed = found["completed"]
+        state = PartialState()
+        state.wait_for_everyone()  # everyone has looked before anyone writes
+        if is_main() and not self.completed:
+            if overwrite and found is not None:
+                self._clear()
+            self._write(completed=False)
+        state.wait_for_everyone()
+        return resume if found is not None and not overwrite else (resume if isinstance(resume, str) else None)
+
+    def _read(self) -> dict | None:
+        try:
+            return json.loads((self.path / RUN_FILE).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{self.path / RUN_FILE}: expected JSON, found {error}. Type another --output_dir."
+            ) from error
+
+    def _write(self, completed: bool, **more) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {"completed": completed, "mmft_hf": __version__, "identity": self.identity, **more}
+        # Through a second file, so that a kill never leaves half a one.
+        temporary = self.path / f"{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(self.path / RUN_FILE)
+
+    def _clear(self) -> None:
+        """Deletes what a run leaves, and nothing else."""
+        for checkpoint in self.path.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        files = [RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, "README.md", "trainer_state.json"]
+        for pattern in (
+            *files,
+            "*.safetensors",
+            "*config.json",
+            "tokenizer*",
+            "vocab.json",
+            "merges.txt",
+            "*_map.json",
+        ):
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def save(
+        self,
+        model,
+        processor,
+        prototypes: ClassPrototypes,
+        predictions: Predictions,
+        zero_shot_test: dict,
+        accuracies: dict[str, float],
+        train_metrics: dict,
+        state,
+    ) -> dict:
+        """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
+
+        Returns:
+            The content of `all_results.json`.
+        """
+        test = predictions.report()
+        selected = self.config.load_best_model_at_end
+        epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
+        best_epoch = epochs.get(state.best_global_step) if selected else state.epoch
+        results = {
+            "zero_shot_test_accuracy": zero_shot_test["accuracy"],
+            "zero_shot_test_accuracy_ci_low": zero_shot_test["accuracy_ci_low"],
+            "zero_shot_test_accuracy_ci_high": zero_shot_test["accuracy_ci_high"],
+            "test_accuracy": test["accuracy"],
+            "test_accuracy_ci_low": test["accuracy_ci_low"],
+            "test_accuracy_ci_high": test["accuracy_ci_high"],
+            "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
+            **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
+            "test_images": test["examples"],
+            "test_skipped_images": test["skipped"],
+            **accuracies,
+            "selection_policy": "val-full" if selected else "last",
+            "selection": f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation; epoch 0 is the untuned model"
+            if selected
+            else f"the last epoch ({state.epoch:g})",
+            "best_epoch": best_epoch,
+            "seed": self.config.seed,
+            **train_metrics,
+        }
+        model.config.id2label = dict(enumerate(self.splits.class_names))
+        model.config.label2id = {name: i for i, name in enumerate(self.splits.class_names)}
+        model.save_pretrained(self.path)
+        processor.save_pretrained(self.path)
+        prototypes.save_pretrained(self.path)
+        report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
+        report.contact_sheet(self.splits.test, predictions).save(self.path / PICTURE_FILE, optimize=True)
+        (self.path / "README.md").write_text(cards.model_card(self.identity, results, test, prototypes))
+        (self.path / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+        state.save_to_json(str(self.path / "trainer_state.json"))
+        self._write(
+            completed=True,
+            class_names=self.splits.class_names,
+            selection=results["selection"],
+            notes=self.splits.notes,
+            versions=cards.versions(),
+        )
+        return results
