@@ -1,0 +1,147 @@
+"""Pre-train the tiny CLIP on a prepared folder; fixed number of steps, seeded, resumable by hand from nothing else."""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from data import Captions, augment, load_items
+from datasets import load_dataset
+from evaluate import Pictures, linear_probe, zero_shot
+from model import build, image_features, processor, save, start_local, text_features, train_tokenizer
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
+    parser.add_argument("--emoji-mini", type=Path, required=True, help="for the validation figure in the log")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--full-steps", type=int, default=800, help="last steps, with all patches")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the patches seen before the last steps")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--bag-weight", type=float, default=1.0, help="weight of the auxiliary bag-of-words loss")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--vision-layers", type=int, default=6)
+    parser.add_argument("--text-layers", type=int, default=3)
+    parser.add_argument("--patch", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check-every", type=int, default=500)
+    parser.add_argument("--plain-start", action="store_true", help="random starting weights throughout")
+    parser.add_argument("--compile", action="store_true", help="compile the vision encoder (needs g++)")
+    return parser.parse_args()
+
+
+def contrastive(image, text, scale, fits):
+    """CLIP loss with several right pairs: image, text float (B, P), fits bool (B, B). Mean of both directions."""
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    fits = fits.float()
+    to_text = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
+    return (to_text + to_image) / 2
+
+
+def main():
+    args = arguments()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
+    sources = json.loads((Path(__file__).parent / "sources.json").read_text())
+    images, items, weight = load_items(args.data, sources)
+    mono = torch.tensor([i["mono"] for i in items])
+    captions = Captions(items)
+    tokenizer = train_tokenizer(captions.corpus(), args.vocab)
+    model = build(tokenizer, args.width, args.vision_layers, args.text_layers, args.patch)
+    if not args.plain_start:
+        start_local(model)
+    bag_head = nn.Linear(args.width, captions.bag.shape[1])  # auxiliary, thrown away after training
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{len(items)} pictures, {len(captions.index)} keys, bag of {captions.bag.shape[1]}, {len(tokenizer)} tokens")
+    print(f"{parameters / 1e6:.2f} M parameters; {vars(args)}", flush=True)
+    if args.compile:
+        model.vision_model.encoder.compile()
+
+    everything = [*model.named_parameters(), *bag_head.named_parameters()]
+    plain = [p for n, p in everything if p.ndim < 2 or "embedding" in n]
+    decayed = [p for n, p in everything if not (p.ndim < 2 or "embedding" in n)]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
+    warmup = max(1, args.steps // 20)
+
+    def rate(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    check = load_dataset(str(args.emoji_mini))
+    train, valid = (Pictures(check[s], processor(tokenizer)) for s in ("train", "validation"))
+    weight = weight / weight.sum()
+    start, sums = time.time(), np.zeros(2)
+    for step in range(args.steps):
+        rows = rng.choice(len(items), args.batch, replace=False, p=weight)
+        texts, fits = captions.batch(rows, rng)
+        ids = tokenizer(
+            texts, padding=True, pad_to_multiple_of=8, truncation=True, max_length=args.max_tokens, return_tensors="pt"
+        ).input_ids
+        index = torch.from_numpy(rows)
+        pixels = augment(images[index], mono[index], generator)
+        bag = torch.from_numpy(captions.bag[rows].toarray())
+        keep = args.keep if step < args.steps - args.full_steps else 1.0
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled, image = image_features(model, pixels, keep, generator)
+            text = text_features(model, ids)
+        clip_loss = contrastive(image.float(), text.float(), model.logit_scale.exp(), fits)
+        words = F.log_softmax(bag_head(pooled.float()), -1)
+        bag_loss = -(words * bag / bag.sum(1, keepdim=True).clamp(min=1e-6)).sum(1).mean()
+        optimizer.zero_grad()
+        (clip_loss + args.bag_weight * bag_loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        if step >= warmup:
+            average.update_parameters(model)
+        sums += clip_loss.item(), bag_loss.item()
+        if (step + 1) % 50 == 0:
+            seconds = time.time() - start
+            print(
+                f"step {step + 1} clip {sums[0] / 50:.3f} words {sums[1] / 50:.3f} "
+                f"scale {model.logit_scale.exp().item():.1f} {args.batch * (step + 1) / seconds:.0f} pictures/s",
+                flush=True,
+            )
+            sums[:] = 0
+        if (step + 1) % args.check_every == 0 or step + 1 == args.steps:
+            net = average.module.eval()
+            right, n = zero_shot(net, tokenizer, valid)
+            probe = linear_probe(net, train, valid)
+            print(
+                f"step {step + 1}: emoji_mini validation zero-shot {right / n:.3f}, linear probe {probe:.3f}",
+                flush=True,
+            )
+            save(net, tokenizer, args.out)
+    seconds = time.time() - start
+    record = {"steps": args.steps, "views": args.steps * args.batch, "minutes": seconds / 60, "pictures": len(items)}
+    record["tokens"] = len(tokenizer)
+    record |= {"parameters": parameters, "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)}}
+    (args.out / "training.json").write_text(json.dumps(record, indent=1))
+    print(record)
+
+
+if __name__ == "__main__":
+    main()
