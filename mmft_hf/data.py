@@ -25,6 +25,8 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+TEXT = (Value("string"), Value("large_string"))
+NOTHING = (Value("null"),)  # what a column of JSON is read as if no row has a value
 
 
 @dataclass
@@ -110,7 +112,7 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
                 + (f" Columns of text: {', '.join(lists)}." if lists else "")
                 + (nearest(column, features) or f" Type --{role}_column NAME.")
             )
-    if captions and not _is_text(features[captions]):
+    if captions and not _is_text(features[captions], *NOTHING):
         raise UserError(
             f"column {captions!r}: expected text or a list of texts as captions, found {features[captions]}. "
             "Type --captions_column NAME, or leave it out to train with class templates alone."
@@ -121,20 +123,18 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
         in_the_way = [role for role, column in wanted.items() if role != column and role in dataset.column_names]
         dataset = dataset.remove_columns(in_the_way)
         dataset = dataset.rename_columns({column: role for role, column in wanted.items() if role != column})
-        if dataset.features["image"] in (Value("string"), Value("large_string")):
+        if dataset.features["image"] in TEXT:
             paths = [str(base / p) if p else None for p in dataset["image"]]
             dataset = dataset.remove_columns("image").add_column("image", paths)
         kind = dataset.features["image"]
-        if not isinstance(kind, Image) and kind not in (Value("string"), Value("large_string"), Value("binary")):
+        if not isinstance(kind, Image) and kind not in (*TEXT, Value("binary")):
             raise UserError(f"column {args.image_column!r}: expected images or their paths, found {kind}.")
         mapped[split] = dataset.cast_column("image", Image(decode=False))
     return mapped, bool(captions)
 
 
-def _is_text(kind) -> bool:
-    return kind in (Value("string"), Value("large_string")) or (
-        isinstance(kind, List) and kind.feature in (Value("string"), Value("large_string"))
-    )
+def _is_text(kind, *others) -> bool:
+    return (kind.feature if isinstance(kind, List) else kind) in (*TEXT, *others)
 
 
 def text_columns(dataset: Dataset) -> list[str]:
@@ -148,7 +148,7 @@ def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str
         names = list(args.class_names)
     elif isinstance(kind, ClassLabel):
         names = list(kind.names)
-    elif kind in (Value("string"), Value("large_string")):
+    elif kind in TEXT:
         names = sorted({str(v) for v in data[train]["label"] if v is not None})
     elif kind.dtype.startswith(("int", "uint")):
         count = len(set(data[train]["label"]))
@@ -261,8 +261,15 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     split = _find_split(raw, "test", args.test_split)
     if split is None:
         return None
+    if len(raw[split]) == 0:
+        raise UserError(
+            f"data set {args.dataset_name!r}: split {split!r} is empty. Fill it, or type --test_split NAME."
+        )
     data, _ = _map_columns(DatasetDict({split: raw[split]}), args)
-    return _encode_labels(data[split], split, class_names, args.label_column)
+    dataset = data[split]
+    if args.class_names:
+        dataset = _encode_labels(_rename_classes(dataset, args.class_names), split, args.class_names, args.label_column)
+    return _encode_labels(dataset, split, class_names, args.label_column)
 
 
 def load_splits(args: DataArguments) -> Splits:
@@ -278,11 +285,16 @@ def load_splits(args: DataArguments) -> Splits:
     notes = []
     train_name = _find_split(data, "train", args.train_split) or next(iter(data))
     train = data[train_name]
-    chosen = {}
+    chosen, used = {}, {train_name: "train"}
     for role, share in (("test", args.test_size), ("validation", args.validation_size)):
         found = _find_split(data, role, getattr(args, f"{role}_split"))
+        if found in used:
+            raise UserError(
+                f"split {found!r}: expected one role for each split, found {used[found]} and {role}. Found splits: "
+                f"{', '.join(data)}. Type --{used[found]}_split NAME or --{role}_split NAME."
+            )
         if found is not None:
-            chosen[role] = data[found]
+            chosen[role], used[found] = data[found], role
             continue
         rest, held = hold_out(labels_of(train), share, args.shots_seed)
         if not held:

@@ -43,20 +43,20 @@ def read_image(source) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # at a damaged file, Pillow's decoders raise whatever they stumble over
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         # Sixteen-bit grey (X-rays): Pillow's own conversion would clip everything above 255 to white.
         values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 
