@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(code: int, error: object, debug: bool) -> int:
     if debug and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    print(f"mmft-hf: {error}", file=sys.stderr)
+    message = str(error)
+    if message.startswith("Caught UserError in DataLoader worker"):  # followed by a traceback, then by what we said
+        message = message.rsplit("UserError: ", 1)[-1].strip()
+    print(f"mmft-hf: {message}", file=sys.stderr)
     return code
 
 
@@ -112,9 +115,15 @@ def parse(verb: str, command, argv: list[str]) -> tuple:
 
     config, argv = _take_config(argv)
     settings = _read_yaml(config, known - {"config", "help"}) if config else []
-    *filled, rest = parser.parse_args_into_dataclasses(
-        settings + argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *filled, rest = parser.parse_args_into_dataclasses(
+            settings + argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:  # how TrainingArguments refuses a setting
+        text = " ".join(str(error).split())
+        raise UserError(f"{verb}: {text} `mmft-hf {verb} --help` lists all settings.") from error
     extra = filled.pop() if len(filled) > len(command.ARGUMENTS) else None
     for word in rest:
         if word.startswith("--"):
@@ -149,7 +158,7 @@ def _read_yaml(path: str, known: set[str]) -> list[str]:
             settings = yaml.safe_load(file) or {}
     except OSError as error:
         raise UserError(f"--config {path}: expected a YAML file, but {error.strerror.lower()}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: expected YAML, found {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: expected lines `key: value`, found a {type(settings).__name__}.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from .errors import UserError
 from .prompts import DEFAULT_TEMPLATE, check_template
@@ -152,11 +152,13 @@ class MMFTConfig(TrainingArguments):
     num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs of training."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Training batch per process."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch per process."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When validation accuracy is measured."})
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "When validation accuracy is measured."}
+    )
     eval_on_start: bool = field(
         default=True, metadata={"help": "Make the untuned model a candidate of the selection, as epoch 0."}
     )
-    save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is saved."})
+    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When a checkpoint is saved."})
     save_total_limit: int | None = field(
         default=1, metadata={"help": "Checkpoints kept, beside the best one. Nothing: all."}
     )
@@ -165,7 +167,7 @@ class MMFTConfig(TrainingArguments):
     )
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selection compares."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that is better."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When the losses are logged."})
+    logging_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When the losses are logged."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,10 +90,17 @@ def load_raw(name: str, config: str | None = None, revision: str | None = None) 
     except UserError:
         raise
     except Exception as error:  # datasets raises a different class for each builder
+        empty = re.search(r'Instruction "(.*)" corresponds to no data', str(error))
+        if empty:
+            raise UserError(_empty_split(name, empty[1])) from error
         raise UserError(
             f"data set {name!r}: expected a Hub id, a folder of parquet files, a folder with one subfolder of images per "
             f"class, or a CSV/JSONL file; it could not be opened ({str(error).strip().splitlines()[0]})."
         ) from error
+
+
+def _empty_split(name: str, split: str) -> str:
+    return f"data set {name!r}: expected images in split {split!r}, found none: it is empty. Remove it, or fill it."
 
 
 def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bool]:
@@ -150,7 +158,7 @@ def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str
         names = list(kind.names)
     elif kind in TEXT:
         names = sorted({str(v) for v in data[train]["label"] if v is not None})
-    elif kind.dtype.startswith(("int", "uint")):
+    elif isinstance(kind, Value) and kind.dtype.startswith(("int", "uint")):
         count = len(set(data[train]["label"]))
         raise UserError(
             f"column {args.label_column!r}: expected class names, found bare numbers ({count} different ones), from "
@@ -224,7 +232,7 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool]:
     raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision)
     empty = [split for split, dataset in raw.items() if len(dataset) == 0]
     if empty:
-        raise UserError(f"data set {args.dataset_name!r}: split {empty[0]!r} is empty. Remove it, or fill it.")
+        raise UserError(_empty_split(args.dataset_name, empty[0]))
     train = _find_split(raw, "train", args.train_split)
     if train is None:
         if len(raw) > 1:
@@ -262,9 +270,7 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     if split is None:
         return None
     if len(raw[split]) == 0:
-        raise UserError(
-            f"data set {args.dataset_name!r}: split {split!r} is empty. Fill it, or type --test_split NAME."
-        )
+        raise UserError(_empty_split(args.dataset_name, split))
     data, _ = _map_columns(DatasetDict({split: raw[split]}), args)
     dataset = data[split]
     if args.class_names:

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import COLOURS, colour_dataset, colour_images
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, Subset
 
@@ -220,7 +220,6 @@ def test_split_of_another_name_is_used_when_named(tmp_path):
     for seed, name in enumerate(("fit", "choose", "final")):
         colour_dataset(3 + seed, seed).to_parquet(tmp_path / f"{name}.parquet")
     files = {name: str(tmp_path / f"{name}.parquet") for name in ("fit", "choose", "final")}
-    DatasetDict({k: Dataset.from_parquet(v) for k, v in files.items()})
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n"
         + "".join(f"  - split: {name}\n    path: {name}.parquet\n" for name in files)

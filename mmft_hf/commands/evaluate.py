@@ -45,6 +45,9 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..prototypes import ClassPrototypes
     from ..run_folder import RUN_FILE
 
+    for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}.")
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

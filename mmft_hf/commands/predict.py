@@ -42,8 +42,9 @@ def run(args: PredictArguments, images: list[str]) -> None:
     from ..prototypes import ClassPrototypes
 
     files = find_images(images)
-    if args.top_k < 1:
-        raise UserError(f"--top_k: expected 1 or more, found {args.top_k}.")
+    for name in ("top_k", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: expected 1 or more, found {getattr(args, name)}.")
     if args.output_file and Path(args.output_file).suffix not in (".csv", ".jsonl"):
         raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
