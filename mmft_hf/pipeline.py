@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from transformers import CLIPModel, Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -12,6 +13,11 @@ from .modeling import encode_images
 from .prototypes import ClassPrototypes
 
 TASK = "mmft-image-classification"
+
+# evaluate.evaluator (up to 0.4.6) asks whether a pipeline is a transformers.TFPreTrainedModel, a class that transformers
+# 5 no longer has, and so fails for every pipeline. No object is an instance of this stand-in.
+if not hasattr(transformers, "TFPreTrainedModel"):
+    transformers.TFPreTrainedModel = type("TFPreTrainedModel", (), {})
 
 
 class MMFTImageClassificationPipeline(Pipeline):

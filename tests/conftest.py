@@ -17,6 +17,10 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+# The models are so small that a second thread costs more than it brings.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 COLOURS = {"red thing": (220, 30, 30), "green thing": (30, 180, 40), "blue thing": (40, 60, 220)}
 
 
