@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the user must change something; 3 done in part, and the me
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -22,6 +23,17 @@ VERBS = {
     "evaluate": "measure a saved classifier on a labelled split, zero-shot beside it",
     "predict": "classify pictures with a saved classifier",
     "env": "print versions and devices, for bug reports",
+}
+# How a system refuses to write: no permission, a file where a folder should be or the reverse, a full or read-only disk.
+REFUSED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
 }
 HELP = (
     "usage: mmft-hf VERB [--config FILE.yaml] [--key value …]\n\n"
@@ -63,12 +75,23 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "finetune" and "--resume_from_checkpoint" not in argv:
             again += " --resume_from_checkpoint true"
         return _fail(3, f"stopped by you. To go on, type: {again}", debug)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            return _defect()
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(
+            2, f"{place}expected a place to write to, found: {error.strerror}. Type another path, or make room.", debug
+        )
     except SystemExit as error:  # argparse ends so after --help
         return error.code if isinstance(error.code, int) else 1
     except Exception:
-        traceback.print_exc()
-        print("\nmmft-hf: this is a defect of mmft_hf. Please report it with the output above.", file=sys.stderr)
-        return 1
+        return _defect()
+
+
+def _defect() -> int:
+    traceback.print_exc()
+    print("\nmmft-hf: this is a defect of mmft_hf. Please report it with the output above.", file=sys.stderr)
+    return 1
 
 
 def _fail(code: int, error: object, debug: bool) -> int:

@@ -93,9 +93,11 @@ def load_raw(name: str, config: str | None = None, revision: str | None = None) 
         empty = re.search(r'Instruction "(.*)" corresponds to no data', str(error))
         if empty:
             raise UserError(_empty_split(name, empty[1])) from error
+        # Around the reason, a builder wraps "An error occurred while generating the dataset".
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"data set {name!r}: expected a Hub id, a folder of parquet files, a folder with one subfolder of images per "
-            f"class, or a CSV/JSONL file; it could not be opened ({str(error).strip().splitlines()[0]})."
+            f"class, or a CSV/JSONL file; it could not be opened ({reason[0].rstrip('.')})."
         ) from error
 
 
@@ -112,6 +114,11 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
     captions = args.captions_column or ("captions" if "captions" in features else None)
     if captions:
         wanted["captions"] = captions
+    if list(features) == ["image"] and path.is_dir():
+        raise UserError(
+            f"data set {args.dataset_name!r}: expected one subfolder of images per class, and two classes or more; found "
+            "images without a class. Move them, or type --dataset_name FILE.csv with columns image and label."
+        )
     for role, column in wanted.items():
         if column not in features:
             lists = [name for name, kind in features.items() if role == "captions" and _is_text(kind)]

@@ -1,8 +1,10 @@
 """What the command line says, and which exit code it gives, when something is not as it should be."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -235,6 +237,19 @@ def test_no_data_there(fails, finetune, tmp_path):
     (tmp_path / "data.txt").write_text("x")
     fails(finetune(data=tmp_path / "data.txt"), "expected a .csv, .jsonl or .parquet file", "'.txt'")
     fails(finetune(data="builtin/emoji-maxi"), "builtin/emoji-maxi", "expected one of", "builtin/emoji-mini")
+
+
+def test_damaged_data_file_gives_the_reason(fails, finetune, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"image": "a.png", "label": \n')
+    fails(finetune(data=path), "a.jsonl", "could not be opened", "JSON parse error")
+
+
+def test_pictures_without_class_folders(fails, finetune, tmp_path):
+    for i, (image, _) in enumerate(colour_images(2)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        image.save(tmp_path / "data" / f"{i}.png")
+    fails(finetune(data=tmp_path / "data"), "expected one subfolder of images per class", "FILE.csv")
 
 
 def test_missing_column(fails, finetune):
@@ -600,12 +615,44 @@ def test_evaluate_settings_outside_their_range(fails, trained, data_folder):
     fails([*command, "--dataloader_num_workers", -1], "--dataloader_num_workers", "0 or more")
 
 
+@pytest.fixture
+def moved(trained, tmp_path):
+    """A copy of the finished run, whose record may be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "moved"))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+def test_evaluate_with_a_damaged_record(text, fails, moved, data_folder):
+    (moved / "mmft.json").write_text(text)
+    command = ["evaluate", "--model_name_or_path", moved, "--dataset_name", data_folder]
+    fails(command, "mmft.json", "expected the record that finetune leaves")
+
+
+def test_evaluate_goes_on_where_the_untuned_model_is_gone(succeeds, moved, data_folder):
+    record = json.loads((moved / "mmft.json").read_text())
+    record["identity"]["base_model"] = "a/folder/that/was/moved"
+    (moved / "mmft.json").write_text(json.dumps(record))
+    out, _ = succeeds(["evaluate", "--model_name_or_path", moved, "--dataset_name", data_folder])
+    assert "18 images" in out and "no zero-shot baseline" in out and "a/folder/that/was/moved" in out
+
+
+def test_output_that_cannot_be_written(fails, trained, finetune, shots, data_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fails(finetune("--output_dir", tmp_path / "file"), str(tmp_path / "file"), "expected")
+    model = ("--model_name_or_path", trained)
+    fails(["predict", shots, *model, "--output_file", tmp_path / "file" / "a.csv"], str(tmp_path / "file"), "expected")
+    evaluate = ["evaluate", *model, "--dataset_name", data_folder]
+    fails([*evaluate, "--output_dir", tmp_path / "file"], str(tmp_path / "file"), "Type another path")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 # -- our own defects --------------------------------------------------------------------------------------------------
-def test_a_defect_of_ours_is_1_with_a_traceback(capsys, monkeypatch):
-    monkeypatch.setattr("mmft_hf.commands.env.run", lambda *args: 1 / 0)
+@pytest.mark.parametrize("error", [lambda: 1 / 0, lambda: open("/no/such/file")])
+def test_a_defect_of_ours_is_1_with_a_traceback(error, capsys, monkeypatch):
+    monkeypatch.setattr("mmft_hf.commands.env.run", lambda *args: error())
     assert main(["env"]) == 1
     err = capsys.readouterr().err
-    assert "ZeroDivisionError" in err and "defect of mmft_hf" in err
+    assert "Traceback" in err and "defect of mmft_hf" in err
 
 
 def test_debug_shows_the_traceback_of_a_user_error(capsys):

@@ -48,13 +48,21 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}.")
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device)
 
     record = Path(args.model_name_or_path) / RUN_FILE
-    identity = json.loads(record.read_text())["identity"] if record.is_file() else {}
+    try:
+        identity = json.loads(record.read_text())["identity"] if record.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{record}: expected the record that finetune leaves, found {error!r}. Restore it, or remove it to go "
+            "without the zero-shot baseline."
+        ) from error
     dataset = load_test_split(data_args, prototypes.class_names)
     if dataset is None:
         splits = load_splits(data_args)
@@ -78,12 +86,18 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
 
     result = score(model, prototypes)
     base = identity.get("base_model")
-    zero_shot = None
+    zero_shot, missing = None, None
     if base:
-        untuned, _ = load_model(base, identity.get("base_model_revision"))
-        untuned.to(device)
-        template = identity["class_template"]
-        zero_shot = score(untuned, ClassPrototypes.from_templates(untuned, processor, prototypes.class_names, template))
+        try:
+            untuned, _ = load_model(base, identity.get("base_model_revision"))
+        except UserError as error:
+            missing = error
+        else:
+            untuned.to(device)
+            template = identity["class_template"]
+            zero_shot = score(
+                untuned, ClassPrototypes.from_templates(untuned, processor, prototypes.class_names, template)
+            )
 
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
@@ -98,6 +112,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if result["skipped"]:
         rows["skipped"] = f"{result['skipped']} images that cannot be read"
     table(rows)
+    if missing:
+        say(f"\n  Note: no zero-shot baseline, since the untuned model is gone. {missing}")
     say("\nPer class, weakest first")
     names = prototypes.class_names
     width = max(map(len, names))
@@ -111,7 +127,6 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
 
     if args.output_dir:
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps({**result, "zero_shot": zero_shot}, indent=2) + "\n")
         _write_csv(
             folder / "per_class.csv", ["class", "images", "accuracy"], [list(r.values()) for r in result["per_class"]]

@@ -47,6 +47,8 @@ def run(args: PredictArguments, images: list[str]) -> None:
             raise UserError(f"--{name}: expected 1 or more, found {getattr(args, name)}.")
     if args.output_file and Path(args.output_file).suffix not in (".csv", ".jsonl"):
         raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
+    if args.output_file:
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -106,7 +108,6 @@ def find_images(arguments: list[str]) -> list[str]:
 
 
 def _write(path: Path, answers: list[tuple[str, list[tuple[str, float]]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             for name, top in answers:
