@@ -1,6 +1,9 @@
-"""The same as `mmft-hf caption`, for `accelerate launch` and `python`."""
+"""`accelerate launch recipes/caption.py …` does what `mmft-hf caption …` does, on as many processes as it is told."""
 
 import sys
+
+# Python looks for modules in this folder first, where evaluate.py would hide the package of that name.
+sys.path.pop(0)
 
 from mmft_hf.cli import main
 

@@ -1,6 +1,9 @@
-"""`accelerate launch recipes/finetune.py --config recipes/quickstart/finetune.yaml`: the same as `mmft-hf finetune`."""
+"""`accelerate launch recipes/finetune.py …` does what `mmft-hf finetune …` does, on as many processes as it is told."""
 
 import sys
+
+# Python looks for modules in this folder first, where evaluate.py would hide the package of that name.
+sys.path.pop(0)
 
 from mmft_hf.cli import main
 

@@ -1,6 +1,9 @@
-"""The same as `mmft-hf predict`, for `accelerate launch` and `python`."""
+"""`accelerate launch recipes/predict.py …` does what `mmft-hf predict …` does, on as many processes as it is told."""
 
 import sys
+
+# Python looks for modules in this folder first, where evaluate.py would hide the package of that name.
+sys.path.pop(0)
 
 from mmft_hf.cli import main
 

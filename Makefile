@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. Both work from a bare clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Nothing but the package installs needs a network.
+export HF_HUB_OFFLINE = 1
+
+.PHONY: quickstart seeds test lint clean
+
+quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two predictions on the embedded data
+	$(BIN)/mmft-hf caption --config recipes/quickstart/caption.yaml --overwrite_output_dir true
+	@echo
+	$(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --overwrite_output_dir true
+	@echo
+	$(BIN)/python recipes/quickstart/two_pictures.py outputs/quickstart/pictures
+	$(BIN)/mmft-hf predict outputs/quickstart/pictures --model_name_or_path outputs/quickstart/run
+	@echo
+	@echo "Results, model and card: outputs/quickstart/run   Captioned data: outputs/quickstart/captioned"
+	@echo "Your own pictures, one folder per class: $(BIN)/mmft-hf finetune --dataset_name FOLDER --output_dir outputs/mine"
+
+seeds: $(VENV)/.installed ## the table of the README: three seeds of the quickstart
+	$(BIN)/mmft-hf caption --config recipes/quickstart/caption.yaml --overwrite_output_dir true
+	for seed in 0 1 2; do \
+	  $(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --seed $$seed \
+	    --output_dir outputs/quickstart/seed$$seed --overwrite_output_dir true || exit; \
+	done
+	$(BIN)/python recipes/quickstart/seed_table.py outputs/quickstart/seed0 outputs/quickstart/seed1 outputs/quickstart/seed2
+
+test: $(VENV)/.tested ## ruff and the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# torch first: asked for by another package, pip would take the newest build, several GB of CUDA libraries included.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

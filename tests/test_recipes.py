@@ -1,0 +1,64 @@
+"""Every recipe parses, and the scripts do what their verbs do."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmft_hf.cli import VERBS, parse
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+# A file is named after its verb.
+YAMLS = sorted(p for p in RECIPES.rglob("*.yaml") if p.stem in VERBS)
+SCRIPTS = sorted(RECIPES.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_yaml_parses_and_changes_something(path):
+    command = importlib.import_module(f"mmft_hf.commands.{path.stem}")
+    filled = parse(path.stem, command, ["--config", str(path)])
+    assert [str(a) for a in filled] != [str(a) for a in parse(path.stem, command, [])]
+
+
+def test_quickstart_recipes_fit_each_other():
+    caption = parse("caption", importlib.import_module("mmft_hf.commands.caption"), ["--config", str(YAMLS[0])])
+    path = RECIPES / "quickstart" / "finetune.yaml"
+    _, data, _ = parse("finetune", importlib.import_module("mmft_hf.commands.finetune"), ["--config", str(path)])
+    assert caption[1].output_dir == data.dataset_name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_scripts_are_thin_and_named_after_their_verb(path):
+    assert path.stem in VERBS
+    assert len(path.read_text().splitlines()) <= 40
+
+
+def test_accelerate_launch_runs_the_finetune_recipe(clip_folder, data_folder, tmp_path):
+    settings = f"""
+model_name_or_path: {clip_folder}
+dataset_name: {data_folder}
+output_dir: {tmp_path / "out"}
+max_steps: 2
+learning_rate: 1e-3
+per_device_train_batch_size: 8
+"""
+    (tmp_path / "finetune.yaml").write_text(settings)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(RECIPES / "finetune.py")]
+    done = subprocess.run(
+        [*command, "--config", str(tmp_path / "finetune.yaml")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Test accuracy on 18 images" in done.stdout
+    assert (tmp_path / "out" / "prototypes.safetensors").is_file()
