@@ -7,7 +7,7 @@ import math
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
@@ -43,6 +43,8 @@ def read_image(source) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
+    except UnidentifiedImageError as error:
+        raise BadImage("expected a picture, found a file of no known image format") from error
     except Exception as error:  # at a damaged file, Pillow's decoders raise whatever they stumble over
         raise BadImage(f"{type(error).__name__}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from datasets import Dataset, Image
@@ -14,6 +15,12 @@ from .prompts import training_text
 from .sampling import generator
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A bad picture is met again in every epoch: it is named once."""
+    logger.warning(message)
 
 
 class ImageView(TorchDataset):
@@ -48,7 +55,7 @@ class ImageView(TorchDataset):
                 raise UserError(
                     f"{where} cannot be read: {error}. Repair or remove it, or type --on_bad_image skip."
                 ) from error
-            logger.warning("%s is skipped: %s", where, error)
+            _warn_once(f"{where} is skipped: {error}")
             values["image"] = None
         return values
 

@@ -341,10 +341,6 @@ def test_two_classes_with_the_same_name(other, fails, finetune, tmp_path):
     fails(finetune(data=tmp_path / "data"), "two classes have the same name", "'cat_a'", repr(other))
 
 
-def test_shots_below_one(fails, finetune):
-    fails(finetune("--shots", "-4"), "--shots", "1 or more")
-
-
 # -- bad pictures -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_training_picture_stops_and_is_named(workers, fails, finetune, data_with):
@@ -361,6 +357,15 @@ def test_bad_training_picture_stops_and_is_named(workers, fails, finetune, data_
 def test_bad_evaluation_picture_stops_and_is_named(split, fails, finetune, data_with):
     data = data_with(**{split: with_bad_picture(4, colour_dataset(3))})
     fails(finetune(data=data), f"{split} image, row 4 cannot be read", "--on_bad_image skip")
+
+
+def test_the_message_is_all_that_a_process_leaves_on_stderr(finetune, data_with):
+    data = data_with(train=with_bad_picture(4, colour_dataset(3)))
+    command = [sys.executable, "-m", "mmft_hf", *map(str, finetune("--eval_on_start", "false", data=data))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("mmft-hf: training image, row 4 cannot be read: expected a picture")
 
 
 def test_missing_file_is_named(fails, finetune, tmp_path):

@@ -580,6 +580,14 @@ def test_evaluation_leaves_a_bad_picture_empty():
     assert view[3] == {"image": None, "label": 0, "skipped": 1}
 
 
+def test_a_bad_picture_is_reported_once(caplog):
+    for epoch in range(3):
+        view = ImageView(with_bad_picture(3), on_bad_image="skip", name=f"reported once {epoch // 2}")
+        assert view[3]["skipped"] == view[3]["skipped"] == 1
+    rows = [record.message for record in caplog.records if "row 3 is skipped" in record.message]
+    assert [row.split(" image")[0] for row in rows] == ["reported once 0", "reported once 1"]
+
+
 # -- reading one picture ----------------------------------------------------------------------------------------------
 def encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
@@ -668,6 +676,11 @@ def test_damage_that_only_the_exif_code_meets_is_a_bad_image(monkeypatch):
     monkeypatch.setattr(images.ImageOps, "exif_transpose", stumble)
     with pytest.raises(BadImage, match="required argument is not an integer"):
         read_image(encoded(PILImage.new("RGB", (2, 2))))
+
+
+def test_a_file_of_another_kind_is_named_as_such():
+    with pytest.raises(BadImage, match="expected a picture, found a file of no known image format"):
+        read_image(b"%PDF-1.7")
 
 
 def test_cut_file_is_a_bad_image():
