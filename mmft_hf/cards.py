@@ -24,6 +24,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def public_name(name: str) -> str:
+    """A Hub id or `builtin/…` as it is; of a local path only the last part, since paths are nobody's business."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def model_card(identity: dict, results: dict, test: dict, prototypes: ClassPrototypes) -> str:
     """Markdown of the model card.
 
@@ -44,13 +49,12 @@ def model_card(identity: dict, results: dict, test: dict, prototypes: ClassProto
         "shots per class": identity["shots"] or "all",
         "seed": identity["seed"],
     }
+    base = identity["base_model"]
     per_class = sorted((row for row in test["per_class"] if row["images"]), key=lambda row: row["accuracy"])
     return Template((TEMPLATES / "model_card.md").read_text(encoding="utf-8")).substitute(
-        base_model=identity["base_model"],
-        base_model_line=""
-        if identity["base_model"].startswith("builtin/")
-        else f"base_model: {identity['base_model']}\n",
-        dataset=identity["dataset"],
+        base_model=public_name(base),
+        base_model_line="" if base.startswith("builtin/") or Path(base).exists() else f"base_model: {base}\n",
+        dataset=public_name(identity["dataset"]),
         classes=len(prototypes.class_names),
         captions="captions" if identity["captions"] else "class templates (there were no captions)",
         source=prototypes.source,
