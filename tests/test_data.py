@@ -427,7 +427,7 @@ def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
 
 def test_fingerprint_changes_with_a_caption_a_label_and_a_name(tmp_path):
     train = colour_dataset(2)
-    captions = [["other"], *train["captions"][1:]]
+    captions = [["other", train["captions"][0][1]], *train["captions"][1:]]
     labels = [1, *train["label"][1:]]
     variants = {
         "same": splits_of(save_splits(tmp_path / "same", train)),
