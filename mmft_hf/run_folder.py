@@ -77,6 +77,7 @@ class Run:
                 f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
                 "Type another --output_dir."
             )
+        overwrite = overwrite and not resume  # asked to go on, nothing is deleted
         if found is not None and not overwrite:
             differ = [k for k, v in self.identity.items() if found["identity"].get(k) != v]
             if not resume:
@@ -101,7 +102,7 @@ class Run:
                 self._clear()
             self._write(completed=False)
         state.wait_for_everyone()
-        return resume if found is not None and not overwrite else (resume if isinstance(resume, str) else None)
+        return resume
 
     def _read(self) -> dict | None:
         try:

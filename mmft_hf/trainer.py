@@ -238,6 +238,9 @@ class MMFTTrainer(Trainer):
         keys = ("accuracy", "top5_accuracy", "mean_per_class_accuracy")
         return {key: result[key] for key in keys if key in result}
 
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: the stock card would overwrite the one with the results, which the output folder gets at the end."""
+
     # -- selection, checkpoints, resume ------------------------------------------------------------------------------
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """Makes the untuned model a candidate: the stock Trainer evaluates it on start, but cannot select it."""
