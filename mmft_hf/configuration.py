@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -171,7 +172,10 @@ class MMFTConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
     )
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."})
+    # HfArgumentParser reads no other order of these types.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,8 +188,30 @@ class MMFTConfig(TrainingArguments):
             raise UserError(f"--supcon_weight: expected a number from 0 to 1, found {self.supcon_weight}.")
         if not 0.0 < self.crop_min_area <= 1.0:
             raise UserError(f"--crop_min_area: expected a share above 0, at most 1, found {self.crop_min_area}.")
-        if self.seed < 0:
-            raise UserError(f"--seed: expected 0 or more, found {self.seed}.")
+        for name, low, high in (
+            ("per_device_train_batch_size", 1, math.inf),
+            ("per_device_eval_batch_size", 1, math.inf),
+            ("gradient_accumulation_steps", 1, math.inf),
+            ("dataloader_num_workers", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("max_grad_norm", 0, math.inf),
+            ("seed", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                most = "" if high == math.inf else f" to {high}"
+                raise UserError(f"--{name}: expected {low}{most or ' or more'}, found {value}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning_rate: expected a number above 0, found {self.learning_rate}.")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise UserError(
+                f"--{name}: expected more than 0, found {getattr(self, name)}. To measure, type mmft-hf evaluate."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise UserError(
+                "--neftune_noise_alpha: expected nothing; CLIP's text tower has no such noise. Leave it out."
+            )
         if self.dataloader_drop_last:
             raise UserError(
                 "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "

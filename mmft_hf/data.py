@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
 
+from .builtin import builtin
 from .configuration import DataArguments
 from .errors import UserError, nearest
-from .modeling import builtin
 from .prompts import clean_class_name
 from .sampling import few_shot_split, hold_out
 

@@ -5,37 +5,21 @@ Shapes: `B` images or texts, `T` tokens, `D` embedding size.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 
+from .builtin import builtin
 from .configuration import TOWER_MODES, choice
 from .errors import UserError
 
-ASSETS = Path(__file__).parent / "assets"
 # Parameters of each tower, by the start of their names in CLIPModel.
 TOWERS = {
     "vision": ("vision_model.", "visual_projection."),
     "text": ("text_model.", "text_projection."),
 }
-
-
-def builtin(name: str) -> str:
-    """The folder of `builtin/...` inside this package; any other name as it is.
-
-    Raises:
-        UserError: there is no such embedded model or data set.
-    """
-    if not name.startswith("builtin/"):
-        return name
-    folder = ASSETS / name.removeprefix("builtin/").replace("-", "_")
-    if not folder.is_dir():
-        known = ", ".join(f"builtin/{p.name.replace('_', '-')}" for p in sorted(ASSETS.iterdir()) if p.is_dir())
-        raise UserError(f"{name}: expected one of {known}.")
-    return str(folder)
 
 
 def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = None) -> tuple[CLIPModel, CLIPProcessor]:
@@ -70,11 +54,17 @@ def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = N
         model = CLIPModel.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json beside "
             f"config.json; {str(error).strip().splitlines()[0]}"
         ) from error
+    # Without its vocabulary file a tokenizer still loads, with next to no words, and everything would run on.
+    if not 0.9 * config.text_config.vocab_size <= len(tokenizer) <= config.text_config.vocab_size:
+        raise UserError(
+            f"model {name_or_path!r}: expected a tokenizer of {config.text_config.vocab_size} tokens, as config.json says, "
+            f"found {len(tokenizer)}. Is its tokenizer.json (or vocab.json and merges.txt) missing, or another model's?"
+        )
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
     return model, CLIPProcessor(image_processor, tokenizer)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -135,7 +135,9 @@ class ClassPrototypes:
         """
         names = dataset.features["label"].names
         sums, counts = None, torch.zeros(len(names), dtype=torch.float64)
-        for embeds, labels in image_embeddings(model, processor, dataset, batch_size, on_bad_image, workers, progress):
+        for embeds, labels in image_embeddings(
+            model, processor, dataset, batch_size, on_bad_image, workers, progress, "training"
+        ):
             embeds, labels = embeds[labels != IGNORED].double().cpu(), labels[labels != IGNORED]
             sums = torch.zeros(len(names), embeds.shape[1], dtype=torch.float64) if sums is None else sums
             sums.index_add_(0, labels, embeds)
@@ -176,9 +178,14 @@ class ClassPrototypes:
                 raise UserError(_no_prototypes(folder_or_hub_id)) from error
         if not path.is_file():
             raise UserError(_no_prototypes(folder_or_hub_id))
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            embeddings = file.get_tensor("prototypes")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                embeddings = file.get_tensor("prototypes")
+        except SafetensorError as error:
+            raise UserError(
+                f"{path}: expected class prototypes, found a damaged file ({error}). Make them again."
+            ) from error
         return cls(
             embeddings,
             json.loads(metadata["class_names"]),

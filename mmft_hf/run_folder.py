@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -15,15 +15,20 @@ from .console import is_main
 from .data import Splits
 from .errors import UserError
 from .evaluation import Predictions
+from .prototypes import FILE_NAME as PROTOTYPES_FILE
 from .prototypes import ClassPrototypes
 from .version import __version__
-
-logger = logging.getLogger(__name__)
 
 RUN_FILE = "mmft.json"
 RESULTS_FILE = "all_results.json"
 PREDICTIONS_FILE = "predictions_test.parquet"
 PICTURE_FILE = "predictions_test.png"
+# All that a run writes to its folder, beside checkpoints and the shards of a large model.
+FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, PROTOTYPES_FILE} | set(
+    "README.md trainer_state.json config.json model.safetensors model.safetensors.index.json tokenizer.json "
+    "tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json preprocessor_config.json "
+    "processor_config.json".split()
+)
 # Settings of TrainingArguments that the weights depend on; another value is another run.
 DECIDING = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
@@ -63,8 +68,8 @@ class Run:
         }
         self.completed = False
 
-    def open(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
-        """Claims the folder, before anything expensive, and returns what to resume from.
+    def check(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
+        """Whether this run may have the folder; writes nothing. Returns what to resume from.
 
         Raises:
             UserError: it holds another run, or files that no run of ours left there.
@@ -72,47 +77,52 @@ class Run:
         if isinstance(resume, str) and resume.lower() in ("true", "false"):
             resume = resume.lower() == "true"
         found = self._read()
-        if found is None and self.path.is_dir() and any(self.path.iterdir()):
+        if found is None:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(
+                    f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
+                    "Type another --output_dir."
+                )
+            return resume
+        differ = [k for k, v in self.identity.items() if found["identity"].get(k) != v]
+        if resume and differ:
+            pairs = [f"{k} was {found['identity'].get(k)!r}, now {self.identity[k]!r}" for k in differ]
             raise UserError(
-                f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
-                "Type another --output_dir."
+                f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
+                "same ones to go on with it, or another --output_dir."
             )
-        overwrite = overwrite and not resume  # asked to go on, nothing is deleted
-        if found is not None and not overwrite:
-            differ = [k for k, v in self.identity.items() if found["identity"].get(k) != v]
-            if not resume:
-                state = "a finished run" if found["completed"] else "an unfinished run"
-                what = f"of other settings ({', '.join(differ)})" if differ else "of these very settings"
-                go_on = "" if differ else " To go on with it, type --resume_from_checkpoint true."
-                raise UserError(
-                    f"--output_dir {self.path}: it holds {state} {what}.{go_on} To keep it, type another --output_dir; "
-                    "to delete it, --overwrite_output_dir true."
-                )
-            if differ:
-                pairs = [f"{k} was {found['identity'].get(k)!r}, now {self.identity[k]!r}" for k in differ]
-                raise UserError(
-                    f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
-                    "same ones to go on with it, or another --output_dir."
-                )
-            self.completed = found["completed"]
+        if not resume and not overwrite:
+            state = "a finished run" if found["completed"] else "an unfinished run"
+            what = f"of other settings ({', '.join(differ)})" if differ else "of these very settings"
+            go_on = "" if differ else " To go on with it, type --resume_from_checkpoint true."
+            raise UserError(
+                f"--output_dir {self.path}: it holds {state} {what}.{go_on} To keep it, type another --output_dir; "
+                "to delete it, --overwrite_output_dir true."
+            )
+        self.completed = bool(resume) and found["completed"]
+        return resume
+
+    def claim(self, resume: str | bool | None) -> None:
+        """Makes the folder this run's own; a run that is to be overwritten is deleted, one that goes on is not."""
         state = PartialState()
         state.wait_for_everyone()  # everyone has looked before anyone writes
-        if is_main() and not self.completed:
-            if overwrite and found is not None:
+        if is_main():
+            if not resume:
                 self._clear()
             self._write(completed=False)
         state.wait_for_everyone()
-        return resume
 
     def _read(self) -> dict | None:
+        path = self.path / RUN_FILE
         try:
-            return json.loads((self.path / RUN_FILE).read_text())
+            record = json.loads(path.read_text())
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise UserError(
-                f"{self.path / RUN_FILE}: expected JSON, found {error}. Type another --output_dir."
-            ) from error
+            raise UserError(f"{path}: expected JSON, found {error}. Type another --output_dir.") from error
+        if not isinstance(record, dict) or not isinstance(record.get("identity"), dict) or "completed" not in record:
+            raise UserError(f"{path}: expected the record of a run, found another file. Type another --output_dir.")
+        return record
 
     def _write(self, completed: bool, **more) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -123,21 +133,16 @@ class Run:
         temporary.replace(self.path / RUN_FILE)
 
     def _clear(self) -> None:
-        """Deletes what a run leaves, and nothing else."""
-        for checkpoint in self.path.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        files = [RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, "README.md", "trainer_state.json"]
-        for pattern in (
-            *files,
-            "*.safetensors",
-            "*config.json",
-            "tokenizer*",
-            "vocab.json",
-            "merges.txt",
-            "*_map.json",
-        ):
-            for file in self.path.glob(pattern):
-                file.unlink()
+        """Deletes what a run leaves, by exact name, and nothing else."""
+        if not (self.path / RUN_FILE).is_file():
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
+                shutil.rmtree(entry)
+            elif entry.is_file() and (
+                entry.name in FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", entry.name)
+            ):
+                entry.unlink()
 
     def save(
         self,
@@ -146,7 +151,7 @@ class Run:
         prototypes: ClassPrototypes,
         predictions: Predictions,
         zero_shot_test: dict,
-        accuracies: dict[str, float],
+        validation: dict[str, float],
         train_metrics: dict,
         state,
     ) -> dict:
@@ -170,7 +175,7 @@ class Run:
             **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
             "test_images": test["examples"],
             "test_skipped_images": test["skipped"],
-            **accuracies,
+            **validation,
             "selection_policy": "val-full" if selected else "last",
             "selection": f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation; epoch 0 is the untuned model"
             if selected

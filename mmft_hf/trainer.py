@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -145,7 +146,8 @@ class MMFTTrainer(Trainer):
                     self.args.on_bad_image,
                 )
             else:
-                dataset = ImageView(dataset, self.args.on_bad_image, description.lower())
+                name = "validation" if description == "Evaluation" else description.lower()
+                dataset = ImageView(dataset, self.args.on_bad_image, name)
         return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -178,13 +180,17 @@ class MMFTTrainer(Trainer):
         """One forward and backward; a loss that is not finite stops the training before the weights are touched."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            checkpoint = last_complete_checkpoint(self.args.output_dir)
-            kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1} (epoch {self.state.epoch or 0:.2f}). "
-                f"{kept} Type a smaller --learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
-            )
+            self._stop_at("the loss", loss.item(), self.state.global_step + 1)
         return loss
+
+    def _stop_at(self, what: str, value: float, step: int) -> None:
+        """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+        raise UserError(
+            f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
+            "--learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
+        )
 
     def log(self, logs, start_time=None):
         """Adds the means of the loss components since the last log of a training loss."""
@@ -245,6 +251,8 @@ class MMFTTrainer(Trainer):
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """Makes the untuned model a candidate: the stock Trainer evaluates it on start, but cannot select it."""
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            self._stop_at("the validation loss", metrics["eval_loss"], self.state.global_step)
         start = Path(self.args.output_dir) / "checkpoint-0"
         if self.state.global_step == 0 and self.args.load_best_model_at_end and not _is_complete(start):
             self._determine_best_metric(metrics, trial)

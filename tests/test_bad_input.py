@@ -178,7 +178,16 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
     [
         ("--supcon_weight", "1.5", "a number from 0 to 1"),
         ("--crop_min_area", "0", "a share above 0"),
-        ("--seed", "-1", "0 or more"),
+        ("--seed", "-1", "0 to 4294967295"),
+        ("--seed", "1099511627776", "0 to 4294967295"),
+        ("--per_device_train_batch_size", "0", "1 or more"),
+        ("--per_device_eval_batch_size", "-1", "1 or more"),
+        ("--gradient_accumulation_steps", "0", "1 or more"),
+        ("--dataloader_num_workers", "-1", "0 or more"),
+        ("--learning_rate", "-1", "above 0"),
+        ("--learning_rate", "nan", "above 0"),
+        ("--weight_decay", "-1", "0 or more"),
+        ("--max_steps", "0", "more than 0"),
         ("--shots", "0", "1 or more"),
         ("--test_size", "1", "between 0 and 1"),
         ("--dataloader_drop_last", "true", "false"),
@@ -193,6 +202,20 @@ def test_value_outside_its_range(flag, value, expected, fails, finetune):
 
 def test_settings_that_contradict_each_other(fails, finetune):
     fails(finetune("--save_strategy", "no"), "load_best_model_at_end")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--metric_for_best_model", "acc"),
+        ("--report_to", "foo"),
+        ("--neftune_noise_alpha", "5"),
+        ("--push_to_hub", "true"),
+    ],
+)
+def test_settings_that_cannot_work_stop_before_the_training(flag, value, fails, finetune, tmp_path):
+    fails(finetune(flag, value, "--resume_from_checkpoint", "true"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_config_file_is_missing(fails):
@@ -414,6 +437,33 @@ def test_folder_with_another_run(fails, finetune, trained):
     assert content(trained) == before
 
 
+def test_overwriting_deletes_what_the_run_left_and_nothing_else(succeeds, finetune, trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (out / "checkpoint-mine").mkdir()
+    own = ["my_config.json", "tokenizer_notes.md", "prior.safetensors", "checkpoint-x", "checkpoint-mine/a.txt"]
+    for name in own:
+        (out / name).write_text(name)
+    (out / "checkpoint-77").mkdir()
+    succeeds(finetune("--overwrite_output_dir", "true", "--learning_rate", "1e-3"))
+    assert all((out / name).read_text() == name for name in own)
+    assert not (out / "checkpoint-77").exists()
+    assert json.loads((out / "mmft.json").read_text())["identity"]["learning_rate"] == 1e-3
+
+
+def test_a_folder_is_not_taken_by_a_command_that_could_not_start(fails, succeeds, finetune, tmp_path):
+    fails(finetune("--model_name_or_path", tmp_path / "no_model"), "no_model")
+    assert not (tmp_path / "out").exists()
+    succeeds(finetune())
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "{"])
+def test_a_foreign_mmft_json_is_named(text, fails, finetune, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mmft.json").write_text(text)
+    fails(finetune(), "mmft.json", "expected", "another --output_dir")
+
+
 def test_resume_with_other_settings(fails, finetune, trained):
     before = content(trained)
     resume = ("--output_dir", trained, "--resume_from_checkpoint", "true")
@@ -458,6 +508,21 @@ def test_model_that_is_no_clip(fails, finetune, tmp_path):
     fails(finetune("--model_name_or_path", tmp_path / "bert"), "expected a CLIP-style", "'bert'", "openai/clip")
 
 
+def test_a_model_without_its_vocabulary_is_refused(fails, finetune, clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    (tmp_path / "clip" / "tokenizer.json").unlink()
+    fails(finetune("--model_name_or_path", tmp_path / "clip"), "expected a tokenizer of 514 tokens", "tokenizer.json")
+
+
+def test_cut_weights_are_named(fails, finetune, clip_folder, trained, tmp_path, shots):
+    for source, name in ((clip_folder, "model.safetensors"), (trained, "prototypes.safetensors")):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    fails(finetune("--model_name_or_path", tmp_path / "model.safetensors"), "model.safetensors")
+    fails(["predict", shots, "--model_name_or_path", tmp_path / "prototypes.safetensors"], "damaged")
+
+
 def test_folder_without_a_model(fails, finetune, tmp_path):
     (tmp_path / "nothing").mkdir()
     fails(finetune("--model_name_or_path", tmp_path / "nothing"), "nothing", "config.json", "--model_name_or_path")
@@ -498,13 +563,13 @@ def test_trainer_refuses_half_precision_weights(dtype, clip, tmp_path):
         )
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fails, finetune):
+@pytest.mark.parametrize(("batch", "what", "step"), [(8, "the loss", 2), (24, "the validation loss", 1)])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(batch, what, step, fails, finetune):
+    settings = ("--learning_rate", "1e30", "--max_steps", 6, "--per_device_train_batch_size", batch)
     message = fails(
-        finetune(
-            *("--learning_rate", "1e30", "--max_steps", 6, "--per_device_train_batch_size", 8),
-        ),
-        "the loss became",
-        "at step 2",
+        finetune(*settings, "--lr_scheduler_type", "constant"),
+        f"{what} became",
+        f"at step {step}",
         "smaller --learning_rate",
     )
     checkpoint = message.split("The last good checkpoint is ")[1].split(". Type")[0]

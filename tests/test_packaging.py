@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mmft_hf
-from mmft_hf.modeling import ASSETS
+from mmft_hf.builtin import ASSETS
 
 ROOT = Path(__file__).parent.parent
 

@@ -50,10 +50,10 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
     from datasets import Features, Image
     from transformers import AutoTokenizer
 
+    from ..builtin import builtin
     from ..captioning import ColumnsCaptioner, TemplateCaptioner, caption_dataset
     from ..captioning.dataset import CAPTION_FEATURES
     from ..data import load_captioned_dataset, text_columns
-    from ..modeling import builtin
 
     output = Path(args.output_dir)
     existing = sorted(output.glob("data/*.parquet"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..configuration import DataArguments, MMFTConfig, ModelArguments
+from ..configuration import DataArguments, MMFTConfig, ModelArguments, choice
 from ..console import is_main, percent, say, table
+from ..errors import UserError
 from ..run_folder import Run
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
@@ -22,10 +23,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     from ..prototypes import ClassPrototypes
     from ..trainer import MMFTTrainer
 
+    metrics = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
+    choice("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), metrics)
+    if config.push_to_hub:
+        _check_hub()
+
     # -- before anything expensive -----------------------------------------------------------------------------------
     splits = load_splits(data_args)
     folder = Run(config.output_dir, model_args, data_args, config, splits)
-    resume = folder.open(config.overwrite_output_dir, config.resume_from_checkpoint)
+    resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
         say(f"{folder.path} holds this very run, complete. Its results are in {folder.path / 'all_results.json'}.")
         return
@@ -49,17 +55,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     # -- what is about to happen -------------------------------------------------------------------------------------
     set_towers(model, model_args.vision_tower, model_args.text_tower)
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template)
-    zero_shot_validation = score(model, zero_shot, splits.validation, "validation").report()["accuracy"]
-    _announce(model_args, data_args, config, splits, parameter_counts(model), zero_shot_validation)
+    untuned_validation = score(model, zero_shot, splits.validation, "validation").report()
+    _announce(model_args, data_args, config, splits, parameter_counts(model), untuned_validation["accuracy"])
 
     # -- training and selection --------------------------------------------------------------------------------------
-    trainer = MMFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=splits.train,
-        eval_dataset=splits.validation,
-        processing_class=processor,
-    )
+    folder.claim(resume)
+    try:
+        trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
+    except (ImportError, ValueError) as error:  # the stock Trainer's refusals, e.g. of a tracker that is not installed
+        raise UserError(f"finetune: {str(error).strip()}") from error
     train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
     state = trainer.state
     validation = trainer.evaluate()["eval_accuracy"]
@@ -77,7 +81,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
             prototypes=prototypes,
             predictions=test,
             zero_shot_test=zero_shot_test,
-            accuracies={"validation_accuracy": validation, "zero_shot_validation_accuracy": zero_shot_validation},
+            validation={
+                "validation_accuracy": validation,
+                "zero_shot_validation_accuracy": untuned_validation["accuracy"],
+                "validation_skipped_images": untuned_validation["skipped"],
+            },
             train_metrics=train_metrics,
             state=state,
         )
@@ -85,6 +93,19 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     PartialState().wait_for_everyone()
     if config.push_to_hub:
         trainer.push_to_hub()
+
+
+def _check_hub() -> None:
+    """Raises `UserError` now, not after the training, if nothing could be pushed."""
+    from huggingface_hub import whoami
+
+    try:
+        whoami()
+    except Exception as error:  # offline, no token, a wrong token, no connection: the user's to mend
+        raise UserError(
+            f"--push_to_hub: expected to be logged in to the Hub; {str(error).strip().splitlines()[0]} Type hf auth login, or "
+            "leave --push_to_hub out."
+        ) from error
 
 
 def _announce(model_args, data_args, config, splits, counts, zero_shot: float) -> None:
