@@ -69,6 +69,11 @@ def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = N
     return model, CLIPProcessor(image_processor, tokenizer)
 
 
+def default_device() -> torch.device:
+    """The accelerator, where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def set_towers(model: CLIPModel, vision: str = "full", text: str = "full") -> None:
     """Makes each tower trainable (`full`) or not (`frozen`). The logit scale is always trained.
 

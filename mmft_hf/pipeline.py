@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import transformers
-from transformers import CLIPModel, Pipeline
+from transformers import AutoImageProcessor, CLIPModel, Pipeline
+from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -44,6 +45,11 @@ class MMFTImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, prototypes: ClassPrototypes | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        # With torchvision installed the stock loader takes its backend, whose pixels differ a little from the trained ones.
+        if not isinstance(self.image_processor, PilBackend):
+            self.image_processor = AutoImageProcessor.from_pretrained(
+                self.model.name_or_path, revision=getattr(self.model.config, "_commit_hash", None), backend="pil"
+            )
         # evaluate.evaluator("image-classification") takes no pipeline of another task name.
         self.task = "image-classification"
         self.prototypes = prototypes or ClassPrototypes.from_pretrained(

@@ -324,3 +324,13 @@ def test_a_finished_run_is_not_trained_again(run, clip_folder, data_folder, caps
     assert main([*arguments(clip_folder, data_folder, folder), "--resume_from_checkpoint", "true"]) == 0
     assert "complete" in capsys.readouterr().out
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_pipeline_prepares_pictures_as_in_training_whatever_backend_is_installed(run, pictures):
+    class TorchvisionLike:
+        def __call__(self, *args, **kwargs):
+            raise AssertionError("another backend prepared the picture")
+
+    stock = pipeline("mmft-image-classification", model=str(run[0]))
+    ours = mmft_hf.MMFTImageClassificationPipeline(model=stock.model, image_processor=TorchvisionLike())
+    assert ours(pictures[0]) == stock(pictures[0])

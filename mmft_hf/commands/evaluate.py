@@ -37,11 +37,9 @@ ARGUMENTS = (DataArguments, EvaluateArguments)
 
 def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints accuracy, its interval, the baseline and a table per class."""
-    import torch
-
     from ..data import load_splits, load_test_split
     from ..evaluation import classify
-    from ..modeling import load_model
+    from ..modeling import default_device, load_model
     from ..prototypes import ClassPrototypes
     from ..run_folder import RUN_FILE
 
@@ -52,8 +50,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device)
+    model.to(default_device())
 
     record = Path(args.model_name_or_path) / RUN_FILE
     try:
@@ -72,6 +69,11 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
                 "model was trained on, whose held-out test images could be found again. Type --test_split NAME."
             )
         dataset = splits.test
+
+    say(
+        f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, "
+        f"{len(prototypes.class_names)} classes, compared with {prototypes.source}\n"
+    )
 
     def score(model, prototypes):
         return classify(
@@ -93,7 +95,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         except UserError as error:
             missing = error
         else:
-            untuned.to(device)
+            untuned.to(model.device)
             template = identity["class_template"]
             zero_shot = score(
                 untuned, ClassPrototypes.from_templates(untuned, processor, prototypes.class_names, template)
@@ -102,8 +104,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
 
-    say(f"{args.model_name_or_path} on {data_args.dataset_name}, {result['examples']} images\n")
-    rows = {"accuracy": accuracy(result)}
+    rows = {"accuracy": f"{accuracy(result)}   on {result['examples']:,} images"}
     if zero_shot:
         rows["zero-shot"] = f"{accuracy(zero_shot)}   {base}, untuned"
     if "top5_accuracy" in result:

@@ -38,7 +38,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
     from tqdm.auto import tqdm
 
     from ..images import BadImage, read_image
-    from ..modeling import encode_images, load_model
+    from ..modeling import default_device, encode_images, load_model
     from ..prototypes import ClassPrototypes
 
     files = find_images(images)
@@ -51,8 +51,12 @@ def run(args: PredictArguments, images: list[str]) -> None:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device).eval()
+    model.to(default_device()).eval()
+    # Not among the answers on standard output, which other programs may read.
+    print(
+        f"Classifying {len(files):,} pictures with {args.model_name_or_path} ({len(prototypes.class_names)} classes)",
+        file=sys.stderr,
+    )
 
     answers, bad = [], []
     starts = range(0, len(files), args.batch_size)
@@ -67,7 +71,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
                 print(f"{file}: cannot be read ({error})", file=sys.stderr)
         if not pictures:
             continue
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(device)
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
         with torch.no_grad():
             scores = prototypes.logits(encode_images(model, pixels)).softmax(dim=1)
         best = scores.topk(min(args.top_k, scores.shape[1]), dim=1)
