@@ -19,6 +19,7 @@ _PUBLIC = {
     "MMFTImageClassificationPipeline": "pipeline",
     "MMFTLoss": "losses",
     "MMFTTrainer": "trainer",
+    "PromptSet": "prompts",
     "caption_dataset": "captioning",
     "clip_loss": "losses",
     "few_shot_split": "sampling",

@@ -1,8 +1,13 @@
-"""Words around a class name: clean-up, and the class template that stands before every caption."""
+"""Words around a class name: clean-up, the class template before every caption, and what a captioner is asked."""
 
 from __future__ import annotations
 
-from .errors import UserError
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import UserError, nearest
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -42,3 +47,86 @@ def training_text(template: str, class_name: str, caption: str | None) -> str:
     """`a photo of a {class}. {caption}`, or the class prompt alone where there is no caption."""
     prompt = class_prompt(template, class_name)
     return f"{prompt} {caption}" if caption else prompt
+
+
+# -- what a captioner is asked --------------------------------------------------------------------------------------------
+# The method's own prompt (Enomoto & Yamaguchi 2026, arXiv 2601.21426), with its eight aspects and the domain words of its
+# benchmark data sets. "aircrafts" and "satellite" read oddly, but are what the captions were asked with.
+PROMPT = (
+    "To differentiate this {class_name} photo from other {domain} photos, describe its primary {aspect} characteristics "
+    "based on the photo in {words} words."
+)
+ASPECTS = ("visual", "shape", "texture", "context", "spatial", "petals", "color", "symbols")
+DOMAINS = {
+    "pets": "pets",
+    "flowers": "flowers",
+    "dtd": "textures",
+    "gtsrb": "traffic signs",
+    "cars": "cars",
+    "aircraft": "aircrafts",
+    "eurosat": "satellite",
+    "food101": "food",
+    "cub": "birds",
+    "imagenet": "general objects",
+    "caltech101": "general objects",
+    "cifar10": "general objects",
+    "cifar100": "general objects",
+}
+PLACEHOLDERS = ("class_name", "domain", "aspect", "words")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a captioning run: one for each aspect.
+
+    Args:
+        aspects: names of `ASPECTS`, or own ones that `own_prompts` or `template` can serve.
+        domain: what the pictures are of, e.g. `pets`; a name of `DOMAINS` stands for its word.
+        words: length asked for, in words.
+        template: text with the placeholders `{class_name}`, `{domain}`, `{aspect}`, `{words}`, each optional.
+        own_prompts: a template of its own for some aspects.
+        clean_names: whether class names are cleaned (`saint_bernard` -> `saint bernard`) and written in lower case.
+
+    Raises:
+        UserError: no aspect, one named twice, an unknown placeholder, fewer than one word.
+    """
+
+    aspects: tuple[str, ...] = ("visual", "shape", "texture")
+    domain: str = "general objects"
+    words: int = 50
+    template: str = PROMPT
+    own_prompts: Mapping[str, str] = field(default_factory=dict)
+    clean_names: bool = True
+
+    def __post_init__(self):
+        if not self.aspects or len(set(self.aspects)) != len(self.aspects):
+            found = ", ".join(self.aspects) or "none"
+            raise UserError(
+                f"aspects: expected one or more different ones, found {found}. Known: {', '.join(ASPECTS)}."
+            )
+        if self.words < 1:
+            raise UserError(f"words: expected 1 or more, found {self.words}.")
+        for template in (self.template, *self.own_prompts.values()):
+            for name in re.findall(r"\{(\w*)\}", template):
+                if name not in PLACEHOLDERS:
+                    known = ", ".join(f"{{{p}}}" for p in PLACEHOLDERS)
+                    raise UserError(f"prompt: expected {known}, found {{{name}}}.{nearest(name, PLACEHOLDERS)}")
+        for aspect in self.own_prompts:
+            if aspect not in self.aspects:
+                raise UserError(f"prompt of aspect {aspect!r}: expected one of {', '.join(self.aspects)}.")
+
+    def prompt(self, aspect: str, class_name: str) -> str:
+        """The text asked about one picture. Substitution is one pass: braces inside a class name stay text."""
+        name = clean_class_name(class_name).lower() if self.clean_names else class_name
+        values = {
+            "class_name": name,
+            "domain": DOMAINS.get(self.domain, self.domain),
+            "aspect": aspect,
+            "words": str(self.words),
+        }
+        template = self.own_prompts.get(aspect, self.template)
+        return re.sub(r"\{(\w*)\}", lambda match: values[match[1]], template)
+
+    def prompt_id(self, aspect: str) -> str:
+        """8 hex digits of the prompt before the class name is filled in: equal for equal wording."""
+        return hashlib.sha256(self.prompt(aspect, "\0").encode()).hexdigest()[:8]
