@@ -135,7 +135,10 @@ class MMFTConfig(TrainingArguments):
         },
     )
     crop_min_area: float = field(
-        default=0.9, metadata={"help": "Training crops keep at least this share of an image's area; 1: no random crop."}
+        default=0.9,
+        metadata={
+            "help": "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cut to 4:3 in the middle); 1: no random crop."
+        },
     )
     on_bad_image: str = field(
         default="fail",
@@ -167,7 +170,9 @@ class MMFTConfig(TrainingArguments):
         default=True, metadata={"help": "Keep the weights of the best validation accuracy, not the last ones."}
     )
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selection compares."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of that is better."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of that is better. Default: yes, but for a loss."}
+    )
     logging_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When the losses are logged."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
@@ -212,6 +217,20 @@ class MMFTConfig(TrainingArguments):
             raise UserError(
                 "--neftune_noise_alpha: expected nothing; CLIP's text tower has no such noise. Leave it out."
             )
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise UserError(
+                f"--save_steps and --eval_steps: expected the same number, found {self.save_steps:g} and {self.eval_steps:g}: "
+                "the best step could not be restored if it was not saved."
+            )
+        for name, default in (
+            ("prediction_loss_only", False),
+            ("label_smoothing_factor", 0.0),
+            ("train_sampling_strategy", "random"),
+        ):
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"--{name}: expected {default}, found {getattr(self, name)}; it has no meaning for this loss. Leave it out."
+                )
         if self.dataloader_drop_last:
             raise UserError(
                 "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "

@@ -65,6 +65,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[float, ...]:
     """A random crop `(left, top, right, bottom)` in pixels with `min_area` to 1 of the area and a ratio of 3/4 to 4/3.
 
+    Where ten draws find none that fits, as in a picture wider than 4:3 at a large `min_area`, it is the middle of the
+    picture at the nearest ratio allowed.
+
     References: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6 (random resized crop).
     """
     for _ in range(10):
@@ -74,6 +77,7 @@ def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Gen
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
             return int(left), int(top), int(left) + w, int(top) + h
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    # No such crop fits, as in a wide picture: its middle at the nearest ratio allowed.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h

@@ -8,6 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .errors import UserError
+
 Z_95 = 1.959963984540054
 
 
@@ -82,11 +84,11 @@ def report(scores: np.ndarray, labels: np.ndarray, class_names: list[str]) -> di
     """`ClassificationReport` of scores `(n, C)`; rows with a negative label are left out and counted in `skipped`.
 
     Raises:
-        ValueError: no row is left.
+        UserError: no row is left.
     """
     known = labels >= 0
     if not known.any():
-        raise ValueError("expected at least one image that can be read, found none.")
+        raise UserError(f"expected at least one image that can be read, found none among {len(labels)}.")
     scores, references = scores[known], labels[known]
     result = ClassificationReport(keep_in_memory=True).compute(
         predictions=scores.argmax(axis=1), references=references, class_names=class_names, scores=scores

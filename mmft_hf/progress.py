@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
 
@@ -34,24 +35,32 @@ class EpochLines(ProgressCallback):
                 self.training_bar.set_description("Training")
                 self.training_bar.update(state.global_step)
         self.current_step = state.global_step
-        self.best = state.best_metric if state.best_metric is not None else float("-inf")
+        # The star marks a new best accuracy; a run that selects by something else has none.
+        by_accuracy = (args.metric_for_best_model or "").removeprefix("eval_") == "accuracy"
+        self.best = float("-inf") if by_accuracy else float("inf")
+        if by_accuracy and state.best_metric is not None:
+            self.best = state.best_metric
 
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the bar."""
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args, state, control, **kwargs):
-        """Nothing: validation passes are short, and a second bar would tear the lines."""
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Moves a bar that shows only for validations longer than a second."""
+        if self.bar and state.is_world_process_zero:
+            if self.prediction_bar is None:
+                self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Validation", leave=False, delay=1)
+            self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Remembers the losses of an epoch, and prints the line when its validation is known."""
         if not state.is_world_process_zero or not self.training:
             return
         if "loss" in logs:
-            self.losses = logs
+            self.losses = logs | {"w": args.supcon_weight}
             if args.eval_strategy == "no":
-                self._print(self._line(logs, state, None))
+                self._print(self._line(self.losses, state, None))
         if "eval_accuracy" in logs:
             self._print(self._line(self.losses, state, logs["eval_accuracy"]))
             self.losses = {}
@@ -59,7 +68,9 @@ class EpochLines(ProgressCallback):
     def _line(self, logs: dict, state, accuracy: float | None) -> str:
         parts = [f"epoch {state.epoch or 0:>5.1f}/{state.num_train_epochs:g}"]
         if logs:
-            parts.append(f"loss {logs['loss']:.3f} = supcon {logs['supcon_loss']:.3f}, clip {logs['clip_loss']:.3f}")
+            w = logs["w"]
+            sum_ = f"{w:g} x supcon {logs['supcon_loss']:.3f} + {1 - w:g} x clip {logs['clip_loss']:.3f}"
+            parts.append(f"loss {logs['loss']:.3f} = {sum_}")
             parts.append(f"anchors with a positive {logs['anchors_with_positives']:.0%}")
             parts.append(f"captions cut {logs['captions_cut']:.1%}")
             if logs["skipped_images"]:

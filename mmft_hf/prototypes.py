@@ -71,7 +71,8 @@ class ClassPrototypes:
 
         Every caption counts once for each image that has it, and equal texts are encoded once. Texts are sorted by
         length and encoded in batches of bounded size, whatever the size of a class. A class without captions gets
-        the embedding of its class prompt and is listed in `fallback_classes`.
+        the embedding of its class prompt and is listed in `fallback_classes`; if there are no captions at all, the source
+        is `template`.
 
         Args:
             dataset: with columns `label` and, perhaps, `captions`: the training split, never an evaluation split.
@@ -88,6 +89,8 @@ class ClassPrototypes:
         weights.update((c, class_prompt(template, names[c])) for c in missing)
         embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress)
         fallback = tuple(names[c] for c in missing)
+        if len(missing) == len(names):
+            return cls(embeddings, names, _scale(model), "template", template)
         return cls(embeddings, names, _scale(model), "captions", template, fallback)
 
     @classmethod
@@ -138,7 +141,7 @@ class ClassPrototypes:
         for embeds, labels in image_embeddings(
             model, processor, dataset, batch_size, on_bad_image, workers, progress, "training"
         ):
-            embeds, labels = embeds[labels != IGNORED].double().cpu(), labels[labels != IGNORED]
+            embeds, labels = embeds.cpu().double()[labels != IGNORED], labels[labels != IGNORED]
             sums = torch.zeros(len(names), embeds.shape[1], dtype=torch.float64) if sums is None else sums
             sums.index_add_(0, labels, embeds)
             counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
@@ -199,7 +202,7 @@ class ClassPrototypes:
 def _no_prototypes(name: str | Path) -> str:
     return (
         f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
-        "--output_dir; found none. Type --model_name_or_path FOLDER."
+        "--output_dir; found none. Run mmft-hf finetune first, or type --model_name_or_path FOLDER."
     )
 
 
@@ -222,9 +225,9 @@ def _average_texts(
     pairs = sorted((position[text], label, n) for (label, text), n in weights.items())
     sums, done = None, 0
     model.eval()
-    for start in tqdm(range(0, len(texts), batch_size), desc="Captions", disable=not progress, leave=False):
+    for start in tqdm(range(0, len(texts), batch_size), desc="Captions", disable=not progress, leave=False, delay=1):
         tokens, _ = tokenize(processor, texts[start : start + batch_size])
-        embeds = encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}).double().cpu()
+        embeds = encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}).cpu().double()
         sums = embeds.new_zeros(classes, embeds.shape[1]) if sums is None else sums
         until = done
         while until < len(pairs) and pairs[until][0] < start + batch_size:
@@ -250,7 +253,7 @@ def image_embeddings(
     view = ImageView(dataset, on_bad_image, name)
     loader = DataLoader(view, batch_size=batch_size, collate_fn=MMFTDataCollator(processor), num_workers=workers)
     model.eval()
-    for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False):
+    for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False, delay=1):
         yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .collator import IGNORED, MMFTDataCollator
 from .configuration import MMFTConfig
@@ -78,6 +78,11 @@ class MMFTTrainer(Trainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 _check_dataset(name, dataset)
+        if args.n_gpu > 1:
+            raise UserError(
+                f"expected one process per GPU, found one process with {args.n_gpu} GPUs. Type accelerate launch "
+                f"--num_processes {args.n_gpu} recipes/finetune.py …, or set CUDA_VISIBLE_DEVICES=0 to use one."
+            )
         self.class_names = train_dataset.features["label"].names if train_dataset is not None else None
         if (
             train_dataset is not None
@@ -110,6 +115,8 @@ class MMFTTrainer(Trainer):
         )
         self.loss = MMFTLoss(args.supcon_weight, args.include_self)
         self.prototypes: ClassPrototypes | None = None
+        self._sampler: EpochSampler | None = None
+        self._told_fallback = False
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._batches = 0
 
@@ -121,6 +128,7 @@ class MMFTTrainer(Trainer):
         self.can_return_loss = True
         self.label_names = ["labels"]
 
+        self.add_callback(_SetEpoch(self))
         # One line per epoch in place of a dictionary.
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -153,7 +161,8 @@ class MMFTTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(dataset), seed)
+        self._sampler = EpochSampler(len(dataset), seed)
+        return self._sampler
 
     # -- training ---------------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -186,7 +195,8 @@ class MMFTTrainer(Trainer):
     def _stop_at(self, what: str, value: float, step: int) -> None:
         """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
         checkpoint = last_complete_checkpoint(self.args.output_dir)
-        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+        good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations nobody looked at it
+        kept = f"The last {good}checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
         raise UserError(
             f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
             "--learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
@@ -196,7 +206,7 @@ class MMFTTrainer(Trainer):
         """Adds the means of the loss components since the last log of a training loss."""
         if "loss" in logs and self._batches:
             for name, total in self._sums.items():
-                total = self.accelerator.reduce(torch.as_tensor(total, dtype=torch.float64, device=self.args.device))
+                total = self.accelerator.reduce(torch.as_tensor(total, dtype=torch.float32, device=self.args.device))
                 logs[name] = total.item() / (1 if name == "skipped_images" else self._batches * self.args.world_size)
             self._sums.clear()
             self._batches = 0
@@ -208,8 +218,13 @@ class MMFTTrainer(Trainer):
         model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
         source, template = self.args.prototypes, self.args.class_template
         batch_size = self.args.per_device_eval_batch_size
+        progress = self.is_world_process_zero() and not self.args.disable_tqdm
         if source == "captions":
-            return ClassPrototypes.from_captions(model, processor, self.train_dataset, template, batch_size)
+            found = ClassPrototypes.from_captions(model, processor, self.train_dataset, template, batch_size, progress)
+            if found.fallback_classes and not self._told_fallback:
+                self._told_fallback = True
+                logger.warning("Classes without captions use the template: %s", ", ".join(found.fallback_classes))
+            return found
         if source == "images":
             return ClassPrototypes.from_images(
                 model,
@@ -218,6 +233,7 @@ class MMFTTrainer(Trainer):
                 batch_size,
                 self.args.on_bad_image,
                 self.args.dataloader_num_workers,
+                progress,
             )
         # The user's own template comes first among several.
         templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
@@ -226,7 +242,11 @@ class MMFTTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         """The stock loop, after prototypes of the current weights were built."""
         self.prototypes = self.build_prototypes()
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        for name, value in output.metrics.items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                self._stop_at("the validation loss", value, self.state.global_step)
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Class logits `(B, C)` of a batch, with their mean cross-entropy as the loss."""
@@ -251,15 +271,25 @@ class MMFTTrainer(Trainer):
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """Makes the untuned model a candidate: the stock Trainer evaluates it on start, but cannot select it."""
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if not math.isfinite(metrics.get("eval_loss", 0.0)):
-            self._stop_at("the validation loss", metrics["eval_loss"], self.state.global_step)
         start = Path(self.args.output_dir) / "checkpoint-0"
-        if self.state.global_step == 0 and self.args.load_best_model_at_end and not _is_complete(start):
+        if self.state.global_step == 0 and self.args.load_best_model_at_end and self.state.best_metric is None:
             self._determine_best_metric(metrics, trial)
             # The stock code takes a best step of 0 for none.
             self.state.best_model_checkpoint = str(start)
             self._save_checkpoint(self.model_wrapped, trial)
         return metrics
+
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was cut after its last step, within an epoch, would otherwise make one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads, with all settings of this machine in it.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _init_training_state(self, *args, **kwargs):
         result = super()._init_training_state(*args, **kwargs)
@@ -295,6 +325,17 @@ class MMFTTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
 
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch also where the loader is wrapped, as on a resume within an epoch of several processes."""
+
+    def __init__(self, trainer: MMFTTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
 def _check_dataset(name: str, dataset: Dataset) -> None:
     for column in ("image", "label"):
         if column not in dataset.column_names:
@@ -310,16 +351,18 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has all its files. Its trainer_state.json is written last, so it also must be readable."""
+    """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
     if not all((folder / name).is_file() for name in ("config.json", "optimizer.pt", "scheduler.pt")):
         return False
     if not list(folder.glob("*.safetensors")) or not list(folder.glob("rng_state*.pth")):
         return False
     try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    except (OSError, ValueError, KeyError):
         return False
-    return True
+    return all((folder / shard).is_file() for shard in shards)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
