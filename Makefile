@@ -10,7 +10,8 @@ export HF_HUB_OFFLINE = 1
 quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two predictions on the embedded data
 	$(BIN)/mmft-hf caption --config recipes/quickstart/caption.yaml --overwrite_output_dir true
 	@echo
-	$(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --overwrite_output_dir true
+	$(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --overwrite_output_dir true \
+	  --dataset_name outputs/quickstart/captioned --captions_column captions
 	@echo
 	$(BIN)/python recipes/quickstart/two_pictures.py outputs/quickstart/pictures
 	$(BIN)/mmft-hf predict outputs/quickstart/pictures --model_name_or_path outputs/quickstart/run
@@ -19,7 +20,6 @@ quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two pred
 	@echo "Your own pictures, one folder per class: $(BIN)/mmft-hf finetune --dataset_name FOLDER --output_dir outputs/mine"
 
 seeds: $(VENV)/.installed ## the table of the README: three seeds of the quickstart
-	$(BIN)/mmft-hf caption --config recipes/quickstart/caption.yaml --overwrite_output_dir true
 	for seed in 0 1 2; do \
 	  $(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --seed $$seed \
 	    --output_dir outputs/quickstart/seed$$seed --overwrite_output_dir true || exit; \
@@ -31,7 +31,7 @@ test: $(VENV)/.tested ## ruff and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-# torch first: asked for by another package, pip would take the newest build, several GB of CUDA libraries included.
+# torch first, so that no other package asks for a newer one.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel

@@ -14,6 +14,7 @@ import shlex
 import sys
 import traceback
 
+from .console import is_main
 from .errors import PartialResult, UserError, nearest
 from .version import __version__
 
@@ -39,8 +40,8 @@ HELP = (
     "usage: mmft-hf VERB [--config FILE.yaml] [--key value …]\n\n"
     "Multimodal fine-tuning of CLIP with synthetic captions.\n\n"
     + "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
-    + "\n\nmmft-hf VERB --help lists the settings of a verb. Start with: mmft-hf finetune --config "
-    "recipes/quickstart/finetune.yaml\n"
+    + "\n\nmmft-hf VERB --help lists the settings of a verb. Start with: mmft-hf finetune "
+    "--captions_column text\n"
 )
 
 
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r}: expected one of {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
         command = importlib.import_module(f".commands.{argv[0]}", __package__)
+        if argv[0] != "finetune" and not is_main():
+            return 0  # only training uses several processes; the first one does the rest
         arguments = parse(argv[0], command, argv[1:])
         quiet_libraries()
         command.run(*arguments)

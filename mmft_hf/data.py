@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
 
 from .builtin import builtin
@@ -46,13 +48,30 @@ class Splits:
         return np.array([len(captions_of(value)) for value in self.train["captions"][:]])
 
     def fingerprint(self) -> str:
-        """16 hex digits of class names, labels and captions of all splits; independent of paths and dates."""
+        """16 hex digits of class names and, for each split, labels, picture files and (training) captions.
+
+        Pictures are told apart by file name and size, so none is opened; the folder that holds them does not count.
+        """
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for split in (self.train, self.validation, self.test):
             digest.update(labels_of(split).astype("<i8").tobytes())
+            digest.update(json.dumps(split["image_id"][:]).encode())
             if self.has_captions and split is self.train:
                 digest.update(json.dumps([captions_of(c) for c in split["captions"]]).encode())
         return digest.hexdigest()[:16]
+
+
+def _add_source(dataset: Dataset) -> Dataset:
+    """Adds `source_row`, to name a bad picture after splits were cut, and `image_id`, to tell pictures apart unopened."""
+    ids = []
+    for chunk in dataset.data.column("image").chunks:
+        content, paths = chunk.field("bytes"), chunk.field("path")
+        for size, path in zip(pc.binary_length(content).to_pylist(), paths.to_pylist(), strict=True):
+            if size is None and path:
+                size = os.path.getsize(path) if os.path.exists(path) else -1
+            ids.append(f"{Path(path).name if path else ''}:{size}")
+    own = [name for name in ("source_row", "image_id") if name in dataset.column_names]
+    return dataset.remove_columns(own).add_column("source_row", np.arange(len(dataset))).add_column("image_id", ids)
 
 
 def labels_of(dataset: Dataset) -> np.ndarray:
@@ -121,13 +140,13 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
         )
     for role, column in wanted.items():
         if column not in features:
-            lists = [name for name, kind in features.items() if role == "captions" and _is_text(kind)]
+            lists = [name for name, kind in features.items() if role == "captions" and is_text(kind)]
             raise UserError(
                 f"column {column!r} for the {role} is missing: found {', '.join(features)}."
                 + (f" Columns of text: {', '.join(lists)}." if lists else "")
                 + (nearest(column, features) or f" Type --{role}_column NAME.")
             )
-    if captions and not _is_text(features[captions], *NOTHING):
+    if captions and not is_text(features[captions], *NOTHING):
         raise UserError(
             f"column {captions!r}: expected text or a list of texts as captions, found {features[captions]}. "
             "Type --captions_column NAME, or leave it out to train with class templates alone."
@@ -148,13 +167,14 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
     return mapped, bool(captions)
 
 
-def _is_text(kind, *others) -> bool:
+def is_text(kind, *others) -> bool:
+    """Whether a column's type is text or a list of texts (or one of `others`)."""
     return (kind.feature if isinstance(kind, List) else kind) in (*TEXT, *others)
 
 
 def text_columns(dataset: Dataset) -> list[str]:
     """Names of the columns that hold a list of texts per row, which could serve as captions."""
-    return [name for name, kind in dataset.features.items() if isinstance(kind, List) and _is_text(kind)]
+    return [name for name, kind in dataset.features.items() if isinstance(kind, List) and is_text(kind)]
 
 
 def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str]:
@@ -296,6 +316,7 @@ def load_splits(args: DataArguments) -> Splits:
     """
     data, names, has_captions = _load(args)
     notes = []
+    data = DatasetDict({name: _add_source(split) for name, split in data.items()})
     train_name = _find_split(data, "train", args.train_split) or next(iter(data))
     train = data[train_name]
     chosen, used = {}, {train_name: "train"}

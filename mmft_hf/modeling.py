@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from .builtin import builtin
 from .configuration import TOWER_MODES, choice
@@ -67,6 +74,25 @@ def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = N
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
     return model, CLIPProcessor(image_processor, tokenizer)
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a dual encoder, without its weights; its `model_max_length` is the text tower's limit.
+
+    Raises:
+        UserError: not found.
+    """
+    path = builtin(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        limit = AutoConfig.from_pretrained(path, revision=revision).text_config.max_position_embeddings
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected the tokenizer of a CLIPModel; it could not be loaded "
+            f"({str(error).strip().splitlines()[0]}). Type --model_name_or_path NAME."
+        ) from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return tokenizer
 
 
 def default_device() -> torch.device:

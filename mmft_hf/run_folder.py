@@ -29,13 +29,20 @@ FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, PROTOTYPES_FILE
     "tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json preprocessor_config.json "
     "processor_config.json".split()
 )
-# Settings of TrainingArguments that the weights depend on; another value is another run.
+# Settings that every record names. All others that differ from their default are recorded, too, but for IDLE ones.
 DECIDING = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
     "eval_strategy eval_steps load_best_model_at_end world_size supcon_weight include_self class_template prototypes "
     "crop_min_area on_bad_image"
 ).split()
+
+# Settings that no weight depends on: a resume may change them.
+IDLE = re.compile(
+    "output_dir|overwrite_output_dir|resume_from_checkpoint|logging_.*|log_.*|report_to|run_name|disable_tqdm|dataloader_.*"
+    "|save_total_limit|save_on_each_node|push_to_hub.*|hub_.*|ddp_.*|local_rank|use_cpu|project|trackio_.*|per_device_eval_.*"
+    "|eval_accumulation_steps|skip_memory_metrics|do_.*|debug|logging_nan_inf_filter|_n_gpu|include_.*"
+)
 
 
 class Run:
@@ -52,6 +59,11 @@ class Run:
         self.path = Path(path)
         self.splits = splits
         self.config = config
+        # Through JSON, as they will be read back (enums become text).
+        plain, default = (
+            json.loads(json.dumps({**c.to_dict(), "world_size": c.world_size}, default=str))
+            for c in (config, MMFTConfig())
+        )
         self.identity = {
             "base_model": model_args.model_name_or_path,
             "base_model_revision": model_args.model_revision,
@@ -63,9 +75,13 @@ class Run:
             "captions": splits.has_captions,
             "shots": data_args.shots,
             "shots_seed": data_args.shots_seed,
-            # Through JSON, as it will be read back (enums become text).
-            **{key: json.loads(json.dumps(getattr(config, key), default=str)) for key in DECIDING},
+            **{key: plain[key] for key in DECIDING},
+            "other_settings": {
+                k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and not IDLE.fullmatch(k)
+            },
         }
+        # What `evaluate` needs to find a held-out test split again.
+        self.data_settings = vars(data_args)
         self.completed = False
 
     def check(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
@@ -78,7 +94,7 @@ class Run:
             resume = resume.lower() == "true"
         found = self._read()
         if found is None:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(entry.name != f"{RUN_FILE}.tmp" for entry in self.path.iterdir()):
                 raise UserError(
                     f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
                     "Type another --output_dir."
@@ -115,7 +131,7 @@ class Run:
     def _read(self) -> dict | None:
         path = self.path / RUN_FILE
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -126,17 +142,24 @@ class Run:
 
     def _write(self, completed: bool, **more) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        content = {"completed": completed, "mmft_hf": __version__, "identity": self.identity, **more}
+        content = {
+            "completed": completed,
+            "mmft_hf": __version__,
+            "identity": self.identity,
+            "data": self.data_settings,
+        }
+        content |= more
         # Through a second file, so that a kill never leaves half a one.
         temporary = self.path / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.path / RUN_FILE)
 
     def _clear(self) -> None:
         """Deletes what a run leaves, by exact name, and nothing else."""
         if not (self.path / RUN_FILE).is_file():
             return
-        for entry in self.path.iterdir():
+        # The record goes last: a kill in between leaves a folder that is still known as ours.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == RUN_FILE):
             if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
                 shutil.rmtree(entry)
             elif entry.is_file() and (
@@ -154,6 +177,7 @@ class Run:
         validation: dict[str, float],
         train_metrics: dict,
         state,
+        zero_shot_won: bool = False,
     ) -> dict:
         """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
 
@@ -163,7 +187,7 @@ class Run:
         test = predictions.report()
         selected = self.config.load_best_model_at_end
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
-        best_epoch = epochs.get(state.best_global_step) if selected else state.epoch
+        best_epoch = 0.0 if zero_shot_won else epochs.get(state.best_global_step) if selected else state.epoch
         results = {
             "zero_shot_test_accuracy": zero_shot_test["accuracy"],
             "zero_shot_test_accuracy_ci_low": zero_shot_test["accuracy_ci_low"],
@@ -177,7 +201,9 @@ class Run:
             "test_skipped_images": test["skipped"],
             **validation,
             "selection_policy": "val-full" if selected else "last",
-            "selection": f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation; epoch 0 is the untuned model"
+            "selection": "the untuned model with the class template: no epoch was better on validation"
+            if zero_shot_won
+            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation; epoch 0 is the untuned model"
             if selected
             else f"the last epoch ({state.epoch:g})",
             "best_epoch": best_epoch,
@@ -191,8 +217,10 @@ class Run:
         prototypes.save_pretrained(self.path)
         report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
         report.contact_sheet(self.splits.test, predictions).save(self.path / PICTURE_FILE, optimize=True)
-        (self.path / "README.md").write_text(cards.model_card(self.identity, results, test, prototypes))
-        (self.path / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+        (self.path / "README.md").write_text(
+            cards.model_card(self.identity, results, test, prototypes), encoding="utf-8"
+        )
+        (self.path / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         state.save_to_json(str(self.path / "trainer_state.json"))
         self._write(
             completed=True,

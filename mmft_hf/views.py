@@ -24,21 +24,24 @@ def _warn_once(message: str) -> None:
 
 
 class ImageView(TorchDataset):
-    """Rows for evaluation: `image`, `label`, `row`, `skipped`.
+    """Rows for evaluation: `image`, `label`, `skipped`.
 
     Args:
-        dataset: with columns `image` and `label`.
+        dataset: with columns `image` and `label`; `source_row`, if there is one, names a bad picture in its own split.
         on_bad_image: `fail` raises `UserError` with the row's number; `skip` gives `image=None`, which the collator
             turns into a blank picture with label -100, left out of every metric and counted.
         name: of the split, for messages.
     """
 
     def __init__(self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation"):
-        columns = [c for c in ("image", "label", "captions") if c in dataset.column_names]
+        columns = [c for c in ("image", "label", "captions", "source_row") if c in dataset.column_names]
         # Undecoded: datasets would raise inside itself at a bad picture, without the row's number.
         self.rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))
         self.on_bad_image = on_bad_image
         self.name = name
+        # Rows held out of another split are named by their place there.
+        split = str(dataset.split or "")
+        self.origin = "" if split in ("", name, name.removesuffix("ing")) else f" of split {split!r}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,7 +53,8 @@ class ImageView(TorchDataset):
             values["image"] = read_image(values["image"])
         except BadImage as error:
             path = (values["image"] or {}).get("path")
-            where = f"{self.name} image, row {row}{f' ({path})' if path else ''}"
+            place = f"row {values.get('source_row', row)}{self.origin}"
+            where = f"{self.name} image, {place}{f' ({path})' if path else ''}"
             if self.on_bad_image == "fail":
                 raise UserError(
                     f"{where} cannot be read: {error}. Repair or remove it, or type --on_bad_image skip."

@@ -1,4 +1,4 @@
-"""`accelerate launch recipes/caption.py …` does what `mmft-hf caption …` does, on as many processes as it is told."""
+"""`accelerate launch recipes/caption.py …` does what `mmft-hf caption …` does; of several processes, the first one works."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch recipes/evaluate.py …` does what `mmft-hf evaluate …` does, on as many processes as it is told."""
+"""`accelerate launch recipes/evaluate.py …` does what `mmft-hf evaluate …` does; of several processes, the first one works."""
 
 import sys
 

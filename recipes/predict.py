@@ -1,4 +1,4 @@
-"""`accelerate launch recipes/predict.py …` does what `mmft-hf predict …` does, on as many processes as it is told."""
+"""`accelerate launch recipes/predict.py …` does what `mmft-hf predict …` does; of several processes, the first one works."""
 
 import sys
 

@@ -94,5 +94,5 @@ def test_constraints_pin_what_is_installed():
 
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if "==" in line:
-            name, version = line.split("==")
+            name, version = line.split(";")[0].split("==")
             assert importlib.metadata.version(name).split("+")[0] == version, name

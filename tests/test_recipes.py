@@ -22,11 +22,11 @@ def test_yaml_parses_and_changes_something(path):
     assert [str(a) for a in filled] != [str(a) for a in parse(path.stem, command, [])]
 
 
-def test_quickstart_recipes_fit_each_other():
-    caption = parse("caption", importlib.import_module("mmft_hf.commands.caption"), ["--config", str(YAMLS[0])])
-    path = RECIPES / "quickstart" / "finetune.yaml"
-    _, data, _ = parse("finetune", importlib.import_module("mmft_hf.commands.finetune"), ["--config", str(path)])
-    assert caption[1].output_dir == data.dataset_name
+def test_quickstart_recipe_is_what_make_runs():
+    makefile = (RECIPES.parent / "Makefile").read_text()
+    (caption,) = (p for p in YAMLS if p.parent.name == "quickstart" and p.stem == "caption")
+    _, arguments = parse("caption", importlib.import_module("mmft_hf.commands.caption"), ["--config", str(caption)])
+    assert f"--dataset_name {arguments.output_dir} --captions_column captions" in makefile
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

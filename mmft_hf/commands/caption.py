@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +13,8 @@ from ..console import say, table
 from ..errors import UserError
 from ..prompts import DEFAULT_TEMPLATE
 from ..version import __version__
+
+RECORD_FILE = "captions.json"
 
 
 @dataclass
@@ -48,19 +51,23 @@ ARGUMENTS = (DataArguments, CaptionArguments)
 def run(data_args: DataArguments, args: CaptionArguments) -> None:
     """Captions the training split, passes the others on, and writes a folder that `--dataset_name` opens."""
     from datasets import Features, Image
-    from transformers import AutoTokenizer
 
-    from ..builtin import builtin
     from ..captioning import ColumnsCaptioner, TemplateCaptioner, caption_dataset
     from ..captioning.dataset import CAPTION_FEATURES
-    from ..data import load_captioned_dataset, text_columns
+    from ..data import is_text, load_captioned_dataset, text_columns
+    from ..modeling import load_tokenizer
 
     output = Path(args.output_dir)
-    existing = sorted(output.glob("data/*.parquet"))
-    if existing and not args.overwrite_output_dir:
+    ours = _files_of_ours(output)
+    if ours and not args.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {output}: expected no data set there, found {existing[0].name} and others. Type another "
-            "--output_dir, or --overwrite_output_dir true."
+            f"--output_dir {output}: expected no data set there, found one of mmft-hf. Type another --output_dir, or "
+            "--overwrite_output_dir true."
+        )
+    if not ours and output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            f"--output_dir {output}: expected an empty or new folder, found files that mmft-hf did not write. Type another "
+            "--output_dir."
         )
     options = {k: v for k, v in vars(data_args).items() if k not in ("dataset_name", "dataset_config_name")}
     data = load_captioned_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
@@ -73,8 +80,12 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
             raise UserError(
                 f"--text_columns: expected one column of lists of texts, found {found}. Type --text_columns NAME."
             )
+    for column in columns or ():
+        if column in data[train].features and not is_text(data[train].features[column]):
+            kind = data[train].features[column]
+            raise UserError(f"--text_columns: expected columns of text or of lists of texts, found {column} of {kind}.")
     captioner = ColumnsCaptioner(columns) if args.captioner == "columns" else TemplateCaptioner([args.class_template])
-    tokenizer = AutoTokenizer.from_pretrained(builtin(args.model_name_or_path))
+    tokenizer = load_tokenizer(args.model_name_or_path)
 
     say(f"Captioning {data_args.dataset_name}\n")
     table(
@@ -89,9 +100,10 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
     run_id = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     captioned = caption_dataset(data[train], captioner, tokenizer, run_id)
 
-    (output / "data").mkdir(parents=True, exist_ok=True)
-    for old in existing:
-        old.unlink()
+    # Into a folder beside it, which takes its place when it is whole: a kill leaves the old one, or none.
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "data").mkdir(parents=True)
     for name, split in data.items():
         if name == train:
             split = captioned
@@ -100,7 +112,7 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
             undecoded = split.cast_column("image", Image(decode=False))
             features = Features({**undecoded.features, **CAPTION_FEATURES})
             split = undecoded.map(_without_captions, features=features).cast_column("image", Image())
-        split.to_parquet(output / "data" / f"{name}-00000-of-00001.parquet")
+        split.to_parquet(partial / "data" / f"{name}-00000-of-00001.parquet")
 
     records = [record for row in captioned["caption_records"] for record in row]
     good = [record for record in records if record["status"] == "ok"]
@@ -117,8 +129,15 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
         "captions": len(good),
         "empty": len(records) - len(good),
         "mmft_hf": __version__,
+        "files": sorted(f"data/{path.name}" for path in (partial / "data").iterdir()),
     }
-    (output / "captions.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (partial / RECORD_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for old in ours:
+        old.unlink(missing_ok=True)
+    (output / "data").mkdir(parents=True, exist_ok=True)
+    for new in (*sorted((partial / "data").iterdir()), partial / RECORD_FILE):
+        new.replace(output / new.relative_to(partial))
+    shutil.rmtree(partial)
     say("")
     table(
         {
@@ -132,6 +151,15 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
         }
     )
     say(f"\nNext: mmft-hf finetune --dataset_name {output}")
+
+
+def _files_of_ours(output: Path) -> list[Path]:
+    """What an earlier run left in the folder, by its own record; the record last."""
+    try:
+        record = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))
+        return [*(output / name for name in record["files"]), output / RECORD_FILE]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _without_captions(row: dict) -> dict:

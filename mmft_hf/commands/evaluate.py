@@ -10,6 +10,7 @@ from pathlib import Path
 from ..configuration import DataArguments
 from ..console import percent, say, table
 from ..errors import UserError
+from ..run_folder import RUN_FILE
 
 
 @dataclass
@@ -41,7 +42,6 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..evaluation import classify
     from ..modeling import default_device, load_model
     from ..prototypes import ClassPrototypes
-    from ..run_folder import RUN_FILE
 
     for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
         if getattr(args, name) < least:
@@ -52,17 +52,13 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     model, processor = load_model(args.model_name_or_path, args.model_revision)
     model.to(default_device())
 
-    record = Path(args.model_name_or_path) / RUN_FILE
-    try:
-        identity = json.loads(record.read_text())["identity"] if record.is_file() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{record}: expected the record that finetune leaves, found {error!r}. Restore it, or remove it to go "
-            "without the zero-shot baseline."
-        ) from error
+    record = _record(args.model_name_or_path, args.model_revision)
+    identity = record.get("identity", {})
     dataset = load_test_split(data_args, prototypes.class_names)
     if dataset is None:
-        splits = load_splits(data_args)
+        # As the training cut it, whatever the settings of this call are.
+        again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
+        splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))
         if splits.fingerprint() != identity.get("dataset_fingerprint"):
             raise UserError(
                 f"data set {data_args.dataset_name!r}: there is no split named test, and these are not the data that the "
@@ -128,13 +124,39 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
 
     if args.output_dir:
         folder = Path(args.output_dir)
-        (folder / "report.json").write_text(json.dumps({**result, "zero_shot": zero_shot}, indent=2) + "\n")
+        (folder / "report.json").write_text(
+            json.dumps({**result, "zero_shot": zero_shot}, indent=2) + "\n", encoding="utf-8"
+        )
         _write_csv(
             folder / "per_class.csv", ["class", "images", "accuracy"], [list(r.values()) for r in result["per_class"]]
         )
         matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
         _write_csv(folder / "confusion_matrix.csv", ["true class", *names], matrix)
         say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
+
+
+def _record(name: str, revision: str | None) -> dict:
+    """The `mmft.json` of a folder or Hub repository; empty where there is none."""
+    path = Path(name) / RUN_FILE
+    if not Path(name).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(name, RUN_FILE, revision=revision))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["identity"]["base_model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected the record that finetune leaves, found {error!r}. Restore it, or remove it to go "
+            "without the zero-shot baseline."
+        ) from error
+    return record
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:

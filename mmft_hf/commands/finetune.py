@@ -26,7 +26,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     metrics = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
     choice("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), metrics)
     if config.push_to_hub:
-        _check_hub()
+        _check_hub(config.hub_token)
 
     # -- before anything expensive -----------------------------------------------------------------------------------
     splits = load_splits(data_args)
@@ -68,19 +68,21 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     state = trainer.state
     validation = trainer.evaluate()["eval_accuracy"]
 
-    # -- the sealed test split, once, for the tuned and the untuned model --------------------------------------------
+    # -- the sealed test split, once, for the result and the baseline; the other processes are free to go ---------------
     if is_main():
-        tuned = trainer.accelerator.unwrap_model(trainer.model)
-        prototypes = trainer.prototypes
-        test = score(tuned, prototypes, splits.test, "test")
-        untuned, _ = load_model(model_args.model_name_or_path, model_args.model_revision)
-        zero_shot_test = score(untuned.to(config.device), zero_shot, splits.test, "test").report()
+        tuned, prototypes = trainer.accelerator.unwrap_model(trainer.model), trainer.prototypes
+        untuned = load_model(model_args.model_name_or_path, model_args.model_revision)[0].to(config.device)
+        zero_shot_test = score(untuned, zero_shot, splits.test, "test")
+        # The zero-shot classifier is a candidate, too; it wins only where no epoch reached its validation accuracy.
+        zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
+        if zero_shot_won:
+            tuned, prototypes, validation = untuned, zero_shot, untuned_validation["accuracy"]
         results = folder.save(
             model=tuned,
             processor=processor,
             prototypes=prototypes,
-            predictions=test,
-            zero_shot_test=zero_shot_test,
+            predictions=zero_shot_test if zero_shot_won else score(tuned, prototypes, splits.test, "test"),
+            zero_shot_test=zero_shot_test.report(),
             validation={
                 "validation_accuracy": validation,
                 "zero_shot_validation_accuracy": untuned_validation["accuracy"],
@@ -88,19 +90,20 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
             },
             train_metrics=train_metrics,
             state=state,
+            zero_shot_won=zero_shot_won,
         )
         _show(folder.path, results, prototypes)
-    PartialState().wait_for_everyone()
     if config.push_to_hub:
+        PartialState().wait_for_everyone()
         trainer.push_to_hub()
 
 
-def _check_hub() -> None:
+def _check_hub(token: str | None) -> None:
     """Raises `UserError` now, not after the training, if nothing could be pushed."""
     from huggingface_hub import whoami
 
     try:
-        whoami()
+        whoami(token=token)
     except Exception as error:  # offline, no token, a wrong token, no connection: the user's to mend
         raise UserError(
             f"--push_to_hub: expected to be logged in to the Hub; {str(error).strip().splitlines()[0]} Type hf auth login, or "
@@ -165,7 +168,9 @@ def _show(path: Path, results: dict, prototypes) -> None:
     if results["test_skipped_images"]:
         say(f"\n  {results['test_skipped_images']} test images could not be read and are not counted.")
     if prototypes.fallback_classes:
-        say(f"\n  Without captions, classified by the template: {', '.join(prototypes.fallback_classes)}")
+        names = prototypes.fallback_classes
+        some = f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        say(f"\n  {len(names)} classes without captions are classified by the template: {some}")
     say(f"\nEverything is in {path} (predictions_test.png shows some pictures). Next:")
     say(f"  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {path}")
     say(f"  mmft-hf evaluate --model_name_or_path {path} --dataset_name YOUR_DATA")
