@@ -18,10 +18,9 @@ clip art) with their names, keywords and dictionary glosses. It opens with stock
 out fine-tuning and retrieval code in minutes on a CPU. It is **not for use** on photographs or in any product.
 
 ```python
-from transformers import CLIPModel, CLIPProcessor
+import mmft_hf
 
-model = CLIPModel.from_pretrained("builtin/tiny-clip")  # through mmft_hf; else the path of this folder
-processor = CLIPProcessor.from_pretrained("builtin/tiny-clip")
+model, processor = mmft_hf.load_model("builtin/tiny-clip")  # or CLIPModel.from_pretrained with the path of this folder
 ```
 """
 
@@ -54,13 +53,13 @@ def main():
     figures = json.loads(args.figures.read_text())
     used = run["arguments"]
     dropped = {k: sum(c.get(k, 0) for c in counts.values()) for k in ("dropped_concept", "dropped_tag")}
+    clip_art = counts["openclipart"]
+    clip_art["read"] = clip_art["kept"] + clip_art["dropped_concept"]
     read = sum(c.get("read", 0) for c in counts.values())
 
     text = HEAD.format(parameters=run["parameters"] / 1e6, pictures=run["pictures"])
     text += "\n## Zero-shot accuracy\n\n"
-    text += (
-        'Class text "a photo of a {class}.", top-1 with 95 % Wilson intervals. All concepts are unseen in training.\n\n'
-    )
+    text += 'Class text "a photo of a {class}.", top-1 with 95 % Wilson intervals. The concepts were held out of training.\n\n'
     rows = [("set / split", "images", "classes", "chance", "top-1 (95 % interval)")]
     for f in figures:
         core = ", core" if f["set"] == "emoji" and f["classes"] < 71 else ""
@@ -83,9 +82,10 @@ def main():
     text += "\n## How it was trained\n\n"
     text += (
         f"{run['steps']:,} steps of {used['batch']} pictures ({run['views'] / 1e6:.2f} M views), {run['minutes']:.0f} minutes "
-        f"on {used['threads']} CPU cores shared with other work, seed {used['seed']}.\n"
-        f"AdamW (rate {used['lr']}, cosine; weight decay {used['weight_decay']}), bfloat16 autocast, weights averaged "
-        f"(EMA {used['ema']}).\nThe CLIP loss counts every caption of the batch that also fits a picture as right; beside it "
+        f"by the clock on {used['threads']} CPU cores shared with other work, seed {used['seed']}.\n"
+        f"Muon (rate {used['muon_lr']}) for the matrices of the layers, AdamW (rate {used['lr']}) for the rest, weight decay "
+        f"{used['weight_decay']},\nconstant rate with a straight fall over the last {used['decay_steps']:,} steps; bfloat16 "
+        f"autocast; weights averaged at the end (EMA {used['ema']}).\nThe CLIP loss counts every caption of the batch that also fits a picture as right; beside it "
         "a bag-of-words loss on the\nimage features, whose head was thrown away. "
         f"{1 - used['keep']:.0%} of the patches were dropped except in the last {used['full_steps']:,} steps.\n"
         "Captions were drawn from name, aliases, keywords, gloss and WordNet hypernyms in a few templates. The label columns\n"
@@ -96,7 +96,7 @@ def main():
     text += (
         "Only train concepts of the emoji sets (share-alike drawings and texts left out), and of every other source only\n"
         "pictures whose name or alias does not hold the name, a shortcode or a plain synonym of a validation or test concept,\n"
-        f"nor has such a tag. Of {read:,} icons {dropped['dropped_concept']:,} (clip art included) were dropped by name and "
+        f"nor has such a tag. Of {read:,} icons and clip art pictures {dropped['dropped_concept']:,} were dropped by name and "
         f"{dropped['dropped_tag']:,} by tag. Brands, logos and flags were left out.\nNo filter by name is perfect: a "
         "drawing under another name may have slipped through.\n\n"
     )

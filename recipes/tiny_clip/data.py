@@ -32,10 +32,11 @@ class Captions:
     """Draws a caption per picture and knows which other pictures it is also right for.
 
     keys: (N, K) sparse 0/1 matrix, picture x name, hypernym, category or tag.
+    with_kinds: whether hypernyms and categories are among the captions.
     """
 
     def __init__(self, items, min_count=8):
-        self.items = items
+        self.items, self.with_kinds = items, True
         self.keys_of = [
             {k for t in (i["name"], *i["aliases"], *i["kinds"], *i["tags"]) if (k := key_of(t))} or {"?"} for i in items
         ]
@@ -53,7 +54,8 @@ class Captions:
         """(caption, key it stands for) of picture n."""
         item, r = self.items[n], rng.random()
         names = [item["name"]] * 2 + item["aliases"]
-        name, kinds, tags = names[rng.integers(len(names))], item["kinds"], item["tags"]
+        name, tags = names[rng.integers(len(names))], item["tags"]
+        kinds = item["kinds"] if self.with_kinds else []
         template = TEMPLATES[rng.integers(len(TEMPLATES))]
         some = [tags[i] for i in rng.permutation(len(tags))[: rng.integers(1, 5)]] if tags else []
         if r < 0.30 and kinds:
@@ -84,7 +86,7 @@ class Captions:
 def load_items(folder, sources):
     """(images uint8 (N, 4, H, W), items, sampling weight (N,)) of a prepared folder.
 
-    Colourful drawings of things weigh more than line icons of the same set; emoji weigh most.
+    Emoji weigh most, colourful sets more than line icons, drawings of things more than signs.
     """
     images = np.load(Path(folder) / "images.npy", mmap_mode="r")
     items = json.loads((Path(folder) / "items.json").read_text())
@@ -93,7 +95,12 @@ def load_items(folder, sources):
         "emoji_mini": 3.0,
         "openclipart": 2.0,
     }
-    weight = [weights[i["source"]] * (0.6 if i["mono"] and i["source"] == "emoji" else 1.0) for i in items]
+    weight = [weights[i["source"]] for i in items]
+    for n, item in enumerate(items):
+        if item["source"] == "emoji":
+            weight[n] *= 0.6 if item["mono"] else 1.0
+        elif not item["thing"]:
+            weight[n] *= 0.3
     return torch.from_numpy(np.array(images)), items, np.array(weight)
 
 

@@ -140,7 +140,8 @@ def main():
     print(f"linear probe, emoji_mini train -> validation: {linear_probe(model, train, valid):.3f}")
     if args.fine_tune:
         for seed in range(2):
-            tuned = fine_tune(CLIPModel.from_pretrained(args.model, dtype=torch.float32), processor, train, seed=seed)
+            start = CLIPModel.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
+            tuned = fine_tune(start, processor, train, seed=seed)
             right, n = zero_shot(tuned, processor.tokenizer, valid)
             print(f"fine-tuned on emoji_mini train, seed {seed} -> validation: {right / n:.3f}", flush=True)
     if args.out:

@@ -122,7 +122,7 @@ def main():
         if key in hashes:
             return False
         hashes.add(key)
-        gloss, kinds = wordnet.look_up(item["name"])
+        gloss, kinds, item["thing"] = wordnet.look_up(item["name"])
         item["gloss"] = item.get("gloss") or gloss
         drawers = [w for c in item.pop("categories") for w in split_words(c) if w not in NO_DRAWER]
         item["kinds"] = [k for k in unique(kinds + drawers) if len(k) > 2 and not keep_out.is_tag(k)]

@@ -120,8 +120,15 @@ PREPOSITIONS = set("with without of in on at behind from and over under for to b
 
 
 # WordNet's lexicographer files of things that can be drawn; the others only count where a word has none of these
-ANIMAL, ARTIFACT, BODY, FOOD, OBJECT, PHENOMENON, PLANT = 5, 6, 8, 13, 17, 19, 20
+ANIMAL, ARTIFACT, BODY, FOOD, OBJECT, PERSON, PHENOMENON, PLANT = 5, 6, 8, 13, 17, 18, 19, 20
 DRAWN = {ANIMAL, ARTIFACT, BODY, FOOD, OBJECT, PHENOMENON, PLANT}
+# what interfaces hang behind the thing: 'book plus' shows a book
+BADGES = GENERIC | set(
+    "plus minus add remove delete edit check checked cancel alert off on lock unlock settings cog arrow arrows question "
+    "search info star heart refresh sync clock play pause stop share download upload export import multiple variant "
+    "outline filled solid bold round rounded circle square slash x done open close closed end start error warning help "
+    "view list text code top bottom horizontal vertical alt high low number one two three".split()
+)
 PEOPLE = set("person man woman boy girl people men women".split())
 
 
@@ -152,29 +159,41 @@ class WordNet:
     def sense(self, word):
         """Synset of a word, by the rule of the class."""
         senses = self.senses[word][:4]
-        drawn = [s for s in senses if self.synsets[s][3] in DRAWN]
+        files = {PERSON} if word in PEOPLE else DRAWN
+        drawn = [s for s in senses if self.synsets[s][3] in files]
         if drawn and self.synsets[drawn[0]][3] == PLANT:
             drawn = [s for s in drawn if self.synsets[s][3] == FOOD] or drawn
         return (drawn or senses)[0]
 
     def look_up(self, name):
-        """(gloss, [hypernym, ...]) of the name as a whole, else of its head noun; ('', []) if unknown."""
+        """(gloss, [hypernym, ...], is a thing that can be drawn) of the name as a whole, else of its head noun.
+
+        The gloss is empty for a head noun; all is empty for an unknown word.
+        """
         words = [w for w in split_words(name) if not w.isdigit()]
         if not words:
-            return "", []
+            return "", [], False
         head = next((i for i, w in enumerate(words) if i and w in PREPOSITIONS), len(words))
+        while head > 1 and words[head - 1] in BADGES - {"face"}:
+            head -= 1
         last = words[0] if words[0] in PEOPLE else words[head - 1]
+        if last == "face":  # of an animal, or a smiley: no part of a body
+            animal = words[head - 2] if head > 1 else ""
+            if animal not in self.senses or self.synsets[self.sense(animal)][3] != ANIMAL:
+                return "", ["face"], True
+            last = animal
         for word in (" ".join(words), last):
             known = next((w for w in (word, singular(word)) if w in self.senses), None)
             if known:
                 break
         else:
-            return "", []
-        lemmas, up, gloss, _ = self.synsets[self.sense(known)]
+            return "", [], False
+        lemmas, up, gloss, file = self.synsets[self.sense(known)]
         whole = word == " ".join(words)
         chain = [] if whole else [lemmas[0]]
         while up:
             lemmas, up, *_ = self.synsets[up[0]]
             if lemmas[0] not in ABSTRACT:
                 chain += [lemmas[0], lemmas[0].split()[-1]]
-        return gloss if whole else "", [k for k in dict.fromkeys(chain) if k not in ABSTRACT][:8]
+        chain = [k for k in dict.fromkeys(chain) if k not in ABSTRACT][:8]
+        return gloss if whole else "", chain, file in DRAWN | {PERSON}
