@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
@@ -60,10 +61,8 @@ class Run:
         self.splits = splits
         self.config = config
         # Through JSON, as they will be read back (enums become text).
-        plain, default = (
-            json.loads(json.dumps({**c.to_dict(), "world_size": c.world_size}, default=str))
-            for c in (config, MMFTConfig())
-        )
+        plain = json.loads(json.dumps({**config.to_dict(), "world_size": config.world_size}, default=str))
+        default = {field.name: field.default for field in fields(MMFTConfig)}
         self.identity = {
             "base_model": model_args.model_name_or_path,
             "base_model_revision": model_args.model_revision,

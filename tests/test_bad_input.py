@@ -188,6 +188,8 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
         ("--learning_rate", "nan", "above 0"),
         ("--weight_decay", "-1", "0 or more"),
         ("--max_steps", "0", "more than 0"),
+        ("--label_smoothing_factor", "0.3", "0.0"),
+        ("--prediction_loss_only", "true", "False"),
         ("--shots", "0", "1 or more"),
         ("--test_size", "1", "between 0 and 1"),
         ("--dataloader_drop_last", "true", "false"),
@@ -197,7 +199,7 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
 )
 def test_value_outside_its_range(flag, value, expected, fails, finetune):
     message = fails(finetune(flag, value), flag.lstrip("-"), expected, "expected", "found")
-    assert value in message or str(float(value)) in message or value == "true"
+    assert value in message or value.capitalize() in message or str(float(value)) in message
 
 
 def test_settings_that_contradict_each_other(fails, finetune):
@@ -216,6 +218,11 @@ def test_settings_that_contradict_each_other(fails, finetune):
 def test_settings_that_cannot_work_stop_before_the_training(flag, value, fails, finetune, tmp_path):
     fails(finetune(flag, value, "--resume_from_checkpoint", "true"))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_steps_that_could_not_be_restored(fails, finetune):
+    steps = ("--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 4)
+    fails(finetune(*steps), "--save_steps and --eval_steps", "found 4 and 2")
 
 
 def test_config_file_is_missing(fails):
@@ -476,6 +483,11 @@ def test_resume_with_other_settings(fails, finetune, trained):
     assert content(trained) == before
 
 
+def test_resume_with_another_rarely_used_setting(fails, finetune, trained):
+    resume = ("--output_dir", trained, "--resume_from_checkpoint", "true")
+    fails(finetune(*resume, "--lr_scheduler_kwargs", '{"num_cycles": 0.3}'), "other_settings", "num_cycles")
+
+
 def test_resume_of_a_finished_run_has_nothing_to_do(succeeds, finetune, trained):
     before = content(trained)
     out, _ = succeeds(finetune("--output_dir", trained, "--resume_from_checkpoint", "true"))
@@ -576,6 +588,48 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(batch,
     model, processor = load_model(checkpoint)
     pixels = processor.image_processor(colour_images(1)[0][0], return_tensors="pt")["pixel_values"]
     assert torch.isfinite(encode_images(model, pixels)).all()
+
+
+def test_the_only_step_was_not_finite(fails, finetune):
+    settings = ("--learning_rate", "1e30", "--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "no")
+    fails(finetune(*settings, "--load_best_model_at_end", "false"), "validation loss became nan")
+
+
+def test_validation_pictures_that_are_all_bad(fails, finetune, data_with):
+    bad = colour_dataset(1)
+    for row in range(3):
+        bad = with_bad_picture(row, bad)
+    fails(finetune("--on_bad_image", "skip", data=data_with(validation=bad)), "at least one image that can be read")
+
+
+def test_a_bad_picture_is_named_by_its_place_before_splits_were_cut(fails, finetune, tmp_path):
+    (tmp_path / "one").mkdir()
+    with_bad_picture(17, colour_dataset(8)).to_parquet(tmp_path / "one" / "train.parquet")
+    fails(finetune("--shots", 8, data=tmp_path / "one"), "row 17")
+
+
+# -- caption ----------------------------------------------------------------------------------------------------------
+def test_caption_settings_that_cannot_work(fails, clip_folder, tmp_path):
+    command = ["caption", "--model_name_or_path", clip_folder, "--output_dir", tmp_path / "out"]
+    fails([*command, "--text_columns", "label"], "columns of text", "label")
+    fails([*command, "--text_columns", "words"], "'words' is missing")
+    fails(command, "expected one column", "text, text_source")
+    fails([*command, "--text_columns", "text", "--model_name_or_path", tmp_path / "none"], "expected the tokenizer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_captioning_never_deletes_what_is_not_its_own(fails, succeeds, clip_folder, tmp_path):
+    out = tmp_path / "out"
+    command = ["caption", "--text_columns", "text", "--model_name_or_path", clip_folder, "--output_dir", out]
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "precious.parquet").write_text("mine")
+    fails([*command, "--overwrite_output_dir", "true"], "did not write")
+    succeeds([*command, "--output_dir", tmp_path / "new"])
+    (tmp_path / "new" / "data" / "precious.parquet").write_text("mine")
+    fails([*command, "--output_dir", tmp_path / "new"], "--overwrite_output_dir true")
+    succeeds([*command, "--output_dir", tmp_path / "new", "--overwrite_output_dir", "true"])
+    assert (out / "data" / "precious.parquet").read_text() == "mine"
+    assert (tmp_path / "new" / "data" / "precious.parquet").read_text() == "mine"
 
 
 # -- predict ----------------------------------------------------------------------------------------------------------

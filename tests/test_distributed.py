@@ -93,3 +93,39 @@ def test_finetune_on_two_processes_equals_one(clip_folder, data_folder, tmp_path
     start = load_file(clip_folder / "model.safetensors")
     assert max((one[name] - start[name]).abs().max().item() for name in one) > 1e-2
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-6
+
+
+@pytest.mark.distributed
+def test_two_processes_cut_within_an_epoch_and_resumed_equal_uninterrupted(clip_folder, data_folder, tmp_path):
+    """Three steps an epoch, saved every two: step 4 lies within the second epoch."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    def finetune(name: str, *more: str) -> dict:
+        settings = f"--model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {tmp_path / name}"
+        settings += " --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1e-3 --use_cpu true"
+        settings += " --save_strategy steps --save_steps 2 --save_total_limit 9 --load_best_model_at_end false"
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "mmft_hf",
+        ]
+        command = [*launcher, "finetune", *settings.split(), *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / name / "model.safetensors")
+
+    straight = finetune("straight")
+    # What a cut after checkpoint-4 leaves: no later checkpoint, no results, a record that says so.
+    shutil.copytree(tmp_path / "straight", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    record = json.loads((tmp_path / "cut" / "mmft.json").read_text())
+    (tmp_path / "cut" / "mmft.json").write_text(json.dumps(record | {"completed": False}))
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    resumed = finetune("cut", "--resume_from_checkpoint", "true")
+    assert max((straight[name] - resumed[name]).abs().max().item() for name in straight) == 0

@@ -216,6 +216,49 @@ def test_evaluate_gives_the_same_accuracy(run, data_folder, capsys, tmp_path):
     assert (report / "per_class.csv").read_text().splitlines()[1] == "red thing,6,1.0"
 
 
+@pytest.fixture(scope="module")
+def held_out(clip_folder, tmp_path_factory):
+    """A run on a folder of class folders, whose test images were held out, and that folder."""
+    from conftest import colour_images
+
+    root = tmp_path_factory.mktemp("held")
+    for seed, name in enumerate(("pets", "more_pets")):
+        for i, (image, label) in enumerate(colour_images(10, seed)):
+            folder = root / name / list(COLOURS)[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i:03}.png")
+    command = ["finetune", "--dataset_name", str(root / "pets"), "--model_name_or_path", str(clip_folder)]
+    settings = ["--shots", "4", "--shots_seed", "1", "--max_steps", "2", "--use_cpu", "true"]
+    assert main([*command, "--output_dir", str(root / "out"), *settings]) == 0
+    return root
+
+
+def test_held_out_images_are_found_again_whatever_the_seed_of_the_call(held_out, capsys):
+    command = ["evaluate", "--model_name_or_path", str(held_out / "out"), "--dataset_name"]
+    assert main([*command, str(held_out / "pets"), "--output_dir", str(held_out / "report")]) == 0
+    found = json.loads((held_out / "report" / "report.json").read_text())
+    assert found["accuracy"] == json.loads((held_out / "out" / "all_results.json").read_text())["test_accuracy"]
+    assert found["examples"] == 6
+    assert main([*command, str(held_out / "more_pets")]) == 2
+    assert "not the data that the model was trained on" in capsys.readouterr().err
+
+
+def test_the_zero_shot_classifier_wins_where_no_epoch_is_better(clip_folder, data_folder, tmp_path, monkeypatch):
+    from mmft_hf.trainer import MMFTTrainer
+
+    evaluate = MMFTTrainer.evaluate
+    monkeypatch.setattr(
+        MMFTTrainer, "evaluate", lambda self, *a, **k: evaluate(self, *a, **k) | {"eval_accuracy": -0.1}
+    )
+    assert main([*arguments(clip_folder, data_folder, tmp_path / "out"), "--max_steps", "1"]) == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert "no epoch was better" in results["selection"]
+    assert results["test_accuracy"] == results["zero_shot_test_accuracy"]
+    assert mmft_hf.ClassPrototypes.from_pretrained(tmp_path / "out").source == "template"
+    expected, found = (load_file(folder / "model.safetensors") for folder in (clip_folder, tmp_path / "out"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_the_test_split_is_read_once_after_selection(clip_folder, data_folder, tmp_path, monkeypatch):
     from mmft_hf import views
     from mmft_hf.trainer import MMFTTrainer
@@ -307,8 +350,7 @@ def test_killed_and_resumed_gives_the_same_weights(run, clip_folder, data_folder
     while not (output / sign).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (output / sign).exists(), process.stdout.read()
+    assert process.wait() == -signal.SIGKILL, process.stdout.read()
     done = start(clip_folder, data_folder, output, "--resume_from_checkpoint", "true")
     printed, _ = done.communicate(timeout=120)
     assert done.returncode == 0, printed

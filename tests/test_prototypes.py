@@ -73,6 +73,11 @@ def test_a_class_without_captions_falls_back_to_the_template(clip):
     assert not torch.allclose(found.embeddings[0], templates.embeddings[0])
 
 
+def test_without_any_captions_the_source_is_the_template(clip):
+    found = ClassPrototypes.from_captions(*clip, colour_dataset(2, captions=False))
+    assert (found.source, found.fallback_classes) == ("template", ())
+
+
 def test_several_templates_are_averaged_after_normalising(clip):
     found = ClassPrototypes.from_templates(*clip, ["cat", "old_dog"], ["a {}", "one {} here"])
     with torch.no_grad():

@@ -293,3 +293,64 @@ def test_data_sets_that_do_not_fit_are_refused(clip, tmp_path):
         from datasets import Value
 
         make_trainer(clip, tmp_path, colour_dataset(2).cast_column("label", Value("int64")))
+
+
+def test_selection_by_loss_takes_the_lowest(clip, tmp_path):
+    trainer = make_trainer(clip, tmp_path, num_train_epochs=4, metric_for_best_model="loss")
+    trainer.train()
+    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    assert trainer.state.best_global_step == min(losses, key=losses.get) > 0
+
+
+def test_resume_after_the_last_step_within_an_epoch_trains_no_further(clip, _clip, tmp_path):
+    import copy
+
+    settings = {"max_steps": 4, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    settings |= {"load_best_model_at_end": False}
+    straight = make_trainer(clip, tmp_path, evaluate=False, **settings)
+    straight.train()
+    again = make_trainer(copy.deepcopy(_clip), tmp_path, evaluate=False, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert not changed(weights(straight.model), weights(again.model))
+
+
+def test_a_second_run_in_the_same_folder_has_its_own_candidate(clip, _clip, tmp_path):
+    import copy
+
+    for model in (clip, copy.deepcopy(_clip)):
+        trainer = make_trainer(model, tmp_path, learning_rate=1e-9)
+        trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-0")
+
+
+def test_an_evaluation_that_is_not_finite_stops(clip, tmp_path):
+    trainer = make_trainer(clip, tmp_path)
+    trainer.model.visual_projection.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="validation loss became nan"):
+        trainer.evaluate()
+
+
+def test_saved_model_has_no_pickle(clip, tmp_path):
+    trainer = make_trainer(clip, tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {p.suffix for p in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors"}
+
+
+def test_every_private_hook_that_is_overridden_exists():
+    """An override that nothing calls would be silent."""
+    from transformers import Trainer
+
+    own = [name for name, value in vars(MMFTTrainer).items() if callable(value) and not name.startswith("__")]
+    added = {"build_prototypes", "_stop_at", "_class_metrics"}
+    assert added <= set(own)
+    assert [name for name in own if name not in added and not hasattr(Trainer, name)] == []
+
+
+def test_classes_without_captions_are_logged_once(clip, tmp_path, caplog):
+    train = colour_dataset(2)
+    captions = [["x"] if label == 0 else [] for label in train["label"]]
+    trainer = make_trainer(clip, tmp_path, train.remove_columns("captions").add_column("captions", captions))
+    trainer.evaluate()
+    trainer.evaluate()
+    assert caplog.text.count("green thing, blue thing") == 1
