@@ -24,7 +24,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--decay-steps", type=int, default=300, help="last steps, over which the rate falls to zero")
     parser.add_argument("--full-steps", type=int, default=100, help="last steps, with all patches")
-    parser.add_argument("--kind-steps", type=int, default=3000, help="first steps, with hypernyms among the captions")
+    parser.add_argument("--kind-steps", type=int, default=3300, help="first steps, with hypernyms among the captions")
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the patches seen before the last steps")
