@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     CLIPModel,
     CLIPProcessor,
     PreTrainedTokenizerBase,
@@ -60,7 +63,7 @@ def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = N
         # Only safetensors: nothing is ever unpickled from a path that a user gives.
         model = CLIPModel.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        image_processor = load_image_processor(path, revision)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json beside "
@@ -93,6 +96,16 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         ) from error
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return tokenizer
+
+
+def load_image_processor(path: str, revision: str | None = None) -> BaseImageProcessor:
+    """What resizes, crops and normalises pictures, always through Pillow, whatever else is installed.
+
+    Raises:
+        OSError: not found.
+    """
+    pillow = {"backend": "pil"} if Version(transformers.__version__) >= Version("5.4") else {"use_fast": False}
+    return AutoImageProcessor.from_pretrained(path, revision=revision, **pillow)
 
 
 def default_device() -> torch.device:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, CLIPModel, Pipeline
-from transformers.image_processing_backends import PilBackend
+from transformers import CLIPModel, Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .images import read_image
-from .modeling import encode_images
+from .modeling import encode_images, load_image_processor
 from .prototypes import ClassPrototypes
 
 TASK = "mmft-image-classification"
@@ -45,16 +44,12 @@ class MMFTImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, prototypes: ClassPrototypes | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        revision = getattr(self.model.config, "_commit_hash", None)
         # With torchvision installed the stock loader takes its backend, whose pixels differ a little from the trained ones.
-        if not isinstance(self.image_processor, PilBackend):
-            self.image_processor = AutoImageProcessor.from_pretrained(
-                self.model.name_or_path, revision=getattr(self.model.config, "_commit_hash", None), backend="pil"
-            )
+        self.image_processor = load_image_processor(self.model.name_or_path, revision)
         # evaluate.evaluator("image-classification") takes no pipeline of another task name.
         self.task = "image-classification"
-        self.prototypes = prototypes or ClassPrototypes.from_pretrained(
-            self.model.name_or_path, revision=getattr(self.model.config, "_commit_hash", None)
-        )
+        self.prototypes = prototypes or ClassPrototypes.from_pretrained(self.model.name_or_path, revision)
 
     def _sanitize_parameters(self, top_k=None, timeout=None):
         preprocess = {} if timeout is None else {"timeout": timeout}

@@ -80,17 +80,28 @@ def main():
         'For training on a CPU load it with `attn_implementation="eager"`: the backward pass of sdpa is slower there.\n'
     )
     text += "\n## How it was trained\n\n"
+    first = run["stage_1"]
+    for name, stage in (("Stage 1", first), ("Stage 2, with a new text tower", run)):
+        a = stage["arguments"]
+        text += (
+            f"**{name}**: {stage['steps']:,} steps of {a['batch']} pictures ({stage['views'] / 1e6:.2f} M views), "
+            f"{stage['minutes']:.0f} minutes by the clock on {a['threads']} CPU cores shared with other work, seed {a['seed']}; "
+            f"{1 - a['keep']:.0%} of the patches dropped"
+            + (f" except in the last {a['full_steps']:,} steps; " if a["full_steps"] else "; ")
+            + (
+                f"hypernyms and icon categories among the captions of the first {a['kind_steps']:,} steps.\n"
+                if a["kind_steps"]
+                else "no hypernym or category among the captions.\n"
+            )
+        )
     text += (
-        f"{run['steps']:,} steps of {used['batch']} pictures ({run['views'] / 1e6:.2f} M views), {run['minutes']:.0f} minutes "
-        f"by the clock on {used['threads']} CPU cores shared with other work, seed {used['seed']}.\n"
-        f"Muon (rate {used['muon_lr']}) for the matrices of the layers, AdamW (rate {used['lr']}) for the rest, weight decay "
-        f"{used['weight_decay']},\nconstant rate with a straight fall over the last {used['decay_steps']:,} steps; bfloat16 "
-        f"autocast; weights averaged at the end (EMA {used['ema']}).\nThe CLIP loss counts every caption of the batch that also fits a picture as right; beside it "
-        "a bag-of-words loss on the\nimage features, whose head was thrown away. "
-        f"{1 - used['keep']:.0%} of the patches were dropped except in the last {used['full_steps']:,} steps.\n"
-        "Captions were drawn from name, aliases, keywords, gloss and WordNet hypernyms in a few templates. The label columns\n"
-        "of the emoji sets were not used; words such as `mammal` come from keywords, glosses, WordNet and icon categories.\n"
-        "The code is `recipes/tiny_clip` of the mmft_hf repository.\n"
+        f"\nMuon (rate {used['muon_lr']}) for the matrices of the layers, AdamW (rate {used['lr']}) for the rest, weight decay "
+        f"{used['weight_decay']}; a straight fall of the rate over the last {used['decay_steps']:,} steps of stage 2; bfloat16 "
+        f"autocast; weights averaged (EMA {used['ema']}).\nThe CLIP loss counts every caption of the batch that also fits a "
+        "picture as right; beside it a bag-of-words loss on the image features (names, keywords, hypernyms), whose head was "
+        "thrown away.\nCaptions of stage 2 were drawn from name, aliases, keywords and gloss in a few templates: words such as "
+        "`mammal` come from keywords and glosses alone.\nThe label columns of the emoji sets were never used. The code is "
+        "`recipes/tiny_clip` of the mmft_hf repository.\n"
     )
     text += "\n## What it saw\n\n"
     text += (

@@ -14,6 +14,7 @@ from data import Captions, augment, load_items
 from datasets import load_dataset
 from evaluate import Pictures, linear_probe, zero_shot
 from model import build, image_features, processor, save, start_local, text_features, train_tokenizer
+from transformers import CLIPModel
 
 
 def arguments():
@@ -24,7 +25,8 @@ def arguments():
     parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--decay-steps", type=int, default=300, help="last steps, over which the rate falls to zero")
     parser.add_argument("--full-steps", type=int, default=100, help="last steps, with all patches")
-    parser.add_argument("--kind-steps", type=int, default=3300, help="first steps, with hypernyms among the captions")
+    parser.add_argument("--image-tower", type=Path, help="model of an earlier stage whose image tower is gone on with")
+    parser.add_argument("--kind-steps", type=int, default=0, help="first steps, with hypernyms among the captions")
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the patches seen before the last steps")
@@ -99,6 +101,10 @@ def main():
     model = build(tokenizer, args.width, args.vision_layers, args.text_layers, args.patch)
     if not args.plain_start:
         start_local(model)
+    if args.image_tower:
+        earlier = CLIPModel.from_pretrained(args.image_tower, dtype=torch.float32)
+        model.vision_model.load_state_dict(earlier.vision_model.state_dict())
+        model.visual_projection.load_state_dict(earlier.visual_projection.state_dict())
     bag_head = nn.Linear(args.width, captions.bag.shape[1])  # auxiliary, thrown away after training
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
@@ -138,8 +144,7 @@ def main():
     start, sums, threads = time.time(), np.zeros(2), Threads(args.threads)
     for step in range(first, args.steps):
         threads.begin()
-        # Hypernyms (koala: mammal) teach the picture tower fast, but are close to class labels: only names, keywords and
-        # glosses, people's own words, are captions afterwards.
+        # Hypernyms and categories (koala: mammal) teach the image tower fast, but are close to class labels.
         captions.with_kinds = step < args.kind_steps
         rows = rng.choice(len(items), args.batch, replace=False, p=weight)
         texts, fits = captions.batch(rows, rng)
@@ -189,6 +194,8 @@ def main():
     seconds = before + time.time() - start
     record = {"steps": args.steps, "views": args.steps * args.batch, "minutes": seconds / 60, "pictures": len(items)}
     record["tokens"] = len(tokenizer)
+    if args.image_tower:
+        record["stage_1"] = json.loads((args.image_tower / "training.json").read_text())
     record |= {"parameters": parameters, "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)}}
     (args.out / "training.json").write_text(json.dumps(record, indent=1))
     print(record)
