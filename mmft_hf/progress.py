@@ -19,6 +19,7 @@ class EpochLines(ProgressCallback):
         self.losses: dict[str, float] = {}
         self.best = float("-inf")
         self.training = False
+        self.source = ""
 
     def _print(self, line: str) -> None:
         if self.training_bar is not None:
@@ -29,6 +30,7 @@ class EpochLines(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Opens the bar."""
         self.training = True
+        self.source = args.prototypes
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
             if self.training_bar is not None:
@@ -76,7 +78,7 @@ class EpochLines(ProgressCallback):
             if logs["skipped_images"]:
                 parts.append(f"images skipped {logs['skipped_images']:.0f}")
         elif state.global_step == 0:
-            parts.append("untuned model")
+            parts.append(f"untuned model, compared with {self.source}")
         if accuracy is not None:
             parts.append(f"validation {accuracy:.1%}{' *' if accuracy > self.best else ''}")
             self.best = max(self.best, accuracy)
