@@ -19,12 +19,13 @@ quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two pred
 	@echo "Results, model and card: outputs/quickstart/run   Captioned data: outputs/quickstart/captioned"
 	@echo "Your own pictures, one folder per class: $(BIN)/mmft-hf finetune --dataset_name FOLDER --output_dir outputs/mine"
 
-seeds: $(VENV)/.installed ## the table of the README: three seeds of the quickstart
-	for seed in 0 1 2; do \
-	  $(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --seed $$seed \
-	    --output_dir outputs/quickstart/seed$$seed --overwrite_output_dir true || exit; \
-	done
-	$(BIN)/python recipes/quickstart/seed_table.py outputs/quickstart/seed0 outputs/quickstart/seed1 outputs/quickstart/seed2
+seeds: $(VENV)/.installed ## the table of the README: the quickstart and its control without captions, three seeds each
+	for seed in 0 1 2; do for run in "" control/; do \
+	  $(BIN)/mmft-hf finetune --config recipes/quickstart/$${run}finetune.yaml --seed $$seed \
+	    --output_dir outputs/seeds/$${run}$$seed --overwrite_output_dir true || exit; \
+	done; done
+	$(BIN)/python recipes/quickstart/seed_table.py outputs/seeds/0 outputs/seeds/1 outputs/seeds/2
+	$(BIN)/python recipes/quickstart/seed_table.py outputs/seeds/control/0 outputs/seeds/control/1 outputs/seeds/control/2
 
 test: $(VENV)/.tested ## ruff and the whole test suite
 	$(BIN)/ruff check .

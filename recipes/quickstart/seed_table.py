@@ -9,7 +9,9 @@ from mmft_hf.console import percent
 
 if __name__ == "__main__":
     runs = [json.loads((Path(folder) / "all_results.json").read_text()) for folder in sys.argv[1:]]
-    print("| seed | zero-shot | MMFT | gain | mean per class | chosen epoch |\n|---|---|---|---|---|---|")
+    captions = json.loads((Path(sys.argv[1]) / "mmft.json").read_text())["identity"]["captions"]
+    name = "fine-tuned with captions" if captions else "fine-tuned without captions"
+    print(f"| seed | zero-shot | {name} | gain | mean per class | chosen epoch |\n|---|---|---|---|---|---|")
     for r in runs:
         cells = [
             percent(r[f"{kind}test_accuracy"], (r[f"{kind}test_accuracy_ci_low"], r[f"{kind}test_accuracy_ci_high"]))
