@@ -41,7 +41,8 @@ class ClassificationReport(evaluate.Metric):
     classes that occur among the references), `per_class` (list of `label`, `images`, `accuracy`), `confusion_matrix`
     (`C` rows of true classes by `C` columns of predicted ones, counts), `examples`.
 
-    It works in `evaluate.evaluator("image-classification").compute(metric=ClassificationReport())` as it is.
+    It works in `evaluate.evaluator("image-classification").compute(metric=ClassificationReport())` as it is (that needs
+    scipy: `pip install mmft_hf[evaluator]`).
     """
 
     def _info(self) -> evaluate.MetricInfo:
