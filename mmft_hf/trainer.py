@@ -124,6 +124,9 @@ class MMFTTrainer(Trainer):
         # CLIPModel.forward takes **kwargs, so the Trainer would believe that the model divides the loss by the number
         # of accumulated items; it does not, and gradients would come out multiplied by the accumulation steps.
         self.model_accepts_loss_kwargs = False
+        # training_step divides by the accumulation steps; in transformers 5.2 accelerate would do so once more.
+        if not self.is_deepspeed_enabled:
+            self.accelerator.gradient_accumulation_steps = 1
         # Otherwise evaluate() would leave out the loss.
         self.can_return_loss = True
         self.label_names = ["labels"]

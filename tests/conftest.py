@@ -14,8 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tokenizers import pre_tokenizers
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
 # The models are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -61,7 +60,7 @@ def build_clip() -> tuple[CLIPModel, CLIPProcessor]:
         projection_dim=32,
     )
     size = {"height": 16, "width": 16}
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
     return CLIPModel(config), CLIPProcessor(image_processor, tokenizer)
 
 
