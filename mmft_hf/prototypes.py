@@ -25,7 +25,7 @@ from .collator import IGNORED, MMFTDataCollator, tokenize
 from .data import captions_of, labels_of
 from .errors import UserError
 from .modeling import encode_images, encode_texts
-from .prompts import DEFAULT_TEMPLATE, TEMPLATES, class_prompt, training_text
+from .prompts import DEFAULT_TEMPLATE, class_prompt, training_text
 from .views import ImageView
 
 FILE_NAME = "prototypes.safetensors"
@@ -255,6 +255,3 @@ def image_embeddings(
     model.eval()
     for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False, delay=1):
         yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]
-
-
-__all__ = ["FILE_NAME", "TEMPLATES", "ClassPrototypes", "image_embeddings"]

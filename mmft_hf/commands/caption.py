@@ -100,7 +100,7 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
     run_id = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     captioned = caption_dataset(data[train], captioner, tokenizer, run_id)
 
-    # Into a folder beside it, which takes its place when it is whole: a kill leaves the old one, or none.
+    # Into a folder beside it, which takes its place when it is whole.
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "data").mkdir(parents=True)
@@ -132,12 +132,18 @@ def run(data_args: DataArguments, args: CaptionArguments) -> None:
         "files": sorted(f"data/{path.name}" for path in (partial / "data").iterdir()),
     }
     (partial / RECORD_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for old in ours:
-        old.unlink(missing_ok=True)
-    (output / "data").mkdir(parents=True, exist_ok=True)
-    for new in (*sorted((partial / "data").iterdir()), partial / RECORD_FILE):
-        new.replace(output / new.relative_to(partial))
-    shutil.rmtree(partial)
+    if ours:
+        # File by file, since the user may have put others there. The record is replaced last: after a kill in between
+        # the folder is still known as ours, and the same command mends it.
+        for old in ours[:-1]:
+            old.unlink(missing_ok=True)
+        for new in (*sorted((partial / "data").iterdir()), partial / RECORD_FILE):
+            new.replace(output / new.relative_to(partial))
+        shutil.rmtree(partial)
+    else:
+        if output.is_dir():
+            output.rmdir()  # empty, or it would have been refused
+        partial.rename(output)
     say("")
     table(
         {
