@@ -16,9 +16,10 @@ from PIL import Image as PILImage
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
-# The models are so small that a second thread costs more than it brings.
+# The models are so small that a second thread costs more than it brings. The processes that tests start get the same
+# number, whatever the caller's environment says: sums in another order would differ in the last bit.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 COLOURS = {"red thing": (220, 30, 30), "green thing": (30, 180, 40), "blue thing": (40, 60, 220)}
 
