@@ -304,7 +304,7 @@ class MMFTTrainer(Trainer):
         return result
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trains, or goes on from a checkpoint; the result is the same, bit for bit on a CPU.
+        """Trains, or goes on from a checkpoint; the result is the same, bit for bit on a CPU with as many threads.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last complete one of `args.output_dir`. A
