@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from ..errors import UserError
 from ..prompts import clean_class_name
-from .backends import Captioner
+from .backends.texts import Captioner
 
 RECORD = {
     "aspect": Value("string"),

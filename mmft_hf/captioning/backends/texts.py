@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..data import captions_of
-from ..prompts import DEFAULT_TEMPLATE, check_template, class_prompt
+from ...data import captions_of
+from ...prompts import DEFAULT_TEMPLATE, check_template, class_prompt
 
 
 @dataclass(frozen=True)
