@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r}: expected one of {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
         command = importlib.import_module(f".commands.{argv[0]}", __package__)
-        if argv[0] != "finetune" and not is_main():
-            return 0  # only training uses several processes; the first one does the rest
+        if argv[0] not in ("finetune", "caption") and not is_main():
+            return 0  # only training and a captioner in this process use several; the first one does the rest
         arguments = parse(argv[0], command, argv[1:])
         quiet_libraries()
         command.run(*arguments)
@@ -72,12 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(2, error, debug)
     except PartialResult as error:
-        return _fail(3, error, debug)
+        return _fail(3, f"{error} To go on, type: {_again(argv)}" if error.again else error, debug)
     except KeyboardInterrupt:
-        again = shlex.join(["mmft-hf", *argv])
-        if argv[0] == "finetune" and "--resume_from_checkpoint" not in argv:
-            again += " --resume_from_checkpoint true"
-        return _fail(3, f"stopped by you. To go on, type: {again}", debug)
+        return _fail(3, f"stopped by you. To go on, type: {_again(argv)}", debug)
     except OSError as error:
         if error.errno not in REFUSED:
             return _defect()
@@ -89,6 +86,15 @@ def main(argv: list[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except Exception:
         return _defect()
+
+
+def _again(argv: list[str]) -> str:
+    """The command that continues."""
+    more = ["--resume_from_checkpoint", "true"] * (argv[0] == "finetune" and "--resume_from_checkpoint" not in argv)
+    if argv[0] == "caption" and os.environ.get("WORLD_SIZE", "1") != "1":
+        world = os.environ["WORLD_SIZE"]
+        return shlex.join(["accelerate", "launch", "--num_processes", world, "recipes/caption.py", *argv[1:]])
+    return shlex.join(["mmft-hf", *argv, *more])
 
 
 def _defect() -> int:

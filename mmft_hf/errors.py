@@ -9,7 +9,15 @@ class UserError(ValueError):
 
 
 class PartialResult(Exception):
-    """Done in part, and the rest can be had by the command in the message. The command line exits with 3."""
+    """Done in part. The command line exits with 3.
+
+    Args:
+        again: whether the same command continues; the command line then says so. Otherwise the message names what does.
+    """
+
+    def __init__(self, message: str, again: bool = False):
+        super().__init__(message)
+        self.again = again
 
 
 def nearest(name: str, known) -> str:

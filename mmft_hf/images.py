@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,6 +14,8 @@ from .errors import UserError
 
 # Above this many pixels a picture counts as bad before it is decoded: Pillow itself only warns up to twice the limit.
 MAX_PIXELS = 178_956_970
+# What is decoded. Pillow knows many more formats; those with large or rarely tested parsers (EPS, PSD, FLI …) stay shut.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class BadImage(UserError):
@@ -26,26 +29,42 @@ def read_image(source) -> Image.Image:
         source: a `PIL.Image`, a path, bytes, or the `{"bytes", "path"}` of an undecoded `datasets.Image`.
 
     Raises:
-        BadImage: it cannot be read, or has more than `MAX_PIXELS` pixels (its header is asked before any decoding).
+        BadImage: it cannot be read, is none of `FORMATS`, or has more than `MAX_PIXELS` pixels (its header is asked
+            before any decoding).
     """
+    with reading():
+        return upright_rgb(open_image(source))
+
+
+def open_image(source) -> Image.Image:
+    """The same without decoding: its size and format are known, its pixels are not. Call it within `reading()`."""
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise BadImage("expected a picture, found nothing (no bytes and no path)")
+    image = source
+    if not isinstance(source, Image.Image):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"expected at most {MAX_PIXELS:,} pixels, found {image.width:,} x {image.height:,}")
+    return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decodes: RGB, upright, on white where it is transparent. Call it within `reading()`."""
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def reading():
+    """Turns whatever Pillow raises within into `BadImage`: at a damaged file its decoders raise what they stumble over."""
     try:
-        if isinstance(source, dict):
-            source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-        if source is None:
-            raise BadImage("expected a picture, found nothing (no bytes and no path)")
-        image = (
-            source
-            if isinstance(source, Image.Image)
-            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source))
-        )
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"expected at most {MAX_PIXELS:,} pixels, found {image.width:,} x {image.height:,}")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage("expected a picture, found a file of no known image format") from error
-    except Exception as error:  # at a damaged file, Pillow's decoders raise whatever they stumble over
+        raise BadImage(f"expected a picture ({', '.join(FORMATS)}), found a file of none of these formats") from error
+    except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 

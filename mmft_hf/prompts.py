@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -75,6 +77,15 @@ DOMAINS = {
 PLACEHOLDERS = ("class_name", "domain", "aspect", "words")
 
 
+def printable(name: str) -> str:
+    """A class name that can neither break a line nor hide or turn text: at most 80 visible characters on one line."""
+    name = unicodedata.normalize("NFKC", name)
+    kept = "".join(
+        " " if c.isspace() else c for c in name if c.isspace() or not unicodedata.category(c).startswith("C")
+    )
+    return " ".join(kept.split())[:80]
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """The prompts of a captioning run: one for each aspect.
@@ -117,7 +128,7 @@ class PromptSet:
 
     def prompt(self, aspect: str, class_name: str) -> str:
         """The text asked about one picture. Substitution is one pass: braces inside a class name stay text."""
-        name = clean_class_name(class_name).lower() if self.clean_names else class_name
+        name = printable(clean_class_name(class_name).lower() if self.clean_names else class_name)
         values = {
             "class_name": name,
             "domain": DOMAINS.get(self.domain, self.domain),
@@ -126,6 +137,14 @@ class PromptSet:
         }
         template = self.own_prompts.get(aspect, self.template)
         return re.sub(r"\{(\w*)\}", lambda match: values[match[1]], template)
+
+    def joint_prompt(self, class_name: str) -> str:
+        """One text that asks for all aspects at once, to be answered with a JSON object that has their names as keys."""
+        tasks = "\n".join(f"{json.dumps(a)}: {self.prompt(a, class_name)}" for a in self.aspects)
+        return (
+            "Do each of these tasks for the picture. Answer with one JSON object and nothing else; its keys are "
+            f"{', '.join(json.dumps(a) for a in self.aspects)}, and each value is the text that answers that task.\n{tasks}"
+        )
 
     def prompt_id(self, aspect: str) -> str:
         """8 hex digits of the prompt before the class name is filled in: equal for equal wording."""

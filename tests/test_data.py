@@ -679,7 +679,7 @@ def test_damage_that_only_the_exif_code_meets_is_a_bad_image(monkeypatch):
 
 
 def test_a_file_of_another_kind_is_named_as_such():
-    with pytest.raises(BadImage, match="expected a picture, found a file of no known image format"):
+    with pytest.raises(BadImage, match="found a file of none of these formats"):
         read_image(b"%PDF-1.7")
 
 

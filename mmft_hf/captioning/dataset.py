@@ -1,15 +1,26 @@
-"""`caption_dataset`: a `datasets.map` that adds the contract's three columns and leaves every image byte as it is."""
+"""The read side: a `datasets.map` that adds the contract's three columns and leaves every image byte as it is."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
+from datasets.fingerprint import Hasher
 
+from ..data import captions_of
 from ..errors import UserError
-from ..prompts import clean_class_name
-from .backends.texts import Captioner
+from ..images import BadImage
+from ..prompts import class_prompt
+from .captioner import Captioner
+from .checks import duplicate_key, duplicates
+from .journal import JournalReader, by_slot
+from .pictures import original_bytes, sha256
+from .plan import Keys, digests
+from .types import ACCEPTED, OPEN
 
 RECORD = {
     "aspect": Value("string"),
@@ -31,83 +42,249 @@ RECORD = {
 CAPTION_FEATURES = {"captions": List(Value("string")), "caption_records": [RECORD], "image_sha256": Value("string")}
 
 
-def caption_dataset(
-    dataset: Dataset, captioner: Captioner, tokenizer=None, run_id: str | None = None, progress: bool = True
-) -> Dataset:
-    """Adds `captions`, `caption_records` and `image_sha256` to a labelled image data set.
+@dataclass
+class TextSource:
+    """Records from texts that need no model: columns of the data set, or class templates.
 
     Args:
-        dataset: columns `image` (`Image`) and `label` (`ClassLabel`), and those that the captioner reads.
-        captioner: see `Captioner`.
-        tokenizer (*optional*): of the model that will be trained; counts `clip_tokens` and marks captions over its limit.
-        run_id (*optional*): recorded with every caption.
+        repeated: texts of more than one picture, for the check `duplicate`.
+    """
+
+    captioner: Captioner
+    checker: object
+    class_names: Sequence[str]
+    run_id: str | None = None
+    repeated: frozenset[str] = frozenset()
+
+    def texts(self, row: Mapping) -> list[tuple[str, str, int]]:
+        """`(aspect, text, sample)` of one row; blank texts are kept, so that they are counted."""
+        if self.captioner.backend == "template":
+            name = self.class_names[row["label"]]
+            return [("template", class_prompt(t, name), i) for i, t in enumerate(self.captioner.templates)]
+        found = []
+        for column in self.captioner.columns:
+            value = row[column]
+            values = [value] if isinstance(value, str) or value is None else value or [None]
+            found += [(column, (captions_of(text) or [""])[0], i) for i, text in enumerate(values)]
+        return found
+
+    def __call__(self, row: Mapping, image_sha256: str) -> list[dict]:
+        records = []
+        for aspect, text, sample in self.texts(row):
+            checked = self.checker.check(text, None, row["label"], last_try=True)
+            record = {"aspect": aspect, "sample": sample, "model": self.captioner.backend, "prompt_id": aspect}
+            if self.captioner.backend == "template":
+                record["prompt_id"] = self.captioner.templates[sample]
+            records.append(record | {"attempts": 1, "run_id": self.run_id} | _verdict(checked, self.repeated))
+        return records
+
+
+@dataclass
+class JournalSource:
+    """Records from a journal: every try of every slot, in the order of the aspects.
+
+    Args:
+        asked: slots that were asked for: those without a result get a record of status `not_run`.
+    """
+
+    keys: Keys
+    reader: JournalReader
+    checker: object
+    class_names: Sequence[str]
+    asked: Container[str]
+    repeated: frozenset[str] = frozenset()
+
+    def __call__(self, row: Mapping, image_sha256: str) -> list[dict]:
+        label = row["label"]
+        slots = self.keys.slots(image_sha256, self.class_names[label])
+        history = self.reader.history([slot.key for slot in slots])
+        records = []
+        for slot in slots:
+            same = {"aspect": slot.aspect, "sample": slot.sample, "prompt_id": slot.prompt_id}
+            same["model"] = self.keys.captioner.model
+            tries = history.get(slot.key)
+            if not tries and slot.key not in self.asked:
+                continue
+            if not tries:
+                records.append(same | {"status": "not_run", "checks": [], "attempts": 0})
+                continue
+            for i, tried in enumerate(tries):
+                records.append(same | self._record(tried, label, slot.single, last=i == len(tries) - 1))
+        return records
+
+    def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> dict:
+        record = {name: tried[name] for name in ("finish_reason", "tokens_in", "tokens_out", "attempts", "run_id")}
+        if tried["model"]:
+            record["model"] = tried["model"]
+        if tried["raw_text"] is None or tried["error_class"] or tried["status"] in ("failed", "bad_image", "not_run"):
+            return record | {"status": tried["status"], "checks": json.loads(tried["checks"] or "[]")}
+        # The checks of today, on what the model wrote: a rule that was changed since costs no call.
+        final = last and not tried["pending"]
+        checked = self.checker.check(
+            tried["raw_text"], tried["finish_reason"], label, prompt, tried["thinking_tokens"] or 0, last_try=final
+        )
+        if not final or checked.reask:
+            status = checked.status if checked.status not in ACCEPTED else "rejected"
+            checked = replace(checked, text=None, status=status)
+        return record | _verdict(checked, self.repeated)
+
+
+def _verdict(checked, repeated: frozenset[str]) -> dict:
+    text = checked.text if checked.status in ACCEPTED else None
+    checks = [*checked.checks, *(["duplicate"] if text and duplicate_key(text) in repeated else [])]
+    return {
+        "text": text,
+        "status": checked.status,
+        "checks": checks,
+        "clip_tokens": checked.clip_tokens if text else None,
+        "mentions_label": checked.mentions_label if text else None,
+    }
+
+
+def add_captions(
+    dataset: Dataset,
+    source: Callable[[Mapping, str], list[dict]],
+    fingerprint: str,
+    progress: bool = True,
+    rows: Container[int] | None = None,
+) -> Dataset:
+    """Adds `captions`, `caption_records` and `image_sha256`; nothing else changes.
+
+    Args:
+        dataset: `image` (not decoded), `label` and what the source reads.
+        source: the records of a row, from the row and the sha256 of its picture.
+        rows: that get captions; None: all.
+        fingerprint: names the result in the cache of `datasets`; must change with everything that the source reads.
 
     Returns:
-        The data set with `captions` (accepted texts, each once per image) and `caption_records` (every attempt: a text
-        that is blank has status `empty` and null text). Images keep their original bytes.
+        The data set, its images with their original bytes. A picture that cannot be read keeps its row, with one record
+        of status `bad_image` and no caption.
 
     Raises:
-        UserError: a column that the captioner reads is missing.
+        RuntimeError: a picture's bytes are not what they were (a defect).
+    """
+    columns = {name for name in CAPTION_FEATURES if name in dataset.column_names}
+    features = Features({k: v for k, v in dataset.features.items() if k not in columns} | CAPTION_FEATURES)
+
+    def add(row: dict, index: int) -> dict:
+        name = file_name(row["image"])
+        try:
+            data = original_bytes(row["image"])
+        except BadImage:
+            record = {**dict.fromkeys(RECORD), "status": "bad_image", "checks": [], "attempts": 0}
+            return {
+                "image": {"bytes": None, "path": name},
+                "captions": [],
+                "caption_records": [record],
+                "image_sha256": None,
+            }
+        digest = sha256(data)
+        found = source(row, digest) if rows is None or index in rows else []
+        records = [dict.fromkeys(RECORD) | record for record in found]
+        captions = list(dict.fromkeys(r["text"] for r in records if r["status"] in ACCEPTED and r["text"]))
+        return {
+            "image": {"bytes": data, "path": name},
+            "captions": captions,
+            "caption_records": records,
+            "image_sha256": digest,
+        }
+
+    # Small batches: a batch is held in memory with its pictures.
+    captioned = dataset.map(
+        add,
+        with_indices=True,
+        features=features,
+        remove_columns=sorted(columns),
+        new_fingerprint=fingerprint,
+        writer_batch_size=100,
+        desc="Writing" if progress else None,
+    )
+    for row in captioned.select_columns(["image", "image_sha256"]):
+        if row["image_sha256"] and sha256(row["image"]["bytes"]) != row["image_sha256"]:
+            raise RuntimeError("the bytes of a picture changed on their way through datasets.map")
+    return captioned.cast_column("image", Image())
+
+
+def without_captions(dataset: Dataset, progress: bool = True) -> Dataset:
+    """The same columns with nothing in them: for splits that are not captioned, so that all splits are alike."""
+    undecoded = dataset.cast_column("image", Image(decode=False))
+    fingerprint = Hasher.hash((undecoded._fingerprint, "without captions", 1))
+    return add_captions(undecoded, lambda row, digest: [], fingerprint, progress)
+
+
+def text_source(dataset: Dataset, captioner: Captioner, checker, run_id: str | None) -> TextSource:
+    """The source for a captioner without a model.
+
+    Raises:
+        UserError: a column that it reads is missing.
     """
     for column in captioner.columns:
         if column not in dataset.column_names:
             raise UserError(
                 f"column {column!r} is missing: found {', '.join(dataset.column_names)}. Type --text_columns NAME."
             )
-    names = dataset.features["label"].names
+    source = TextSource(captioner, checker, dataset.features["label"].names, run_id)
+    if captioner.backend == "columns":
+        texts = dataset.select_columns([*captioner.columns, "label"])
+        pairs = (
+            (str(digest), text)
+            for (digest, _), row in zip(digests(dataset), texts, strict=True)
+            for _, text, _ in source.texts(row)
+            if text
+        )
+        source.repeated = frozenset(duplicates(pairs))
+    return source
 
-    def add(row: dict) -> dict:
-        records, captions = [], []
-        class_name = names[row["label"]]
-        for caption in captioner(row, class_name):
-            text = " ".join(caption.text.split())
-            checks = [] if text else ["empty"]
-            tokens = len(tokenizer(text, verbose=False)["input_ids"]) if tokenizer and text else None
-            if tokens is not None and tokens > tokenizer.model_max_length:
-                checks.append("over_token_limit")
-            records.append(
-                dict.fromkeys(RECORD)
-                | {
-                    "aspect": caption.aspect,
-                    "text": text or None,
-                    "status": "ok" if text else "empty",
-                    "model": caption.model,
-                    "prompt_id": caption.prompt_id,
-                    "sample": 0,
-                    "checks": checks,
-                    "clip_tokens": tokens,
-                    "mentions_label": clean_class_name(class_name).casefold() in text.casefold(),
-                    "attempts": 1,
-                    "run_id": run_id,
-                }
-            )
-            if text and text not in captions:
-                captions.append(text)
-        data, path = image_bytes(row["image"])
-        return {
-            "image": {"bytes": data, "path": path},
-            "captions": captions,
-            "caption_records": records,
-            "image_sha256": hashlib.sha256(data).hexdigest(),
-        }
 
-    # Undecoded: datasets would otherwise decode and re-encode every image on its way through map, lossily for JPEG.
-    undecoded = dataset.cast_column("image", Image(decode=False))
-    features = Features({**undecoded.features, **CAPTION_FEATURES})
-    captioned = undecoded.map(add, features=features, desc="Captions" if progress else None)
-    return captioned.cast_column("image", Image())
+@dataclass(frozen=True)
+class Results:
+    """What a journal holds for a plan: a name of it all, texts that several pictures share, slots still open, statuses."""
+
+    digest: str
+    repeated: frozenset[str]
+    open: int
+    statuses: Mapping[str, int]
+
+
+def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset()) -> Results:
+    """Reads the results of a plan once, slot by slot; of `others`, what there is counts for the digest alone."""
+    columns = (
+        "key",
+        "slot",
+        "reask",
+        "pending",
+        "status",
+        "raw_text",
+        "text",
+        "image_sha256",
+        "updated_at",
+        "error_class",
+    )
+    lines, first, repeated, statuses = [], {}, set(), Counter()
+    for slot, rows in by_slot(folder, columns):
+        if slot not in slots and slot not in others:
+            continue
+        for row in rows:
+            said = sha256(f"{row['raw_text']}\0{row['error_class']}".encode())
+            lines.append(f"{row['key']} {row['status']} {row['pending']} {said}")
+        last = rows[-1]
+        if slot in slots:
+            statuses["not_run" if last["pending"] else last["status"]] += 1
+        if last["text"] and last["status"] in ACCEPTED:
+            name = duplicate_key(last["text"])
+            if first.setdefault(name, last["image_sha256"]) != last["image_sha256"]:
+                repeated.add(name)
+    statuses["not_run"] += len(slots) - sum(statuses.values())
+    open_ = sum(count for status, count in statuses.items() if status in OPEN)
+    return Results(sha256("\n".join(lines).encode()), frozenset(repeated), open_, +statuses)
+
+
+def file_name(image: Mapping | None) -> str | None:
+    """The last part of an undecoded image's path."""
+    path = (image or {}).get("path")
+    return path.replace("\\", "/").rsplit("/", 1)[-1] if path else None
 
 
 def image_bytes(image: dict) -> tuple[bytes, str | None]:
-    """The original bytes of an undecoded image and its file name.
-
-    Raises:
-        UserError: its file cannot be read.
-    """
-    path = image.get("path")
-    if image.get("bytes") is not None:
-        return image["bytes"], Path(path).name if path else None
-    try:
-        return Path(path).read_bytes(), Path(path).name
-    except (OSError, TypeError) as error:
-        raise UserError(f"image {path!r}: expected a file that can be read, found {error}.") from error
+    """The original bytes of an undecoded image and its file name."""
+    return original_bytes(image), file_name(image)

@@ -102,8 +102,11 @@ class Backend(Protocol):
         """What tells its answers from another's: provider, model, revision, … Never a key, an address or a path."""
         ...
 
-    async def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers in the order of the requests. Raises `Transient`, `Unanswerable` or `Fatal`."""
+    async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
+        """The answers in the order of the requests; an error in the place of an answer concerns that request alone.
+
+        Raises `Transient`, `Unanswerable` or `Fatal` where it concerns them all.
+        """
         ...
 
     async def aclose(self) -> None:

@@ -1,0 +1,140 @@
+"""`Captioner`: who is asked, what, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import UserError, nearest
+from ..prompts import DEFAULT_TEMPLATE, PromptSet, check_template
+from .pictures import PicturePolicy
+from .types import Backend, Sampling
+
+BACKENDS = ("transformers", "openai", "gemini", "anthropic")
+WITHOUT_MODEL = ("columns", "template")
+KEY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """Who writes captions, from which prompts, and how. It holds no key, no connection and no model.
+
+    Args:
+        backend: `transformers` (a model in this process), `openai` (any server that speaks its protocol), `gemini`,
+            `anthropic`; `columns` (texts that the data set has) or `template` (class templates) need no model.
+        model: its name at the server, its Hub id or its folder.
+        prompts: what is asked, one prompt per aspect.
+        sampling: temperature, budget of tokens, seed.
+        revision: of a Hub model.
+        base_url: of the server; default: the provider's own.
+        api_key_env: NAME of the environment variable that holds the key.
+        aspects_per_call: `one`, or `all` for one JSON answer with all aspects (one call each where that fails).
+        samples: captions per aspect.
+        pictures: how pictures are made smaller before they are sent.
+        tag: tells two servers apart that serve different weights under one name.
+        columns: of text, for `columns`.
+        templates: with `{}` for the class name, for `template`.
+        batch_size: pictures at a time, for `transformers`.
+        timeout_s: seconds that a call may take.
+
+    Raises:
+        UserError: an unknown backend, no model where one is needed, a value out of range.
+    """
+
+    backend: str = "transformers"
+    model: str | None = None
+    prompts: PromptSet = field(default_factory=PromptSet)
+    sampling: Sampling = field(default_factory=Sampling)
+    revision: str | None = None
+    base_url: str | None = None
+    api_key_env: str | None = None
+    aspects_per_call: str = "one"
+    samples: int = 1
+    pictures: PicturePolicy = field(default_factory=PicturePolicy)
+    tag: str | None = None
+    columns: tuple[str, ...] = ()
+    templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
+    batch_size: int = 8
+    timeout_s: float = 120.0
+
+    def __post_init__(self):
+        known = (*BACKENDS, *WITHOUT_MODEL)
+        if self.backend not in known:
+            raise UserError(
+                f"--captioner: expected one of {', '.join(known)}, found {self.backend!r}.{nearest(self.backend, known)}"
+            )
+        if self.asks and not self.model:
+            example = {
+                "transformers": "Qwen/Qwen3-VL-4B-Instruct",
+                "openai": "gpt-4.1-mini",
+                "gemini": "gemini-2.5-flash-lite",
+                "anthropic": "claude-haiku-4-5",
+            }[self.backend]
+            raise UserError(
+                f"--captioner {self.backend}: expected the name of a model. Type for example --captioner_model {example}."
+            )
+        if self.aspects_per_call not in ("one", "all"):
+            raise UserError(f"--aspects_per_call: expected one or all, found {self.aspects_per_call!r}.")
+        for name, value in (("samples", self.samples), ("batch_size", self.batch_size), ("timeout_s", self.timeout_s)):
+            if value <= 0:
+                raise UserError(f"--{name}: expected more than 0, found {value}.")
+        if self.backend == "columns" and not self.columns:
+            raise UserError("--captioner columns: expected the names of columns of text. Type --text_columns NAME.")
+        for template in self.templates:
+            check_template(template)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a model is asked, so that there is something to pay for and to journal."""
+        return self.backend not in WITHOUT_MODEL
+
+    @property
+    def joint(self) -> bool:
+        """Whether one call serves several aspects."""
+        return self.aspects_per_call == "all" and len(self.prompts.aspects) > 1
+
+    def open(self, concurrency: int = 1) -> Backend:
+        """A new backend for at most so many calls at once.
+
+        Raises:
+            UserError: an address or the name of a variable is not what it should be.
+        """
+        if self.backend == "transformers":
+            from .backends.transformers import TransformersBackend
+
+            return TransformersBackend(self.model, self.revision, self.sampling, self.batch_size)
+        options = {
+            "base_url": self.base_url,
+            "api_key_env": self.api_key_env,
+            "sampling": self.sampling,
+            "concurrency": concurrency,
+            "timeout_s": self.timeout_s,
+        }
+        if self.backend == "openai":
+            from .backends.openai import OpenAIBackend as Served
+        elif self.backend == "gemini":
+            from .backends.gemini import GeminiBackend as Served
+        else:
+            from .backends.anthropic import AnthropicBackend as Served
+        return Served(self.model, **options)
+
+    def spec(self, identity: Mapping[str, Any] | None = None) -> dict:
+        """All that makes a caption what it is; neither address, key, concurrency nor batch size.
+
+        Args:
+            identity: of the backend, where a model is asked.
+        """
+        if self.backend == "columns":
+            return {"version": KEY_VERSION, "backend": "columns", "columns": list(self.columns)}
+        if self.backend == "template":
+            return {"version": KEY_VERSION, "backend": "template", "templates": list(self.templates)}
+        return {
+            "version": KEY_VERSION,
+            "identity": {**(identity or {}), "tag": self.tag},
+            "pictures": self.pictures.spec(),
+            "sampling": asdict(self.sampling) | {"options": dict(self.sampling.options)},
+            "prompts": asdict(self.prompts) | {"own_prompts": dict(self.prompts.own_prompts)},
+            "aspects_per_call": self.aspects_per_call,
+            "samples": self.samples,
+        }

@@ -1,0 +1,123 @@
+"""The folder of a captioning run: `data/*.parquet`, `captions.json`, a report, a card; and `journal/`, which stays.
+
+A new data set takes the place of an old one file by file, the record last: whatever a kill leaves, the folder is known
+as ours, and the same command mends it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import Dataset, Image
+
+from ..errors import UserError
+from ..version import __version__
+from .journal import journal_files
+
+RECORD_FILE = "captions.json"
+PARTIAL = ".partial"
+SHARD_BYTES = 500 * 2**20
+
+
+class CaptionFolder:
+    """An `output_dir` of captions.
+
+    Args:
+        path: the folder; need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def record(self) -> dict:
+        """`captions.json` of an earlier run; empty where there is none."""
+        try:
+            found = json.loads((self.path / RECORD_FILE).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) and isinstance(found.get("files"), list) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def claim(self, made_from: Mapping, overwrite: bool) -> None:
+        """Makes sure that a data set may be written here.
+
+        Args:
+            made_from: what the data set is made from: its name, the captioner with its prompts. A folder with other
+                entries is another's.
+
+        Raises:
+            UserError: the folder holds another captioned data set, or files that are not ours.
+        """
+        record = self.record()
+        if not record:
+            ours = {PARTIAL, f"{RECORD_FILE}.new"} | ({"journal"} if journal_files(self.path / "journal") else set())
+            if self.path.is_dir() and {p.name for p in self.path.iterdir()} - ours:
+                raise UserError(
+                    f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "
+                    "Type another --output_dir."
+                )
+            return
+        before = record.get("made_from", {})
+        different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
+        if different and not overwrite:
+            raise UserError(
+                f"--output_dir {self.path}: expected captions made from the same {', '.join(different)}, found others there. "
+                "Type another --output_dir, or --overwrite_output_dir true to replace the data set (the journal stays, "
+                "and nothing in it is asked twice)."
+            )
+
+    def is_current(self, fingerprints: Mapping[str, str]) -> bool:
+        """Whether the data set here is the one with these fingerprints, whole."""
+        record = self.record()
+        files = [self.path / name for name in record.get("files", ())]
+        return bool(files) and record.get("fingerprints") == fingerprints and all(file.exists() for file in files)
+
+    def write(self, splits: Mapping[str, Dataset], record: Mapping, extras=None) -> dict:
+        """Writes the splits as parquet files, with `record` in `captions.json`.
+
+        Args:
+            extras (*optional*): called with the new folder before it takes its place, to put a report and a card there.
+
+        Returns:
+            The record as it was written.
+        """
+        partial = self.path / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "data").mkdir(parents=True)
+        for name, split in splits.items():
+            _write_shards(split, partial / "data", name)
+        if extras:
+            extras(partial)
+        files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+        record = {**record, "mmft_hf": __version__, "files": files}
+        (partial / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+        old = [name for name in self.record().get("files", ()) if name not in files]
+        # Until the new files are all there, the record names the old and the new.
+        between = {**record, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
+        (self.path / "data").mkdir(parents=True, exist_ok=True)
+        _replace(self.path / RECORD_FILE, json.dumps(between, indent=2, ensure_ascii=False) + "\n")
+        for name in old:
+            (self.path / name).unlink(missing_ok=True)
+        for name in files:
+            (partial / name).replace(self.path / name)
+        (partial / RECORD_FILE).replace(self.path / RECORD_FILE)
+        shutil.rmtree(partial)
+        return record
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _write_shards(dataset: Dataset, folder: Path, split: str) -> None:
+    """`{split}-{i:05d}-of-{n:05d}.parquet`, each of about `SHARD_BYTES`, with few rows in memory at a time."""
+    undecoded = dataset.cast_column("image", Image(decode=False))
+    count = max(1, -(-undecoded.data.nbytes // SHARD_BYTES))
+    for i in range(count):
+        shard = undecoded.shard(count, i, contiguous=True).cast_column("image", Image())
+        shard.to_parquet(folder / f"{split}-{i:05d}-of-{count:05d}.parquet", batch_size=100)

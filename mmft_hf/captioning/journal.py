@@ -1,0 +1,347 @@
+"""The journal: every result of a captioning run, committed as it comes, so that nothing is lost or paid for twice.
+
+One sqlite file per process in `OUTPUT_DIR/journal/`; a reader takes the union. A result is stored under the key of its
+request; the *slot* says what the plan asked for, so that a second try, under its own key, answers the same slot.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import socket
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from ..errors import UserError
+from .types import STATUSES, TERMINAL
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+TEXT = (
+    "key",
+    "slot",
+    "call_id",
+    "image_sha256",
+    "label",
+    "prompt_id",
+    "aspect",
+    "status",
+    "raw_text",
+    "text",
+    "checks",
+)
+TEXT += ("finish_reason", "model", "error_class", "error", "run_id")
+COLUMNS = {
+    **dict.fromkeys(TEXT, "TEXT"),
+    **dict.fromkeys(
+        ("sample", "reask", "pending", "tokens_in", "tokens_out", "thinking_tokens", "attempts", "latency_ms"),
+        "INTEGER",
+    ),
+    **dict.fromkeys(("cost", "updated_at"), "REAL"),
+}
+SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # a request that is asked again adds to what it cost before
+# Memory-mapped files, which sqlite's write-ahead log needs, are not shared between the machines of these.
+NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "9p"}
+NETWORK_FILE_SYSTEMS |= {"fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "fuse.juicefs", "fuse.rclone", "afs", "orangefs"}
+
+
+class JournalError(UserError):
+    """The journal cannot be written or read: a full disk, a damaged file, another process at work."""
+
+
+class Journal:
+    """Writes one file of a journal folder and reads them all.
+
+    Args:
+        folder: made if it is missing.
+        rank: which process this is; each has its own file.
+
+    Raises:
+        JournalError: another process of this rank is at work in the folder.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []
+        self._lock = self._take_lock(rank)
+        self.path = self.folder / f"journal-{rank:05d}.sqlite"
+        if self._lock is None:
+            # Without locks nobody can be told apart from somebody: a file that only this process knows.
+            self.path = self.folder / f"journal-{rank:05d}-{uuid.uuid4().hex[:12]}.sqlite"
+        kind = file_system(self.folder)
+        shared = self._lock is None or kind in NETWORK_FILE_SYSTEMS
+        if shared:
+            self.notes.append(
+                f"The journal is on a file system ({kind}) whose locks cannot be trusted: it is written without a "
+                "write-ahead log. Use one machine at a time."
+            )
+        try:
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
+            # A killed process loses nothing under NORMAL; a machine without power may lose the last answers.
+            self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
+            columns = ", ".join(f"{name} {kind}{' PRIMARY KEY' * (name == 'key')}" for name, kind in COLUMNS.items())
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns})")
+            self._db.execute("CREATE INDEX IF NOT EXISTS by_slot ON results (slot)")
+        except sqlite3.Error as error:
+            raise self._broken(self.path, error) from error
+        names = ", ".join(COLUMNS)
+        marks = ", ".join(f":{name}" for name in COLUMNS)
+        update = ", ".join(
+            f"{c} = coalesce({c}, 0) + excluded.{c}" if c in SUMMED else f"{c} = excluded.{c}"
+            for c in COLUMNS
+            if c != "key"
+        )
+        update = update.replace("+ excluded.", "+ coalesce(excluded.", 0)
+        self._put = f"INSERT INTO results ({names}) VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET {update}"
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+    def put(self, rows: Sequence[dict]) -> None:
+        """Commits rows of `COLUMNS` (missing ones are null) in one transaction."""
+        now = time.time()
+        rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **row} for row in rows]
+        try:
+            self._db.execute("BEGIN")
+            self._db.executemany(self._put, rows)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise self._broken(self.path, error) from error
+
+    def reopen(self, statuses: Iterable[str]) -> int:
+        """Makes results with these statuses open (and what led to them), so that the next run asks again. Returns how many."""
+        statuses = list(statuses)
+        for status in statuses:
+            if status not in STATUSES:
+                raise UserError(f"retry: expected statuses among {', '.join(STATUSES)}, found {status!r}.")
+        marks = ", ".join("?" * len(statuses))
+        changed = 0
+        for path in self._paths():
+            db = self._db if path == self.path else sqlite3.connect(path, isolation_level=None)
+            try:
+                # By slot: a second try that was rejected is forgotten with the first.
+                query = f"UPDATE results SET status = 'not_run', pending = 0 WHERE slot IN (SELECT slot FROM results WHERE status IN ({marks}))"
+                query += f" AND (status IN ({marks}) OR status NOT IN ('ok', 'trimmed'))"
+                changed += db.execute(query, statuses * 2).rowcount
+            except sqlite3.Error as error:
+                raise self._broken(path, error) from error
+            finally:
+                if db is not self._db:
+                    db.close()
+        return changed
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+    def rows(self, columns: Sequence[str] = tuple(COLUMNS), where: str = "", values: Sequence = ()) -> Iterator[dict]:
+        """Rows of all files, file by file. A key may come from more than one: see `best`."""
+        yield from read_rows(self._paths(), columns, where, values)
+
+    def terminal_slots(self) -> set[str]:
+        """Slots that need no further call: a result that is final, and after which no other try was due."""
+        marks = ", ".join("?" * len(TERMINAL))
+        return {row["slot"] for row in self.rows(("slot",), f"WHERE status IN ({marks}) AND pending = 0", TERMINAL)}
+
+    def cost(self) -> float:
+        """What all results so far cost, in US dollars, as far as prices were known."""
+        return sum(row["cost"] or 0.0 for row in self.rows(("cost",), "WHERE cost IS NOT NULL"))
+
+    def close(self) -> None:
+        """Folds the write-ahead log into the file and gives the lock back."""
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _paths(self) -> list[Path]:
+        return journal_files(self.folder)
+
+    # -- locks --------------------------------------------------------------------------------------------------------
+    def _take_lock(self, rank: int) -> int | None:
+        """A lock that ends with this process, however it ends; None where the file system has none."""
+        if fcntl is None:
+            return None
+        path = self.folder / f"journal-{rank:05d}.lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = path.read_text(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise JournalError(
+                f"{self.folder}: expected to be alone, found another run at work there ({owner}). Wait for it or stop "
+                "it, or type another --output_dir."
+            ) from error
+        except OSError:
+            os.close(handle)
+            return None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return handle
+
+    @staticmethod
+    def _broken(path: Path, error: sqlite3.Error) -> JournalError:
+        what = str(error)
+        if "full" in what:
+            return JournalError(f"{path}: the disk is full. Make room; what was answered so far is kept.")
+        return JournalError(
+            f"{path}: expected a journal that can be read and written, found: {what}. Nothing was changed. If the file "
+            "is damaged, move it away: its answers will be asked for again."
+        )
+
+
+def journal_files(folder: str | Path) -> list[Path]:
+    """The files of a journal, in a fixed order."""
+    return sorted(Path(folder).glob("journal-*.sqlite"))
+
+
+def read_rows(paths: Iterable[Path], columns: Sequence[str], where: str = "", values: Sequence = ()) -> Iterator[dict]:
+    """Rows of several files, one after the other, without waiting for those who write."""
+    for path in paths:
+        try:
+            db = sqlite3.connect(path, timeout=60)
+            try:
+                for row in db.execute(f"SELECT {', '.join(columns)} FROM results {where}", values):
+                    yield dict(zip(columns, row, strict=True))
+            finally:
+                db.close()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                continue  # another process has just made the file
+            raise Journal._broken(path, error) from error
+        except sqlite3.Error as error:
+            raise Journal._broken(path, error) from error
+
+
+def best(rows: Iterable[dict]) -> list[dict]:
+    """The rows of one slot as its history: one per try, the one that counts last.
+
+    A key in several files counts once: terminal beats open, then the oldest. Of the tries, a final one beats others,
+    then the latest counts. So every reader of the same files sees the same.
+    """
+    rows = sorted(rows, key=lambda r: (r["key"], r["status"] not in TERMINAL, r["updated_at"]))
+    once = {row["key"]: row for row in reversed(rows)}
+    return sorted(once.values(), key=lambda r: (r["status"] in TERMINAL and not r["pending"], r["reask"], r["key"]))
+
+
+def by_slot(folder: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+    """All slots of a journal folder in order, each with its tries (see `best`); one slot is held at a time."""
+    files = [read_rows([path], columns, "ORDER BY slot") for path in journal_files(folder)]
+    for slot, rows in groupby(heapq.merge(*files, key=itemgetter("slot")), key=itemgetter("slot")):
+        yield slot, best(rows)
+
+
+class JournalReader:
+    """Looks up slots, opened when it is first asked: it can be pickled, and `datasets.map` can start processes with it."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = str(folder)
+        self._dbs: list[sqlite3.Connection] | None = None
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "_dbs": None}
+
+    def history(self, slots: Sequence[str]) -> dict[str, list[dict]]:
+        """For each slot that has results, its tries in order, the one that counts last (see `best`)."""
+        if self._dbs is None:
+            self._dbs = [sqlite3.connect(path, timeout=60) for path in journal_files(self.folder)]
+        found: dict[str, list[dict]] = {}
+        marks = ", ".join("?" * len(slots))
+        query = f"SELECT {', '.join(COLUMNS)} FROM results WHERE slot IN ({marks})"
+        for db in self._dbs:
+            for row in db.execute(query, list(slots)):
+                row = dict(zip(COLUMNS, row, strict=True))
+                found.setdefault(row["slot"], []).append(row)
+        return {slot: best(rows) for slot, rows in found.items()}
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system that holds a folder (`ext4`, `nfs4`, …), `unknown` where the system does not say."""
+    if not sys.platform.startswith("linux"):
+        return "unknown"
+    place, longest, kind = str(folder.resolve()), -1, "unknown"
+    try:
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, mount, name, *_ = line.split()
+            mount = mount.replace("\\040", " ")
+            inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+            if inside and len(mount) >= longest:
+                longest, kind = len(mount), name
+    except OSError:
+        pass
+    return kind
+
+
+# -- parquet, so that a cache of captions can live on the Hub ---------------------------------------------------------
+def export_journal(folder: str | Path, file: str | Path) -> int:
+    """Writes the union of a journal folder as one parquet file. Returns its number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
+    paths, written, seen = journal_files(folder), 0, set()
+    if not paths:
+        raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
+    partial = Path(f"{file}.partial")
+    with pq.ParquetWriter(partial, schema) as writer:
+        batch = []
+        # Terminal rows first: of a key in several files, the first one stays.
+        marks = ", ".join("?" * len(TERMINAL))
+        for where in (f"WHERE status IN ({marks})", f"WHERE status NOT IN ({marks})"):
+            for row in read_rows(paths, tuple(COLUMNS), where, TERMINAL):
+                if row["key"] in seen:
+                    continue
+                seen.add(row["key"])
+                batch.append(row)
+                if len(batch) == 10_000:
+                    writer.write_table(pa.Table.from_pylist(batch, schema))
+                    written, batch = written + len(batch), []
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+    os.replace(partial, file)
+    return written + len(batch)
+
+
+def import_journal(journal: Journal, file: str | Path) -> int:
+    """Adds the rows of an exported journal that are not yet there. Returns how many."""
+    import pyarrow.parquet as pq
+
+    try:
+        source = pq.ParquetFile(file)
+        missing = [name for name in COLUMNS if name not in source.schema_arrow.names]
+    except Exception as error:
+        raise UserError(f"{file}: expected an exported journal (parquet), found: {error}.") from error
+    if missing:
+        raise UserError(
+            f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned data set is no journal: "
+            "type `mmft-hf caption merge` for that."
+        )
+    known = {row["key"]: row["status"] for row in journal.rows(("key", "status"))}
+    added = 0
+    for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
+        rows = [
+            r for r in batch.to_pylist() if known.get(r["key"], "not_run") not in TERMINAL and r["key"] not in known
+        ]
+        for row in rows:
+            if row["status"] not in STATUSES or not row["slot"]:
+                raise UserError(f"{file}: expected an exported journal, found status {row['status']!r}.")
+            json.loads(row["checks"] or "[]")
+        journal.put(rows)
+        added += len(rows)
+    return added

@@ -1,0 +1,201 @@
+"""How fast and for how much: rate limits, a width that gives way to 429s, waits between tries, a breaker, a cost meter."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from .types import CallError, Transient
+
+MAX_ATTEMPTS = 6
+MAX_ELAPSED_S = 600.0
+# A server that asks for more than this speaks of a quota of the day: waiting in front of the screen makes no sense.
+LONGEST_WAIT_S = 300.0
+
+
+@dataclass
+class RetryPolicy:
+    """Which failures are tried again, and after how long.
+
+    Full jitter (Brooker 2015, "Exponential Backoff and Jitter"): a wait drawn from 0 to `min(cap, base * 2^k)` seconds.
+    A server's own hint is a lower bound. Rate limits do not use up attempts, only the time that a call may take.
+    """
+
+    max_attempts: int = MAX_ATTEMPTS
+    max_elapsed_s: float = MAX_ELAPSED_S
+    base_s: float = 1.0
+    cap_s: float = 60.0
+
+    def wait(self, error: Transient, failures: int, limited: int, elapsed_s: float, rng: random.Random) -> float | None:
+        """Seconds until the next try, None where there should be none.
+
+        Args:
+            failures: tries of this call that failed so far, without those that a rate limit turned away (`limited`).
+            elapsed_s: seconds since its first try.
+        """
+        if failures >= self.max_attempts or elapsed_s >= self.max_elapsed_s:
+            return None
+        jitter = rng.uniform(0, min(self.cap_s, self.base_s * 2 ** (failures + limited - 1)))
+        if error.wait is None:
+            return jitter
+        if error.wait > LONGEST_WAIT_S:
+            return None
+        # Those who were sent away together do not come back together.
+        return error.wait + min(jitter, 0.1 * error.wait + 0.05)
+
+
+class Width:
+    """How many calls may be in flight: halved by a rate limit, one more after each round without one (AIMD).
+
+    A pause that a server asks for holds back every call, not only the one that was told.
+
+    Args:
+        most: calls.
+        start: calls until `open`.
+    """
+
+    def __init__(self, most: int, start: int | None = None):
+        self.most, self.now, self.in_flight = most, start or most, 0
+        self.paused_until = 0.0
+        self._clean, self._last_cut = 0, 0.0
+        self._free: deque[asyncio.Future] = deque()
+
+    async def acquire(self) -> float:
+        """Waits for a place. Returns the time at which the call starts."""
+        while True:
+            pause = self.paused_until - time.monotonic()
+            if pause > 0:
+                await asyncio.sleep(pause)
+            elif self.in_flight < self.now:
+                self.in_flight += 1
+                return time.monotonic()
+            else:
+                waiter = asyncio.get_running_loop().create_future()
+                self._free.append(waiter)
+                await waiter
+
+    def release(self) -> None:
+        self.in_flight -= 1
+        self._wake()
+
+    def open(self) -> None:
+        self.now = self.most
+        self._wake()
+
+    def succeeded(self) -> None:
+        self._clean += 1
+        if self._clean >= self.now and self.now < self.most:
+            self.now, self._clean = self.now + 1, 0
+            self._wake()
+
+    def limited(self, started: float, wait: float | None) -> None:
+        """A rate limit turned away a call that started then. Those that were in flight together halve the width once."""
+        if wait:
+            self.paused_until = max(self.paused_until, time.monotonic() + min(wait, LONGEST_WAIT_S))
+        self._clean = 0
+        if started >= self._last_cut:
+            self.now, self._last_cut = max(1, self.now // 2), time.monotonic()
+
+    def _wake(self) -> None:
+        places = self.now - self.in_flight
+        while self._free and places > 0:
+            waiter = self._free.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                places -= 1
+
+
+class Rate:
+    """At most so many per minute, evenly: a bucket that holds `burst_s` seconds' worth and refills all the time."""
+
+    def __init__(self, per_minute: float | None, burst_s: float = 5.0):
+        self.per_second = per_minute / 60 if per_minute else None
+        self._room = max(1.0, burst_s * self.per_second) if self.per_second else 0.0
+        self._level, self._then = self._room, time.monotonic()
+
+    async def take(self, amount: float = 1.0) -> None:
+        """Waits until the bucket is not in debt, then takes. What is larger than the bucket leaves it in debt."""
+        if self.per_second is None:
+            return
+        while True:
+            now = time.monotonic()
+            self._level = min(self._room, self._level + (now - self._then) * self.per_second)
+            self._then = now
+            need = min(amount, self._room)
+            if self._level >= need:
+                self._level -= amount
+                return
+            await asyncio.sleep((need - self._level) / self.per_second)
+
+    def settle(self, estimated: float, actual: float) -> None:
+        """Corrects what was taken by what was used."""
+        self._level += estimated - actual
+
+
+class Breaker:
+    """Opens when calls fail as a rule: the first 20 all in the same way, or more than half of the last 200."""
+
+    FIRST, RECENT = 20, 200
+
+    def __init__(self):
+        self._recent: deque[str | None] = deque(maxlen=self.RECENT)
+        self._succeeded = False
+
+    def record(self, error: CallError | None) -> None:
+        """One call that ended, after all its tries."""
+        self._recent.append(error.kind if error else None)
+        self._succeeded = self._succeeded or error is None
+
+    @property
+    def why(self) -> str | None:
+        """What to tell the user, once it is open."""
+        kinds = Counter(kind for kind in self._recent if kind)
+        if not kinds:
+            return None
+        (kind, count), failed = kinds.most_common(1)[0], sum(kinds.values())
+        if not self._succeeded and count >= self.FIRST:
+            return f"the first {count} calls all failed ({kind})"
+        if len(self._recent) == self.RECENT and failed > self.RECENT / 2:
+            return f"{failed} of the last {self.RECENT} calls failed (most of them: {kind})"
+        return None
+
+
+class CostMeter:
+    """What was spent, and what calls in flight may still cost, so that a limit is never passed.
+
+    Args:
+        price: of the model (`prices.Price`: dollars per million tokens in and out); None where it is unknown.
+        spent: dollars of earlier runs.
+        limit: dollars, of all runs together.
+    """
+
+    def __init__(self, price=None, spent: float = 0.0, limit: float | None = None):
+        self.price, self.spent, self.limit = price, spent, limit
+        self._reserved = 0.0
+        self._dearest = 0.0
+
+    def of(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
+        """Dollars for so many tokens; None where the price or the tokens are unknown."""
+        if self.price is None or tokens_in is None or tokens_out is None:
+            return None
+        return (tokens_in * self.price.input + tokens_out * self.price.output) / 1e6
+
+    def reserve(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Sets the most that a call can cost aside. None: the limit would be passed."""
+        if self.limit is None or self.price is None:
+            return 0.0
+        dollars = max(self.of(tokens_in, tokens_out), self._dearest)
+        if self.spent + self._reserved + dollars > self.limit:
+            return None
+        self._reserved += dollars
+        return dollars
+
+    def settle(self, reserved: float, dollars: float | None) -> None:
+        """The call ended and cost so much."""
+        self._reserved -= reserved
+        if dollars:
+            self.spent += dollars
+            self._dearest = max(self._dearest, dollars)

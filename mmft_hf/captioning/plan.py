@@ -1,0 +1,179 @@
+"""The plan of a data set's requests, and the keys under which their results are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from ..images import BadImage
+from .captioner import KEY_VERSION, Captioner
+from .pictures import original_bytes, sha256
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling: sorted keys, no spaces, text as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One caption that the plan asks for.
+
+    Args:
+        key: of its first request; the slot's own name.
+        prompt: of the first request, for one aspect or for all of them.
+        single: of later requests, always for this aspect alone.
+        prompt_id: of the wording, without the class name.
+    """
+
+    key: str
+    aspect: str
+    sample: int
+    prompt: str
+    single: str
+    prompt_id: str
+
+    @property
+    def seed(self) -> int:
+        return int(self.key[:7], 16)
+
+
+class Keys:
+    """Makes slots and request keys. The same request has the same key in any data set, order, process or folder.
+
+    Args:
+        captioner: with a backend that asks a model.
+        identity: of that backend.
+    """
+
+    def __init__(self, captioner: Captioner, identity: Mapping[str, Any]):
+        self.captioner = captioner
+        sampling = captioner.sampling
+        self._same = {
+            "version": KEY_VERSION,
+            "identity": {**identity, "tag": captioner.tag},
+            "pictures": captioner.pictures.spec(),
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "options": dict(sampling.options),
+        }
+        self._ids = {aspect: captioner.prompts.prompt_id(aspect) for aspect in captioner.prompts.aspects}
+        self._prompts: dict[str, tuple[str | None, dict[str, str]]] = {}
+
+    def key(self, image_sha256: str, aspect: str, prompt: str, sample: int, reask: int, max_tokens: int) -> str:
+        """sha256 of everything that is sent, in hex."""
+        changing = {"image": image_sha256, "aspect": aspect, "prompt": prompt, "sample": sample, "reask": reask}
+        return sha256(canonical({**self._same, **changing, "max_tokens": max_tokens}).encode())
+
+    def slots(self, image_sha256: str, class_name: str) -> list[Slot]:
+        """All slots of one picture: aspects in their order, then samples."""
+        if class_name not in self._prompts:
+            prompts = self.captioner.prompts
+            single = {aspect: prompts.prompt(aspect, class_name) for aspect in prompts.aspects}
+            self._prompts[class_name] = (prompts.joint_prompt(class_name) if self.captioner.joint else None, single)
+        joint, single = self._prompts[class_name]
+        slots = []
+        for aspect, own in single.items():
+            for sample in range(self.captioner.samples):
+                prompt = joint or own
+                key = self.key(image_sha256, aspect, prompt, sample, 0, self.budget())
+                slots.append(Slot(key, aspect, sample, prompt, own, self._ids[aspect]))
+        return slots
+
+    def budget(self) -> int:
+        """Tokens that the first request of a slot may be answered with."""
+        return self.captioner.sampling.max_tokens * (len(self._ids) if self.captioner.joint else 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture with the slots that are still open. `row`: where its bytes are."""
+
+    row: int
+    label: int
+    class_name: str
+    image_sha256: str
+    slots: tuple[Slot, ...]
+
+
+@dataclass
+class Plan:
+    """What a data set needs, and what of it the journal already has.
+
+    Args:
+        jobs: distinct pictures with open slots, for this process.
+        slots: of all rows that were asked for; `others`: of the rest, which may have results of an earlier run.
+        rows, repeated: how many rows were asked for, and how many of them show a picture of an earlier row.
+        unreadable: why the bytes of these rows cannot be had.
+    """
+
+    jobs: list[Job]
+    slots: set[str]
+    others: set[str] = field(default_factory=set)
+    rows: int = 0
+    unreadable: dict[int, str] = field(default_factory=dict)
+    repeated: int = 0
+
+    @property
+    def open(self) -> int:
+        """Captions still to be had."""
+        return sum(len(job.slots) for job in self.jobs)
+
+
+def make_plan(
+    dataset: Dataset,
+    keys: Keys,
+    done: set[str],
+    rows: Container[int] | None = None,
+    part: tuple[int, int] = (0, 1),
+    seen: Callable[[], object] | None = None,
+) -> Plan:
+    """The plan of one split. Pictures are read one by one, and let go.
+
+    Args:
+        dataset: columns `image` (not decoded) and `label`.
+        done: slots that need no call.
+        rows: asked for; None: all.
+        part: `(rank, world)`: jobs of every world-th distinct picture, from the rank-th on. Strided, because neighbours
+            are often of one class and take equally long.
+        seen (*optional*): called after each row, for a progress bar.
+    """
+    names = dataset.features["label"].names
+    rank, world = part
+    plan = Plan([], set())
+    pictures = 0
+    for row, (digest, label) in enumerate(digests(dataset)):
+        if seen:
+            seen()
+        asked = rows is None or row in rows
+        plan.rows += asked
+        if isinstance(digest, BadImage):
+            if asked:
+                plan.unreadable[row] = str(digest)
+            continue
+        slots = keys.slots(digest, names[label])
+        if not asked:
+            plan.others.update(slot.key for slot in slots)
+            continue
+        if slots[0].key in plan.slots:
+            plan.repeated += 1
+            continue
+        plan.slots.update(slot.key for slot in slots)
+        missing = tuple(slot for slot in slots if slot.key not in done)
+        if missing and pictures % world == rank:
+            plan.jobs.append(Job(row, label, names[label], digest, missing))
+        pictures += 1
+    return plan
+
+
+def digests(dataset: Dataset) -> Iterator[tuple[str | BadImage, int]]:
+    """For each row the sha256 of its picture's bytes (or why there are none) and its label."""
+    for row in dataset.select_columns(["image", "label"]):
+        try:
+            yield sha256(original_bytes(row["image"])), row["label"]
+        except BadImage as error:
+            yield error, row["label"]

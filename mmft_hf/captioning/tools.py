@@ -1,0 +1,229 @@
+"""`mmft-hf caption status | retry | bench | export | import | merge`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+from datasets import Dataset
+
+from ..configuration import DataArguments
+from ..console import say, table
+from ..data import load_captioned_dataset
+from ..errors import UserError
+from ..modeling import load_tokenizer
+from .arguments import CaptionArguments
+from .calls import Limits
+from .dataset import without_captions
+from .folder import CaptionFolder
+from .jobs import CaptionJob, write_folder
+from .journal import Journal, by_slot, export_journal, import_journal, journal_files
+from .plan import Plan
+from .types import ACCEPTED, OPEN, STATUSES, TERMINAL
+
+RETRIED = ("rejected", "refused", "bad_image")  # what `retry` asks for again where no status is typed
+
+
+def status(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
+    """What a journal holds: results by aspect, checks that fired, failures with their reasons."""
+    journal = Path(args.output_dir) / "journal"
+    record = CaptionFolder(args.output_dir).record()
+    if not journal_files(journal):
+        what = (
+            f"a data set of captioner {record['made_from']['captioner']['backend']}, which needs none"
+            if record
+            else "none"
+        )
+        raise UserError(f"--output_dir {args.output_dir}: expected a journal of captions in it, found {what}.")
+    by_aspect: dict[str, Counter] = {}
+    checks, spent, errors, asked = Counter(), Counter(), {}, Counter()
+    columns = (
+        "key",
+        "slot",
+        "aspect",
+        "status",
+        "pending",
+        "reask",
+        "updated_at",
+        "checks",
+        "error_class",
+        "error",
+        "label",
+    )
+    columns += ("model", "cost", "tokens_in", "tokens_out", "attempts", "image_sha256")
+    for _, rows in by_slot(journal, columns):
+        last = rows[-1]
+        state = "not_run" if last["pending"] else last["status"]
+        by_aspect.setdefault(last["aspect"], Counter())[state] += 1
+        checks.update(json.loads(last["checks"] or "[]"))
+        for name in ("cost", "tokens_in", "tokens_out", "attempts"):
+            spent[name] += sum(row[name] or 0 for row in rows)
+        if state not in ACCEPTED:
+            kind = last["error_class"] or ", ".join(json.loads(last["checks"] or "[]")) or state
+            errors.setdefault((state, kind), []).append(last)
+        elif last["model"]:
+            asked[last["model"]] += 1
+    total = sum(by_aspect.values(), Counter())
+    say(f"Captions in {journal}\n")
+    states = [state for state in STATUSES if total[state]]
+    width = max(len(aspect) for aspect in (*by_aspect, "all"))
+    say("  " + " " * width + "".join(f"{state:>12}" for state in states))
+    for aspect, counts in (*by_aspect.items(), ("all", total)):
+        say(f"  {aspect:<{width}}" + "".join(f"{counts[state]:>12,}" for state in states))
+    say()
+    lines = {"model": ", ".join(f"{m} ({n:,})" for m, n in asked.most_common(3)) or "none answered"}
+    lines["spent"] = f"{spent['tokens_in']:,} tokens in, {spent['tokens_out']:,} out, " + (
+        f"${spent['cost']:.4f}" if spent["cost"] else "cost unknown or none"
+    )
+    lines["attempts"] = f"{spent['attempts']:,}"
+    if checks:
+        lines["checks"] = ", ".join(f"{name} {count:,}" for name, count in checks.most_common())
+    if record.get("statuses"):
+        lines["data set"] = (
+            f"{'complete' if record['complete'] else 'with captions missing'}, of run {record['run_id']}"
+        )
+    table(lines)
+    if errors:
+        say("\nNot accepted:")
+        for (state, kind), rows in sorted(errors.items(), key=lambda item: -len(item[1])):
+            row = rows[0]
+            example = f"{row['label']}, {row['aspect']}, image {row['image_sha256'][:12]}"
+            say(f"  {len(rows):,} {state} ({kind}), e.g. {example}{': ' + row['error'] if row['error'] else ''}")
+        again = sum(total[state] for state in OPEN)
+        say(
+            f"\n{again:,} of them are asked again by the next run."
+            if again
+            else "\nA run asks for none of these again."
+        )
+        final = [state for state in TERMINAL if total[state] and state not in ACCEPTED]
+        if final:
+            say(
+                f"To ask again for the others: the command of the run with `retry {' '.join(final)}` after `mmft-hf caption`."
+            )
+
+
+def retry(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
+    """Opens results of some statuses, then runs."""
+    statuses = operands or list(RETRIED)
+    job = CaptionJob(data_args, args)
+    if not job.captioner.asks:
+        raise UserError(f"caption retry: expected a captioner that asks a model, found {args.captioner}.")
+    with job.open(job.splits[0]) as run:
+        count = run.journal.reopen(statuses)
+    say(f"{count:,} results ({', '.join(statuses)}) are asked for again.\n")
+    job.run()
+
+
+def bench(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
+    """Times a few calls at growing concurrency. Their captions go to the journal, so nothing is lost."""
+    job = CaptionJob(data_args, args)
+    if not job.captioner.asks:
+        raise UserError(f"caption bench: expected a captioner that asks a model, found {args.captioner}.")
+    widths = [n for n in (1, 4, 16, 64, 256) if n < args.concurrency] + [args.concurrency]
+    if job.captioner.backend == "transformers":
+        widths = [1]  # one batch at a time: --captioner_batch_size is what to vary
+    split, first = job.splits[0], True
+    say("concurrency  captions/s  seconds a call (median)  tokens out/s  dollars per 1,000 captions")
+    for width in widths:
+        limits = Limits(width, args.requests_per_minute, args.tokens_per_minute, args.max_reasks)
+        with job.open(split, limits=limits) as run:
+            run.progress = False
+            plan = run.plan()
+            count = max(8, 3 * width) if job.captioner.backend != "transformers" else 4 * args.captioner_batch_size
+            outcome = run.fill(Plan(plan.jobs[:count], plan.slots, rows=plan.rows))
+        if outcome.stopped:
+            raise UserError(f"caption bench: {outcome.why}")
+        if not outcome.calls:
+            say("every caption is in the journal already." if first else "(no more captions to ask for)")
+            return
+        first = False
+        captions = sum(outcome.results[state] for state in ACCEPTED)
+        cost = f"{1000 * outcome.cost / max(captions, 1):.4f}" if run.price else "unknown"
+        say(
+            f"{width:>11}  {captions / outcome.seconds:>10.2f}  {median(outcome.latencies_s):>23.2f}  "
+            f"{outcome.tokens_out / outcome.seconds:>12.1f}  {cost:>26}"
+        )
+
+
+def export(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
+    """Writes the journal as one parquet file."""
+    if len(operands) != 1 or not operands[0].endswith(".parquet"):
+        raise UserError("caption export: expected the name of one file. Type mmft-hf caption export FILE.parquet.")
+    if not journal_files(Path(args.output_dir) / "journal"):
+        raise UserError(f"--output_dir {args.output_dir}: expected a journal of captions in it, found none.")
+    count = export_journal(Path(args.output_dir) / "journal", operands[0])
+    say(f"{count:,} results of {args.output_dir} are in {operands[0]}.")
+
+
+def import_(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
+    """A parquet file of `export` goes to the journal; JSON files of captions become a captioned data set."""
+    kinds = {Path(name).suffix.lower() for name in operands}
+    missing = [name for name in operands if not Path(name).is_file()]
+    if missing:
+        raise UserError(f"caption import: expected files, found no {missing[0]}.")
+    if kinds == {".parquet"}:
+        with Journal(Path(args.output_dir) / "journal") as journal:
+            for name in operands:
+                say(f"{import_journal(journal, name):,} results of {name} are new in {args.output_dir}.")
+        return
+    if kinds != {".json"}:
+        found = ", ".join(operands) or "none"
+        raise UserError(
+            f"caption import: expected a .parquet file of `export`, or .json files of captions, found {found}. Type "
+            "mmft-hf caption import FILE …"
+        )
+    from .imports import KEY_RULES, import_captions
+
+    if args.key_rule not in KEY_RULES:
+        raise UserError(
+            f"--key_rule: expected one of {', '.join(KEY_RULES)}, which says how the keys of {operands[0]} name images, "
+            f"found {args.key_rule or 'none'}."
+        )
+    options = {k: v for k, v in vars(data_args).items() if k not in ("dataset_name", "dataset_config_name")}
+    data = load_captioned_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
+    train = data_args.train_split or ("train" if "train" in data else next(iter(data)))
+    made_from = {"dataset_name": data_args.dataset_name, "captioner": {"backend": "import", "key_rule": args.key_rule}}
+    folder = CaptionFolder(args.output_dir)
+    folder.claim(made_from, args.overwrite_output_dir)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    captioned, report = import_captions(data[train], operands, args.key_rule, args.captioner_model, tokenizer)
+    for line in report.lines():
+        say(line)
+    others = {name: without_captions(split, progress=False) for name, split in data.items() if name != train}
+    _write(
+        folder, {train: captioned, **others}, made_from, [Path(name).name for name in operands], args.captioner_model
+    )
+
+
+def merge(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
+    """Several captioned data sets of the same images become one."""
+    from .merges import merge_captions
+
+    if len(operands) < 2:
+        raise UserError(
+            "caption merge: expected two or more captioned data sets. Type mmft-hf caption merge FOLDER FOLDER …"
+        )
+    made_from = {"dataset_name": "merged", "captioner": {"backend": "merge", "data_sets": list(operands)}}
+    folder = CaptionFolder(args.output_dir)
+    folder.claim(made_from, args.overwrite_output_dir)
+    loaded = {name: load_captioned_dataset(name) for name in operands}
+    first = loaded[operands[0]]
+    train = data_args.train_split or ("train" if "train" in first else next(iter(first)))
+    for name, data in loaded.items():
+        if train not in data:
+            raise UserError(f"{name}: expected split {train!r}, found {', '.join(data)}. Type --train_split NAME.")
+    merged, report = merge_captions({name: data[train] for name, data in loaded.items()})
+    for line in report.lines():
+        say(line)
+    others: dict[str, Dataset] = {name: split for name, split in first.items() if name != train}
+    _write(folder, {train: merged, **others}, made_from, list(operands), None)
+
+
+def _write(folder: CaptionFolder, splits: dict, made_from: dict, sources: list[str], model: str | None) -> None:
+    details = {**made_from, "made_from": made_from, "sources": sources, "model": model, "complete": True}
+    details |= {"run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "fingerprints": None}
+    write_folder(folder, splits, next(iter(splits)), details)
+    say(f"\nNext: mmft-hf finetune --dataset_name {folder.path}")
