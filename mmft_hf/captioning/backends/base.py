@@ -1,0 +1,143 @@
+"""What backends over HTTP share: one request, one post; each says how a body is made and how an answer is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import UserError
+from ..types import Answer, Request, Sampling, Transient
+from .transport import Transport, check_url
+
+# These decide what is asked and how it is read: another value could not be understood, or would cost for nothing.
+_OURS = ("contents", "messages", "model", "n", "stream")
+
+
+class HTTPBackend:
+    """A `types.Backend` for one server.
+
+    Args:
+        model: as the server names it.
+        base_url: of another server that speaks the same language. It gets no key unless `api_key_env` is given.
+        api_key_env: name of the environment variable that holds the key. Default: the provider's usual one.
+        sampling: temperature and `options`, which override fields of the body; null takes a field away. The budget and
+            the seed are those of each request.
+        concurrency: connections at most.
+        timeout_s: of one call in seconds.
+        allow_http: send the key over http to another machine, too.
+
+    Raises:
+        UserError: at construction, an argument that cannot be right.
+        Transient, Unanswerable, Fatal: from `generate`.
+    """
+
+    batch_size = 1
+    name: str
+    default_url: str
+    default_key_env: str
+    key_header = "Authorization"
+    headers: Mapping[str, str] = {}
+    not_found = "Check --captioner_model and --base_url."
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key_env: str | None = None,
+        sampling: Sampling | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 120.0,
+        allow_http: bool = False,
+    ):
+        if not model or not model.isprintable():
+            raise UserError(f"--captioner_model: expected the name of a model, found {model!r}.")
+        self.model, self.sampling = model, sampling or Sampling()
+        _check_options(self.sampling.options)
+        url = base_url or self.default_url
+        self.official = check_url(url).hostname == check_url(self.default_url).hostname
+        if api_key_env is None and self.official:
+            api_key_env = self.default_key_env
+        self.transport = Transport(
+            url, self.headers, api_key_env, concurrency, timeout_s, self.key_header, allow_http, self.not_found
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Kind of backend and name of the model."""
+        return {"backend": self.name, "model": self.model}
+
+    def check_key(self) -> None:
+        """Raises `UserError` where a key is needed and its variable holds none."""
+        self.transport.check_key()
+
+    async def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers in the order of the requests, asked for one after the other."""
+        return [await self._ask(request) for request in requests]
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self.transport.aclose()
+
+    async def _ask(self, request: Request) -> Answer:
+        data = await self.transport.post(self._path(), self._body(request), request.picture.data)
+        try:
+            return self._answer(data)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            error: Transient = self.transport.bad_answer(json.dumps(data)[:1000])
+        raise error
+
+    def _path(self) -> str:
+        raise NotImplementedError
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _answer(self, data: dict[str, Any]) -> Answer:
+        """Reads an answer. An error of look-up or of type means that it has another shape."""
+        raise NotImplementedError
+
+
+def merged(body: dict[str, Any], options: Mapping[str, Any], nested: bool = False) -> dict[str, Any]:
+    """Returns `body` with `options` over it; None takes a field away.
+
+    Args:
+        nested: dictionaries are merged one level deep instead of replaced.
+    """
+    result = dict(body)
+    for name, value in options.items():
+        old = result.pop(name, None)
+        if nested and isinstance(old, dict) and isinstance(value, Mapping):
+            result[name] = merged(old, value)
+        elif value is not None:
+            result[name] = value
+    return result
+
+
+def seed_of(request: Request) -> int:
+    """The request's seed as the 31 bits that every server takes."""
+    return request.seed & 0x7FFFFFFF
+
+
+def text_of(value: object) -> str:
+    """Returns `value`, which must be a string."""
+    if not isinstance(value, str):
+        raise TypeError("not a string")
+    return value
+
+
+def count_of(*values: object) -> int | None:
+    """The sum of the token counts that are there, or None where none is."""
+    counts = [v for v in values if isinstance(v, int) and v >= 0]
+    return sum(counts) if counts else None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    ours = sorted(set(options) & set(_OURS))
+    if ours:
+        raise UserError(
+            f"sampling options: expected none of {', '.join(_OURS)}, found {', '.join(ours)}. Leave it out."
+        )
+    try:
+        json.dumps(dict(options), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"sampling options: expected what JSON can hold, found {error}.") from None

@@ -1,0 +1,265 @@
+"""One HTTP connection pool to one server. The only module that imports an HTTP library.
+
+The key is read from the environment when a call is made and goes into a header: it is no attribute, and in no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import ipaddress
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from yarl import URL
+
+from ...errors import UserError
+from ..types import CallError, Fatal, Transient
+from .failures import failure, redact
+
+MAX_ANSWER_BYTES = 8 * 2**20
+CONNECT_TIMEOUT_S = 15.0
+
+# Stands in a body where the picture goes: json.dumps of 130 kB of base64 would take four times as long as splicing it
+# in. Random, so that no prompt can contain it.
+PICTURE = f"picture-{secrets.token_hex(16)}"
+_PICTURE = PICTURE.encode()
+
+
+class Transport:
+    """Posts JSON to one server and returns JSON, or raises what the failure means.
+
+    Args:
+        base_url: http or https address that the paths of `post` are appended to.
+        headers: sent with each call; never a key.
+        api_key_env: name of the environment variable that holds the key; None: no key is sent.
+        concurrency: connections at most.
+        timeout_s: of one call, from connecting to the last byte, in seconds.
+        key_header: that carries the key; `Authorization` gets `Bearer ` before it.
+        allow_http: send the key over http to another machine, too.
+        not_found: what the message suggests where the server knows no such address or model.
+
+    Raises:
+        UserError: an address or a name that cannot be right. Whether the variable is set is the matter of `check_key`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        headers: Mapping[str, str] | None = None,
+        api_key_env: str | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 120.0,
+        key_header: str = "Authorization",
+        allow_http: bool = False,
+        not_found: str = "",
+    ):
+        check_key_name(api_key_env)
+        parts = check_url(base_url)
+        self.loopback = _is_loopback(parts.hostname)
+        if api_key_env and parts.scheme == "http" and not (self.loopback or allow_http):
+            raise UserError(
+                f"--base_url: expected https for {parts.hostname}, found http, and the key in {api_key_env} would "
+                f"travel in the clear. Type --base_url https://{parts.netloc}…, or leave --api_key_env out."
+            )
+        if concurrency < 1 or not timeout_s > 0:
+            raise UserError(
+                f"expected at least one connection and a timeout above 0 s, found {concurrency} and {timeout_s}."
+            )
+        self.base_url, self.scheme, self.host = base_url.strip().rstrip("/"), parts.scheme, parts.netloc
+        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
+        self.api_key_env, self.key_header = api_key_env, key_header
+        self.concurrency, self.timeout_s, self.not_found = concurrency, timeout_s, not_found
+        self._session: aiohttp.ClientSession | None = None
+        self._proxy: str | None = None
+        self._connect_s = min(timeout_s, CONNECT_TIMEOUT_S)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None, "_proxy": None}
+
+    def check_key(self) -> None:
+        """Raises `UserError` where a key is needed and its variable holds none."""
+        if self.api_key_env:
+            _read_key(self.api_key_env)
+
+    async def post(self, path: str, body: Mapping[str, Any], picture: bytes | None = None) -> dict[str, Any]:
+        """Returns the JSON object that the server answers.
+
+        Args:
+            path: appended to the base URL; percent-encoded where it must be.
+            body: sent as JSON. `PICTURE` in one of its strings stands for the picture.
+            picture: encoded picture, sent as base64.
+
+        Raises:
+            Transient, Unanswerable, Fatal: one printable line of at most 300 characters each, free of keys.
+        """
+        data = json.dumps(body).encode()
+        if picture is not None:
+            before, after = data.split(_PICTURE)
+            data = b"".join((before, binascii.b2a_base64(picture, newline=False), after))
+        # Raised here and not where it is found: the frames and exceptions there hold the headers, and a traceback can
+        # show those.
+        result = await self._exchange(path, data)
+        if isinstance(result, CallError):
+            raise result
+        return result
+
+    async def _exchange(self, path: str, data: bytes) -> dict[str, Any] | CallError:
+        try:
+            async with (self._session or self._open()).post(
+                URL(self.base_url + path, encoded=True),
+                data=data,
+                headers=self._with_key(),
+                allow_redirects=False,
+                proxy=self._proxy,
+            ) as response:
+                cap = MAX_ANSWER_BYTES if response.status == 200 else 2**16
+                return self._read(response.status, response.headers, await _body(response, cap))
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as found:
+            return self._unreachable(found)
+
+    async def aclose(self) -> None:
+        """Closes the connections. A later `post` opens new ones."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        """A session of the running event loop.
+
+        aiohttp's `trust_env` would look for a .netrc file at every call and send what that holds; proxies are all that
+        is wanted of the environment, and are looked up once.
+        """
+        proxy = None if self.loopback or proxy_bypass(self.host) else getproxies().get(self.scheme)
+        if proxy and "://" not in proxy:
+            proxy = f"http://{proxy}"
+        if proxy and not proxy.startswith(("http://", "https://")):
+            found = proxy.partition("://")[0]
+            raise UserError(f"expected an http proxy in the environment, found {found}. Type unset {self.scheme}_proxy")
+        self._proxy = proxy
+        self._session = aiohttp.ClientSession(
+            headers=self.headers,
+            timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=self._connect_s),
+            connector=aiohttp.TCPConnector(limit=self.concurrency),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self._session
+
+    def _with_key(self) -> dict[str, str]:
+        if not self.api_key_env:
+            return {}
+        bearer = "Bearer " if self.key_header == "Authorization" else ""
+        return {self.key_header: bearer + _read_key(self.api_key_env)}
+
+    def _secret(self) -> str | None:
+        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else None
+
+    def _failure(self, status: int, headers: Mapping[str, str], text: str) -> CallError:
+        return failure(status, headers, text, self.host, self.api_key_env, self.not_found, self._secret())
+
+    def _read(self, status: int, headers: Mapping[str, str], data: bytes | None) -> dict[str, Any] | CallError:
+        if status != 200:
+            return self._failure(status, headers, (data or b"").decode(errors="replace"))
+        if data is None:
+            return self.bad_answer(f"more than {MAX_ANSWER_BYTES // 2**20} MiB")
+        try:
+            answer = json.loads(data)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            return self.bad_answer(data[:1000].decode(errors="replace"))
+        error = answer.get("error")
+        if isinstance(error, dict):
+            # Routers say so when the server behind them failed: status 200, and the status of that one in the body.
+            code = error.get("code")
+            known = isinstance(code, int) and 400 <= code < 600
+            return self._failure(code if known else 502, headers, json.dumps(answer))
+        return answer
+
+    def bad_answer(self, found: object) -> Transient:
+        """An answer of another shape than expected, to be raised."""
+        return Transient("bad_answer", redact(f"{self.host}: expected an answer, found {found}", self._secret()))
+
+    def _unreachable(self, found: Exception) -> CallError:
+        said = redact(f"{self.host}: {type(found).__name__}: {found}", self._secret())
+        if isinstance(found, aiohttp.ServerTimeoutError):  # of connecting: no other but the total one is set
+            return Transient("connect", f"{self.host}: no connection within {self._connect_s:g} s")
+        if isinstance(found, asyncio.TimeoutError):
+            return Transient("timeout", f"{self.host}: no answer within {self.timeout_s:g} s")
+        if isinstance(found, aiohttp.ClientConnectorCertificateError):
+            advice = "Where it is your own server, point SSL_CERT_FILE to its authority's certificate."
+            return Fatal("server", redact(f"expected a valid TLS certificate. {advice} Found {said}", self._secret()))
+        if isinstance(found, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
+            return Transient("connect", said)
+        if isinstance(found, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
+            return Transient("reset", said)
+        return Transient("bad_answer", said)
+
+
+async def _body(response: aiohttp.ClientResponse, cap: int) -> bytes | None:
+    """The body, or None where it is larger than `cap` bytes; the rest of it is never read."""
+    pieces, size = [], 0
+    async for piece in response.content.iter_any():
+        size += len(piece)
+        if size > cap:
+            response.close()
+            return None if response.status == 200 else b"".join(pieces)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def check_url(url: str) -> SplitResult:
+    """Returns the parts of a base URL.
+
+    Raises:
+        UserError: it is no http(s) address, or holds more than an address. The message repeats none of what it holds.
+    """
+    example = "Type an address such as http://localhost:8000/v1."
+    try:
+        parts = urlsplit(url.strip())
+        readable = URL(url.strip()).port is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        readable = False
+    if not readable:  # outside of the block above, whose exception may quote the address
+        raise UserError(f"--base_url: expected http:// or https:// and a host, found something else. {example}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"--base_url: expected an address alone, found a user, a query or a fragment as well. {example} A key goes "
+            "into an environment variable: --api_key_env NAME."
+        )
+    return parts
+
+
+def check_key_name(name: str | None) -> None:
+    """Raises `UserError` unless `name` is None or can be the name of a variable. Its message never repeats `name`."""
+    if name is None:
+        return
+    # Some keys would do as names: those of Google and Hugging Face, and letters with digits for twenty characters.
+    like_key = redact(name) != name or re.search(r"(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}", name)
+    if like_key or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise UserError(
+            "--api_key_env: expected the name of an environment variable, found something else (not repeated here, as "
+            "it may be the key itself). Type export MY_KEY=… in the shell, and then --api_key_env MY_KEY."
+        )
+
+
+def _read_key(name: str) -> str:
+    # The value is in no variable while an exception is raised.
+    if re.fullmatch(r"\s*[!-~]+\s*", os.environ.get(name, "")):
+        return os.environ[name].strip()
+    found = "one with blanks or accents inside" if os.environ.get(name, "").strip() else "none"
+    raise UserError(f"expected a key in the environment variable {name}, found {found}. Type export {name}=…")
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return host == "localhost"
