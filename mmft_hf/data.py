@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
 
+from .arguments import DataArguments
 from .builtin import builtin
-from .configuration import DataArguments
 from .errors import UserError, nearest
 from .prompts import clean_class_name
 from .sampling import few_shot_split, hold_out

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .arguments import TOWER_MODES, choice
 from .builtin import builtin
-from .configuration import TOWER_MODES, choice
 from .errors import UserError
 
 # Parameters of each tower, by the start of their names in CLIPModel.

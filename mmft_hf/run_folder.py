@@ -11,7 +11,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from . import cards, report
-from .configuration import DataArguments, MMFTConfig, ModelArguments
+from .arguments import DataArguments, ModelArguments
+from .configuration import MMFTConfig
 from .console import is_main
 from .data import Splits
 from .errors import UserError

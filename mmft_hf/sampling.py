@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Sampler
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -50,11 +49,12 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[lis
     return rest, sorted(held)
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler:
     """Shuffled row numbers that carry their epoch: it yields `epoch * length + row`.
 
     A data set then knows the epoch of each read without any state that workers, processes or a resume would have to
-    share: see `TrainingView`. The Trainer calls `set_epoch`; accelerate shards the stream of numbers.
+    share: see `TrainingView`. The Trainer calls `set_epoch`; accelerate shards the stream of numbers. To a `DataLoader`
+    anything with a length that yields row numbers is a sampler; so this module needs no torch.
     """
 
     def __init__(self, length: int, seed: int = 0):

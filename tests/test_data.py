@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader, Subset
 
 from mmft_hf import MMFTConfig, MMFTTrainer, few_shot_split, images, load_captioned_dataset
-from mmft_hf.configuration import DataArguments
+from mmft_hf.arguments import DataArguments
 from mmft_hf.data import captions_of, labels_of, load_splits, load_test_split
 from mmft_hf.errors import UserError
 from mmft_hf.images import BadImage, random_crop_box, read_image

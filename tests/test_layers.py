@@ -7,7 +7,7 @@ import mmft_hf
 
 PACKAGE = Path(mmft_hf.__file__).parent
 LAYERS = [
-    {"version", "errors", "losses", "distributed", "prompts", "sampling", "images", "console", "builtin"},
+    {"version", "errors", "arguments", "losses", "distributed", "prompts", "sampling", "images", "console", "builtin"},
     {"configuration", "data", "views", "collator", "modeling", "prototypes", "metrics", "evaluation"},
     {"captioning", "trainer", "progress", "pipeline", "cards", "report", "run_folder"},
     {"cli", "commands", "__main__"},

@@ -8,11 +8,10 @@ from functools import cached_property
 
 from datasets import Dataset
 
-from ..configuration import DataArguments
+from ..arguments import DataArguments
 from ..console import is_main, say, table
 from ..data import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from ..errors import PartialResult, UserError, nearest
-from ..modeling import load_tokenizer
 from .arguments import CaptionArguments
 from .calls import Limits, Outcome
 from .captioner import Captioner
@@ -64,6 +63,8 @@ class CaptionJob:
 
     @cached_property
     def tokenizer(self):
+        from ..modeling import load_tokenizer  # which imports torch
+
         return load_tokenizer(self.args.model_name_or_path)
 
     # -- what the settings mean ---------------------------------------------------------------------------------------

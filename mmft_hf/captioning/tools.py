@@ -8,15 +8,13 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from datasets import Dataset
-
-from ..configuration import DataArguments
+from ..arguments import DataArguments
 from ..console import say, table
 from ..data import load_captioned_dataset
 from ..errors import UserError
-from ..modeling import load_tokenizer
 from .arguments import CaptionArguments
 from .calls import Limits
+from .checks import CaptionChecker, parse_actions
 from .dataset import without_captions
 from .folder import CaptionFolder
 from .jobs import CaptionJob, write_folder
@@ -175,6 +173,7 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
             f"caption import: expected a .parquet file of `export`, or .json files of captions, found {found}. Type "
             "mmft-hf caption import FILE …"
         )
+    from ..modeling import load_tokenizer
     from .imports import KEY_RULES, import_captions
 
     if args.key_rule not in KEY_RULES:
@@ -189,7 +188,11 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
     folder = CaptionFolder(args.output_dir)
     folder.claim(made_from, args.overwrite_output_dir)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    captioned, report = import_captions(data[train], operands, args.key_rule, args.captioner_model, tokenizer)
+    # A model wrote them, but they are not ours to change: refusals are dropped, everything else is flagged.
+    actions = {"refusal": "reject"} | parse_actions(args.on_check or ())
+    names = data[train].features["label"].names
+    checker = CaptionChecker(names, tokenizer, template=args.class_template, actions=actions, clean=False)
+    captioned, report = import_captions(data[train], operands, args.key_rule, args.captioner_model, tokenizer, checker)
     for line in report.lines():
         say(line)
     others = {name: without_captions(split, progress=False) for name, split in data.items() if name != train}
@@ -218,7 +221,7 @@ def merge(operands: list[str], data_args: DataArguments, args: CaptionArguments)
     merged, report = merge_captions({name: data[train] for name, data in loaded.items()})
     for line in report.lines():
         say(line)
-    others: dict[str, Dataset] = {name: split for name, split in first.items() if name != train}
+    others = {name: without_captions(split, progress=False) for name, split in first.items() if name != train}
     _write(folder, {train: merged, **others}, made_from, list(operands), None)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..arguments import DataArguments
 from ..captioning.arguments import CaptionArguments
-from ..configuration import DataArguments
 from ..console import is_main
 from ..errors import UserError, nearest
 

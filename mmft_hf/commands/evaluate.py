@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..configuration import DataArguments
+from ..arguments import DataArguments
 from ..console import percent, say, table
 from ..errors import UserError
 from ..run_folder import RUN_FILE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..configuration import DataArguments, MMFTConfig, ModelArguments, choice
+from ..arguments import DataArguments, ModelArguments, choice
+from ..configuration import MMFTConfig
 from ..console import is_main, percent, say, table
 from ..errors import UserError
 from ..run_folder import Run

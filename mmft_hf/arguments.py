@@ -1,0 +1,94 @@
+"""Which model and which data: settings of every verb. Light to import, since captioning needs neither torch nor a Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import UserError
+
+TOWER_MODES = ("full", "frozen")
+
+
+def choice(name: str, value: str, known) -> None:
+    """Raises `UserError` unless `value` is one of `known`."""
+    if value not in known:
+        raise UserError(f"--{name}: expected one of {', '.join(known)}, found {value!r}.")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its towers are trained."""
+
+    model_name_or_path: str = field(
+        default="builtin/tiny-clip",
+        metadata={"help": "Hub id or folder of a CLIPModel. builtin/tiny-clip comes with this package."},
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub model. Default: its main branch."}
+    )
+    vision_tower: str = field(
+        default="full",
+        metadata={"help": "full: the image tower is trained; frozen: it is not.", "choices": TOWER_MODES},
+    )
+    text_tower: str = field(
+        default="full", metadata={"help": "full: the text tower is trained; frozen: it is not.", "choices": TOWER_MODES}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images, labels and captions."""
+
+    dataset_name: str = field(
+        default="builtin/emoji-mini",
+        metadata={
+            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, or a CSV/JSONL "
+            "file of image paths and labels. builtin/emoji-mini comes with this package."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    train_split: str | None = field(default=None, metadata={"help": "Split trained on. Default: train."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split on which the best epoch is chosen. Default: validation (or valid, val, dev); if there is "
+            "none, part of the training split is held out (--validation_size)."
+        },
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split read once, after selection. Default: test; if there is none, part of the training split "
+            "is held out (--test_size)."
+        },
+    )
+    validation_size: float = field(
+        default=0.1, metadata={"help": "Share of each class held out of train where there is no validation split."}
+    )
+    test_size: float = field(
+        default=0.2, metadata={"help": "Share of each class held out of train where there is no test split."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the images (or of their paths)."})
+    label_column: str = field(default="label", metadata={"help": "Column of the class: ClassLabel, text or number."})
+    captions_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the captions: text, or a list of texts. Default: captions if there is such a column, "
+            "else none: class templates alone."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes, where the label column holds bare numbers."}
+    )
+    shots: int | None = field(
+        default=None, metadata={"help": "Train on this many images of each class. Default: all of them."}
+    )
+    shots_seed: int = field(default=0, metadata={"help": "Seed of the few-shot subset and of held-out splits."})
+
+    def __post_init__(self):
+        for name in ("validation_size", "test_size"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise UserError(f"--{name}: expected a share between 0 and 1, found {getattr(self, name)}.")
+        if self.shots is not None and self.shots < 1:
+            raise UserError(f"--shots: expected 1 or more images per class, found {self.shots}. Leave it out for all.")
