@@ -1,0 +1,390 @@
+"""A vision-language model in this process, through transformers: any image-text-to-text model with a chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from PIL.Image import Image
+from safetensors import SafetensorError
+from transformers.utils import cached_file
+
+from ...errors import UserError, nearest
+from ...images import BadImage, read_image
+from ..types import Answer, CallError, Fatal, Request, Sampling, Unanswerable
+from .device import default_device, empty_cache, out_of_memory, seeded
+
+logger = logging.getLogger(__name__)
+
+# The files of a folder that decide what a model writes, beside its weights. Others (cards, logs) may change.
+SETTINGS = (
+    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+)
+WINDOWS, WINDOW = 64, 1 << 17  # of a file of weights: 8 MiB in all, spread from its first byte to its last
+# These are ours, or would give something else than one text per request.
+OWN_OPTIONS = ("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate", "pad_token_id")
+THINK, THOUGHT = "<think>", "</think>"
+
+
+class _Row(NamedTuple):
+    """A request as the processor takes it."""
+
+    request: Request
+    image: Image
+    text: str
+
+
+class TransformersBackend:
+    """Answers requests with a model in this process, one batch at a time. Several processes share nothing.
+
+    A request with its seed gives the same text again in the same batch; in another batch a sampled text may differ.
+
+    Args:
+        model: Hub id or local folder. Only safetensors are loaded, and no code that comes with a model is run.
+        revision: branch, tag or commit on the Hub; without effect on a folder.
+        sampling: `options` are given to `generate`; `chat_template_kwargs` among them to the chat template, as servers
+            do (`{"chat_template_kwargs": {"enable_thinking": false}}`).
+        batch_size: at most so many pictures at a time. Halved, for good, when the memory does not suffice.
+        device: for example `cuda:1`; without it the accelerator (the one of `LOCAL_RANK`), else the CPU.
+        dtype: of the weights, for example `bfloat16`; `auto` is what the model says.
+
+    Raises:
+        UserError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        batch_size: int = 8,
+        device: str | torch.device | None = None,
+        dtype: str = "auto",
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size: expected 1 or more, found {batch_size}.")
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}.")
+        self.name, self.revision, self.sampling = str(model), revision, sampling
+        self.batch_size, self.dtype = batch_size, dtype
+        self.device = torch.device(device) if device is not None else default_device()
+        self._options = {**sampling.options}
+        self._chat_options = self._options.pop("chat_template_kwargs", None) or {}
+        known = vars(transformers.GenerationConfig())
+        for option in self._options:
+            if option in OWN_OPTIONS or option.startswith("_") or option not in known:
+                hint = " Use max_tokens." if option.startswith("max_") else nearest(option, set(known) - {*OWN_OPTIONS})
+                raise UserError(f"sampling options: expected one of transformers' generate, found {option!r}.{hint}")
+        self._most = batch_size
+        self._model: Any = None
+        self._lock = threading.Lock()
+
+    # -- the backend protocol -----------------------------------------------------------------------------------------
+    def identity(self) -> dict[str, Any]:
+        """Model, revision and precision. Loads no weights.
+
+        The revision is the commit of a Hub model. For a folder it is a digest of its settings and of a sample of its
+        weights, so that it says the same on any machine; the folder's own name is the model.
+
+        Raises:
+            UserError: not found, no image-text-to-text model, or none that chats.
+        """
+        config, source = self._config, self._source
+        dtype = self.dtype if self.dtype != "auto" else config.dtype or config.get_text_config().dtype
+        _ = self._processor  # a missing chat template is told before the first picture is read
+        return {
+            "backend": "transformers",
+            "model": source.name if isinstance(source, Path) else source,
+            "revision": self._revision,
+            "dtype": str(dtype or "auto").removeprefix("torch."),
+        }
+
+    async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
+        """The answers in the order of the requests; in place of one that failed alone stands its error, not raised.
+
+        Raises:
+            UserError: the model cannot be loaded.
+            Unanswerable: the only request failed.
+            Fatal: the accelerator cannot be used any more.
+        """
+        results = await asyncio.to_thread(self._generate, list(requests))
+        if len(results) == 1 and isinstance(results[0], CallError):
+            raise results[0]
+        return results
+
+    async def aclose(self) -> None:
+        """Frees the model; a later `generate` loads it again."""
+        await asyncio.to_thread(self._free)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+    @cached_property
+    def _source(self) -> Path | str:
+        """A folder, or a Hub id."""
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
+        if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
+            raise UserError(f"captioner {self.name!r}: expected a Hub id or an existing folder, found no such folder.")
+        return self.name
+
+    @cached_property
+    def _config(self) -> Any:
+        with self._explained("a config.json that transformers knows"):
+            config = transformers.AutoConfig.from_pretrained(self._source, **self._pinned)
+        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise UserError(
+                f"captioner {self.name!r}: expected an image-text-to-text model (one that is shown a picture and writes), "
+                f"found model_type {config.model_type!r}. Type for example llava-hf/llava-1.5-7b-hf."
+            )
+        if isinstance(self._source, Path) and not any(self._source.glob("*.safetensors")):
+            raise UserError(f"captioner {self.name!r}: expected *.safetensors beside config.json, found none.")
+        return config
+
+    @cached_property
+    def _pinned(self) -> dict[str, Any]:
+        """How every part is loaded: from one commit, even if the branch moves on meanwhile; code of a model never runs."""
+        if isinstance(self._source, Path):
+            return {"trust_remote_code": False}
+        file = cached_file(self._source, "config.json", revision=self.revision)
+        return {"revision": Path(file).parent.name, "trust_remote_code": False}
+
+    @cached_property
+    def _processor(self) -> Any:
+        with self._explained("a processor (image processor and tokenizer)"):
+            processor = transformers.AutoProcessor.from_pretrained(self._source, **self._pinned)
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None or getattr(processor, "image_processor", None) is None:
+            raise UserError(
+                f"captioner {self.name!r}: expected a processor for pictures and text, found a "
+                f"{type(processor).__name__}. Are preprocessor_config.json or processor_config.json missing?"
+            )
+        if not processor.chat_template:
+            raise UserError(
+                f"captioner {self.name!r}: expected a chat template (chat_template.jinja), found none. A base model is "
+                "not asked questions: use the variant that was tuned for chat, mostly named -Instruct or -it."
+            )
+        # A decoder goes on from its last token, which must therefore be a token and no padding.
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return processor
+
+    @cached_property
+    def _revision(self) -> str:
+        """The commit of a Hub model; of a folder a digest."""
+        if isinstance(self._source, str):
+            return self._pinned["revision"]
+        files = [self._source / name for name in SETTINGS if (self._source / name).is_file()]
+        files += sorted(self._source.glob("additional_chat_templates/*.jinja"))
+        files += sorted(self._source.glob("*.safetensors"))
+        lines = "".join(f"{path.name} {path.stat().st_size} {_sample(path)}\n" for path in files)
+        return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()[:24]}"
+
+    @cached_property
+    def _controls(self) -> set[str]:
+        """What the tokenizer reads as something else than text."""
+        added = self._processor.tokenizer.added_tokens_decoder.values()
+        tokens = {str(token) for token in added if token.special} | {str(getattr(self._processor, "image_token", ""))}
+        return {token for token in tokens if len(token) > 2}
+
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        _ = self._config, self._processor
+        with self._explained("weights as safetensors"):
+            model, found = transformers.AutoModelForImageTextToText.from_pretrained(
+                self._source,
+                **self._pinned,
+                dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+                device_map={"": self.device},  # weights go straight to where they are used
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        if missing := sorted(found["missing_keys"]):
+            # They would be random numbers, and the captions noise.
+            raise UserError(
+                f"captioner {self.name!r}: expected the weights of a {type(model).__name__}; {len(missing)} are missing, "
+                f"for example {missing[0]}."
+            )
+        self._model = model.eval()
+
+    def _free(self) -> None:
+        with self._lock:
+            self._model = None
+            empty_cache(self.device)
+
+    @contextmanager
+    def _explained(self, expected: str) -> Iterator[None]:
+        """Turns what loading raises within into an error that says what to do."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            advice = "Is the name right?" if isinstance(self._source, str) else "Is the folder complete?"
+            if isinstance(error, ImportError):
+                advice = "Install what it names, for example: pip install torchvision"
+            elif "trust_remote_code" in str(error):
+                advice = "Code that comes with a model is never run: name a model that transformers itself knows."
+            elif out_of_memory(error):
+                advice = "Name a smaller model."
+            raise UserError(
+                f"captioner {self.name!r}: expected {expected}; it could not be loaded ({_first_line(error)}). {advice}"
+            ) from error
+
+    # -- generating ---------------------------------------------------------------------------------------------------
+    def _generate(self, requests: list[Request]) -> list[Answer | CallError]:
+        """In a thread of its own, so that the event loop goes on. Models are not made for two threads at a time."""
+        with self._lock:
+            self._load()
+            results: list[Any] = [self._prepare(request) for request in requests]
+            rows = [i for i, row in enumerate(results) if isinstance(row, _Row)]
+            todo = self._cut(rows)
+            while todo:
+                batch = todo.pop(0)
+                answers, failure = self._try([results[i] for i in batch])
+                if failure is None:
+                    for i, answer in zip(batch, answers, strict=True):
+                        results[i] = answer
+                elif len(batch) == 1:
+                    results[batch[0]] = failure
+                elif failure.kind == "out_of_memory":
+                    self._most = min(self._most, (len(batch) + 1) // 2)
+                    logger.warning("Out of memory with %d pictures: on with %d.", len(batch), self._most)
+                    # What is left was cut for the old size.
+                    todo = self._cut([i for rest in (batch, *todo) for i in rest])
+                else:
+                    # One row may be odd. Alone, each one tells.
+                    todo[:0] = [[i] for i in batch]
+            return results
+
+    def _cut(self, rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + self._most] for start in range(0, len(rows), self._most)]
+
+    def _try(self, rows: list[_Row]) -> tuple[list[Answer], Unanswerable | None]:
+        """The answers, or what went wrong: a fresh error, since the caught one holds the tensors of its frames."""
+        try:
+            return self._answers(rows), None
+        except Exception as error:
+            kind, message = "model_error", f"{type(error).__name__}: {_first_line(error)}"
+            if out_of_memory(error):
+                kind = "out_of_memory"
+            elif isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in message:
+                # A failed kernel leaves the process without its accelerator: every later call would fail, too.
+                raise Fatal("model", f"the accelerator failed ({message}). Start the same command again.") from None
+        if kind == "out_of_memory":
+            empty_cache(self.device)
+        return [], Unanswerable(kind, message)
+
+    def _prepare(self, request: Request) -> _Row | Unanswerable:
+        if found := [token for token in self._controls if token in request.prompt]:
+            # As a token it would end the question or stand for a second picture.
+            return Unanswerable("control_token", f"expected plain text as the prompt, found the token {found[0]!r}")
+        content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+        try:
+            text = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **self._chat_options
+            )
+            return _Row(request, read_image(request.picture.data), text)
+        except BadImage as error:
+            return Unanswerable("bad_image", str(error))
+        except Exception as error:  # templates are programs: they raise anything
+            return Unanswerable("chat_template", f"{type(error).__name__}: {_first_line(error)}")
+
+    def _answers(self, rows: list[_Row]) -> list[Answer]:
+        model, tokenizer = self._model, self._processor.tokenizer
+        # Most templates write the begin token themselves; a second one is not what the model was trained on.
+        bos = tokenizer.bos_token
+        special = {"add_special_tokens": False} if bos and all(row.text.startswith(bos) for row in rows) else {}
+        inputs = self._processor(
+            images=[[row.image] for row in rows],
+            text=[row.text for row in rows],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **special,
+        )
+        ends = self._options.get("eos_token_id")
+        ends = model.generation_config.eos_token_id if ends is None else ends
+        ends = tokenizer.eos_token_id if ends is None else ends
+        ends = [ends] if isinstance(ends, int) else ends
+        temperature = self.sampling.temperature
+        options: dict[str, Any] = {
+            "do_sample": temperature > 0,
+            "temperature": temperature or None,
+            **self._options,
+            "max_new_tokens": max(row.request.max_tokens for row in rows),
+            "eos_token_id": ends,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        if "stop_strings" in options:
+            options["tokenizer"] = tokenizer
+        seeds = [row.request.seed for row in rows]
+        with seeded(int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "big"), self.device):
+            with torch.inference_mode():
+                tokens = model.generate(**inputs.to(self.device, dtype=model.dtype), **options)
+        tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+        prompts = inputs["attention_mask"].sum(dim=1).tolist()
+        return [self._read(*row, ends, options) for row in zip(rows, tokens, prompts, strict=True)]
+
+    def _read(self, row: _Row, ids: list[int], tokens_in: int, ends: Sequence[int], options: Mapping) -> Answer:
+        """One row's answer. The batch ran up to its largest budget and to its last row's end."""
+        tokenizer = self._processor.tokenizer
+        ids = ids[: row.request.max_tokens]
+        end = next((i for i, token in enumerate(ids) if token in ends), None)
+        if end is not None:
+            ids = ids[: end + 1]
+        elif "stop_strings" in options:
+            while ids and ids[-1] == tokenizer.pad_token_id:
+                ids = ids[:-1]
+        # Where the end of a thought is a special token, decoding would leave it out, and the thought read as an answer.
+        closes = tokenizer.get_added_vocab().get(THOUGHT)
+        cut = ids.index(closes) if closes in ids else None
+        parts = [ids] if cut is None else [ids[:cut], ids[cut + 1 :]]
+        text = THOUGHT.join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+        if row.text.rstrip().endswith(THINK):
+            text = THINK + text  # the template began the block
+        if cut is not None:
+            thought = cut + 1
+        elif THOUGHT in text:  # written in several tokens
+            thought = len(ids) * (text.index(THOUGHT) + len(THOUGHT)) // len(text)
+        else:
+            thought = len(ids) if THINK in text else 0
+        strings = options.get("stop_strings", ())
+        stopped = end is not None or any(s in text for s in ([strings] if isinstance(strings, str) else strings))
+        return Answer(
+            text=text,
+            finish_reason="stop" if stopped else "length",
+            model=self.identity()["model"],
+            tokens_in=tokens_in,
+            tokens_out=len(ids),
+            thinking_tokens=thought,
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:300]
+
+
+def _sample(path: Path) -> str:
+    """A digest of a small file, or of evenly spread windows of a large one: a tuned model keeps some of its tensors."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WINDOWS * WINDOW:
+            digest.update(file.read())
+        else:
+            for i in range(WINDOWS):
+                file.seek((size - WINDOW) * i // (WINDOWS - 1))
+                digest.update(file.read(WINDOW))
+    return digest.hexdigest()
