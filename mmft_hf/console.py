@@ -27,3 +27,8 @@ def percent(share: float, interval: tuple[float, float] | None = None) -> str:
     """`31.5 %`, or `31.5 % (26.2 to 37.3)` with a 95 % interval."""
     text = f"{100 * share:.1f} %"
     return f"{text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else text
+
+
+def printable_text(text: str) -> str:
+    """Text from elsewhere without control characters, which could command a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import cached_property
+from textwrap import shorten
 
 from datasets import Dataset
 
 from ..arguments import DataArguments
-from ..console import is_main, say, table
+from ..console import is_main, printable_text, say, table
 from ..data import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from ..errors import PartialResult, UserError, nearest
 from .arguments import CaptionArguments
 from .calls import Limits, Outcome
 from .captioner import Captioner
+from .card import PAGE
 from .checks import CaptionChecker, parse_actions
 from .dataset import without_captions
 from .folder import CaptionFolder
 from .plan import Plan
 from .prices import estimate_tokens
 from .processes import Processes
-from .report import caption_card, caption_report, caption_statistics
+from .report import caption_card, caption_report
 from .runs import CaptionRun, caption_with_texts, new_run_id
+from .tally import CaptionTally
+from .types import ACCEPTED
 
 
 class CaptionJob:
@@ -207,7 +211,7 @@ class CaptionJob:
         if not self.captioner.asks:
             self._headline("Captioning")
             captioned = {s: self._with_texts(s) for s in self.splits}
-            self._write(captioned, {split: data._fingerprint for split, data in captioned.items()}, {}, Outcome())
+            self._write(captioned, {split: data._fingerprint for split, data in captioned.items()}, Counter(), Outcome())
             return
         processes = Processes()
         self._headline("Captioning")
@@ -330,16 +334,34 @@ def write_folder(folder: CaptionFolder, splits: dict[str, Dataset], captioned: s
         details: of `captions.json`.
     """
     dataset = splits[captioned]
-    statistics = caption_statistics(dataset)
+    tally = CaptionTally(dataset)
+    statistics = tally.statistics()
 
     def extras(path) -> None:
         caption_report(dataset, path, details)
         caption_card(dataset, path, details, statistics)
 
     folder.write(splits, {**details, "statistics": statistics}, extras)
+    everything, captions = statistics["all"], statistics["captions"]
+    unwanted = {name: count for name, count in statistics["statuses"].items() if name not in ACCEPTED}
+    others = "".join(f"; {count:,} {name}" for name, count in unwanted.items()) or "; 0 empty"
+    lines = {
+        "captions": f"{captions:,} kept, {captions / max(len(dataset), 1):.1f} per image{others}",
+        "without": f"{statistics['images_without_caption']} images have no caption",
+    }
+    if everything["clip_tokens"]:
+        tokens, over = everything["clip_tokens"], everything["checks"]["over_token_limit"]
+        limit = (details.get("checks") or {}).get("token_limit") or "limit"
+        lines["tokens"] = f"median {tokens['median']:.0f}, longest {tokens['max']}; {over} over the model's {limit}"
+    lines["label named"] = f"in {everything['mentions_label'] / max(captions, 1):.0%} of the captions"
+    lines["report"] = folder.path / PAGE
     say()
-    _summary(statistics, dataset, details.get("checks", {}))
-
-
-def _summary(statistics: dict, dataset: Dataset, rules: dict) -> None:
-    raise NotImplementedError
+    table(lines)
+    rows = tally.rows_to_show(3)
+    if rows:
+        say("\nFor example:")
+    names = dataset.features["label"].names
+    for row in dataset.select(rows).select_columns(["label", "captions"]):
+        shown = " | ".join(shorten(text, 150, placeholder=" …") for text in row["captions"][:3])
+        more = f" | … {len(row['captions']) - 3} more" if len(row["captions"]) > 3 else ""
+        say(f"  {names[row['label']]}: {printable_text(shown)}{more}")

@@ -91,20 +91,21 @@ class Journal:
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
             # A killed process loses nothing under NORMAL; a machine without power may lose the last answers.
             self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
-            columns = ", ".join(f"{name} {kind}{' PRIMARY KEY' * (name == 'key')}" for name, kind in COLUMNS.items())
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns})")
-            self._db.execute("CREATE INDEX IF NOT EXISTS by_slot ON results (slot)")
+            # One tree, in which a commit touches one page: a slot's tries lie together.
+            columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (slot, key)) WITHOUT ROWID")
         except sqlite3.Error as error:
+            self._give_back()
             raise self._broken(self.path, error) from error
         names = ", ".join(COLUMNS)
         marks = ", ".join(f":{name}" for name in COLUMNS)
         update = ", ".join(
             f"{c} = coalesce({c}, 0) + excluded.{c}" if c in SUMMED else f"{c} = excluded.{c}"
             for c in COLUMNS
-            if c != "key"
+            if c not in ("slot", "key")
         )
         update = update.replace("+ excluded.", "+ coalesce(excluded.", 0)
-        self._put = f"INSERT INTO results ({names}) VALUES ({marks}) ON CONFLICT (key) DO UPDATE SET {update}"
+        self._put = f"INSERT INTO results ({names}) VALUES ({marks}) ON CONFLICT (slot, key) DO UPDATE SET {update}"
 
     # -- writing ------------------------------------------------------------------------------------------------------
     def put(self, rows: Sequence[dict]) -> None:
@@ -112,9 +113,12 @@ class Journal:
         now = time.time()
         rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **row} for row in rows]
         try:
-            self._db.execute("BEGIN")
-            self._db.executemany(self._put, rows)
-            self._db.execute("COMMIT")
+            if len(rows) == 1:
+                self._db.execute(self._put, rows[0])
+            else:
+                self._db.execute("BEGIN")
+                self._db.executemany(self._put, rows)
+                self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -159,9 +163,7 @@ class Journal:
     def close(self) -> None:
         """Folds the write-ahead log into the file and gives the lock back."""
         self._db.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._give_back()
 
     def __enter__(self) -> Journal:
         return self
@@ -194,6 +196,11 @@ class Journal:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return handle
+
+    def _give_back(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @staticmethod
     def _broken(path: Path, error: sqlite3.Error) -> JournalError:
@@ -296,23 +303,16 @@ def export_journal(folder: str | Path, file: str | Path) -> int:
 
     kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
     schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
-    paths, written, seen = journal_files(folder), 0, set()
-    if not paths:
+    if not journal_files(folder):
         raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
+    written, batch = 0, []
     partial = Path(f"{file}.partial")
     with pq.ParquetWriter(partial, schema) as writer:
-        batch = []
-        # Terminal rows first: of a key in several files, the first one stays.
-        marks = ", ".join("?" * len(TERMINAL))
-        for where in (f"WHERE status IN ({marks})", f"WHERE status NOT IN ({marks})"):
-            for row in read_rows(paths, tuple(COLUMNS), where, TERMINAL):
-                if row["key"] in seen:
-                    continue
-                seen.add(row["key"])
-                batch.append(row)
-                if len(batch) == 10_000:
-                    writer.write_table(pa.Table.from_pylist(batch, schema))
-                    written, batch = written + len(batch), []
+        for _, rows in by_slot(folder, tuple(COLUMNS)):
+            batch += rows
+            if len(batch) >= 10_000:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                written, batch = written + len(batch), []
         writer.write_table(pa.Table.from_pylist(batch, schema))
     os.replace(partial, file)
     return written + len(batch)
@@ -332,16 +332,25 @@ def import_journal(journal: Journal, file: str | Path) -> int:
             f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned data set is no journal: "
             "type `mmft-hf caption merge` for that."
         )
-    known = {row["key"]: row["status"] for row in journal.rows(("key", "status"))}
+    for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):
+        for row in batch.to_pylist():
+            if not (row["key"] and row["slot"] and row["status"] in STATUSES and _is_list(row["checks"])):
+                raise UserError(f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}.")
+    terminal: dict[str, bool] = {}
+    for row in journal.rows(("key", "status")):
+        terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
     added = 0
     for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
-        rows = [
-            r for r in batch.to_pylist() if known.get(r["key"], "not_run") not in TERMINAL and r["key"] not in known
-        ]
-        for row in rows:
-            if row["status"] not in STATUSES or not row["slot"]:
-                raise UserError(f"{file}: expected an exported journal, found status {row['status']!r}.")
-            json.loads(row["checks"] or "[]")
+        # New ones, and results of what failed here.
+        rows = [r for r in batch.to_pylist() if not terminal.get(r["key"], r["status"] not in TERMINAL)]
+        rows = [r for r in rows if r["status"] in TERMINAL or r["key"] not in terminal]
         journal.put(rows)
         added += len(rows)
     return added
+
+
+def _is_list(text: str | None) -> bool:
+    try:
+        return isinstance(json.loads(text or "[]"), list)
+    except ValueError:
+        return False

@@ -1,0 +1,221 @@
+"""Measures the captioning driver against a local server that answers after 200 ms: captions/s, CPU, memory.
+
+    python recipes/captions/speed.py --images 20000 --noop 100000
+
+The server runs in a process of its own and does not look at the pictures. Three figures come out: captions per second with
+64 requests in flight, as a share of the 320 that 200 ms allow; processor time of the driver per caption, in all and without
+the pictures; and the time of a second run with nothing to do. Memory is what the process alone occupies (its peak of
+anonymous memory); the pages of the data set that the system keeps in memory beside it are counted apart.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.pop(0)
+
+import numpy as np
+from aiohttp import web
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+
+from mmft_hf.captioning import Captioner
+from mmft_hf.captioning.calls import Limits
+from mmft_hf.captioning.journal import Journal
+from mmft_hf.captioning.pictures import PicturePolicy, prepare
+from mmft_hf.captioning.plan import Keys
+from mmft_hf.captioning.runs import CaptionRun, make_checker
+from mmft_hf.prompts import PromptSet
+
+LATENCY_S, IN_FLIGHT = 0.2, 64
+ANSWER = json.dumps(
+    {
+        "model": "speed",
+        "choices": [
+            {"message": {"content": "a small thing with a round body and two thin dark lines"}, "finish_reason": "stop"}
+        ],
+        "usage": {"prompt_tokens": 300, "completion_tokens": 12},
+    }
+).encode()
+
+
+def serve(pipe) -> None:
+    """Answers every request after `LATENCY_S`, counted from when it has arrived whole."""
+
+    async def answer(request: web.Request) -> web.Response:
+        async for _ in request.content.iter_any():
+            pass
+        await asyncio.sleep(LATENCY_S)
+        return web.Response(body=ANSWER, content_type="application/json")
+
+    async def main() -> None:
+        app = web.Application(client_max_size=2**24)
+        app.router.add_post("/v1/chat/completions", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=512)
+        await site.start()
+        pipe.send(site._server.sockets[0].getsockname()[1])
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+def make_images(folder: Path, count: int, size: int) -> None:
+    """JPEG files of about `size` bytes, all different: one photo-like picture, with a comment of its own after the end."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize(
+        (512, 384), Image.Resampling.BICUBIC
+    )
+    noise = rng.normal(0, 14, (384, 512, 3))
+    picture = Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8))
+    path = folder / "base.jpg"
+    for quality in range(40, 100):
+        picture.save(path, quality=quality)
+        if path.stat().st_size >= size:
+            break
+    data = path.read_bytes()
+    path.unlink()
+    for i in range(count):
+        (folder / f"{i:06d}.jpg").write_bytes(data + hashlib.sha256(str(i).encode()).digest())
+    print(f"{count:,} JPEGs of {len(data) / 1000:.0f} kB, {picture.width} x {picture.height}")
+
+
+def dataset_of(folder: Path) -> Dataset:
+    files = sorted(str(path) for path in folder.glob("*.jpg"))
+    rows = {"image": [{"bytes": None, "path": file} for file in files], "label": [i % 10 for i in range(len(files))]}
+    features = Features(
+        {
+            "image": {"bytes": Value("binary"), "path": Value("string")},
+            "label": ClassLabel(names=[f"class {c}" for c in range(10)]),
+        }
+    )
+    return Dataset.from_dict(rows, features=features)
+
+
+class Memory(threading.Thread):
+    """Peak of this process's anonymous memory, read ten times a second."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            with open("/proc/self/status") as file:
+                now = next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+            self.peak = max(self.peak, now)
+            time.sleep(0.1)
+
+
+def cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000, help="Pictures, one caption each.")
+    parser.add_argument("--bytes", type=int, default=100_000, help="Size of a picture.")
+    parser.add_argument("--noop", type=int, default=100_000, help="Journaled requests of the run with nothing to do.")
+    args = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(theirs,), daemon=True)
+    server.start()
+    url = f"http://127.0.0.1:{pipe.recv()}/v1"
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "images").mkdir()
+        make_images(work / "images", args.images, args.bytes)
+        data = dataset_of(work / "images")
+        captioner = Captioner("openai", "speed", PromptSet(("visual",)), base_url=url)
+        checker = make_checker(captioner, data.features["label"].names)
+        limits = Limits(concurrency=IN_FLIGHT)
+        before, memory = anonymous_mb(), Memory()
+        with CaptionRun(captioner, data, work / "run", checker, limits, progress=False) as run:
+            plan = run.plan()
+            cpu = cpu_s()
+            outcome = run.fill(plan)
+            cpu = cpu_s() - cpu
+        assert outcome.results["ok"] == args.images, outcome
+        possible = IN_FLIGHT / LATENCY_S
+        rate = args.images / outcome.seconds
+        sample = [(work / "images" / f"{i:06d}.jpg").read_bytes() for i in range(min(args.images, 200))]
+        started = cpu_s()
+        for picture in sample:
+            prepare(picture, PicturePolicy())
+        per_picture = (cpu_s() - started) / len(sample)
+        print(f"captions/s             {rate:.1f} of {possible:.0f} possible: {rate / possible:.1%}")
+        print(
+            f"processor per caption  {1000 * cpu / args.images:.2f} ms, {1000 * per_picture:.2f} ms of it for the picture"
+        )
+        print(f"driver per caption     {1000 * (cpu / args.images - per_picture):.2f} ms")
+        print(f"peak memory            {memory.peak / 1024:.0f} MB, {before:.0f} MB of it before the first picture")
+        server.terminate()
+        if args.noop:
+            nothing_to_do(work, args.noop)
+
+
+def anonymous_mb() -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+
+def nothing_to_do(work: Path, requests: int) -> None:
+    """A second run over a journal that has everything: plan, results, and no call."""
+    images = -(-requests // 3)
+    folder = work / "many"
+    folder.mkdir()
+    picture = next((work / "images").glob("*.jpg")).read_bytes()
+    for i in range(images):
+        (folder / f"{i:06d}.jpg").write_bytes(picture + hashlib.sha256(f"many {i}".encode()).digest())
+    data = dataset_of(folder)
+    captioner = Captioner(
+        "openai", "speed", PromptSet(("visual", "shape", "texture")), base_url="http://127.0.0.1:1/v1"
+    )
+    checker = make_checker(captioner, data.features["label"].names)
+    run = CaptionRun(captioner, data, work / "noop", checker, progress=False)
+    keys: Keys = run.keys
+    with Journal(work / "noop" / "journal") as journal:
+        for i in range(images):
+            digest = hashlib.sha256((folder / f"{i:06d}.jpg").read_bytes()).hexdigest()
+            row = {
+                "status": "ok",
+                "raw_text": f"a thing number {i}",
+                "text": f"a thing number {i}",
+                "checks": "[]",
+                "reask": 0,
+            }
+            slots = keys.slots(digest, f"class {i % 10}")
+            journal.put(
+                [
+                    row | {"key": s.key, "slot": s.key, "image_sha256": digest, "aspect": s.aspect, "sample": 0}
+                    for s in slots
+                ]
+            )
+    started = time.monotonic()
+    with run:
+        plan = run.plan()
+        outcome = run.fill(plan)
+        results = run.results(plan)
+        run.fingerprint(results)
+    seconds = time.monotonic() - started
+    assert not plan.jobs and not outcome.calls and not results.open
+    print(f"nothing to do          {seconds:.1f} s for {3 * images:,} journaled requests of {images:,} images")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
