@@ -1,0 +1,219 @@
+"""What a captioned data set is called and what is said of it in figures; its card. No sentence of it is a placeholder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from string import Template
+
+import yaml
+from datasets import Dataset
+
+from ..console import percent
+from ..version import __version__
+
+TEMPLATES = Path(__file__).parents[1] / "templates"  # not by way of `cards`, which needs torch
+CLASS_MARK = "[class name]"  # stands for the name in the prompts of a card
+PAGE, PICTURE, CARD = "captions.html", "captions.png", "README.md"
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
+
+
+def title(details: Mapping) -> str:
+    """`Captions of NAME`."""
+    name = source_name(details)
+    return f"Captions of {name}" if name else "Captions"
+
+
+def source_name(details: Mapping) -> str:
+    """The data set that was captioned; of a local path only the last part, since paths are nobody's business."""
+    name = str((details.get("made_from") or {}).get("dataset_name") or "")
+    return Path(name).name if name and Path(name).exists() else name
+
+
+def origin(details: Mapping) -> list[str]:
+    """Split, model and run, as far as they are known."""
+    splits = (details.get("made_from") or {}).get("split") or []
+    splits = [splits] if isinstance(splits, str) else splits
+    found = [f"split {', '.join(map(str, splits))}"] if splits else []
+    return [*found, *[str(details[key]) for key in ("model", "run_id") if details.get(key)]]
+
+
+def share(count: int, total: int) -> str:
+    """`12.5 %`, or a dash of nothing."""
+    return percent(count / total) if total else "–"
+
+
+def figures(statistics: dict) -> dict[str, str]:
+    """What the tiles and the card say."""
+    everything, images = statistics["all"], statistics["images"]
+    captions, checks = everything["captions"], everything["checks"]
+    repeated = statistics["duplicates"]
+    found = {
+        "images": f"{images:,}",
+        "captions": f"{captions:,}",
+        "captions per image": f"{captions / images:.2f}" if images else "–",
+        "images without a caption": f"{statistics['images_without_caption']:,}",
+        "name their class": share(everything["mentions_label"], captions),
+        "over the token limit": share(checks["over_token_limit"], everything["answers"]),
+        "cut at a sentence": share(everything["trimmed"], captions),
+        "deny their label": f"{checks['label_contradicted']:,}",
+        "texts of several images": f"{repeated['texts']:,}",
+    }
+    if everything["clip_tokens"] is None:
+        del found["over the token limit"]
+    return found
+
+
+def spread(found: dict | None) -> str:
+    """Median, 95th percentile and maximum."""
+    return f"{found['median']:g} · {found['p95']:g} · {found['max']}" if found else "–"
+
+
+def with_all(statistics: dict) -> list[tuple[str, dict]]:
+    """The aspects, and all of them together where there are several."""
+    aspects = list(statistics["aspects"].items())
+    return [*aspects, ("all", statistics["all"])] if len(aspects) > 1 else aspects
+
+
+def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statistics: dict) -> Path:
+    """Writes `README.md`, the card of a captioned data set.
+
+    Args:
+        dataset: as for `caption_report`.
+        folder: of the data set; its `data/*.parquet` and `captions.png` are named in the card.
+        details: as for `caption_report`; `license` is stated only where it is there.
+        statistics: of `caption_statistics`.
+
+    Returns:
+        The card.
+    """
+    folder, prompts = Path(folder), details.get("prompt_texts") or {}
+    written = [name for name in statistics["models"] if name not in ("", "columns", "template")]
+    source = source_name(details)
+    splits = sorted({m[1] for p in (folder / "data").glob("*.parquet") if (m := _SHARD.fullmatch(p.name))})
+    front: dict = {"language": ["en"]}
+    if details.get("license"):
+        front["license"] = details["license"]
+    if written:
+        front["annotations_creators"] = ["machine-generated"]
+    front |= {"task_categories": ["image-classification"], "tags": ["captions", "clip", "mmft"]}
+    front["tags"] += ["synthetic-captions"] if written else []
+    front["pretty_name"] = title(details)
+    front["size_categories"] = [_size(len(dataset))]
+    if splits:
+        files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+        front["configs"] = [{"config_name": "default", "data_files": files}]
+    of = f" of {_md(source)}" if source else ""
+    if written:
+        by = f"written by {_listed(f'`{_code(name)}`' for name in written)}"
+    elif "template" in statistics["models"]:
+        by = "made from class templates"
+    else:
+        by = "texts that the data set already had"
+    classes = statistics["classes"]["with_images"]
+    captioned = (details.get("made_from") or {}).get("split") or splits or ["train"]
+    card = Template((TEMPLATES / "caption_card.md").read_text(encoding="utf-8")).substitute(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        title=_md(title(details)),
+        summary=f"{statistics['captions']:,} captions for {statistics['images']:,} images{of} in {classes:,} classes, {by}.",
+        picture=PICTURE,
+        figures="\n".join(f"| {_md(name)} | {value} |" for name, value in figures(statistics).items()),
+        split=_code(captioned if isinstance(captioned, str) else captioned[0]),
+        aspects="\n".join(
+            f"| {_md(name)} | {c['captions']:,} | {spread(c['words'])} | {spread(c['clip_tokens'])} | "
+            f"{share(c['mentions_label'], c['captions'])} |"
+            for name, c in with_all(statistics)
+        ),
+        checks=_checks_in_words(statistics),
+        made=_made_in_words(statistics, details, written),
+        limits=_limits(prompts, written, "template" in statistics["models"]),
+    )
+    path = folder / CARD
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def _made_in_words(statistics: dict, details: Mapping, written: list[str]) -> str:
+    """Models, settings, spending and prompts, as Markdown."""
+    settings = (details.get("made_from") or {}).get("sampling") or {}
+    lines = [f"- model: `{_code(name)}`, {statistics['models'][name]:,} captions" for name in written]
+    lines += [
+        f"- {_md(str(name).replace('_', ' '))}: {_md(str(value))}"
+        for name, value in settings.items()
+        if value not in (None, {}, "")
+    ]
+    run = details.get("last_run") or {}
+    if statistics["tokens_in"] or statistics["tokens_out"]:
+        lines.append(f"- tokens: {statistics['tokens_in']:,} in, {statistics['tokens_out']:,} out")
+    if run.get("cost_usd"):
+        lines.append(f"- cost of the last run: {run['cost_usd']:.2f} USD")
+    lines.append(f"- mmft_hf {__version__}" + (f", run {_md(str(details['run_id']))}" if details.get("run_id") else ""))
+    if not written:
+        lines.insert(0, "- No model wrote any of the texts.")
+    prompts = details.get("prompt_texts") or {}
+    if any(CLASS_MARK in str(text) for text in prompts.values()):
+        lines.append(f"\nThe prompts, where `{CLASS_MARK}` stands for the name of the image's class:")
+    elif prompts:
+        lines.append("\nThe prompts:")
+    for aspect, text in prompts.items():
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", str(text))), default=0))
+        lines.append(f"\n{_md(str(aspect))}\n\n{fence}text\n{text}\n{fence}")
+    return "\n".join(lines)
+
+
+def _checks_in_words(statistics: dict) -> str:
+    everything, statuses = statistics["all"], statistics["statuses"]
+    fired = {name: count for name, count in everything["checks"].items() if count}
+    lines = ["Captions by status: " + (", ".join(f"{name} {n:,}" for name, n in statuses.items()) or "none") + "."]
+    if fired:
+        rows = (f"| `{_code(n)}` | {count:,} | {share(count, everything['answers'])} |" for n, count in fired.items())
+        lines += ["", "| check | answers | share |", "|---|---|---|", *rows]
+    else:
+        lines.append("No check found anything.")
+    return "\n".join(lines)
+
+
+def _limits(prompts: Mapping, written: list[str], templates: bool) -> str:
+    lines = []
+    if written:
+        if any(CLASS_MARK in str(text) for text in prompts.values()):
+            lines.append(
+                "- The captions were written by a model that was told the label. One can be right about the class without "
+                "being right about the picture, and a wrong label goes into its caption."
+            )
+        else:
+            lines.append("- The captions were written by a model, and no person has read them all.")
+        lines.append("- The checks look at words: they do not compare a caption with its picture.")
+    elif templates:
+        lines.append("- All images of a class have the same texts.")
+    else:
+        lines.append("- The texts are the data set's own: nothing was generated, and nothing was corrected.")
+    lines.append("- They are for training. For evaluation, use images and labels alone.")
+    return "\n".join(lines)
+
+
+def _size(rows: int) -> str:
+    """The size category of the Hub."""
+    bounds = [(1_000, "1K"), (10_000, "10K"), (100_000, "100K"), (1_000_000, "1M"), (10_000_000, "10M")]
+    below = "n"
+    for bound, name in bounds:
+        if rows < bound:
+            return f"{below}<{name}" if below == "n" else f"{below}<n<{name}"
+        below = name
+    return "n>10M"
+
+
+def _md(text: str) -> str:
+    """Text of others inside Markdown: no HTML, no table cell, no line, no link or emphasis of its own."""
+    return re.sub(r"([\\|*_`\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def _code(text: str) -> str:
+    return " ".join(str(text).replace("`", "'").split())
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
