@@ -79,6 +79,7 @@ class Driver:
                 task.cancel()
             self._pool.shutdown(wait=False, cancel_futures=True)
             await self.calls.aclose()
+            self._known.close()
             self.calls.outcome.seconds = time.monotonic() - started
         if self.calls.error is not None:
             raise self.calls.error

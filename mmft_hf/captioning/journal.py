@@ -277,6 +277,12 @@ class JournalReader:
                 found.setdefault(row["slot"], []).append(row)
         return {slot: best(rows) for slot, rows in found.items()}
 
+    def close(self) -> None:
+        """Lets the files go: only without readers is a write-ahead log folded into its file."""
+        for db in self._dbs or ():
+            db.close()
+        self._dbs = None
+
 
 def file_system(folder: Path) -> str:
     """The kind of file system that holds a folder (`ext4`, `nfs4`, …), `unknown` where the system does not say."""
@@ -335,15 +341,20 @@ def import_journal(journal: Journal, file: str | Path) -> int:
     for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):
         for row in batch.to_pylist():
             if not (row["key"] and row["slot"] and row["status"] in STATUSES and _is_list(row["checks"])):
-                raise UserError(f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}.")
+                raise UserError(
+                    f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}."
+                )
     terminal: dict[str, bool] = {}
     for row in journal.rows(("key", "status")):
         terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
     added = 0
     for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
         # New ones, and results of what failed here.
-        rows = [r for r in batch.to_pylist() if not terminal.get(r["key"], r["status"] not in TERMINAL)]
-        rows = [r for r in rows if r["status"] in TERMINAL or r["key"] not in terminal]
+        rows = [
+            row
+            for row in batch.to_pylist()
+            if row["key"] not in terminal or (row["status"] in TERMINAL and not terminal[row["key"]])
+        ]
         journal.put(rows)
         added += len(rows)
     return added

@@ -152,8 +152,12 @@ class CaptionRun:
     def read(self, plan: Plan, results: Results) -> Dataset:
         """The data set with the contract's columns (see `add_captions`)."""
         names = self.dataset.features["label"].names
-        source = JournalSource(self.keys, JournalReader(self.folder), self.checker, names, plan.slots, results.repeated)
-        return add_captions(self.dataset, source, self.fingerprint(results), self.progress)
+        reader = JournalReader(self.folder)
+        source = JournalSource(self.keys, reader, self.checker, names, plan.slots, results.repeated)
+        try:
+            return add_captions(self.dataset, source, self.fingerprint(results), self.progress)
+        finally:
+            reader.close()
 
 
 def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
