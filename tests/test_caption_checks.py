@@ -618,3 +618,19 @@ def test_accepted_statuses_come_with_a_text(pets):
     for text in (GOOD, "", "I cannot.", "A cat with", *DENIED):
         found = pets.check(text, "length", BERNARD)
         assert found.status not in ACCEPTED or found.text
+
+
+def test_the_counter_counts_as_transformers_does():
+    from datasets import load_dataset
+
+    from mmft_hf.builtin import builtin
+    from mmft_hf.captioning.tokens import TokenCounter, load_counter
+    from mmft_hf.modeling import load_tokenizer
+
+    theirs, ours = load_tokenizer("builtin/tiny-clip"), load_counter("builtin/tiny-clip")
+    assert ours.limit == theirs.model_max_length == 77
+    assert ours.digest() == TokenCounter(theirs).digest()
+    texts = [text for row in load_dataset(builtin("builtin/emoji-mini"), split="test")["text"] for text in row]
+    texts = [text + tail for text in sorted(set(texts)) for tail in ("", " — “É”  日本 " + 5 * text)]
+    assert len(texts) > 500
+    assert [ours.count(text) for text in texts] == [len(theirs(text, verbose=False)["input_ids"]) for text in texts]

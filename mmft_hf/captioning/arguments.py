@@ -43,6 +43,9 @@ class CaptionArguments:
     api_key_env: str | None = field(
         default=None, metadata={"help": "NAME of the environment variable that holds the key, never the key itself."}
     )
+    allow_http: bool = field(
+        default=False, metadata={"help": "Send the key over plain http to another machine all the same."}
+    )
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "Columns that hold the texts. Default: the only column of lists of texts."}
     )
@@ -157,6 +160,7 @@ class CaptionArguments:
             aspects_per_call=self.aspects_per_call,
             samples=self.samples,
             pictures=PicturePolicy(self.max_side),
+            allow_http=self.allow_http,
             tag=self.captioner_tag,
             columns=tuple(self.text_columns or text_columns or ()),
             templates=(self.class_template,),

@@ -32,6 +32,7 @@ class Captioner:
         aspects_per_call: `one`, or `all` for one JSON answer with all aspects (one call each where that fails).
         samples: captions per aspect.
         pictures: how pictures are made smaller before they are sent.
+        allow_http: lets a key travel over plain http to another machine.
         tag: tells two servers apart that serve different weights under one name.
         columns: of text, for `columns`.
         templates: with `{}` for the class name, for `template`.
@@ -52,6 +53,7 @@ class Captioner:
     aspects_per_call: str = "one"
     samples: int = 1
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
+    allow_http: bool = False
     tag: str | None = None
     columns: tuple[str, ...] = ()
     templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
@@ -110,6 +112,7 @@ class Captioner:
             "sampling": self.sampling,
             "concurrency": concurrency,
             "timeout_s": self.timeout_s,
+            "allow_http": self.allow_http,
         }
         if self.backend == "openai":
             from .backends.openai import OpenAIBackend as Served

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError, nearest
 from ..prompts import DEFAULT_TEMPLATE, check_template, class_prompt, clean_class_name, training_text
 from .cleaning import CLEANINGS, clean_caption, sentence_ends
+from .tokens import TokenCounter
 from .wording import REFUSAL, STOPS, ClassWords, contradicts, has_loop, has_url, is_foreign, words_of
 
 RULES = 1  # to be raised with any change of what a check finds or a cleaning changes: it is part of the fingerprint
@@ -105,7 +105,7 @@ class CaptionChecker:
 
     Args:
         class_names: of the data set, by label.
-        tokenizer (*optional*): of the model that will be trained. Without it no tokens are counted.
+        tokenizer (*optional*): of the model that will be trained, or a `TokenCounter`. Without it no tokens are counted.
         words: length asked for, repeated when asking again.
         scripts: whose letters a caption may hold, of `SCRIPTS`.
         template: put in front of a caption in training; counted with it.
@@ -133,7 +133,9 @@ class CaptionChecker:
             if script.title() not in SCRIPTS.split():
                 found = nearest(script.title(), SCRIPTS.split())
                 raise UserError(f"scripts: expected names of {SCRIPTS.replace(' ', ', ')}, found {script!r}.{found}")
-        self.class_names, self.tokenizer, self.words, self.clean = tuple(class_names), tokenizer, words, clean
+        self.class_names, self.words, self.clean = tuple(class_names), words, clean
+        counts = tokenizer is None or isinstance(tokenizer, TokenCounter)
+        self.tokens = tokenizer if counts else TokenCounter(tokenizer)
         self.scripts, self.template = tuple(scripts), check_template(template)
         defaults = DEFAULT_ACTIONS if clean else dict.fromkeys(DEFAULT_ACTIONS, "keep")
         self.actions = {**defaults, **check_actions(actions or {})}
@@ -143,7 +145,6 @@ class CaptionChecker:
 
     def spec(self) -> dict:
         """Everything that can change a result, JSON-able: part of a fingerprint."""
-        limit = getattr(self.tokenizer, "model_max_length", None)
         return {
             "rules": RULES,
             "actions": self.actions,
@@ -151,8 +152,8 @@ class CaptionChecker:
             "scripts": list(self.scripts),
             "template": self.template,
             "clean": self.clean,
-            "tokenizer": tokenizer_digest(self.tokenizer) if self.tokenizer else None,
-            "token_limit": None if limit is None or limit > 1e9 else int(limit),
+            "tokenizer": self.tokens.digest() if self.tokens else None,
+            "token_limit": self.tokens.limit if self.tokens else None,
         }
 
     def check(
@@ -210,7 +211,7 @@ class CaptionChecker:
             if actions["label_missing"] == "prefix":
                 text, own = f"{class_prompt(self.template, name)} {text}", True
         tokens = None
-        if self.tokenizer:
+        if self.tokens:
             tokens, over = self._count(text, name)
             if over:
                 fired.add("over_token_limit")
@@ -255,9 +256,8 @@ class CaptionChecker:
 
     def _count(self, text: str, name: str) -> tuple[int, bool]:
         """Tokens of a caption alone, and whether it is over the limit behind its class template."""
-        texts = [text, training_text(self.template, name, text)]
-        alone, whole = (len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"])
-        return alone, whole > (getattr(self.tokenizer, "model_max_length", None) or float("inf"))
+        whole = self.tokens.count(training_text(self.template, name, text))
+        return self.tokens.count(text), whole > (self.tokens.limit or float("inf"))
 
     def _echo(self, prompt: str, label: int) -> frozenset:
         """Runs of eight words of a prompt; the class name counts as one, since a caption should hold it."""
@@ -273,15 +273,6 @@ class CaptionChecker:
 
 def _eight(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(8)), strict=False)
-
-
-def tokenizer_digest(tokenizer) -> str:
-    """16 hex digits of what a tokenizer does, without the padding and truncation that its last call left in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
-    content.pop("padding", None)
-    content.pop("truncation", None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # -- across pictures --------------------------------------------------------------------------------------------------

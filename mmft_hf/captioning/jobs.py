@@ -16,7 +16,7 @@ from ..errors import PartialResult, UserError, nearest
 from .arguments import CaptionArguments
 from .calls import Limits, Outcome
 from .captioner import Captioner
-from .card import PAGE
+from .card import CLASS_MARK, PAGE
 from .checks import CaptionChecker, parse_actions
 from .dataset import without_captions
 from .folder import CaptionFolder
@@ -26,6 +26,7 @@ from .processes import Processes
 from .report import caption_card, caption_report
 from .runs import CaptionRun, caption_with_texts, new_run_id
 from .tally import CaptionTally
+from .tokens import load_counter
 from .types import ACCEPTED
 
 
@@ -58,18 +59,12 @@ class CaptionJob:
     def checker(self) -> CaptionChecker:
         return CaptionChecker(
             self.names,
-            self.tokenizer,
+            load_counter(self.args.model_name_or_path),
             words=self.args.words,
             template=self.args.class_template,
             actions=self.actions,
             clean=self.captioner.asks,
         )
-
-    @cached_property
-    def tokenizer(self):
-        from ..modeling import load_tokenizer  # which imports torch
-
-        return load_tokenizer(self.args.model_name_or_path)
 
     # -- what the settings mean ---------------------------------------------------------------------------------------
     def _text_columns(self) -> list[str]:
@@ -162,10 +157,10 @@ class CaptionJob:
     def _print_plan(self, split: str, run: CaptionRun, plan: Plan, spent: float) -> None:
         aspects = len(self.captioner.prompts.aspects) if self.captioner.joint else 1
         calls = -(-plan.open // aspects)
-        side = self.captioner.pictures.max_side
-        prompts = [slot.prompt for job in plan.jobs[:200] for slot in job.slots]
-        text = sum(map(len, prompts)) / max(len(prompts), 1) / 3.5
-        tokens_in = calls * (estimate_tokens(side, side, run.price) + text)
+        looked_at = plan.jobs[:: max(1, len(plan.jobs) // 32)]
+        pictures = [estimate_tokens(*size, run.price) for size in run.sizes(looked_at)]
+        prompts = [len(slot.prompt) / 3.5 for job in looked_at for slot in job.slots]
+        tokens_in = calls * (sum(pictures) / max(len(pictures), 1) + sum(prompts) / max(len(prompts), 1))
         tokens_out = plan.open * min(self.args.words * 1.4, self.args.max_tokens)
         rows = {f"split {split}": f"{plan.rows:,} images, {plan.repeated:,} of them repeat another"}
         if plan.unreadable:
@@ -175,7 +170,7 @@ class CaptionJob:
         )
         rows["calls"] = f"{calls:,}, not counting what has to be asked again"
         rows["tokens"] = (
-            f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out (pictures of {side} x {side} at most; an estimate)"
+            f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out, estimated from {len(pictures)} of the pictures"
         )
         rows["cost"] = self._cost(run, tokens_in, tokens_out)
         if spent:
@@ -211,7 +206,9 @@ class CaptionJob:
         if not self.captioner.asks:
             self._headline("Captioning")
             captioned = {s: self._with_texts(s) for s in self.splits}
-            self._write(captioned, {split: data._fingerprint for split, data in captioned.items()}, Counter(), Outcome())
+            self._write(
+                captioned, {split: data._fingerprint for split, data in captioned.items()}, Counter(), Outcome()
+            )
             return
         processes = Processes()
         self._headline("Captioning")
@@ -301,9 +298,16 @@ class CaptionJob:
             "fingerprints": self._all_fingerprints(fingerprints),
         }
         if self.captioner.asks:
-            details["prompt_texts"] = {aspect: prompts.prompt(aspect, "CLASS") for aspect in prompts.aspects}
+            details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}
             details["last_run"] = outcome.summary()
         write_folder(self.folder, splits, self.splits[0], details)
+        if outcome.attempts:
+            cost = f"${outcome.cost:.4f}" if outcome.cost else "cost unknown or none"
+            kinds = "".join(f", {kind} {count:,}" for kind, count in outcome.failures.most_common())
+            say(
+                f"\n{outcome.calls:,} calls answered of {outcome.attempts:,} tried{kinds}; {outcome.tokens_in:,} tokens in, "
+                f"{outcome.tokens_out:,} out, {cost}; {outcome.seconds:.0f} s."
+            )
         self._finish(totals, outcome)
 
     @staticmethod

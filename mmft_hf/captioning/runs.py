@@ -6,7 +6,8 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..images import BadImage
 from .calls import Limits, Outcome
 from .captioner import Captioner
 from .checks import CaptionChecker
@@ -22,7 +24,8 @@ from .dataset import JournalSource, Results, add_captions, results_of, text_sour
 from .fill import Driver
 from .journal import Journal, JournalReader
 from .limits import CostMeter
-from .plan import Keys, Plan, make_plan
+from .pictures import original_bytes, prepare
+from .plan import Job, Keys, Plan, make_plan
 from .prices import price_of
 
 
@@ -95,6 +98,15 @@ class CaptionRun:
         done = self.journal.terminal_slots() if self.journal else set()
         with tqdm(total=len(self.dataset), desc="Planning", unit=" images", disable=not self.progress) as bar:
             return make_plan(self.dataset, self.keys, done, self.rows, (self.rank, self.world), bar.update)
+
+    def sizes(self, jobs: Iterable[Job]) -> list[tuple[int, int]]:
+        """Width and height in pixels of what would be sent for these; unreadable pictures are left out."""
+        found = []
+        for job in jobs:
+            with suppress(BadImage):
+                picture = prepare(original_bytes(self.dataset[job.row]["image"]), self.captioner.pictures)
+                found.append((picture.width, picture.height))
+        return found
 
     def fill(self, plan: Plan) -> Outcome:
         """Asks for what is missing. Ctrl-C once: waits for the calls in flight; twice: gives them up.

@@ -20,6 +20,7 @@ from .folder import CaptionFolder
 from .jobs import CaptionJob, write_folder
 from .journal import Journal, by_slot, export_journal, import_journal, journal_files
 from .plan import Plan
+from .tokens import load_counter
 from .types import ACCEPTED, OPEN, STATUSES, TERMINAL
 
 RETRIED = ("rejected", "refused", "bad_image")  # what `retry` asks for again where no status is typed
@@ -173,7 +174,6 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
             f"caption import: expected a .parquet file of `export`, or .json files of captions, found {found}. Type "
             "mmft-hf caption import FILE …"
         )
-    from ..modeling import load_tokenizer
     from .imports import KEY_RULES, import_captions
 
     if args.key_rule not in KEY_RULES:
@@ -187,7 +187,7 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
     made_from = {"dataset_name": data_args.dataset_name, "captioner": {"backend": "import", "key_rule": args.key_rule}}
     folder = CaptionFolder(args.output_dir)
     folder.claim(made_from, args.overwrite_output_dir)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_counter(args.model_name_or_path)
     # A model wrote them, but they are not ours to change: refusals are dropped, everything else is flagged.
     actions = {"refusal": "reject"} | parse_actions(args.on_check or ())
     names = data[train].features["label"].names

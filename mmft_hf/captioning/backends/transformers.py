@@ -231,7 +231,11 @@ class TransformersBackend:
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            advice = "Is the name right?" if isinstance(self._source, str) else "Is the folder complete?"
+            advice = (
+                "Is it a Hub id, or a folder that exists?"
+                if isinstance(self._source, str)
+                else "Is the folder complete?"
+            )
             if isinstance(error, ImportError):
                 advice = "Install what it names, for example: pip install torchvision"
             elif "trust_remote_code" in str(error):
