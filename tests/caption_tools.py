@@ -168,11 +168,14 @@ def until(condition, seconds: float = 30.0) -> None:
 
 
 def _serve() -> None:
+    import mmft_hf.captioning.backends.openai
     import mmft_hf.captioning.jobs
-    import mmft_hf.captioning.tools
-    import mmft_hf.captioning.backends.openai  # noqa: F401
-    from mmft_hf.cli import main
+    import mmft_hf.captioning.tools  # noqa: F401
+    from mmft_hf.cli import main, quiet_libraries
+    from mmft_hf.modeling import load_tokenizer
 
+    quiet_libraries()
+    load_tokenizer("builtin/tiny-clip")
     for line in sys.stdin:
         message = json.loads(line)
         if "wait" in message:

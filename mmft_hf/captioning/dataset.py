@@ -112,6 +112,13 @@ class JournalSource:
                 records.append(same | self._record(tried, label, slot.single, last=i == len(tries) - 1))
         return records
 
+    def raw_texts(self, row: Mapping, image_sha256: str) -> list[str | None]:
+        """What the model wrote, for each of the row's records; for those that look at answers that were not accepted."""
+        slots = self.keys.slots(image_sha256, self.class_names[row["label"]])
+        history = self.reader.history([slot.key for slot in slots])
+        known = [slot for slot in slots if slot.key in history or slot.key in self.asked]
+        return [tried["raw_text"] for slot in known for tried in history.get(slot.key, [{"raw_text": None}])]
+
     def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> dict:
         record = {name: tried[name] for name in ("finish_reason", "tokens_in", "tokens_out", "attempts", "run_id")}
         if tried["model"]:

@@ -212,7 +212,7 @@ class CaptionJob:
             return
         processes = Processes()
         self._headline("Captioning")
-        captioned, fingerprints, totals, outcome = {}, {}, Counter(), Outcome()
+        captioned, fingerprints, sources, totals, outcome = {}, {}, {}, Counter(), Outcome()
         for split in self.splits:
             with self.open(split, processes) as run:
                 for note in run.journal.notes:
@@ -233,7 +233,7 @@ class CaptionJob:
                 if outcome.stopped == "user":
                     raise PartialResult(f"stopped by you; {kept}.", again=True)
                 if outcome.stopped == "fatal":
-                    raise UserError(f"{outcome.why} {kept}; the same command goes on.")
+                    raise UserError(f"{outcome.why.rstrip('.')}. {kept}; the same command goes on.")
                 fingerprints[split] = run.fingerprint(results)
                 if outcome.calls == 0 and len(self.splits) == 1 and not self.args.overwrite_output_dir:
                     if self.folder.is_current(self._all_fingerprints(fingerprints)):
@@ -244,8 +244,9 @@ class CaptionJob:
                         )
                         return
                 captioned[split] = run.read(plan, results)
+                sources.setdefault(split, run.source(plan, results))
         if is_main():
-            self._write(captioned, fingerprints, totals, outcome)
+            self._write(captioned, fingerprints, totals, outcome, sources[self.splits[0]])
 
     def _progress_line(self, split: str, run: CaptionRun, plan: Plan, processes: Processes) -> str:
         line = f"Split {split}: {plan.open:,} captions to ask for, {len(plan.slots):,} wanted in all"
@@ -285,7 +286,7 @@ class CaptionJob:
     def _all_fingerprints(self, fingerprints: dict[str, str]) -> dict[str, str]:
         return fingerprints | {n: d._fingerprint for n, d in self.data.items() if n not in self.splits}
 
-    def _write(self, captioned: dict, fingerprints: dict, totals: Counter, outcome: Outcome) -> None:
+    def _write(self, captioned: dict, fingerprints: dict, totals: Counter, outcome: Outcome, source=None) -> None:
         splits = {n: captioned.get(n) or without_captions(d, progress=False) for n, d in self.data.items()}
         prompts = self.captioner.prompts
         details = {
@@ -300,7 +301,7 @@ class CaptionJob:
         if self.captioner.asks:
             details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}
             details["last_run"] = outcome.summary()
-        write_folder(self.folder, splits, self.splits[0], details)
+        write_folder(self.folder, splits, self.splits[0], details, source)
         if outcome.attempts:
             cost = f"${outcome.cost:.4f}" if outcome.cost else "cost unknown or none"
             kinds = "".join(f", {kind} {count:,}" for kind, count in outcome.failures.most_common())
@@ -329,20 +330,28 @@ class CaptionJob:
         )
 
 
-def write_folder(folder: CaptionFolder, splits: dict[str, Dataset], captioned: str, details: dict) -> None:
+def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: dict, source=None) -> None:
     """Writes a captioned data set with its report and card, and prints what is in it.
 
     Args:
         splits: all of them, with the contract's columns.
         captioned: the split that the report and the card speak of.
         details: of `captions.json`.
+        source (*optional*): a `JournalSource`, from which the report takes answers that were not accepted.
     """
     dataset = splits[captioned]
     tally = CaptionTally(dataset)
     statistics = tally.statistics()
 
+    lean = dataset.select_columns(["label", "image_sha256"])
+
+    def unaccepted(row: int, place: int) -> str | None:
+        found = lean[row]
+        texts = source.raw_texts(found, found["image_sha256"]) if source and found["image_sha256"] else []
+        return texts[place] if place < len(texts) else None
+
     def extras(path) -> None:
-        caption_report(dataset, path, details)
+        caption_report(dataset, path, details, unaccepted)
         caption_card(dataset, path, details, statistics)
 
     folder.write(splits, {**details, "statistics": statistics}, extras)

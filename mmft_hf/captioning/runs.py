@@ -161,15 +161,14 @@ class CaptionRun:
         spec = self.captioner.spec(self.backend.identity())
         return Hasher.hash((self.dataset._fingerprint, spec, self.checker.spec(), results.digest, 1))
 
+    def source(self, plan: Plan, results: Results) -> JournalSource:
+        """The records of each row."""
+        names = self.dataset.features["label"].names
+        return JournalSource(self.keys, JournalReader(self.folder), self.checker, names, plan.slots, results.repeated)
+
     def read(self, plan: Plan, results: Results) -> Dataset:
         """The data set with the contract's columns (see `add_captions`)."""
-        names = self.dataset.features["label"].names
-        reader = JournalReader(self.folder)
-        source = JournalSource(self.keys, reader, self.checker, names, plan.slots, results.repeated)
-        try:
-            return add_captions(self.dataset, source, self.fingerprint(results), self.progress)
-        finally:
-            reader.close()
+        return add_captions(self.dataset, self.source(plan, results), self.fingerprint(results), self.progress)
 
 
 def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
