@@ -203,12 +203,10 @@ class Calls:
         if self._probing:
             self._refused += 1
             if isinstance(error, Transient) or self._refused >= 3:
-                down = (
-                    "nothing answers there. Start the server, or type another --base_url"
-                    if error.kind == "connect"
-                    else ""
-                )
-                self.stop("fatal", down and f"{error}: {down}." or f"the first calls failed: {error}", error.kind)
+                why = f"the first calls failed: {error}"
+                if error.kind == "connect":
+                    why = f"{error}: nothing answers there. Start the server, or type another --base_url."
+                self.stop("fatal", why, error.kind)
         elif isinstance(error, Transient) and error.limited:
             self.stop("quota", f"the rate limit does not lift: {error}")
         elif why := self._breaker.why:
