@@ -87,7 +87,7 @@ class Calls:
         self._breaker = Breaker()
         self._requests, self._tokens = Rate(limits.requests_per_minute), Rate(limits.tokens_per_minute)
         self._rng = random.Random()
-        self._largest_in, self._probing, self._refused = 0, True, 0
+        self._largest_in, self._probing = 0, True
         self._waiting: list[tuple[Request, asyncio.Future]] = []
         self._stop = asyncio.Event()
         self._batches_task = asyncio.create_task(self._batches()) if self._batched else None
@@ -201,8 +201,8 @@ class Calls:
     def _gave_up(self, error: CallError) -> None:
         self._breaker.record(error)
         if self._probing:
-            self._refused += 1
-            if isinstance(error, Transient) or self._refused >= 3:
+            # The first pictures may be such as the server does not take: others may do.
+            if isinstance(error, Transient) or self._breaker.why:
                 why = f"the first calls failed: {error}"
                 if error.kind == "connect":
                     why = f"{error}: nothing answers there. Start the server, or type another --base_url."

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ..images import BadImage
 from .calls import Calls, Limits, Outcome, Stopped
 from .captioner import Captioner
-from .journal import Journal, JournalReader
+from .journal import Journal, JournalError, JournalReader
 from .limits import CostMeter
 from .pictures import original_bytes, prepare, sha256
 from .plan import Job, Keys, Plan, Slot
@@ -267,23 +267,26 @@ class Driver:
         self._finished(job, len(slots), "failed")
 
     def _put(self, job: Job, rows: list[tuple[Slot, int, dict]]) -> None:
-        self.journal.put(
-            [
-                {
-                    "key": slot.key,
-                    "slot": slot.key,
-                    "image_sha256": job.image_sha256,
-                    "label": job.class_name,
-                    "prompt_id": slot.prompt_id,
-                    "aspect": slot.aspect,
-                    "sample": slot.sample,
-                    "reask": reask,
-                    "run_id": self.run_id,
-                    **row,
-                }
-                for slot, reask, row in rows
-            ]
-        )
+        results = [
+            {
+                "key": slot.key,
+                "slot": slot.key,
+                "image_sha256": job.image_sha256,
+                "label": job.class_name,
+                "prompt_id": slot.prompt_id,
+                "aspect": slot.aspect,
+                "sample": slot.sample,
+                "reask": reask,
+                "run_id": self.run_id,
+                **row,
+            }
+            for slot, reask, row in rows
+        ]
+        try:
+            self.journal.put(results)
+        except JournalError as error:
+            self.calls.crashed(error)  # now, before anybody takes the place of the call that ended
+            raise
 
     def _finished(self, job: Job, captions: int, status: str) -> None:
         self.calls.outcome.results[status] += captions

@@ -205,8 +205,10 @@ class Journal:
     @staticmethod
     def _broken(path: Path, error: sqlite3.Error) -> JournalError:
         what = str(error)
-        if "full" in what:
-            return JournalError(f"{path}: the disk is full. Make room; what was answered so far is kept.")
+        if "full" in what or "disk I/O" in what:  # the latter over a quota, too
+            return JournalError(
+                f"{path}: expected a disk with room, found: {what}. Make room; what was answered so far is kept."
+            )
         return JournalError(
             f"{path}: expected a journal that can be read and written, found: {what}. Nothing was changed. If the file "
             "is damaged, move it away: its answers will be asked for again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import threading
@@ -173,20 +174,20 @@ class CaptionRun:
 
 def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
     """Runs the driver to its end; in a thread of its own where an event loop runs already, as in a notebook."""
+    loop, pressed = None, 0
+
+    def stop() -> None:
+        write("Stopping: answers on their way are waited for and kept. Press Ctrl-C again to give them up.")
+        driver.stop("user", "stopped by you")
+
+    def interrupt(*_) -> None:  # prints nothing itself: the signal may have come in the middle of printing
+        nonlocal pressed
+        pressed += 1
+        loop.call_soon_threadsafe(stop if pressed == 1 else driver.drop)
 
     async def main() -> Outcome:
-        loop, pressed = asyncio.get_running_loop(), 0
-
-        def interrupt(*_) -> None:
-            nonlocal pressed
-            pressed += 1
-            if pressed == 1:
-                write("Stopping: answers on their way are waited for and kept. Press Ctrl-C again to give them up.")
-                loop.call_soon_threadsafe(driver.stop, "user", "stopped by you")
-            else:
-                loop.call_soon_threadsafe(driver.drop)
-
-        before = {}
+        nonlocal loop
+        loop, before = asyncio.get_running_loop(), {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -199,17 +200,23 @@ def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(main())
-    found: list = []
+    found, finished = [], threading.Event()
 
     def work() -> None:
         try:
             found.append(asyncio.run(main()))
         except BaseException as error:
             found.append(error)
+        finally:
+            finished.set()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    threading.Thread(target=work).start()
+    while not finished.is_set():
+        try:
+            finished.wait()  # `join`, once interrupted, may take a thread that works for one that ended
+        except KeyboardInterrupt:
+            with contextlib.suppress(RuntimeError):  # it has just come to its end
+                interrupt()
     if isinstance(found[0], BaseException):
         raise found[0]
     return found[0]
