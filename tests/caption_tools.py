@@ -87,17 +87,6 @@ def wrong(rows, aspects=ASPECTS, names=NAMES) -> list:
     return found
 
 
-def unpaired(captioned) -> list:
-    """Captions of a data set that belong to another picture or prompt. What is missing does not count."""
-    found = []
-    for row in captioned.cast_column("image", Image(decode=False)):
-        for record in row["caption_records"]:
-            own = expected(row["image"]["bytes"], NAMES[row["label"]], record["aspect"])
-            if record["text"] is not None and record["text"] != own:
-                found.append((record, own))
-    return found
-
-
 def written(folder: Path, split: str = "train") -> list[dict]:
     """Rows of a captioned folder, read without the library."""
     return [row for file in sorted((folder / "data").glob(f"{split}-*")) for row in pq.read_table(file).to_pylist()]
@@ -159,12 +148,12 @@ def caption(server, data: Path, output: Path, *more) -> list:
     return [*words, "--dataset_name", data, "--output_dir", output, *more]
 
 
-def until(condition, seconds: float = 30.0) -> None:
+def until(condition, seconds: float = 30.0, every: float = 0.005) -> None:
     """Waits until it holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 def _serve() -> None:
