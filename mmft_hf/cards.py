@@ -6,10 +6,13 @@ import importlib.metadata
 import platform
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from .console import percent
-from .prototypes import ClassPrototypes
 from .version import __version__
+
+if TYPE_CHECKING:  # which imports torch
+    from .prototypes import ClassPrototypes
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,7 +29,7 @@ def versions() -> dict[str, str]:
 
 def public_name(name: str) -> str:
     """A Hub id or `builtin/…` as it is; of a local path only the last part, since paths are nobody's business."""
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def model_card(identity: dict, results: dict, test: dict, prototypes: ClassPrototypes) -> str:

@@ -1,6 +1,8 @@
 """Imports flow one way: no module imports from a layer above its own."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import mmft_hf
@@ -57,3 +59,10 @@ def test_layer_zero_is_free_of_transformers_and_datasets():
 def test_files_can_be_read_in_one_sitting():
     long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_captioning_through_a_server_loads_neither_torch_nor_the_trainer():
+    code = "import sys, mmft_hf.captioning.jobs, mmft_hf.captioning.backends.openai as _; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'mmft_hf.captioning.jobs'" in loaded
+    assert "'torch'" not in loaded and "'transformers.trainer'" not in loaded

@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import Hasher
 
+from ..cards import public_name
 from ..data import captions_of
 from ..errors import UserError
 from ..images import BadImage
@@ -101,7 +102,7 @@ class JournalSource:
         records = []
         for slot in slots:
             same = {"aspect": slot.aspect, "sample": slot.sample, "prompt_id": slot.prompt_id}
-            same["model"] = self.keys.captioner.model
+            same["model"] = public_name(self.keys.captioner.model)
             tries = history.get(slot.key)
             if not tries and slot.key not in self.asked:
                 continue
@@ -122,7 +123,7 @@ class JournalSource:
     def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> dict:
         record = {name: tried[name] for name in ("finish_reason", "tokens_in", "tokens_out", "attempts", "run_id")}
         if tried["model"]:
-            record["model"] = tried["model"]
+            record["model"] = public_name(tried["model"])  # a server may call it by its folder
         if tried["raw_text"] is None or tried["error_class"] or tried["status"] in ("failed", "bad_image", "not_run"):
             return record | {"status": tried["status"], "checks": json.loads(tried["checks"] or "[]")}
         # The checks of today, on what the model wrote: a rule that was changed since costs no call.

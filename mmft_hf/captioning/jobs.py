@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from functools import cached_property
 from textwrap import shorten
@@ -10,6 +9,7 @@ from textwrap import shorten
 from datasets import Dataset
 
 from ..arguments import DataArguments
+from ..cards import public_name
 from ..console import is_main, printable_text, say, table
 from ..data import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from ..errors import PartialResult, UserError, nearest
@@ -109,8 +109,9 @@ class CaptionJob:
     def _made_from(self) -> dict:
         """What tells this data set from another in the same folder."""
         name = self.data_args.dataset_name
-        spec = self.captioner.spec({"backend": self.captioner.backend, "model": self.captioner.model})
-        found = {"dataset_name": os.path.normpath(name) if os.path.exists(name) else name, "split": self.splits}
+        model = self.captioner.model and public_name(self.captioner.model)
+        spec = self.captioner.spec({"backend": self.captioner.backend, "model": model})
+        found = {"dataset_name": public_name(name), "split": self.splits}
         if self.data_args.dataset_config_name:
             found["dataset_config_name"] = self.data_args.dataset_config_name
         found["captioner"] = {k: v for k, v in spec.items() if k not in ("prompts", "sampling", "pictures")}
@@ -291,7 +292,7 @@ class CaptionJob:
         prompts = self.captioner.prompts
         details = {
             "made_from": self.made_from,
-            "model": self.captioner.model,
+            "model": self.captioner.model and public_name(self.captioner.model),
             "run_id": self.run_id,
             "checks": self.checker.spec(),
             "statuses": dict(totals),
@@ -322,7 +323,11 @@ class CaptionJob:
             return
         wanted = sum(totals.values()) - totals["unreadable"]
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in outcome.failures.most_common(4))
-        why = f" {outcome.why}." if outcome.why else ""
+        why = f" {outcome.why.rstrip('.')}." if outcome.why else ""
+        if totals["truncated"] + totals["empty"] > missing / 2:
+            why += (
+                f" Most were cut by the token budget or empty: type a larger --max_tokens than {self.args.max_tokens}."
+            )
         raise PartialResult(
             f"{missing:,} of {wanted:,} captions are missing.{why}{f' Failures: {kinds}.' if kinds else ''} "
             f"{self.args.output_dir} has what there is; `mmft-hf caption status --output_dir {self.args.output_dir}` says why.",

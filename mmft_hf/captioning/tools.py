@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from ..arguments import DataArguments
+from ..cards import public_name
 from ..console import say, table
 from ..data import load_captioned_dataset
 from ..errors import UserError
@@ -184,7 +185,10 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
     options = {k: v for k, v in vars(data_args).items() if k not in ("dataset_name", "dataset_config_name")}
     data = load_captioned_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
     train = data_args.train_split or ("train" if "train" in data else next(iter(data)))
-    made_from = {"dataset_name": data_args.dataset_name, "captioner": {"backend": "import", "key_rule": args.key_rule}}
+    made_from = {
+        "dataset_name": public_name(data_args.dataset_name),
+        "captioner": {"backend": "import", "key_rule": args.key_rule},
+    }
     folder = CaptionFolder(args.output_dir)
     folder.claim(made_from, args.overwrite_output_dir)
     tokenizer = load_counter(args.model_name_or_path)
@@ -209,7 +213,10 @@ def merge(operands: list[str], data_args: DataArguments, args: CaptionArguments)
         raise UserError(
             "caption merge: expected two or more captioned data sets. Type mmft-hf caption merge FOLDER FOLDER …"
         )
-    made_from = {"dataset_name": "merged", "captioner": {"backend": "merge", "data_sets": list(operands)}}
+    made_from = {
+        "dataset_name": "merged",
+        "captioner": {"backend": "merge", "data_sets": [public_name(name) for name in operands]},
+    }
     folder = CaptionFolder(args.output_dir)
     folder.claim(made_from, args.overwrite_output_dir)
     loaded = {name: load_captioned_dataset(name) for name in operands}
@@ -222,7 +229,7 @@ def merge(operands: list[str], data_args: DataArguments, args: CaptionArguments)
     for line in report.lines():
         say(line)
     others = {name: without_captions(split, progress=False) for name, split in first.items() if name != train}
-    _write(folder, {train: merged, **others}, made_from, list(operands), None)
+    _write(folder, {train: merged, **others}, made_from, [public_name(name) for name in operands], None)
 
 
 def _write(folder: CaptionFolder, splits: dict, made_from: dict, sources: list[str], model: str | None) -> None:
