@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from caption_server import caption_of
@@ -178,6 +179,8 @@ def _serve() -> None:
         handle = os.open(message["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(handle, 1), os.dup2(handle, 2)
         os.environ.update(message["env"])
+        if "HF_DATASETS_CACHE" in message["env"]:
+            datasets.config.HF_DATASETS_CACHE = Path(message["env"]["HF_DATASETS_CACHE"])
         code = 1
         try:
             exec(message["before"], {})

@@ -626,8 +626,10 @@ def test_captioning_never_deletes_what_is_not_its_own(fails, succeeds, clip_fold
     fails([*command, "--overwrite_output_dir", "true"], "did not write")
     succeeds([*command, "--output_dir", tmp_path / "new"])
     (tmp_path / "new" / "data" / "precious.parquet").write_text("mine")
-    fails([*command, "--output_dir", tmp_path / "new"], "--overwrite_output_dir true")
-    succeeds([*command, "--output_dir", tmp_path / "new", "--overwrite_output_dir", "true"])
+    succeeds([*command, "--output_dir", tmp_path / "new"])  # the same command continues
+    other = [*command, "--captioner", "template", "--output_dir", tmp_path / "new"]
+    fails(other, "made from the same captioner", "--overwrite_output_dir true")
+    succeeds([*other, "--overwrite_output_dir", "true"])
     assert (out / "data" / "precious.parquet").read_text() == "mine"
     assert (tmp_path / "new" / "data" / "precious.parquet").read_text() == "mine"
 

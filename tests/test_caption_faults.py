@@ -1,6 +1,7 @@
 """Captioning runs that are killed, interrupted, turned away and misled: nothing is lost, mispaired or bought twice."""
 
 import asyncio
+import os
 import random
 import shlex
 import signal
@@ -81,29 +82,31 @@ def journal_of(folder) -> list[tuple]:
 def test_kills_at_random_moments(tmp_path):
     """29 kills: 20 while captions are asked for, 6 while the data set is written, 3 of the installed command."""
     data, rng, delay = image_folder(tmp_path / "data", 120), random.Random(7), 0.04
-    needed = set().union(*(pairs(picture(i), NAMES[i % 2]) for i in range(120)))
-    kills = defaultdict(list)
+    aspects = {"m": ASPECTS, **{f"own-{i}": ("visual",) for i in range(3)}}
+    kills, cache = defaultdict(list), {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     script = {"rules": [{"do": "ok", "delay_ms": 1000 * delay}]}
     with serving(script, tmp_path / "requests.jsonl", process=True) as server:
 
         def words(model):
-            return [*caption(server, data, tmp_path / model, "--concurrency", "4"), "--captioner_model", model]
+            more = ["--concurrency", "4", "--captioner_model", model, "--aspects", *aspects[model]]
+            return [*caption(server, data, tmp_path / model), *more]
 
         def kill_one(model, seconds):
             line, mark = [sys.executable, "-m", "mmft_hf.cli", *map(str, words(model))], f'"{model}"'.encode()
-            with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | cache}
+            with subprocess.Popen(line, **options) as process:
                 until(lambda: server.log.exists() and mark in server.log.read_bytes(), 120, every=0.1)
                 time.sleep(seconds)
                 process.kill()
                 kills[model].append(time.time())
             assert process.returncode == -signal.SIGKILL
 
-        threads = [threading.Thread(target=kill_one, args=(f"own-{i}", rng.uniform(0, 1))) for i in range(3)]
+        threads = [threading.Thread(target=kill_one, args=(f"own-{i}", rng.uniform(0, 0.8))) for i in range(3)]
         for thread in threads:
             thread.start()
         for i in range(20):
             size = server.log.stat().st_size if server.log.exists() else 0
-            running = start(words("m"), tmp_path / "output.txt")
+            running = start(words("m"), tmp_path / "output.txt", **cache)
             if i % 2:
                 until(lambda size=size: server.log.exists() and server.log.stat().st_size > size)
             time.sleep(rng.uniform(0, 0.3))
@@ -112,31 +115,32 @@ def test_kills_at_random_moments(tmp_path):
             assert running.wait() == -signal.SIGKILL
         for thread in threads:
             thread.join()
-        for model in ("m", "own-0", "own-1", "own-2"):
-            running = start(words(model), tmp_path / "output.txt")
+        assert [len(found) for found in kills.values()] == [20, 1, 1, 1]
+        for model, names in aspects.items():
+            running = start([*words(model), "--concurrency", "32"], tmp_path / "output.txt", **cache)
             assert running.wait() == 0, running.text
-            assert not wrong(written(tmp_path / model)) and len(written(tmp_path / model)) == 120
-            results = journal_of(tmp_path / model)
-            assert len(results) == len(set(results)) == 360 and {status for *_, status, _ in results} == {"ok"}
+            rows, results = written(tmp_path / model), journal_of(tmp_path / model)
+            assert not wrong(rows, names) and len(rows) == 120
+            assert len(results) == len(set(results)) == 120 * len(names) and {r[2] for r in results} == {"ok"}
 
             times = defaultdict(list)
             for row in server.requests():
                 if row["model"] == model:
                     times[row["picture"], row["prompt"]].append(row["time"])
-            assert set(times) == needed
+            assert set(times) == set().union(*(pairs(picture(i), NAMES[i % 2], names) for i in range(120)))
             # Whatever was asked again was in flight at a kill, and of those there are no more than calls at once.
             again = [first for found in times.values() for first in found[:-1]]
             assert len(again) <= 4 * len(kills[model])
-            for first in again:
-                assert any(first <= kill <= first + delay + 0.3 for kill in kills[model]), (first, kills[model])
+            for first in again:  # logged by a server that may be some milliseconds behind
+                assert any(first - 0.2 <= kill <= first + delay + 0.3 for kill in kills[model])
 
         requests = len(server.requests())
         for _ in range(6):
-            running = start([*words("m"), "--overwrite_output_dir", "true"], tmp_path / "output.txt")
+            running = start([*words("m"), "--overwrite_output_dir", "true"], tmp_path / "output.txt", **cache)
             time.sleep(rng.uniform(0.05, 0.35))
             running.kill()
             assert running.wait() in (-signal.SIGKILL, 0)
-        running = start(words("m"), tmp_path / "output.txt")
+        running = start(words("m"), tmp_path / "output.txt", **cache)
         assert running.wait() == 0, running.text
         assert not wrong(written(tmp_path / "m")) and len(written(tmp_path / "m")) == 120
         assert len(server.requests()) == requests
@@ -229,14 +233,15 @@ def storm(server, tmp_path, rules, count=24):
 def test_storms_pass(server, tmp_path, rule):
     if rule.get("retry_after") == "date":
         rule = {**rule, "retry_after": formatdate(time.time() + 2, usegmt=True)}
-    captioned, requests = storm(server, tmp_path, [{**rule, "from": 10, "to": 25}])
+    count = 8 if "retry_after" in rule else 16
+    captioned, requests = storm(server, tmp_path, [{**rule, "from": 10, "to": 9 + count}])
     assert not wrong(captioned)
     failed = [r for r in requests if r["did"] != "ok"]
-    assert len(failed) == 16 and len(requests) == 72 + 16  # each was asked again, nothing else was
+    assert len(failed) == count and len(requests) == 72 + count  # each was asked again, nothing else was
     assert set(asked(requests)) == {pair for i in range(24) for pair in pairs(picture(i), NAMES[i % 2])}
     assert max(r["in_flight"] for r in requests[-20:]) >= 5
     if rule["do"] == "rate_limit":
-        assert min(r["in_flight"] for r in requests[26:40]) <= 4
+        assert min(r["in_flight"] for r in requests[10 + count : 24 + count]) <= 4
     if "retry_after" in rule or "headers" in rule:
         quiet = max(b["time"] - a["time"] for a, b in pairwise(requests))
         assert 0.25 < quiet < 3

@@ -25,7 +25,7 @@ def test_yaml_parses_and_changes_something(path):
 def test_quickstart_recipe_is_what_make_runs():
     makefile = (RECIPES.parent / "Makefile").read_text()
     (caption,) = (p for p in YAMLS if p.parent.name == "quickstart" and p.stem == "caption")
-    _, arguments = parse("caption", importlib.import_module("mmft_hf.commands.caption"), ["--config", str(caption)])
+    _, arguments, _ = parse("caption", importlib.import_module("mmft_hf.commands.caption"), ["--config", str(caption)])
     assert f"--dataset_name {arguments.output_dir} --captions_column captions" in makefile
 
 
