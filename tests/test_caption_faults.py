@@ -115,7 +115,7 @@ def test_kills_at_random_moments(tmp_path):
             assert running.wait() == -signal.SIGKILL
         for thread in threads:
             thread.join()
-        assert [len(found) for found in kills.values()] == [20, 1, 1, 1]
+        assert sorted(len(found) for found in kills.values()) == [1, 1, 1, 20]
         for model, names in aspects.items():
             running = start([*words(model), "--concurrency", "32"], tmp_path / "output.txt", **cache)
             assert running.wait() == 0, running.text
@@ -233,7 +233,7 @@ def storm(server, tmp_path, rules, count=24):
 def test_storms_pass(server, tmp_path, rule):
     if rule.get("retry_after") == "date":
         rule = {**rule, "retry_after": formatdate(time.time() + 2, usegmt=True)}
-    count = 8 if "retry_after" in rule else 16
+    count = 8 if {"retry_after", "headers"} & set(rule) else 16
     captioned, requests = storm(server, tmp_path, [{**rule, "from": 10, "to": 9 + count}])
     assert not wrong(captioned)
     failed = [r for r in requests if r["did"] != "ok"]
