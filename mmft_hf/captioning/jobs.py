@@ -360,6 +360,8 @@ def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: d
         caption_card(dataset, path, details, statistics)
 
     folder.write(splits, {**details, "statistics": statistics}, extras)
+    if source:
+        source.reader.close()
     everything, captions = statistics["all"], statistics["captions"]
     unwanted = {name: count for name, count in statistics["statuses"].items() if name not in ACCEPTED}
     others = "".join(f"; {count:,} {name}" for name, count in unwanted.items()) or "; 0 empty"
@@ -380,6 +382,6 @@ def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: d
         say("\nFor example:")
     names = dataset.features["label"].names
     for row in dataset.select(rows).select_columns(["label", "captions"]):
-        shown = " | ".join(shorten(text, 150, placeholder=" …") for text in row["captions"][:3])
-        more = f" | … {len(row['captions']) - 3} more" if len(row["captions"]) > 3 else ""
+        shown = "  ".join(f'"{shorten(text, 150, placeholder=" …")}"' for text in row["captions"][:3])
+        more = f"  and {len(row['captions']) - 3} more" if len(row["captions"]) > 3 else ""
         say(f"  {names[row['label']]}: {printable_text(shown)}{more}")

@@ -100,11 +100,10 @@ class Journal:
         names = ", ".join(COLUMNS)
         marks = ", ".join(f":{name}" for name in COLUMNS)
         update = ", ".join(
-            f"{c} = coalesce({c}, 0) + excluded.{c}" if c in SUMMED else f"{c} = excluded.{c}"
+            f"{c} = coalesce({c} + excluded.{c}, {c}, excluded.{c})" if c in SUMMED else f"{c} = excluded.{c}"
             for c in COLUMNS
             if c not in ("slot", "key")
         )
-        update = update.replace("+ excluded.", "+ coalesce(excluded.", 0)
         self._put = f"INSERT INTO results ({names}) VALUES ({marks}) ON CONFLICT (slot, key) DO UPDATE SET {update}"
 
     # -- writing ------------------------------------------------------------------------------------------------------

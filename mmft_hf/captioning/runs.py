@@ -169,7 +169,11 @@ class CaptionRun:
 
     def read(self, plan: Plan, results: Results) -> Dataset:
         """The data set with the contract's columns (see `add_captions`)."""
-        return add_captions(self.dataset, self.source(plan, results), self.fingerprint(results), self.progress)
+        source = self.source(plan, results)
+        try:
+            return add_captions(self.dataset, source, self.fingerprint(results), self.progress)
+        finally:
+            source.reader.close()
 
 
 def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
