@@ -185,7 +185,8 @@ class CaptionJob:
         say("\nPrompts, for example:")
         for job in (plan.jobs[0], plan.jobs[-1])[: len(plan.jobs)]:
             for slot in job.slots[: 1 if self.captioner.joint else 2]:
-                say(f"  [{job.class_name} · {'all aspects' if self.captioner.joint else slot.aspect}] {slot.prompt}")
+                name = printable_text(job.class_name)
+                say(f"  [{name} · {'all aspects' if self.captioner.joint else slot.aspect}] {slot.prompt}")
 
     def _cost(self, run: CaptionRun, tokens_in: float, tokens_out: float) -> str:
         if self.captioner.backend == "transformers":
@@ -384,4 +385,4 @@ def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: d
     for row in dataset.select(rows).select_columns(["label", "captions"]):
         shown = "  ".join(f'"{shorten(text, 150, placeholder=" …")}"' for text in row["captions"][:3])
         more = f"  and {len(row['captions']) - 3} more" if len(row["captions"]) > 3 else ""
-        say(f"  {names[row['label']]}: {printable_text(shown)}{more}")
+        say(printable_text(f"  {names[row['label']]}: {shown}{more}"))

@@ -15,7 +15,17 @@ from .types import Picture
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every provider reads
 # What a header may say beside the pixels without telling of people or places.
 HARMLESS = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "gamma", "srgb", "chromaticity", "icc_profile"}
-HARMLESS |= {"progressive", "progression", "interlace", "adobe", "adobe_transform", "aspect", "loop", "timestamp"}
+HARMLESS |= {
+    "progressive",
+    "progression",
+    "interlace",
+    "adobe",
+    "adobe_transform",
+    "aspect",
+    "loop",
+    "timestamp",
+    "background",
+}
 MAX_FILE_BYTES = 256 * 2**20
 
 

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from ..images import BadImage, read_image
-from ..prompts import clean_class_name
+from ..prompts import clean_class_name, printable
 from ..version import __version__
 from .card import PAGE, PICTURE, TEMPLATES, caption_card, figures, origin, share, spread, title, with_all
 from .checks import CHECKS
@@ -226,7 +226,7 @@ def _classes(statistics: dict) -> str:
     classes = statistics["classes"]
     rows = [
         [
-            escape(entry["label"]),
+            escape(printable(entry["label"])),
             f"{entry['images']:,}",
             f"{entry['captions']:,}",
             f"{entry['captions'] / entry['images']:.2f}",
@@ -256,7 +256,7 @@ def _made(statistics: dict, details: Mapping) -> str:
 # -- samples ----------------------------------------------------------------------------------------------------------
 def _class_name(tally: CaptionTally, label: int | None) -> str:
     known = label is not None and 0 <= label < len(tally.class_names)
-    return clean_class_name(tally.class_names[label]) if known else "no label"
+    return printable(clean_class_name(tally.class_names[label])) if known else "no label"
 
 
 def _thumbnail(image: dict) -> str:

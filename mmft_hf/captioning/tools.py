@@ -10,7 +10,7 @@ from statistics import median
 
 from ..arguments import DataArguments
 from ..cards import public_name
-from ..console import say, table
+from ..console import printable_text, say, table
 from ..data import load_captioned_dataset
 from ..errors import UserError
 from .arguments import CaptionArguments
@@ -90,7 +90,7 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
         say("\nNot accepted:")
         for (state, kind), rows in sorted(errors.items(), key=lambda item: -len(item[1])):
             row = rows[0]
-            example = f"{row['label']}, {row['aspect']}, image {row['image_sha256'][:12]}"
+            example = f"{printable_text(row['label'] or '')}, {row['aspect']}, image {row['image_sha256'][:12]}"
             say(f"  {len(rows):,} {state} ({kind}), e.g. {example}{': ' + row['error'] if row['error'] else ''}")
         again = sum(total[state] for state in OPEN)
         say(
