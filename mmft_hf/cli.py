@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(2, error, debug)
     except PartialResult as error:
-        return _fail(3, f"{error} To go on, type: {_again(argv)}" if error.again else error, debug)
+        return _fail(3, f"{error} To go on, type: {_again(_without_retry(argv))}" if error.again else error, debug)
     except KeyboardInterrupt:
         return _fail(3, f"stopped by you. To go on, type: {_again(argv)}", debug)
     except OSError as error:
@@ -86,6 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except Exception:
         return _defect()
+
+
+def _without_retry(argv: list[str]) -> list[str]:
+    """`caption retry STATUS … --key value` has opened its results: to go on with them is to run."""
+    if argv[:2] != ["caption", "retry"]:
+        return argv
+    end = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    return ["caption", *argv[end:]]
 
 
 def _again(argv: list[str]) -> str:

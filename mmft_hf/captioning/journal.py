@@ -124,26 +124,25 @@ class Journal:
             raise self._broken(self.path, error) from error
 
     def reopen(self, statuses: Iterable[str]) -> int:
-        """Makes results with these statuses open (and what led to them), so that the next run asks again. Returns how many."""
+        """Opens the slots whose result has one of these statuses, so that the next run asks again. Returns how many."""
         statuses = list(statuses)
         for status in statuses:
             if status not in STATUSES:
                 raise UserError(f"retry: expected statuses among {', '.join(STATUSES)}, found {status!r}.")
-        marks = ", ".join("?" * len(statuses))
-        changed = 0
+        columns = ("key", "slot", "status", "pending", "reask", "updated_at")
+        slots = [(slot,) for slot, rows in by_slot(self.folder, columns) if rows[-1]["status"] in statuses]
         for path in self._paths():
             db = self._db if path == self.path else sqlite3.connect(path, isolation_level=None)
             try:
-                # By slot: a second try that was rejected is forgotten with the first.
-                query = f"UPDATE results SET status = 'not_run', pending = 0 WHERE slot IN (SELECT slot FROM results WHERE status IN ({marks}))"
-                query += f" AND (status IN ({marks}) OR status NOT IN ('ok', 'trimmed'))"
-                changed += db.execute(query, statuses * 2).rowcount
+                db.execute("BEGIN")  # all tries of a slot: one that was turned down is forgotten with the next
+                db.executemany("UPDATE results SET status = 'not_run', pending = 0 WHERE slot = ?", slots)
+                db.execute("COMMIT")
             except sqlite3.Error as error:
                 raise self._broken(path, error) from error
             finally:
                 if db is not self._db:
                     db.close()
-        return changed
+        return len(slots)
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def rows(self, columns: Sequence[str] = tuple(COLUMNS), where: str = "", values: Sequence = ()) -> Iterator[dict]:
