@@ -262,7 +262,8 @@ def test_every_row_gets_the_status_of_what_became_of_it(server, tmp_path):
     rules = [
         {"do": "refusal", "picture": shas[4]},
         {"do": "truncated", "picture": shas[5]},
-        {"do": "thinking", "picture": shas[6], "times": 3},
+        {"do": "ok", "picture": shas[6], "prompt": "Answer directly, without thinking first."},
+        {"do": "thinking", "picture": shas[6]},
         {"do": "thinking", "picture": shas[7]},
         {"do": "error", "status": 400, "picture": shas[8]},
         {"do": "error", "picture": shas[9]},
