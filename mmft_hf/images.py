@@ -6,6 +6,7 @@ import io
 import math
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +17,7 @@ from .errors import UserError
 MAX_PIXELS = 178_956_970
 # What is decoded. Pillow knows many more formats; those with large or rarely tested parsers (EPS, PSD, FLI …) stay shut.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_FILE_BYTES = 256 * 2**20
 
 
 class BadImage(UserError):
@@ -79,6 +81,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def original_bytes(image: dict | None) -> bytes:
+    """The bytes of an undecoded image as they are stored: in the data set, or in the file that it names.
+
+    Raises:
+        BadImage: there are none. A path that is an address of the network is never fetched.
+    """
+    image = image or {}
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    path = image.get("path")
+    if not path:
+        raise BadImage("expected a picture, found nothing (no bytes and no path)")
+    if "://" in path:
+        raise BadImage(f"expected a file, found an address ({path[:80]}), and addresses inside data are not fetched")
+    try:
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise BadImage(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, found a larger one")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
 
 
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[float, ...]:

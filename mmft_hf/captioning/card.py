@@ -77,7 +77,14 @@ def with_all(statistics: dict) -> list[tuple[str, dict]]:
     return [*aspects, ("all", statistics["all"])] if len(aspects) > 1 else aspects
 
 
-def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statistics: dict) -> Path:
+def caption_card(
+    dataset: Dataset,
+    folder: str | Path,
+    details: Mapping,
+    statistics: dict,
+    repo_id: str | None = None,
+    captions_only: bool = False,
+) -> Path:
     """Writes `README.md`, the card of a captioned data set.
 
     Args:
@@ -85,6 +92,8 @@ def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statist
         folder: of the data set; its `data/*.parquet` and `captions.png` are named in the card.
         details: as for `caption_report`; `license` is stated only where it is there.
         statistics: of `caption_statistics`.
+        repo_id (*optional*): where it will be published; its snippet loads it from there.
+        captions_only: without the images, which are then neither shown nor in `data/`, but joined by their content.
 
     Returns:
         The card.
@@ -92,7 +101,8 @@ def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statist
     folder, prompts = Path(folder), details.get("prompt_texts") or {}
     written = [name for name in statistics["models"] if name not in ("", "columns", "template")]
     source = source_name(details)
-    splits = sorted({m[1] for p in (folder / "data").glob("*.parquet") if (m := _SHARD.fullmatch(p.name))})
+    where = "captions" if captions_only else "data"
+    splits = sorted({m[1] for p in (folder / where).glob("*.parquet") if (m := _SHARD.fullmatch(p.name))})
     front: dict = {"language": ["en"]}
     if details.get("license"):
         front["license"] = details["license"]
@@ -103,7 +113,7 @@ def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statist
     front["pretty_name"] = title(details)
     front["size_categories"] = [_size(len(dataset))]
     if splits:
-        files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+        files = [{"split": split, "path": f"{where}/{split}-*.parquet"} for split in splits]
         front["configs"] = [{"config_name": "default", "data_files": files}]
     of = f" of {_md(source)}" if source else ""
     if written:
@@ -114,13 +124,15 @@ def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statist
         by = "texts that the data set already had"
     classes = statistics["classes"]["with_images"]
     captioned = (details.get("made_from") or {}).get("split") or splits or ["train"]
+    captioned = captioned if isinstance(captioned, str) else captioned[0]
     card = Template((TEMPLATES / "caption_card.md").read_text(encoding="utf-8")).substitute(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=_md(title(details)),
         summary=f"{statistics['captions']:,} captions for {statistics['images']:,} images{of} in {classes:,} classes, {by}.",
-        picture=PICTURE,
+        picture="" if captions_only else f"![Some images with their captions]({PICTURE})\n\n",
+        page="" if captions_only else f"All figures, with samples and the checks in detail: [{PAGE}]({PAGE}).\n\n",
         figures="\n".join(f"| {_md(name)} | {value} |" for name, value in figures(statistics).items()),
-        split=_code(captioned if isinstance(captioned, str) else captioned[0]),
+        use=_use(repo_id or ".", _code(captioned), captions_only),
         aspects="\n".join(
             f"| {_md(name)} | {c['captions']:,} | {spread(c['words'])} | {spread(c['clip_tokens'])} | "
             f"{share(c['mentions_label'], c['captions'])} |"
@@ -133,6 +145,24 @@ def caption_card(dataset: Dataset, folder: str | Path, details: Mapping, statist
     path = folder / CARD
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def _use(name: str, split: str, captions_only: bool) -> str:
+    """How to load it, as Markdown with a snippet that runs: beside the images, or with them in a folder."""
+    here = "  # in this folder" if name == "." else ""
+    if captions_only:
+        return (
+            "The images are not here. Whoever has them joins the captions to them by their content; the number of images "
+            "that match is reported:\n\n```python\nfrom mmft_hf import load_captioned_dataset\n\n"
+            f'data = load_captioned_dataset("IMAGES", captions_dataset="{name}")  # IMAGES: your folder of images\n'
+            f'print(data["{split}"][0]["captions"])\n```\n\n'
+            f"or, on the command line, `mmft-hf finetune --dataset_name IMAGES --captions_dataset {name}`.\n"
+        )
+    return (
+        f'```python\nfrom datasets import load_dataset\n\ndata = load_dataset("{name}"){here}\n'
+        f'row = data["{split}"][0]\nprint(row["captions"])\n```\n\n'
+        f"Train on it: `mmft-hf finetune --dataset_name {name}`.\n"
+    )
 
 
 def _made_in_words(statistics: dict, details: Mapping, written: list[str]) -> str:

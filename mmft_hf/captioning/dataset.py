@@ -14,12 +14,12 @@ from datasets.fingerprint import Hasher
 from ..cards import public_name
 from ..data import captions_of
 from ..errors import UserError
-from ..images import BadImage
+from ..images import BadImage, original_bytes
 from ..prompts import class_prompt
 from .captioner import Captioner
 from .checks import duplicate_key, duplicates
 from .journal import JournalReader, by_slot
-from .pictures import original_bytes, sha256
+from .pictures import sha256
 from .plan import Keys, digests
 from .types import ACCEPTED, OPEN
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ..images import BadImage
+from ..images import BadImage, original_bytes
 from .calls import Calls, Limits, Outcome, Stopped
 from .captioner import Captioner
 from .journal import Journal, JournalError, JournalReader
 from .limits import CostMeter
-from .pictures import original_bytes, prepare, sha256
+from .pictures import prepare, sha256
 from .plan import Job, Keys, Plan, Slot
 from .types import Answer, Backend, CallError, Picture, Request, Unanswerable
 

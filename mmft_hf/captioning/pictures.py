@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from PIL import Image
 
-from ..images import BadImage, open_image, reading, upright_rgb
+from ..images import open_image, reading, upright_rgb
 from .types import Picture
 
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every provider reads
@@ -26,7 +25,6 @@ HARMLESS |= {
     "timestamp",
     "background",
 }
-MAX_FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -43,28 +41,6 @@ class PicturePolicy:
 
     def spec(self) -> dict:
         return {**asdict(self), "version": 1}
-
-
-def original_bytes(image: dict | None) -> bytes:
-    """The bytes of an undecoded image as they are stored: in the data set, or in the file that it names.
-
-    Raises:
-        BadImage: there are none. A path that is an address of the network is never fetched.
-    """
-    image = image or {}
-    if image.get("bytes") is not None:
-        return image["bytes"]
-    path = image.get("path")
-    if not path:
-        raise BadImage("expected a picture, found nothing (no bytes and no path)")
-    if "://" in path:
-        raise BadImage(f"expected a file, found an address ({path[:80]}), and addresses inside data are not fetched")
-    try:
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise BadImage(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, found a larger one")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
 
 
 def sha256(data: bytes) -> str:

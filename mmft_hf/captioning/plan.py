@@ -9,9 +9,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..images import BadImage
+from ..images import BadImage, original_bytes
 from .captioner import KEY_VERSION, Captioner
-from .pictures import original_bytes, sha256
+from .pictures import sha256
 
 
 def canonical(value: Any) -> str:

@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..images import BadImage
+from ..images import BadImage, original_bytes
 from .calls import Limits, Outcome
 from .captioner import Captioner
 from .checks import CaptionChecker
@@ -25,7 +25,7 @@ from .dataset import JournalSource, Results, add_captions, results_of, text_sour
 from .fill import Driver
 from .journal import Journal, JournalReader
 from .limits import CostMeter
-from .pictures import original_bytes, prepare
+from .pictures import prepare
 from .plan import Job, Keys, Plan, make_plan
 from .prices import price_of
 

@@ -16,9 +16,9 @@ from datasets.fingerprint import Hasher
 
 from ..data import captions_of
 from ..errors import UserError
-from ..images import BadImage
+from ..images import BadImage, original_bytes
 from .dataset import CAPTION_FEATURES, RECORD
-from .pictures import original_bytes, sha256
+from .pictures import sha256
 from .types import ACCEPTED
 
 
