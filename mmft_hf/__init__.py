@@ -25,6 +25,8 @@ _PUBLIC = {
     "few_shot_split": "sampling",
     "load_captioned_dataset": "data",
     "load_model": "modeling",
+    "push_captioned_dataset": "hub",
+    "push_model": "hub",
     "supcon_loss": "losses",
 }
 

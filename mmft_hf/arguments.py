@@ -78,6 +78,12 @@ class DataArguments:
             "else none: class templates alone."
         },
     )
+    captions_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of captions without images, joined to the training images by the content of the files."
+        },
+    )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes, where the label column holds bare numbers."}
     )

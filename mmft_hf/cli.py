@@ -23,6 +23,7 @@ VERBS = {
     "finetune": "fine-tune a CLIP model on images and captions, and save a classifier",
     "evaluate": "measure a saved classifier on a labelled split, zero-shot beside it",
     "predict": "classify pictures with a saved classifier",
+    "push": "publish a trained model or a captioned data set on the Hub",
     "env": "print versions and devices, for bug reports",
 }
 # How a system refuses to write: no permission, a file where a folder should be or the reverse, a full or read-only disk.

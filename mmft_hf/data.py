@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -20,8 +21,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_
 from .arguments import DataArguments
 from .builtin import builtin
 from .errors import UserError, nearest
+from .joining import join_captions
 from .prompts import clean_class_name
 from .sampling import few_shot_split, hold_out
+
+logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -251,11 +255,13 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
     Raises:
         UserError: nothing there, a missing column, a wrong type, a label outside the class list, two equal class names.
     """
-    data, _, _ = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
+    data, _, _, notes = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
+    for note in notes:
+        logger.warning(note)
     return DatasetDict({split: dataset.cast_column("image", Image()) for split, dataset in data.items()})
 
 
-def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool]:
+def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]:
     raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision)
     empty = [split for split, dataset in raw.items() if len(dataset) == 0]
     if empty:
@@ -271,7 +277,10 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool]:
         # Names typed by the user are given by position.
         data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
     encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
-    return DatasetDict(encoded), names, has_captions
+    notes = []
+    if args.captions_dataset:
+        encoded[train], notes = join_captions(encoded[train], load_raw(args.captions_dataset), args.captions_dataset)
+    return DatasetDict(encoded), names, has_captions or bool(args.captions_dataset), notes
 
 
 def _rename_classes(dataset: Dataset, names: list[str]) -> Dataset:
@@ -314,8 +323,7 @@ def load_splits(args: DataArguments) -> Splits:
     Raises:
         UserError: as `load_captioned_dataset`, and for a class without a training image.
     """
-    data, names, has_captions = _load(args)
-    notes = []
+    data, names, has_captions, notes = _load(args)
     data = DatasetDict({name: _add_source(split) for name, split in data.items()})
     train_name = _find_split(data, "train", args.train_split) or next(iter(data))
     train = data[train_name]

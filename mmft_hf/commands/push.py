@@ -1,0 +1,79 @@
+"""Publishes a trained model or a captioned data set on the Hub, in one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..console import say
+from ..errors import UserError
+
+POSITIONAL = ("folder", "The --output_dir of mmft-hf finetune, or of mmft-hf caption.")
+
+
+@dataclass
+class PushArguments:
+    """What goes where."""
+
+    repo_id: str | None = field(default=None, metadata={"help": "Name on the Hub: user/name or organisation/name."})
+    repo_type: str | None = field(
+        default=None,
+        metadata={"help": "model or dataset. Default: what the folder holds.", "choices": ("model", "dataset")},
+    )
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; made if it is missing. Default: main."})
+    create_pr: bool = field(default=False, metadata={"help": "As a pull request, which leaves the branch as it is."})
+    license: str | None = field(default=None, metadata={"help": "Licence for the card, e.g. mit or cc-by-4.0."})
+    captions_only: bool = field(
+        default=False,
+        metadata={"help": "Data set without its images: others join the captions to theirs by content."},
+    )
+    parts: str = field(
+        default="merged",
+        metadata={
+            "help": "Of a LoRA run: merged (a plain CLIPModel), adapter (for peft), or both.",
+            "choices": ("merged", "adapter", "both"),
+        },
+    )
+    with_inference_code: bool = field(
+        default=False,
+        metadata={"help": "Add a file with which pipeline(…, trust_remote_code=True) works without mmft_hf."},
+    )
+
+
+ARGUMENTS = (PushArguments,)
+
+
+def run(args: PushArguments, folders: list[str]) -> None:
+    """Checks the folder and the access, then pushes."""
+    from ..hub import push_captioned_dataset, push_model
+
+    if len(folders) != 1:
+        raise UserError(
+            f"push: expected one folder, found {', '.join(folders) or 'none'}. Type mmft-hf push FOLDER --repo_id user/name."
+        )
+    if not args.repo_id:
+        raise UserError("--repo_id: expected a name on the Hub, found none. Type --repo_id user/name.")
+    folder = Path(folders[0])
+    found = "model" if (folder / "mmft.json").is_file() else "dataset" if (folder / "captions.json").is_file() else None
+    if found is None:
+        raise UserError(
+            f"{folder}: expected the --output_dir of mmft-hf finetune (with mmft.json) or of mmft-hf caption (with captions.json), "
+            f"found {'neither file' if folder.is_dir() else 'no such folder'}."
+        )
+    if args.repo_type and args.repo_type != found:
+        raise UserError(f"--repo_type {args.repo_type}: expected a folder of that kind, found a {found}. Leave it out.")
+    options = {"license": args.license, "private": args.private or None, "revision": args.revision}
+    options["create_pr"] = args.create_pr
+    say(f"Pushing {folder} to {args.repo_id} ({found})")
+    if found == "model":
+        url = push_model(
+            folder, args.repo_id, parts=args.parts, with_inference_code=args.with_inference_code, **options
+        )
+        use = f"mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {args.repo_id}"
+    else:
+        url = push_captioned_dataset(folder, args.repo_id, captions_only=args.captions_only, **options)
+        use = f"mmft-hf finetune --dataset_name {args.repo_id}"
+        if args.captions_only:
+            use = f"mmft-hf finetune --dataset_name YOUR_IMAGES --captions_dataset {args.repo_id}"
+    say(f"\nIt is at {url}. Use it:\n  {use}")
