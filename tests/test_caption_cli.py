@@ -331,6 +331,7 @@ def test_status_retry_export_import_and_bench(server, run, data, tmp_path):
     assert code == 0 and not requests, text
     assert [row["captions"] for row in written(tmp_path / "copy")] == [row["captions"] for row in rows]
 
+    server.server.script = {}
     code, text, requests = run(data, "--concurrency", "4", out="bench", verb=("bench",))
     assert (
         code == 0
