@@ -220,13 +220,23 @@ def test_the_limit_on_the_cost_holds_with_many_calls_in_flight(server, run, tmp_
         rows = server.requests()
         return sum(300 + len(caption_of(row["picture"], row["prompt"]).split()) for row in rows) / 1e6
 
-    for _ in range(3):
+    for _ in range(2):
         code, text, requests = run(data, *limited)
         assert code == 3 and "--max_cost_usd 0.02" in text and "captions are missing" in text, text
-        assert 0.01 < spent() <= 0.02
-    assert 0.019 < spent() or not requests
+        assert 0.019 < spent() <= 0.02
+    assert not requests
     code, _, _ = run(data, *limited[:-1], "0.1")
     assert code == 0 and len(server.requests()) == 120 and not wrong(written(tmp_path / "out"))
+
+
+def test_the_limit_on_the_cost_holds_for_a_server_that_does_not_count(server, run, tmp_path):
+    data, prices = image_folder(tmp_path / "data", 40), tmp_path / "prices.yaml"
+    prices.write_text("models: {m: {input: 1, output: 100}}\n")
+    body = {"choices": [{"message": {"content": "A thing."}, "finish_reason": "stop"}]}
+    server.server.script = {"rules": [{"do": "ok", "body": body}]}
+    code, _, requests = run(data, "--prices", prices, "--max_cost_usd", "1")
+    assert code == 3 and len(requests) == 49  # of 200 tokens at most, at 0.01 cents each
+    assert run(data, "--prices", prices, "--max_cost_usd", "1")[2] == []
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Calls:
         self._rng = random.Random()
         self._largest_in, self._probing = 0, True
         self._waiting: list[tuple[Request, asyncio.Future]] = []
-        self._stop = asyncio.Event()
+        self._stop, self._landed = asyncio.Event(), asyncio.Event()
         self._batches_task = asyncio.create_task(self._batches()) if self._batched else None
 
     @property
@@ -129,6 +129,8 @@ class Calls:
             try:
                 answer = await self._generate(request)
                 dollars = self.meter.of(answer.tokens_in, answer.tokens_out)
+                if dollars is None:  # the server does not say what it took: a limit counts the most that it can be
+                    dollars = reserved or None
                 if answer.tokens_in is not None and answer.tokens_out is not None:
                     used = answer.tokens_in + answer.tokens_out
             except Transient as error:
@@ -159,6 +161,7 @@ class Calls:
                 self._tokens.settle(estimate, used if used is not None else estimate)
                 self.flying.discard(asyncio.current_task())
                 self.width.release()
+                self._landed.set()
             await self._sleep(wait)
 
     async def _take_off(self, request: Request, tokens_in: int, estimate: int) -> tuple[float, float]:
@@ -166,7 +169,12 @@ class Calls:
         await self._requests.take()
         await self._tokens.take(estimate)
         began = await self.width.acquire()
-        reserved = self.meter.reserve(max(tokens_in, self._largest_in), request.max_tokens)
+        while True:
+            reserved = self.meter.reserve(max(tokens_in, self._largest_in), request.max_tokens)
+            if reserved is not None or self.stopping or not self.flying:
+                break
+            self._landed.clear()  # a call in flight mostly costs less than what is set aside for it
+            await self._landed.wait()
         if reserved is None and not self.stopping:
             self.stop("cost", f"the next call could pass --max_cost_usd {self.meter.limit:g}")
         if self.stopping:
