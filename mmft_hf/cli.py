@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the user must change something; 3 done in part, and the me
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import json
@@ -133,6 +134,25 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling of each setting, and its default where it has one that the help does not name itself."""
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        value = "TEXT" if action.type is str else "true|false" if action.nargs == "?" else "VALUE"
+        return f"{action.option_strings[0]} {self._format_args(action, action.metavar or value)}".rstrip()
+
+    def _get_help_string(self, action):
+        text, default = action.help or "", action.default
+        named = default in (None, "", argparse.SUPPRESS) or "Default:" in text or "%(default)" in text
+        if not action.option_strings or named:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        shown = shown.lower() if isinstance(default, bool) else getattr(default, "value", shown)
+        return f"{text} (default: {str(shown).replace('%', '%%')})"
+
+
 def parse(verb: str, command, argv: list[str]) -> tuple:
     """The dataclasses `command.ARGUMENTS` filled from `--config` and the command line, and the positional arguments.
 
@@ -146,8 +166,15 @@ def parse(verb: str, command, argv: list[str]) -> tuple:
             raise UserError(f"{verb}: {message}. `mmft-hf {verb} --help` lists all settings.")
 
     positional = getattr(command, "POSITIONAL", None)
+    words = f"[{positional[0]} …] " if positional else ""
     parser = Parser(
-        command.ARGUMENTS, prog=f"mmft-hf {verb}", description=command.__doc__, allow_abbrev=False, add_help=True
+        command.ARGUMENTS,
+        prog=f"mmft-hf {verb}",
+        usage=f"mmft-hf {verb} {words}[--config FILE.yaml] [--key value …]",
+        description=command.__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        add_help=True,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings; the command line wins.")
     if positional:

@@ -84,7 +84,7 @@ class CaptionArguments:
         },
     )
     samples: int = field(default=1, metadata={"help": "Captions per aspect."})
-    temperature: float = field(default=0.2, metadata={"help": "Of the sampling; 0 for the likeliest text."})
+    temperature: float = field(default=0.2, metadata={"help": "Of the sampling; 0: the likeliest text."})
     max_tokens: int = field(
         default=200, metadata={"help": "Budget of a caption in the captioner's tokens. Thinking models need thousands."}
     )
@@ -95,13 +95,18 @@ class CaptionArguments:
     max_side: int = field(default=512, metadata={"help": "Longer side in pixels of the pictures that are sent."})
     captioner_batch_size: int = field(default=8, metadata={"help": "Pictures at a time, for --captioner transformers."})
     concurrency: int = field(default=16, metadata={"help": "Calls in flight at most."})
-    requests_per_minute: float | None = field(default=None, metadata={"help": "Limit of the provider."})
-    tokens_per_minute: float | None = field(default=None, metadata={"help": "Limit of the provider."})
+    requests_per_minute: float | None = field(default=None, metadata={"help": "Calls per minute at most."})
+    tokens_per_minute: float | None = field(
+        default=None, metadata={"help": "Tokens per minute at most, of prompts and answers together."}
+    )
     timeout: float = field(default=120.0, metadata={"help": "Seconds that a call may take."})
     max_reasks: int = field(default=1, metadata={"help": "Further tries of a caption that a check turned down."})
     on_check: list[str] | None = field(
         default=None,
-        metadata={"help": "What to do where a check fires, as CHECK=keep, reask or reject, e.g. label_missing=reask."},
+        metadata={
+            "help": "What to do where a check fires: CHECK=keep, reask or reject, and trim or prefix for some, e.g. "
+            "label_missing=reask."
+        },
     )
     max_cost_usd: float | None = field(
         default=None, metadata={"help": "Dollars that all runs in this folder may cost together."}
@@ -115,7 +120,10 @@ class CaptionArguments:
     split: list[str] | None = field(default=None, metadata={"help": "Splits to caption. Default: the training split."})
     classes: list[str] | None = field(default=None, metadata={"help": "Caption these classes alone."})
     key_rule: str | None = field(
-        default=None, metadata={"help": "How the keys of imported JSON files name images; see the documentation."}
+        default=None,
+        metadata={
+            "help": "How the keys of imported JSON files name images: file_name, class/file_name, class_file_name, index."
+        },
     )
     model_name_or_path: str = field(
         default="builtin/tiny-clip",
