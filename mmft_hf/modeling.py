@@ -1,4 +1,4 @@
-"""Loading a CLIP-style dual encoder, choosing what of it is trained, and encoding with it.
+"""Loading a CLIP-style dual encoder, and encoding with it.
 
 Shapes: `B` images or texts, `T` tokens, `D` embedding size.
 """
@@ -21,15 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .arguments import TOWER_MODES, choice
 from .builtin import builtin
 from .errors import UserError
-
-# Parameters of each tower, by the start of their names in CLIPModel.
-TOWERS = {
-    "vision": ("vision_model.", "visual_projection."),
-    "text": ("text_model.", "text_projection."),
-}
 
 
 def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = None) -> tuple[CLIPModel, CLIPProcessor]:
@@ -61,7 +54,9 @@ def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = N
         )
     try:
         # Only safetensors: nothing is ever unpickled from a path that a user gives.
-        model = CLIPModel.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
+        model, found = CLIPModel.from_pretrained(
+            path, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         image_processor = load_image_processor(path, revision)
     except (OSError, SafetensorError) as error:
@@ -69,6 +64,11 @@ def load_model(name_or_path: str = "builtin/tiny-clip", revision: str | None = N
             f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json beside "
             f"config.json; {str(error).strip().splitlines()[0]}"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model {name_or_path!r}: expected all weights of a CLIPModel, found none of {missing[0]} and {len(missing) - 1} "
+            "others. A checkpoint of a lora run holds only what was trained; type the run's --output_dir."
+        )
     # Without its vocabulary file a tokenizer still loads, with next to no words, and everything would run on.
     if not 0.9 * config.text_config.vocab_size <= len(tokenizer) <= config.text_config.vocab_size:
         raise UserError(
@@ -98,45 +98,22 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     return tokenizer
 
 
-def load_image_processor(path: str, revision: str | None = None) -> BaseImageProcessor:
+def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseImageProcessor:
     """What resizes, crops and normalises pictures, always through Pillow, whatever else is installed.
+
+    Args:
+        hub: `token`, `cache_dir`, `local_files_only`, as in transformers.
 
     Raises:
         OSError: not found.
     """
     pillow = {"backend": "pil"} if Version(transformers.__version__) >= Version("5.4") else {"use_fast": False}
-    return AutoImageProcessor.from_pretrained(path, revision=revision, **pillow)
+    return AutoImageProcessor.from_pretrained(path, revision=revision, **pillow, **hub)
 
 
 def default_device() -> torch.device:
     """The accelerator, where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def set_towers(model: CLIPModel, vision: str = "full", text: str = "full") -> None:
-    """Makes each tower trainable (`full`) or not (`frozen`). The logit scale is always trained.
-
-    Raises:
-        UserError: an unknown mode, or both towers frozen.
-    """
-    modes = {"vision": vision, "text": text}
-    for tower, mode in modes.items():
-        choice(f"{tower}_tower", mode, TOWER_MODES)
-    if set(modes.values()) == {"frozen"}:
-        raise UserError("--vision_tower and --text_tower: expected one of them to be full, found both frozen.")
-    for name, parameter in model.named_parameters():
-        for tower, prefixes in TOWERS.items():
-            if name.startswith(prefixes):
-                parameter.requires_grad_(modes[tower] != "frozen")
-
-
-def parameter_counts(model: CLIPModel) -> dict[str, tuple[int, int]]:
-    """`{"vision": (trainable, all), "text": (trainable, all)}`."""
-    counts = {}
-    for tower, prefixes in TOWERS.items():
-        own = [p for name, p in model.named_parameters() if name.startswith(prefixes)]
-        counts[tower] = (sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own))
-    return counts
 
 
 def encode_images(model: CLIPModel, pixel_values: Tensor) -> Tensor:

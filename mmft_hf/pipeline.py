@@ -20,6 +20,18 @@ if not hasattr(transformers, "TFPreTrainedModel"):
     transformers.TFPreTrainedModel = type("TFPreTrainedModel", (), {})
 
 
+class CLIPWithPrototypes(CLIPModel):
+    """Loads a plain `CLIPModel` with what lies beside it: only here is it known which revision is meant, and which token."""
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        model = CLIPModel.from_pretrained(name, *args, **kwargs)
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
+        model.mmft_prototypes = ClassPrototypes.from_pretrained(name, **hub)
+        model.mmft_image_processor = load_image_processor(name, **hub)
+        return model
+
+
 class MMFTImageClassificationPipeline(Pipeline):
     """Classifies images with a fine-tuned CLIP and its saved class prototypes.
 
@@ -44,12 +56,13 @@ class MMFTImageClassificationPipeline(Pipeline):
 
     def __init__(self, *args, prototypes: ClassPrototypes | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        revision = getattr(self.model.config, "_commit_hash", None)
         # With torchvision installed the stock loader takes its backend, whose pixels differ a little from the trained ones.
-        self.image_processor = load_image_processor(self.model.name_or_path, revision)
+        beside = getattr(self.model, "mmft_image_processor", None)
+        self.image_processor = beside or load_image_processor(self.model.name_or_path)
         # evaluate.evaluator("image-classification") takes no pipeline of another task name.
         self.task = "image-classification"
-        self.prototypes = prototypes or ClassPrototypes.from_pretrained(self.model.name_or_path, revision)
+        beside = getattr(self.model, "mmft_prototypes", None)
+        self.prototypes = prototypes or beside or ClassPrototypes.from_pretrained(self.model.name_or_path)
 
     def _sanitize_parameters(self, top_k=None, timeout=None):
         preprocess = {} if timeout is None else {"timeout": timeout}
@@ -78,4 +91,4 @@ class MMFTImageClassificationPipeline(Pipeline):
 def register() -> None:
     """Makes the task known to `transformers.pipeline`; calling it again changes nothing."""
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(TASK, MMFTImageClassificationPipeline, pt_model=CLIPModel, type="image")
+        PIPELINE_REGISTRY.register_pipeline(TASK, MMFTImageClassificationPipeline, pt_model=CLIPWithPrototypes, type="image")

@@ -165,8 +165,12 @@ class ClassPrototypes:
         return path
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> ClassPrototypes:
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> ClassPrototypes:
         """Reads them from a folder, or from a model repository on the Hub.
+
+        Args:
+            revision: branch, tag or commit of the repository.
+            hub: `token`, `cache_dir`, `local_files_only`, as in huggingface_hub.
 
         Raises:
             UserError: there are none.
@@ -174,11 +178,17 @@ class ClassPrototypes:
         path = Path(folder_or_hub_id) / FILE_NAME
         if not path.is_file() and not Path(folder_or_hub_id).is_dir():
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import RemoteEntryNotFoundError
 
             try:
-                path = Path(hf_hub_download(str(folder_or_hub_id), FILE_NAME, revision=revision))
-            except Exception as error:  # not found, offline, no access: for the user all the same
+                path = Path(hf_hub_download(str(folder_or_hub_id), FILE_NAME, revision=revision, **hub))
+            except RemoteEntryNotFoundError as error:
                 raise UserError(_no_prototypes(folder_or_hub_id)) from error
+            except Exception as error:  # no such repository, offline, no access, a full disk
+                raise UserError(
+                    f"{str(folder_or_hub_id)!r}: expected a folder, or a repository that can be read; "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
         if not path.is_file():
             raise UserError(_no_prototypes(folder_or_hub_id))
         try:
@@ -202,7 +212,8 @@ class ClassPrototypes:
 def _no_prototypes(name: str | Path) -> str:
     return (
         f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
-        "--output_dir; found none. Run mmft-hf finetune first, or type --model_name_or_path FOLDER."
+        "--output_dir; found none. Run mmft-hf finetune first, or make them of class names alone: "
+        "mmft_hf.ClassPrototypes.from_templates(*mmft_hf.load_model(NAME), ['cat', 'dog']).save_pretrained(FOLDER)."
     )
 
 
