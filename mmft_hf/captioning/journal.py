@@ -110,7 +110,7 @@ class Journal:
     def put(self, rows: Sequence[dict]) -> None:
         """Commits rows of `COLUMNS` (missing ones are null) in one transaction."""
         now = time.time()
-        rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **row} for row in rows]
+        rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **_utf8(row)} for row in rows]
         try:
             if len(rows) == 1:
                 self._db.execute(self._put, rows[0])
@@ -211,6 +211,11 @@ class Journal:
             f"{path}: expected a journal that can be read and written, found: {what}. Nothing was changed. If the file "
             "is damaged, move it away: its answers will be asked for again."
         )
+
+
+def _utf8(row: dict) -> dict:
+    """The row without halves of surrogate pairs: JSON and names of folders can hold them, no file of ours can."""
+    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
 def journal_files(folder: str | Path) -> list[Path]:

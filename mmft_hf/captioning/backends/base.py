@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from ...console import printable_text
 from ...errors import UserError
 from ..types import Answer, Request, Sampling, Transient
 from .transport import Transport, check_url
 
 # These decide what is asked and how it is read: another value could not be understood, or would cost for nothing.
 _OURS = ("contents", "messages", "model", "n", "stream")
+MAX_COUNT = 10**8  # tokens: more than any model reads or writes
+MAX_NAME = 200
 
 
 class HTTPBackend:
@@ -81,7 +85,7 @@ class HTTPBackend:
     async def _ask(self, request: Request) -> Answer:
         data = await self.transport.post(self._path(), self._body(request), request.picture.data)
         try:
-            return self._answer(data)
+            return storable(self._answer(data))
         except (AttributeError, IndexError, KeyError, TypeError):
             error: Transient = self.transport.bad_answer(json.dumps(data)[:1000])
         raise error
@@ -127,8 +131,16 @@ def text_of(value: object) -> str:
 
 def count_of(*values: object) -> int | None:
     """The sum of the token counts that are there, or None where none is."""
-    counts = [v for v in values if isinstance(v, int) and v >= 0]
+    counts = [v for v in values if isinstance(v, int) and 0 <= v <= MAX_COUNT]
     return sum(counts) if counts else None
+
+
+def storable(answer: Answer) -> Answer:
+    """Returns `answer`; what names itself in it as text is text, and short."""
+    reason, model = answer.finish_reason, answer.model
+    if reason is not None:
+        text_of(reason)
+    return replace(answer, model=printable_text(model)[:MAX_NAME] if isinstance(model, str) else None)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
