@@ -25,8 +25,9 @@ _PUBLIC = {
     "few_shot_split": "sampling",
     "load_captioned_dataset": "data",
     "load_model": "modeling",
-    "push_captioned_dataset": "hub",
-    "push_model": "hub",
+    "set_towers": "towers",
+    "push_captioned_dataset": "publish",
+    "push_model": "publish",
     "supcon_loss": "losses",
 }
 

@@ -46,7 +46,7 @@ ARGUMENTS = (PushArguments,)
 
 def run(args: PushArguments, folders: list[str]) -> None:
     """Checks the folder and the access, then pushes."""
-    from ..hub import push_captioned_dataset, push_model
+    from ..publish import push_captioned_dataset, push_model
 
     if len(folders) != 1:
         raise UserError(
