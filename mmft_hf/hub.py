@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -75,12 +76,16 @@ def push_files(
     if replaces:
         operations += [CommitOperationDelete(path) for path in listed if replaces.fullmatch(path) and path not in files]
     # The operations remember what was uploaded, so that a further try only commits.
-    commit = _insist(
-        lambda: api.create_commit(
-            **where, operations=operations, commit_message=message, revision=revision, create_pr=create_pr
-        ),
-        repo_id,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="It seems that you are about to commit a data file"
+        )  # the predictions
+        commit = _insist(
+            lambda: api.create_commit(
+                **where, operations=operations, commit_message=message, revision=revision, create_pr=create_pr
+            ),
+            repo_id,
+        )
     return commit.pr_url if create_pr else commit.commit_url
 
 

@@ -40,7 +40,8 @@ def push_model(
         folder: the output folder of a finished run.
         repo_id, private, revision, create_pr, token: see `push_files`.
         parts: of a LoRA run: `merged` (a plain `CLIPModel`), `adapter` (for peft), or `both`.
-        with_inference_code: adds one file, with which `pipeline(…, trust_remote_code=True)` works without this library.
+        with_inference_code: adds one file, with which `pipeline("image-classification", model=…, trust_remote_code=True)`
+            works without this library.
         license: of the model, e.g. `mit`, if the card cannot take it over from the base model.
 
     Returns:
@@ -96,7 +97,9 @@ def model_files(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = INFERENCE_FILE.removesuffix(".py")
         implementation = {"impl": f"{name}.MMFTImageClassificationPipeline", "pt": ["CLIPModel"], "type": "image"}
-        config["custom_pipelines"] = {"mmft-image-classification": implementation}
+        # Under the stock task's name: with this library, its own task needs no remote code; and the stock pipeline, which
+        # would put a random head on the model, now asks for it in place of guessing.
+        config["custom_pipelines"] = {"image-classification": implementation}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         # Kept as text, since it is no module of this package.
         files[INFERENCE_FILE] = Path(__file__).parent / "templates" / f"{name}.txt"
