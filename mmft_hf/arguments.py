@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .errors import UserError
 
-TOWER_MODES = ("full", "frozen")
+TOWER_MODES = ("full", "lora", "frozen")
+# All linear layers of attention and MLP.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def choice(name: str, value: str, known) -> None:
     """Raises `UserError` unless `value` is one of `known`."""
     if value not in known:
         raise UserError(f"--{name}: expected one of {', '.join(known)}, found {value!r}.")
+
+
+def check_lora(rank: int, alpha: int, dropout: float) -> None:
+    """Raises `UserError` for a setting of LoRA outside its range."""
+    if rank < 1:
+        raise UserError(f"--lora_rank: expected 1 or more, found {rank}.")
+    if alpha < 1:
+        raise UserError(f"--lora_alpha: expected 1 or more, found {alpha}.")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"--lora_dropout: expected a share from 0 to below 1, found {dropout}.")
 
 
 @dataclass
@@ -28,11 +40,42 @@ class ModelArguments:
     )
     vision_tower: str = field(
         default="full",
-        metadata={"help": "full: the image tower is trained; frozen: it is not.", "choices": TOWER_MODES},
+        metadata={
+            "help": "full: the image tower is trained; lora: small matrices beside its weights are, and are added to them "
+            "at the end (type --learning_rate 1e-4 or more); frozen: it is not.",
+            "choices": TOWER_MODES,
+        },
     )
     text_tower: str = field(
-        default="full", metadata={"help": "full: the text tower is trained; frozen: it is not.", "choices": TOWER_MODES}
+        default="full", metadata={"help": "full, lora or frozen: the same for the text tower.", "choices": TOWER_MODES}
     )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the matrices of a lora tower."})
+    lora_alpha: int = field(default=16, metadata={"help": "They are added multiplied by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before them."})
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers of a lora tower that get such matrices, by the ends of their names. Default: "
+            f"{' '.join(LORA_TARGETS)}."
+        },
+    )
+
+    def __post_init__(self):
+        check_lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
+        if self.lora is None:
+            for setting in fields(self):
+                if setting.name.startswith("lora_") and getattr(self, setting.name) != setting.default:
+                    raise UserError(
+                        f"--{setting.name}: expected --vision_tower lora or --text_tower lora beside it, found vision tower "
+                        f"{self.vision_tower}, text tower {self.text_tower}."
+                    )
+
+    @property
+    def lora(self) -> dict | None:
+        """The settings of LoRA, where a tower is trained by it."""
+        if "lora" not in (self.vision_tower, self.text_tower):
+            return None
+        return {name: value for name, value in vars(self).items() if name.startswith("lora_")}
 
 
 @dataclass

@@ -19,11 +19,13 @@ from .errors import UserError
 from .evaluation import Predictions
 from .prototypes import FILE_NAME as PROTOTYPES_FILE
 from .prototypes import ClassPrototypes
+from .towers import ADAPTER_FILES, Adapter
 from .version import __version__
 
 RUN_FILE = "mmft.json"
 RESULTS_FILE = "all_results.json"
 PREDICTIONS_FILE = "predictions_test.parquet"
+ADAPTER_FOLDER = "adapter"
 PICTURE_FILE = "predictions_test.png"
 # All that a run writes to its folder, beside checkpoints and the shards of a large model.
 FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, PROTOTYPES_FILE} | set(
@@ -69,6 +71,7 @@ class Run:
             "base_model_revision": model_args.model_revision,
             "vision_tower": model_args.vision_tower,
             "text_tower": model_args.text_tower,
+            "lora": model_args.lora,
             "dataset": data_args.dataset_name,
             "dataset_config_name": data_args.dataset_config_name,
             "dataset_fingerprint": splits.fingerprint(),
@@ -166,6 +169,8 @@ class Run:
                 entry.name in FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", entry.name)
             ):
                 entry.unlink()
+            elif entry.name == ADAPTER_FOLDER and {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
+                shutil.rmtree(entry)
 
     def save(
         self,
@@ -178,6 +183,7 @@ class Run:
         train_metrics: dict,
         state,
         zero_shot_won: bool = False,
+        adapter: Adapter | None = None,
     ) -> dict:
         """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
 
@@ -215,6 +221,9 @@ class Run:
         model.save_pretrained(self.path)
         processor.save_pretrained(self.path)
         prototypes.save_pretrained(self.path)
+        if adapter:
+            base, revision = self.identity["base_model"], self.identity["base_model_revision"]
+            adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
         report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
         report.contact_sheet(self.splits.test, predictions).save(self.path / PICTURE_FILE, optimize=True)
         (self.path / "README.md").write_text(

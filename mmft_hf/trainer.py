@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from datasets import ClassLabel, Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from .checkpoints import check_same_model, is_checkpoint, is_complete, last_complete_checkpoint
 from .collator import IGNORED, MMFTDataCollator
 from .configuration import MMFTConfig
 from .errors import UserError
@@ -26,6 +25,7 @@ from .progress import EpochLines
 from .prompts import TEMPLATES
 from .prototypes import ClassPrototypes
 from .sampling import EpochSampler
+from .towers import checkpoint_state, lora_layers, merged_state
 from .views import ImageView, TrainingView
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,11 @@ class MMFTTrainer(Trainer):
         # -- model and data ----------------------------------------------------------------------------------------
         if not hasattr(model, "logit_scale") or not hasattr(model, "get_image_features"):
             raise UserError(f"model: expected a CLIPModel, found {type(model).__name__}. Use mmft_hf.load_model(…).")
+        if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(
+                "model: expected a CLIPModel without an adapter of PEFT, which would not keep the trained logit scale. Use "
+                'mmft_hf.set_towers(model, "lora", "lora").'
+            )
         if processing_class is None:
             raise UserError("processing_class: expected the CLIPProcessor of the model. Use mmft_hf.load_model(…).")
         half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
@@ -290,9 +295,18 @@ class MMFTTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if lora_layers(model):
+            state_dict = checkpoint_state(model, state_dict) if is_checkpoint(folder) else merged_state(model)
         super()._save(output_dir, state_dict)
         # A pickle that nothing reads, with all settings of this machine in it.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _issue_warnings_after_load(self, load_result):
+        # What a checkpoint with LoRA lacks is what the base model has; that it has all else is checked before.
+        if not lora_layers(self.model):
+            super()._issue_warnings_after_load(load_result)
 
     def _init_training_state(self, *args, **kwargs):
         result = super()._init_training_state(*args, **kwargs)
@@ -317,14 +331,14 @@ class MMFTTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning("There is no complete checkpoint in %s: training starts anew.", self.args.output_dir)
-        elif resume_from_checkpoint and not _is_complete(Path(resume_from_checkpoint)):
+        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
             found = last_complete_checkpoint(self.args.output_dir)
             raise UserError(
                 f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer"
                 + (f". Type --resume_from_checkpoint {found}." if found else "; there is none in the output folder.")
             )
         if resume_from_checkpoint:
-            _check_same_model(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+            check_same_model(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
 
@@ -350,42 +364,4 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
         raise UserError(
             f"{name}: expected labels with class names (ClassLabel), found {dataset.features['label']}. Use "
             "mmft_hf.load_captioned_dataset(…), or dataset.class_encode_column('label')."
-        )
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
-    if not all((folder / name).is_file() for name in ("config.json", "optimizer.pt", "scheduler.pt")):
-        return False
-    if not list(folder.glob("*.safetensors")) or not list(folder.glob("rng_state*.pth")):
-        return False
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        index = folder / "model.safetensors.index.json"
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-    except (OSError, ValueError, KeyError):
-        return False
-    return all((folder / shard).is_file() for shard in shards)
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The complete `checkpoint-*` of the highest step, or None."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit() and _is_complete(p)]
-    return str(max(folders, key=lambda p: int(p.name.split("-")[1]))) if folders else None
-
-
-def _check_same_model(checkpoint: Path, model: CLIPModel) -> None:
-    def shape(config: dict) -> dict:
-        keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "image_size", "vocab_size")
-        towers = {tower: config.get(tower, {}) for tower in ("vision_config", "text_config")}
-        sizes = {f"{tower}.{key}": values.get(key) for tower, values in towers.items() for key in keys}
-        return {"model_type": config.get("model_type"), "projection_dim": config.get("projection_dim"), **sizes}
-
-    expected = shape(model.config.to_dict())
-    found = shape(json.loads((checkpoint / "config.json").read_text()))
-    differ = [f"{key} {expected[key]} (found {found[key]})" for key in expected if expected[key] != found[key]]
-    if differ:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: it is a checkpoint of another model. Expected {', '.join(differ)}. "
-            "Type the --model_name_or_path that it was started with, or a new --output_dir."
         )

@@ -10,8 +10,19 @@ import mmft_hf
 PACKAGE = Path(mmft_hf.__file__).parent
 LAYERS = [
     {"version", "errors", "arguments", "losses", "distributed", "prompts", "sampling", "images", "console", "builtin"},
-    {"configuration", "data", "joining", "views", "collator", "modeling", "prototypes", "metrics", "evaluation"},
-    {"captioning", "trainer", "progress", "pipeline", "cards", "report", "run_folder", "hub"},
+    {
+        "configuration",
+        "data",
+        "joining",
+        "views",
+        "collator",
+        "modeling",
+        "towers",
+        "prototypes",
+        "metrics",
+        "evaluation",
+    },
+    {"captioning", "trainer", "checkpoints", "progress", "pipeline", "cards", "report", "run_folder", "hub", "publish"},
     {"cli", "commands", "__main__"},
 ]
 BELOW = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -10,10 +10,10 @@ from conftest import colour_dataset
 from transformers import CLIPModel, TrainerCallback
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, MMFTTrainer
+from mmft_hf.checkpoints import last_complete_checkpoint
 from mmft_hf.errors import UserError
-from mmft_hf.modeling import set_towers
 from mmft_hf.sampling import EpochSampler
-from mmft_hf.trainer import last_complete_checkpoint
+from mmft_hf.towers import set_towers
 from mmft_hf.views import TrainingView
 
 

@@ -20,8 +20,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
 
     from ..data import load_splits
     from ..evaluation import classify
-    from ..modeling import load_model, parameter_counts, set_towers
+    from ..modeling import load_model
     from ..prototypes import ClassPrototypes
+    from ..towers import Adapter, merge, parameter_counts, set_towers
     from ..trainer import MMFTTrainer
 
     metrics = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
@@ -54,7 +55,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
         )
 
     # -- what is about to happen -------------------------------------------------------------------------------------
-    set_towers(model, model_args.vision_tower, model_args.text_tower)
+    set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template)
     untuned_validation = score(model, zero_shot, splits.validation, "validation").report()
     _announce(model_args, data_args, config, splits, parameter_counts(model), untuned_validation["accuracy"])
@@ -67,17 +68,22 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
         raise UserError(f"finetune: {str(error).strip()}") from error
     train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
     state = trainer.state
+    tuned = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = Adapter.of(tuned)
+    if adapter:  # from here on everything is measured and made with the weights that are saved
+        merge(tuned)
     validation = trainer.evaluate()["eval_accuracy"]
 
     # -- the sealed test split, once, for the result and the baseline; the other processes are free to go ---------------
     if is_main():
-        tuned, prototypes = trainer.accelerator.unwrap_model(trainer.model), trainer.prototypes
+        prototypes = trainer.prototypes
         untuned = load_model(model_args.model_name_or_path, model_args.model_revision)[0].to(config.device)
         zero_shot_test = score(untuned, zero_shot, splits.test, "test")
         # The zero-shot classifier is a candidate, too; it wins only where no epoch reached its validation accuracy.
         zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
         if zero_shot_won:
             tuned, prototypes, validation = untuned, zero_shot, untuned_validation["accuracy"]
+            adapter = None
         results = folder.save(
             model=tuned,
             processor=processor,
@@ -92,6 +98,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
             train_metrics=train_metrics,
             state=state,
             zero_shot_won=zero_shot_won,
+            adapter=adapter,
         )
         _show(folder.path, results, prototypes)
     if config.push_to_hub:
@@ -130,8 +137,9 @@ def _announce(model_args, data_args, config, splits, counts, zero_shot: float) -
     w = config.supcon_weight
     rows["loss"] = f"{w:g} SupCon + {1 - w:g} CLIP, learning rate {config.learning_rate:g}, seed {config.seed}"
     rows["trained"] = ", ".join(
-        f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters)"
-        for tower, (trained, total) in counts.items()
+        f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
+        + (f", {layers} layers)" if layers else ")")
+        for tower, (trained, total, layers) in counts.items()
     )
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     batch = config.per_device_train_batch_size

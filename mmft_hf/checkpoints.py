@@ -1,0 +1,69 @@
+"""Which checkpoint can be resumed: a whole one, of the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import CLIPModel
+
+from .errors import UserError
+from .towers import checkpoint_state
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
+    if not all((folder / name).is_file() for name in ("config.json", "optimizer.pt", "scheduler.pt")):
+        return False
+    if not list(folder.glob("*.safetensors")) or not list(folder.glob("rng_state*.pth")):
+        return False
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    except (OSError, ValueError, KeyError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The complete `checkpoint-*` of the highest step, or None."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit() and is_complete(p)]
+    return str(max(folders, key=lambda p: int(p.name.split("-")[1]))) if folders else None
+
+
+def check_same_model(checkpoint: Path, model: CLIPModel) -> None:
+    """Raises `UserError` if the weights of a checkpoint are not those that `model` trains."""
+
+    def shape(config: dict) -> dict:
+        keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "image_size", "vocab_size")
+        towers = {tower: config.get(tower, {}) for tower in ("vision_config", "text_config")}
+        sizes = {f"{tower}.{key}": values.get(key) for tower, values in towers.items() for key in keys}
+        return {"model_type": config.get("model_type"), "projection_dim": config.get("projection_dim"), **sizes}
+
+    expected = shape(model.config.to_dict())
+    found = shape(json.loads((checkpoint / "config.json").read_text()))
+    differ = [f"{key} {expected[key]} (found {found[key]})" for key in expected if expected[key] != found[key]]
+    if differ:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it is a checkpoint of another model. Expected {', '.join(differ)}. "
+            "Type the --model_name_or_path that it was started with, or a new --output_dir."
+        )
+    own = {name: list(value.shape) for name, value in checkpoint_state(model).items()}
+    stored = {}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    if any(".lora_" in name for name in own | stored) and own != stored:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it was trained with other towers, or other settings of LoRA. Type "
+            "the --vision_tower, --text_tower and --lora_rank that it was started with, or a new --output_dir."
+        )

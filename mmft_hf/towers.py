@@ -1,0 +1,166 @@
+"""Which parts of a dual encoder are trained: each tower whole (`full`), by LoRA (`lora`) or not at all (`frozen`).
+
+LoRA layers are put into the `CLIPModel` itself, which stays one: nothing that encodes or trains knows of them. The logit
+scale is always trained. PEFT neither trains nor saves such a bare parameter, so that is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from .arguments import LORA_TARGETS, TOWER_MODES, check_lora, choice
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# Parameters of each tower, by the start of their names in CLIPModel.
+TOWERS = {
+    "vision": ("vision_model.", "visual_projection."),
+    "text": ("text_model.", "text_projection."),
+}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def set_towers(
+    model: CLIPModel,
+    vision: str = "full",
+    text: str = "full",
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    lora_targets: Sequence[str] | None = None,
+) -> None:
+    """Makes each tower trainable whole (`full`), by LoRA (`lora`) or not (`frozen`). The logit scale is always trained.
+
+    Args:
+        lora_rank, lora_alpha, lora_dropout: of the LoRA layers, which add `alpha / rank * B A` to a weight.
+        lora_targets: linear layers that get LoRA, by the ends of their names. Default: those of attention and MLP.
+
+    Raises:
+        UserError: an unknown mode, both towers frozen, targets that a tower does not have.
+
+    References: Hu et al. 2022, "LoRA" (arXiv 2106.09685).
+    """
+    modes = {"vision": vision, "text": text}
+    for tower, mode in modes.items():
+        choice(f"{tower}_tower", mode, TOWER_MODES)
+    if set(modes.values()) == {"frozen"}:
+        raise UserError("--vision_tower and --text_tower: expected one of them to be full or lora, found both frozen.")
+    if lora_layers(model):
+        raise UserError(
+            "model: expected one without LoRA, found LoRA layers in it. Load it again, then set its towers."
+        )
+    if "lora" in modes.values():
+        from peft import LoraConfig, inject_adapter_in_model
+
+        check_lora(lora_rank, lora_alpha, lora_dropout)
+        towers = [tower for tower, mode in modes.items() if mode == "lora"]
+        names = _targets(model, towers, lora_targets or LORA_TARGETS)
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names)
+        inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        for tower, prefixes in TOWERS.items():
+            if name.startswith(prefixes):
+                parameter.requires_grad_(modes[tower] == "full" or ".lora_" in name)
+    model.logit_scale.requires_grad_(True)
+
+
+def _targets(model: CLIPModel, towers: Sequence[str], ends: Sequence[str]) -> list[str]:
+    """Full names of the linear layers of `towers` whose names end in one of `ends`."""
+    prefixes = tuple(prefix for tower in towers for prefix in TOWERS[tower])
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in linear if f"{name}.".startswith(prefixes)]
+    names = [name for name in linear if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+    unknown = [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in names)]
+    without = [tower for tower in towers if not any(f"{name}.".startswith(TOWERS[tower]) for name in names)]
+    if unknown or without:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        what = f"no layer is named {', '.join(unknown)}" if unknown else f"the {without[0]} tower has none of them"
+        raise UserError(
+            f"--lora_targets: expected linear layers of the {' and the '.join(towers)} tower ({known}), found "
+            f"{', '.join(ends)}; {what}."
+        )
+    return names
+
+
+def lora_layers(model: CLIPModel) -> dict[str, nn.Module]:
+    """The layers with LoRA, by their names; none in a plain model."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def parameter_counts(model: CLIPModel) -> dict[str, tuple[int, int, int]]:
+    """`{"vision": (trainable parameters, all without LoRA's, layers with LoRA), "text": …}`."""
+    counts = {}
+    for tower, prefixes in TOWERS.items():
+        own = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+        trained = sum(p.numel() for p in own.values() if p.requires_grad)
+        total = sum(p.numel() for name, p in own.items() if ".lora_" not in name)
+        counts[tower] = (trained, total, sum(f"{name}.".startswith(prefixes) for name in lora_layers(model)))
+    return counts
+
+
+def checkpoint_state(model: CLIPModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds: with LoRA only what is trained, since the base model has the rest."""
+    state = model.state_dict() if state is None else state
+    if not lora_layers(model):
+        return state
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
+
+
+@torch.no_grad()
+def merged_state(model: CLIPModel) -> dict[str, Tensor]:
+    """The weights of the plain `CLIPModel` that computes the same without LoRA layers; `model` is left as it is."""
+    state = {n.replace(".base_layer.", "."): v for n, v in model.state_dict().items() if ".lora_" not in n}
+    for name, layer in lora_layers(model).items():
+        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight("default")
+    return state
+
+
+def merge(model: CLIPModel) -> None:
+    """Turns a model with LoRA layers into the plain `CLIPModel` that computes the same, in place."""
+    state = merged_state(model)
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+    model.load_state_dict(state)
+
+
+@dataclass
+class Adapter:
+    """What training added to the base model, as PEFT reads it: LoRA weights, the logit scale, and a `full` tower whole.
+
+    `peft.PeftModel.from_pretrained(base, folder)` computes what the merged model does.
+    """
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: CLIPModel) -> Adapter | None:
+        """The adapter of a model with LoRA layers; it keeps its values when the model is merged. None of a plain model."""
+        if not lora_layers(model):
+            return None
+        return cls(model.peft_config["default"], checkpoint_state(model))
+
+    def save_pretrained(self, folder: str | Path, base_model: str, revision: str | None = None) -> None:
+        """Writes `adapter_config.json`, which names `base_model`, and `adapter_model.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.base_model_name_or_path, self.config.revision = base_model, revision
+        self.config.target_modules = sorted(self.config.target_modules)
+        self.config.auto_mapping = {"base_model_class": "CLIPModel", "parent_library": CLIPModel.__module__}
+        self.config.inference_mode = True
+        self.config.save_pretrained(folder)
+        # PEFT loads entries that are no LoRA weights, too, where the model has parameters of such names.
+        weights = {f"base_model.model.{n.replace('.default.', '.')}": v for n, v in self.weights.items()}
+        save_file({n: v.detach().cpu().contiguous() for n, v in weights.items()}, folder / ADAPTER_FILES[1])
