@@ -1,5 +1,11 @@
 """Captioning: odd servers, odd data, odd moments; one short test each."""
 
+import os
+import random
+import signal
+import threading
+import time
+
 import pytest
 from caption_server import serving
 from caption_tools import NAMES, dataset, picture, undecoded
@@ -9,6 +15,8 @@ from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.journal import by_slot
 from mmft_hf.captioning.limits import RetryPolicy
+from mmft_hf.captioning.types import Transient
+from mmft_hf.errors import UserError
 
 QUICK = RetryPolicy(base_s=0.02, cap_s=0.1)
 PICTURES = [picture(i) for i in range(40)]
@@ -76,3 +84,41 @@ def test_half_a_character_in_an_answer_or_a_class_name_can_be_stored(server, run
     server.server.script = {"rules": [says("a fine blue thing \ud83d")]}
     (row,) = run(dataset(PICTURES[:1], names=["blue_thing\udce9", "b"]))  # a folder named in Latin-1
     assert row["captions"] == ["a fine blue thing ?"]
+
+
+# -- waits ------------------------------------------------------------------------------------------------------------
+def test_a_server_that_hangs_from_the_start_costs_the_tries_of_one_call(server, run):
+    server.server.script = {"rules": [{"do": "hang"}]}
+    with pytest.raises(UserError, match="no answer within"):
+        run(dataset(PICTURES), Limits(16), timeout_s=0.1)
+    assert len(server.requests()) == 3
+
+
+def test_waits_grow_after_many_rate_limits_and_where_a_server_says_at_once():
+    waits = [RetryPolicy().wait(Transient("x", "", 0.0, True), 0, 1100, 1.0, random.Random(i)) for i in range(50)]
+    assert max(waits) > 30 and min(waits) < 30
+
+
+def test_the_resets_beside_a_server_error_are_no_wait(server, run):
+    headers = {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "149000"}
+    server.server.script = {"rules": [{"do": "error", "at": [4], "headers": headers}]}
+    assert all(len(row["captions"]) == 3 for row in run(dataset(PICTURES[:4])))
+
+
+def test_a_rate_limit_under_which_others_get_on_ends_no_run(server, run):
+    server.server.script = {"rules": [{"do": "ok", "every": 6}, {"do": "rate_limit"}]}
+    retry = RetryPolicy(base_s=0.02, cap_s=0.1, max_elapsed_s=1.0)
+    assert all(len(row["captions"]) == 3 for row in run(dataset(PICTURES[:20]), Limits(8, retry=retry)))
+
+
+def test_a_stop_waits_for_no_pause(server, run):
+    """One call is sent away for 20 s; another comes back after the stop, with an answer that needs a second try."""
+    looped = says("la " * 20) | {"delay_ms": 800}
+    server.server.script = {
+        "rules": [{"at": [1]}, {"do": "rate_limit", "at": [2], "retry_after": 20}, looped, {"do": "ok"}]
+    }
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        run(dataset(PICTURES[:2]), Limits(4))
+    assert time.monotonic() - begun < 5 and len(server.requests()) == 5

@@ -87,7 +87,7 @@ class Calls:
         self._breaker = Breaker()
         self._requests, self._tokens = Rate(limits.requests_per_minute), Rate(limits.tokens_per_minute)
         self._rng = random.Random()
-        self._largest_in, self._probing = 0, True
+        self._largest_in, self._probing, self._unheard, self._answered = 0, True, 0, 0.0
         self._waiting: list[tuple[Request, asyncio.Future]] = []
         self._stop, self._landed = asyncio.Event(), asyncio.Event()
         self._batches_task = asyncio.create_task(self._batches()) if self._batched else None
@@ -137,7 +137,13 @@ class Calls:
                 self.outcome.failures[error.kind] += 1
                 failures, limited = failures + (not error.limited), limited + error.limited
                 policy = PROBE if self._probing and not error.limited else self.limits.retry
-                wait = policy.wait(error, failures, limited, time.monotonic() - first, self._rng)
+                tries = failures
+                if self._probing and error.kind in ("connect", "timeout"):
+                    # Calls take turns, in case a picture is to blame. Nobody there is nobody there for all of them.
+                    self._unheard += 1
+                    tries = max(failures, self._unheard)
+                since = max(first, self._answered) if error.limited else first
+                wait = policy.wait(error, tries, limited, time.monotonic() - since, self._rng)
                 if error.limited:
                     self.width.limited(began, error.wait)
                 if wait is None:
@@ -166,6 +172,8 @@ class Calls:
 
     async def _take_off(self, request: Request, tokens_in: int, estimate: int) -> tuple[float, float]:
         """Waits for a place, for the rate limits and for the budget. Returns the time and the dollars set aside."""
+        if self.stopping:  # before any wait, which nobody would end
+            raise Stopped
         await self._requests.take()
         await self._tokens.take(estimate)
         began = await self.width.acquire()
@@ -202,6 +210,7 @@ class Calls:
         self._largest_in = max(self._largest_in, answer.tokens_in or 0)
         self._breaker.record(None)
         self.width.succeeded()
+        self._answered = time.monotonic()
         if self._probing:
             self._probing = False
             self.width.open()

@@ -34,12 +34,13 @@ class RetryPolicy:
 
         Args:
             failures: tries of this call that failed so far, without those that a rate limit turned away (`limited`).
-            elapsed_s: seconds since its first try.
+            elapsed_s: seconds since its first try; where a rate limit holds, since anybody got an answer, too.
         """
         if failures >= self.max_attempts or elapsed_s >= self.max_elapsed_s:
             return None
-        jitter = rng.uniform(0, min(self.cap_s, self.base_s * 2 ** (failures + limited - 1)))
-        if error.wait is None:
+        doublings = min(failures + limited - 1, 60)  # of those that a rate limit sends away there is no end
+        jitter = rng.uniform(0, min(self.cap_s, self.base_s * 2**doublings))
+        if not error.wait:  # "at once" from a server that has just refused is no hint
             return jitter
         if error.wait > LONGEST_WAIT_S:
             return None

@@ -99,7 +99,7 @@ def failure(
         target = target.rpartition("@")[2].partition("?")[0]
         return fatal("server", f"an answer, not a redirect to {target}", "Give the final address: --base_url URL.")
     if status in _TRANSIENT:
-        hint = wait_hint(headers)
+        hint = wait_hint(headers, limited=status == 429)
         return Transient(f"http_{status}", line, delay if hint is None else hint, limited=status == 429)
     if 400 <= status < 500 and status != 407:
         return Unanswerable(f"http_{status}", line)
@@ -158,11 +158,12 @@ def _until(text: str, now: float) -> float | None:
     return max(0.0, date.timestamp() - now)
 
 
-def wait_hint(headers: Mapping[str, str]) -> float | None:
+def wait_hint(headers: Mapping[str, str], limited: bool = True) -> float | None:
     """Returns how many seconds a server asks to wait, uncapped, or None.
 
     `retry-after-ms` and `Retry-After` (seconds or a date) come first. Otherwise the longest of the rate limits' resets
-    counts: of the limits that are used up where the server says which, of all where it does not.
+    counts: of the limits that are used up where the server says which, of all where it does not. Some servers write
+    these beside every answer: unless it is a rate limit (`limited`) that turned the call away, they say nothing of it.
     """
     found = {name.lower(): value for name, value in headers.items()}
     # The server's own clock, where it shows it: ours may be wrong by more than the wait.
@@ -177,7 +178,7 @@ def wait_hint(headers: Mapping[str, str]) -> float | None:
         if wait is not None:
             return wait
     resets: dict[str, float] = {}
-    for name, value in found.items():
+    for name, value in found.items() if limited else ():
         if re.match(r"x-ratelimit-reset-|anthropic-ratelimit-.*-reset$", name):
             wait = seconds(value)
             wait = _until(value, now) if wait is None else wait
