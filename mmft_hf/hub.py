@@ -58,22 +58,18 @@ def push_files(
         PartialResult: the Hub did not answer as it should in the end; the same push goes on.
     """
     api = HfApi(token=token)
-    check_access(repo_id, token)
+    where = {"repo_id": check_access(repo_id, token), "repo_type": repo_type}
+    listed = check_name(**where, marker=None if create_pr else marker, token=token)
     operations: list = [
         CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
         for path, content in sorted(files.items())
     ]
-    where = {"repo_id": repo_id, "repo_type": repo_type}
     _insist(lambda: api.create_repo(**where, private=private, exist_ok=True), repo_id)
     if revision and not create_pr:
         _insist(lambda: api.create_branch(**where, branch=revision, exist_ok=True), repo_id)
-    listed = _insist(lambda: api.list_repo_files(**where, revision=None if create_pr else revision), repo_id)
-    if marker and marker not in listed and set(listed) - {".gitattributes", "README.md"} and not create_pr:
-        raise UserError(
-            f"{repo_id}: expected a new {repo_type} repository or one that mmft-hf pushed, found one with other files "
-            f"({', '.join(sorted(listed)[:4])} …). Type another --repo_id, or --create_pr true to propose it there."
-        )
     if replaces:
+        if revision and not create_pr:
+            listed = _insist(lambda: api.list_repo_files(**where, revision=revision), repo_id)
         operations += [CommitOperationDelete(path) for path in listed if replaces.fullmatch(path) and path not in files]
     # The operations remember what was uploaded, so that a further try only commits.
     with warnings.catch_warnings():
@@ -90,7 +86,7 @@ def push_files(
 
 
 def check_access(repo_id: str, token: str | None = None) -> str:
-    """Whether this token may write there, as far as can be known without writing. Returns the user's name.
+    """Whether this token may write there, as far as can be known without writing. Returns the full name, `owner/name`.
 
     Raises:
         UserError: what is missing, and what to type.
@@ -116,11 +112,29 @@ def check_access(repo_id: str, token: str | None = None) -> str:
             f"--repo_id {repo_id}: expected a name that begins with {' or '.join(f'{name}/' for name in names)}, since the "
             f"token is of {who['name']}; found {owner}/."
         )
-    return who["name"]
+    return f"{owner}/{repo_id.split('/')[-1]}"
 
 
-def _insist(call, repo_id: str):
-    """The result of a call to the Hub, after as many tries as it takes within reason."""
+def check_name(repo_id: str, repo_type: str, marker: str | None = None, token: str | None = None) -> list[str]:
+    """The files of a repository; none if there is no such repository yet.
+
+    Args:
+        marker: a file that every repository of this kind has.
+
+    Raises:
+        UserError: it holds other files, but not that one: it is another's, and would be overwritten.
+    """
+    listed = _insist(lambda: HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type), repo_id, missing=[])
+    if marker and marker not in listed and set(listed) - {".gitattributes", "README.md"}:
+        raise UserError(
+            f"{repo_id}: expected a new {repo_type} repository or one that mmft-hf pushed, found one with other files "
+            f"({', '.join(sorted(listed)[:4])}, …). Type another name, or --create_pr true to propose it there."
+        )
+    return listed
+
+
+def _insist(call, repo_id: str, missing=None):
+    """The result of a call to the Hub, after as many tries as it takes within reason; `missing` where there is nothing."""
     for attempt in range(1, TRIES + 1):
         try:
             return call()
@@ -132,6 +146,8 @@ def _insist(call, repo_id: str):
             ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else None
+            if status == 404 and missing is not None:
+                return missing
             if status in (401, 403, 404, 400, 422):
                 raise UserError(_refused(status, repo_id, error)) from None
             hint = error.response.headers.get("Retry-After", "") if error.response is not None else ""

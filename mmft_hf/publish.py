@@ -51,6 +51,7 @@ def push_model(
         UserError: the folder is no finished run; see `push_files`.
         PartialResult: see `push_files`.
     """
+    repo_id = check_access(repo_id, token)
     files = model_files(folder, repo_id, parts=parts, with_inference_code=with_inference_code, license=license)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
     return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker="mmft.json", **options)
@@ -135,7 +136,7 @@ def push_captioned_dataset(
         PartialResult: see `push_files`.
     """
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
-    check_access(repo_id, token)
+    repo_id = check_access(repo_id, token)
     with tempfile.TemporaryDirectory() as temporary:
         if not isinstance(folder, (str, Path)):
             folder = _written(folder, Path(temporary) / "whole")

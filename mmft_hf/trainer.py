@@ -26,12 +26,13 @@ from .prompts import TEMPLATES
 from .prototypes import ClassPrototypes
 from .sampling import EpochSampler
 from .towers import checkpoint_state, lora_layers, merged_state
+from .training_pushes import TrainingPushes
 from .views import ImageView, TrainingView
 
 logger = logging.getLogger(__name__)
 
 
-class MMFTTrainer(Trainer):
+class MMFTTrainer(TrainingPushes, Trainer):
     """Fine-tunes a `CLIPModel` on images with labels and captions.
 
     Args:
@@ -249,7 +250,7 @@ class MMFTTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """The stock loop, after prototypes of the current weights were built."""
-        self.prototypes = self.build_prototypes()
+        self.prototypes, self.prototypes_step = self.build_prototypes(), self.state.global_step
         output = super().evaluation_loop(*args, **kwargs)
         for name, value in output.metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):

@@ -22,7 +22,19 @@ LAYERS = [
         "metrics",
         "evaluation",
     },
-    {"captioning", "trainer", "checkpoints", "progress", "pipeline", "cards", "report", "run_folder", "hub", "publish"},
+    {
+        "captioning",
+        "trainer",
+        "checkpoints",
+        "progress",
+        "pipeline",
+        "cards",
+        "report",
+        "run_folder",
+        "hub",
+        "publish",
+        "training_pushes",
+    },
     {"cli", "commands", "__main__"},
 ]
 BELOW = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -8,14 +8,14 @@ from ..arguments import DataArguments, ModelArguments, choice
 from ..configuration import MMFTConfig
 from ..console import is_main, percent, say, table
 from ..errors import UserError
-from ..run_folder import Run
+from ..hub import check_access, check_name
+from ..run_folder import RUN_FILE, Run
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig) -> None:
     """Trains, selects on validation, reads the test split once, and leaves everything in `config.output_dir`."""
-    from accelerate import PartialState
     from transformers import set_seed
 
     from ..data import load_splits
@@ -28,7 +28,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     metrics = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
     choice("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), metrics)
     if config.push_to_hub:
-        _check_hub(config.hub_token)
+        # Now, not after the training.
+        name = check_access(config.hub_model_id or Path(config.output_dir).absolute().name, config.hub_token)
+        check_name(name, "model", RUN_FILE, config.hub_token)
+        config.hub_model_id = name
 
     # -- before anything expensive -----------------------------------------------------------------------------------
     splits = load_splits(data_args)
@@ -36,6 +39,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
         say(f"{folder.path} holds this very run, complete. Its results are in {folder.path / 'all_results.json'}.")
+        if config.push_to_hub and is_main():
+            _push(folder.path, config)
         return
     set_seed(config.seed)
     model, processor = load_model(model_args.model_name_or_path, model_args.model_revision)
@@ -101,22 +106,19 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
             adapter=adapter,
         )
         _show(folder.path, results, prototypes)
-    if config.push_to_hub:
-        PartialState().wait_for_everyone()
-        trainer.push_to_hub()
+    if config.push_to_hub and is_main():
+        trainer._finish_current_push()
+        _push(folder.path, config)
 
 
-def _check_hub(token: str | None) -> None:
-    """Raises `UserError` now, not after the training, if nothing could be pushed."""
-    from huggingface_hub import whoami
+def _push(path: Path, config: MMFTConfig) -> None:
+    """Publishes what is in the folder: the weights that were chosen, with their results and card."""
+    from ..publish import push_model
 
-    try:
-        whoami(token=token)
-    except Exception as error:  # offline, no token, a wrong token, no connection: the user's to mend
-        raise UserError(
-            f"--push_to_hub: expected to be logged in to the Hub; {str(error).strip().splitlines()[0]} Type hf auth login, or "
-            "leave --push_to_hub out."
-        ) from error
+    say(f"\nPushing {path} to {config.hub_model_id}")
+    options = {"private": config.hub_private_repo, "revision": config.hub_revision, "token": config.hub_token}
+    url = push_model(path, config.hub_model_id, **options)
+    say(f"It is at {url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {config.hub_model_id}")
 
 
 def _announce(model_args, data_args, config, splits, counts, zero_shot: float) -> None:

@@ -1,0 +1,99 @@
+"""Pushes of the Trainer (`push_to_hub=True`): what it publishes while it trains, and at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from .hub import published, push_files
+from .publish import MODEL_FILES
+from .towers import lora_layers, merged_state
+
+RUN_FILE = "mmft.json"
+
+
+class TrainingPushes:
+    """A part of `MMFTTrainer`.
+
+    The stock pushes copy a checkpoint's weights over those in the output folder, and publish a pickle of all settings, the
+    token among them. These publish a plain `CLIPModel` with the prototypes of the same weights, and nothing else.
+    """
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        when = f"Training in progress, step {self.state.global_step}"
+        options = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
+        api = HfApi(token=args.hub_token)
+        # A folder of its own, since checkpoints come and go while it is uploaded.
+        staged = Path(tempfile.mkdtemp(prefix="mmft-push-"))
+        self._write_model(staged)
+        upload = api.upload_folder(folder_path=staged, commit_message=when, **options)
+        upload.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
+        jobs = [upload]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            every = args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+            path = Path(checkpoint_folder).name if every else "last-checkpoint"
+            jobs.append(
+                api.upload_folder(
+                    folder_path=checkpoint_folder, path_in_repo=path, commit_message=f"{when}, checkpoint", **options
+                )
+            )
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _write_model(self, folder: Path) -> None:
+        """A plain model, its processor, its record, and prototypes where they are of these very weights."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=merged_state(model) if lora_layers(model) else None)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.prototypes is not None and self.prototypes_step == self.state.global_step:
+            self.prototypes.save_pretrained(folder)
+        try:
+            record = json.loads((Path(self.args.output_dir) / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {"completed": False}
+        (folder / RUN_FILE).write_text(json.dumps(published(record), indent=2) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """Publishes model, processor and prototypes; with what else of a finished run is in the output folder.
+
+        Args:
+            commit_message, token, revision: as in the stock Trainer. It waits for the end in any case.
+
+        Returns:
+            The address of the commit, in the first process.
+        """
+        self._finish_current_push()
+        self.save_model(_internal_call=True)
+        if self.prototypes is None or self.prototypes_step != self.state.global_step:
+            self.prototypes, self.prototypes_step = self.build_prototypes(), self.state.global_step
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir)
+        self.prototypes.save_pretrained(folder)
+        if not (folder / RUN_FILE).is_file():
+            (folder / RUN_FILE).write_text('{"completed": false}\n', encoding="utf-8")
+        return push_files(
+            {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and MODEL_FILES.fullmatch(p.name)},
+            self.hub_model_id,
+            "model",
+            commit_message,
+            marker=RUN_FILE,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
