@@ -8,13 +8,14 @@ import time
 
 import pytest
 from caption_server import serving
-from caption_tools import NAMES, dataset, picture, undecoded
+from caption_tools import NAMES, caption, dataset, image_folder, picture, start, undecoded, until
 from datasets import ClassLabel, Dataset, Features, Image
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.journal import by_slot
 from mmft_hf.captioning.limits import RetryPolicy
+from mmft_hf.captioning.processes import Processes
 from mmft_hf.captioning.types import Transient
 from mmft_hf.errors import UserError
 
@@ -122,3 +123,31 @@ def test_a_stop_waits_for_no_pause(server, run):
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         run(dataset(PICTURES[:2]), Limits(4))
     assert time.monotonic() - begun < 5 and len(server.requests()) == 5
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+def test_a_process_that_is_two_splits_ahead_is_not_waited_for_again(tmp_path):
+    first, second = Processes(), Processes()
+    second.rank, second.launch, first.world, second.world = 1, first.launch, 2, 2
+    (tmp_path / "rank-00001-test-earlier.done").touch()
+    second.done(tmp_path, "train"), second.done(tmp_path, "test")
+    for split in ("train", "test"):
+        first.done(tmp_path, split)
+        waiting = threading.Thread(target=first.wait, args=(tmp_path, split), daemon=True)
+        waiting.start(), waiting.join(10)
+        assert not waiting.is_alive()
+    assert not list(tmp_path.glob("*.done"))
+
+
+def test_under_a_launcher_one_process_asks_a_server_about_all_pictures(server, tmp_path):
+    data, environment = image_folder(tmp_path / "data", 4), {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    words = caption(server, data, tmp_path / "out")
+    others = [start(words, tmp_path / f"{rank}.txt", RANK=str(rank), **environment) for rank in (1, 0)]
+    begun = time.monotonic()
+    try:
+        until(lambda: (tmp_path / "out" / "captions.json").exists(), 30)
+        assert [process.wait() for process in others] == [0, 0] and len(server.requests()) == 12
+    finally:
+        if time.monotonic() - begun > 30:
+            others[1].kill()

@@ -212,7 +212,7 @@ class CaptionJob:
                 captioned, {split: data._fingerprint for split, data in captioned.items()}, Counter(), Outcome()
             )
             return
-        processes = Processes()
+        processes = Processes(shared=self.captioner.backend == "transformers")
         self._headline("Captioning")
         captioned, fingerprints, sources, totals, outcome = {}, {}, {}, Counter(), Outcome()
         for split in self.splits:

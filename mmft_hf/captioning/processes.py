@@ -13,10 +13,14 @@ from pathlib import Path
 
 
 class Processes:
-    """As `accelerate launch` or `torchrun` started them; alone without them."""
+    """As `accelerate launch` or `torchrun` started them; alone without them.
 
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    Args:
+        shared: False where this one does all the work, and the others have left.
+    """
+
+    def __init__(self, shared: bool = True):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if shared else 1
         self.launch = uuid.uuid4().hex[:12]
         if self.world > 1:
             import torch.distributed as dist
@@ -39,7 +43,9 @@ class Processes:
         while not all(mark.exists() for mark in marks):
             time.sleep(0.2)
         for mark in folder.glob("rank-*.done"):
-            mark.unlink(missing_ok=True)
+            # Another process may be further: its marks of the next splits stay.
+            if mark in marks or self.launch not in mark.name:
+                mark.unlink(missing_ok=True)
 
     def _mark(self, folder: Path, split: str, rank: int) -> Path:
         return folder / f"rank-{rank:05d}-{split}-{self.launch}.done"
