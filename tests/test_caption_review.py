@@ -8,12 +8,12 @@ import time
 
 import pytest
 from caption_server import serving
-from caption_tools import NAMES, caption, dataset, image_folder, picture, start, undecoded, until
+from caption_tools import NAMES, caption, dataset, image_folder, picture, start, undecoded, until, written
 from datasets import ClassLabel, Dataset, Features, Image
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
-from mmft_hf.captioning.journal import by_slot
+from mmft_hf.captioning.journal import Journal, by_slot
 from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.processes import Processes
 from mmft_hf.captioning.types import Transient
@@ -151,3 +151,37 @@ def test_under_a_launcher_one_process_asks_a_server_about_all_pictures(server, t
     finally:
         if time.monotonic() - begun > 30:
             others[1].kill()
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def command(server, tmp_path):
+    """Runs `mmft-hf caption` on a folder of 6 pictures to its end; returns exit code and output."""
+    data = image_folder(tmp_path / "data", 6)
+
+    def go(*more, action=(), source=data):
+        words = caption(server, source, tmp_path / "out", *more)
+        environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        running = start([words[0], *action, *words[1:]], tmp_path / "output.txt", **environment)
+        return running.wait(), running.text
+
+    return go
+
+
+def test_retry_of_one_class_leaves_the_results_of_others(command, server, tmp_path):
+    assert command()[0] == 0
+    assert command("--classes", "red_thing", action=("retry", "ok"))[0] == 0
+    assert len(server.requests()) == 18 + 9
+    assert [len(row["captions"]) for row in written(tmp_path / "out")] == [3] * 6
+
+
+def test_what_a_server_calls_its_model_cannot_command_the_terminal(command, server, tmp_path):
+    server.server.script = {"rules": [says("a fine thing", model="\x1b[31mevil")]}
+    texts = [command()[1], command(action=("status",))[1]]
+    assert "evil" in texts[1] and not any("\x1b[31m" in text for text in texts)
+
+
+def test_a_writer_waits_for_those_who_read(tmp_path):
+    """Without a write-ahead log a reader, such as `status`, holds it up for as long as it reads."""
+    with Journal(tmp_path) as journal:
+        assert journal._db.execute("PRAGMA busy_timeout").fetchone() == (60_000,)

@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -50,6 +50,7 @@ COLUMNS = {
     **dict.fromkeys(("cost", "updated_at"), "REAL"),
 }
 SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # a request that is asked again adds to what it cost before
+WAIT_S = 60  # for a lock: without a write-ahead log, whoever reads holds up the writer
 # Memory-mapped files, which sqlite's write-ahead log needs, are not shared between the machines of these.
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "9p"}
 NETWORK_FILE_SYSTEMS |= {"fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "fuse.juicefs", "fuse.rclone", "afs", "orangefs"}
@@ -87,7 +88,7 @@ class Journal:
                 "write-ahead log. Use one machine at a time."
             )
         try:
-            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(self.path, WAIT_S, isolation_level=None, check_same_thread=False)
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
             # A killed process loses nothing under NORMAL; a machine without power may lose the last answers.
             self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
@@ -123,16 +124,22 @@ class Journal:
                 self._db.execute("ROLLBACK")
             raise self._broken(self.path, error) from error
 
-    def reopen(self, statuses: Iterable[str]) -> int:
-        """Opens the slots whose result has one of these statuses, so that the next run asks again. Returns how many."""
+    def reopen(self, statuses: Iterable[str], among: Container[str]) -> int:
+        """Opens slots whose result has one of these statuses, so that the next run asks again. Returns how many.
+
+        Args:
+            among: slots that may be opened. Others in the folder are of other pictures, models or prompts, which the next
+                run does not ask for: they would be without a result.
+        """
         statuses = list(statuses)
         for status in statuses:
             if status not in STATUSES:
                 raise UserError(f"retry: expected statuses among {', '.join(STATUSES)}, found {status!r}.")
         columns = ("key", "slot", "status", "pending", "reask", "updated_at")
-        slots = [(slot,) for slot, rows in by_slot(self.folder, columns) if rows[-1]["status"] in statuses]
+        found = ((slot, rows[-1]["status"]) for slot, rows in by_slot(self.folder, columns) if slot in among)
+        slots = [(slot,) for slot, status in found if status in statuses]
         for path in self._paths():
-            db = self._db if path == self.path else sqlite3.connect(path, isolation_level=None)
+            db = self._db if path == self.path else sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
             try:
                 db.execute("BEGIN")  # all tries of a slot: one that was turned down is forgotten with the next
                 db.executemany("UPDATE results SET status = 'not_run', pending = 0 WHERE slot = ?", slots)
@@ -227,7 +234,7 @@ def read_rows(paths: Iterable[Path], columns: Sequence[str], where: str = "", va
     """Rows of several files, one after the other, without waiting for those who write."""
     for path in paths:
         try:
-            db = sqlite3.connect(path, timeout=60)
+            db = sqlite3.connect(path, timeout=WAIT_S)
             try:
                 for row in db.execute(f"SELECT {', '.join(columns)} FROM results {where}", values):
                     yield dict(zip(columns, row, strict=True))
@@ -272,7 +279,7 @@ class JournalReader:
     def history(self, slots: Sequence[str]) -> dict[str, list[dict]]:
         """For each slot that has results, its tries in order, the one that counts last (see `best`)."""
         if self._dbs is None:
-            self._dbs = [sqlite3.connect(path, timeout=60) for path in journal_files(self.folder)]
+            self._dbs = [sqlite3.connect(path, timeout=WAIT_S) for path in journal_files(self.folder)]
         found: dict[str, list[dict]] = {}
         marks = ", ".join("?" * len(slots))
         query = f"SELECT {', '.join(COLUMNS)} FROM results WHERE slot IN ({marks})"

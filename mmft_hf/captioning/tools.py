@@ -10,7 +10,7 @@ from statistics import median
 
 from ..arguments import DataArguments
 from ..cards import public_name
-from ..console import printable_text, say, table
+from ..console import is_main, printable_text, say, table
 from ..data import load_captioned_dataset
 from ..errors import UserError
 from .arguments import CaptionArguments
@@ -74,7 +74,7 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
     for aspect, counts in (*by_aspect.items(), ("all", total)):
         say(f"  {aspect:<{width}}" + "".join(f"{counts[state]:>12,}" for state in states))
     say()
-    lines = {"model": ", ".join(f"{m} ({n:,})" for m, n in asked.most_common(3)) or "none answered"}
+    lines = {"model": ", ".join(f"{printable_text(m)} ({n:,})" for m, n in asked.most_common(3)) or "none answered"}
     lines["spent"] = f"{spent['tokens_in']:,} tokens in, {spent['tokens_out']:,} out, " + (
         f"${spent['cost']:.4f}" if spent["cost"] else "cost unknown or none"
     )
@@ -106,13 +106,16 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
 
 
 def retry(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
-    """Opens results of some statuses, then runs."""
+    """Opens results of some statuses among those that the command asks for, then runs."""
     statuses = operands or list(RETRIED)
     job = CaptionJob(data_args, args)
     if not job.captioner.asks:
         raise UserError(f"caption retry: expected a captioner that asks a model, found {args.captioner}.")
-    with job.open(job.splits[0]) as run:
-        count = run.journal.reopen(statuses)
+    count = 0
+    # By one process, before any asks: in `run` they meet before they begin.
+    for split in job.splits if is_main() else ():
+        with job.open(split) as run:
+            count += run.journal.reopen(statuses, run.plan().slots)
     say(f"{count:,} results ({', '.join(statuses)}) are asked for again.\n")
     job.run()
 
