@@ -1,10 +1,14 @@
 """Captioning: odd servers, odd data, odd moments; one short test each."""
 
+import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from caption_server import serving
@@ -13,6 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
+from mmft_hf.captioning.folder import CaptionFolder
 from mmft_hf.captioning.journal import Journal, by_slot
 from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.processes import Processes
@@ -185,3 +190,43 @@ def test_a_writer_waits_for_those_who_read(tmp_path):
     """Without a write-ahead log a reader, such as `status`, holds it up for as long as it reads."""
     with Journal(tmp_path) as journal:
         assert journal._db.execute("PRAGMA busy_timeout").fetchone() == (60_000,)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+def test_a_folder_is_ours_from_the_first_moment_of_a_run_to_the_last(tmp_path, monkeypatch):
+    journal = tmp_path / "out" / "journal"
+    journal.mkdir(parents=True)
+    (journal / "journal-00000.lock").touch()
+    folder = CaptionFolder(tmp_path / "out")
+    folder.claim({"a": 1}, False)
+    Journal(journal).close()
+    # Wherever a kill hits while the first data set is written: before each change of the folder.
+    for name in ("mkdir", "write_text", "replace"):
+        change, count = getattr(Path, name), iter(range(100))
+        for stop in range(8):
+
+            def killed(self, *args, change=change, stop=stop, count=count, **options):
+                if next(count) == stop:
+                    raise InterruptedError
+                return change(self, *args, **options)
+
+            with monkeypatch.context() as patch, contextlib.suppress(InterruptedError):
+                patch.setattr(Path, name, killed)
+                folder.write({"train": dataset(PICTURES[:1])}, {"made_from": {"a": 1}})
+            count = iter(range(100))
+            folder.claim({"a": 1}, False)
+        shutil.rmtree(folder.path / "data", ignore_errors=True), (folder.path / "captions.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "ABSOLUTE", 7])
+def test_a_record_that_names_files_elsewhere_is_no_record(tmp_path, name):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / "out").mkdir()
+    record = {"files": [str(mine) if name == "ABSOLUTE" else name], "made_from": {}}
+    (tmp_path / "out" / "captions.json").write_text(json.dumps(record))
+    folder = CaptionFolder(tmp_path / "out")
+    with pytest.raises(UserError, match="files that mmft-hf did not write"):
+        folder.claim({}, True)
+    folder.write({"train": dataset(PICTURES[:1])}, {})
+    assert mine.read_text() == "mine"

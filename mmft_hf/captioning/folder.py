@@ -15,7 +15,6 @@ from datasets import Dataset, Image
 
 from ..errors import UserError
 from ..version import __version__
-from .journal import journal_files
 
 RECORD_FILE = "captions.json"
 PARTIAL = ".partial"
@@ -36,7 +35,9 @@ class CaptionFolder:
         """`captions.json` of an earlier run; empty where there is none."""
         try:
             found = json.loads((self.path / RECORD_FILE).read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) and isinstance(found.get("files"), list) else {}
+            known = isinstance(found, dict) and isinstance(found.get("files"), list)
+            # Its files are removed when others take their place: none outside of the folder can be.
+            return found if known and all(_inside(name) for name in found["files"]) else {}
         except (OSError, ValueError):
             return {}
 
@@ -52,7 +53,10 @@ class CaptionFolder:
         """
         record = self.record()
         if not record:
-            ours = {PARTIAL, f"{RECORD_FILE}.new"} | ({"journal"} if journal_files(self.path / "journal") else set())
+            journal = self.path / "journal"  # with a lock alone where a run was killed at once
+            ours = {PARTIAL, f"{RECORD_FILE}.new"}
+            if journal.is_dir() and all(p.name.startswith(("journal-", "rank-")) for p in journal.iterdir()):
+                ours.add("journal")
             if self.path.is_dir() and {p.name for p in self.path.iterdir()} - ours:
                 raise UserError(
                     f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "
@@ -97,8 +101,8 @@ class CaptionFolder:
         old = [name for name in self.record().get("files", ()) if name not in files]
         # Until the new files are all there, the record names the old and the new.
         between = {**record, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
-        (self.path / "data").mkdir(parents=True, exist_ok=True)
         _replace(self.path / RECORD_FILE, json.dumps(between, indent=2, ensure_ascii=False) + "\n")
+        (self.path / "data").mkdir(exist_ok=True)
         for name in old:
             (self.path / name).unlink(missing_ok=True)
         for name in files:
@@ -106,6 +110,11 @@ class CaptionFolder:
         (partial / RECORD_FILE).replace(self.path / RECORD_FILE)
         shutil.rmtree(partial)
         return record
+
+
+def _inside(name: object) -> bool:
+    path = Path(name) if isinstance(name, str) else Path("..")
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _replace(path: Path, text: str) -> None:
