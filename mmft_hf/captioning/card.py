@@ -52,8 +52,8 @@ def figures(statistics: dict) -> dict[str, str]:
     repeated = statistics["duplicates"]
     found = {
         "images": f"{images:,}",
-        "captions": f"{captions:,}",
-        "captions per image": f"{captions / images:.2f}" if images else "–",
+        "captions": f"{statistics['captions']:,}",
+        "captions per image": f"{statistics['captions'] / images:.2f}" if images else "–",
         "images without a caption": f"{statistics['images_without_caption']:,}",
         "name their class": share(everything["mentions_label"], captions),
         "over the token limit": share(checks["over_token_limit"], everything["answers"]),

@@ -244,7 +244,8 @@ def _made(statistics: dict, details: Mapping) -> str:
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {count}" for key, count in value.items())
         if value not in (None, "", []):
-            spent.append((f"last run: {name.replace('_', ' ')}", str(value)))
+            value = f"{value:,}" if isinstance(value, (int, float)) else str(value)
+            spent.append((f"last run: {name.replace('_', ' ')}", value))
     rows = [[escape(name), f"<td class=words>{escape(value)}</td>"] for name, value in spent]
     prompts = "".join(
         f"<p>Prompt of <b>{escape(str(aspect))}</b>:</p><pre>{escape(str(text))}</pre>"

@@ -75,13 +75,15 @@ class CaptionTally:
         self.all = _Aspect()
         self.statuses, self.failures, self.models = Counter(), Counter(), Counter()
         self.prompt_ids: dict[str, Counter] = defaultdict(Counter)
-        self.tokens_in = self.tokens_out = self.attempts = self.asked_again = self.without = 0
+        self.tokens_in = self.tokens_out = self.attempts = self.asked_again = self.without = self.kept = 0
+        self.unreadable, self.unreadable_row = 0, None  # how many images, and the first row with one
         self.images_of, self.captions_of = Counter(), Counter()
         self.odd: dict[str, list[tuple[int, int]]] = defaultdict(list)  # kind -> (row, place of the record)
         self._rows: dict[int, list[int]] = defaultdict(list)  # label -> rows with captions
         self._seen = Counter()
         self._rng = random.Random(seed)
         self._images: set[str] = set()
+        self._asked: set[tuple] = set()
         self._texts: Counter = Counter()
         self._first: dict[str, str] = {}
         self._repeated: set[str] = set()
@@ -96,9 +98,12 @@ class CaptionTally:
 
     def _add(self, row: int, label: int | None, records: list[dict], image: str) -> None:
         self._images.add(image)
+        paid = (image, label) in self._asked  # a repeated picture of this class shares the answers, and their cost
+        self._asked.add((image, label))
         self.images_of[label] += 1
         last = {_slot(record): place for place, record in enumerate(records)}
         first_text: dict[str, str] = {}
+        texts: set[str] = set()  # a text that two aspects or models gave is one caption
         for place, record in enumerate(records):
             status, aspect = record["status"], record["aspect"] or ""
             accepted = status in ACCEPTED and bool(record["text"])
@@ -106,12 +111,12 @@ class CaptionTally:
                 counts.add(record, len(record["text"].split()) if accepted else 0)
             self.models[record["model"] or ""] += accepted
             self.prompt_ids[aspect][record["prompt_id"] or ""] += accepted
-            self.tokens_in += record["tokens_in"] or 0
-            self.tokens_out += record["tokens_out"] or 0
-            self.attempts += record["attempts"] or 0
+            self.tokens_in += 0 if paid else record["tokens_in"] or 0
+            self.tokens_out += 0 if paid else record["tokens_out"] or 0
+            self.attempts += 0 if paid else record["attempts"] or 0
             if accepted:
                 self.statuses[status] += 1
-                self.captions_of[label] += 1
+                texts.add(record["text"])
                 first_text.setdefault(aspect, record["text"])
                 key = duplicate_key(record["text"])
                 self._texts[key] += 1
@@ -127,6 +132,11 @@ class CaptionTally:
                     self.failures[kinds[0]] += 1
             for kind in kinds if status != "not_run" else ():
                 self._keep(self.odd[kind], ("odd", kind), (row, place), 3)
+        self.kept += len(texts)
+        self.captions_of[label] += len(texts)
+        if any(record["status"] == "bad_image" for record in records):
+            self.unreadable += 1
+            self.unreadable_row = row if self.unreadable_row is None else self.unreadable_row
         if first_text:
             self._keep(self._rows[label], ("row", label), row, 2)
         else:
@@ -168,7 +178,8 @@ class CaptionTally:
             "images": self.images,
             "distinct_images": len(self._images),
             "images_without_caption": self.without,
-            "captions": self.all.captions,
+            "captions": self.kept,
+            "unreadable_images": self.unreadable,
             "statuses": {status: self.statuses[status] for status in STATUSES if self.statuses[status]},
             "asked_again": self.asked_again,
             "failures": dict(self.failures.most_common()),
