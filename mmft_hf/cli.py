@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(3, f"{error} To go on, type: {_again(_without_retry(argv))}" if error.again else error, debug)
     except KeyboardInterrupt:
         return _fail(3, f"stopped by you. To go on, type: {_again(argv)}", debug)
+    except BrokenPipeError:  # `mmft-hf … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in REFUSED:
             return _defect()

@@ -124,7 +124,16 @@ class PromptSet:
                     raise UserError(f"prompt: expected {known}, found {{{name}}}.{nearest(name, PLACEHOLDERS)}")
         for aspect in self.own_prompts:
             if aspect not in self.aspects:
-                raise UserError(f"prompt of aspect {aspect!r}: expected one of {', '.join(self.aspects)}.")
+                raise UserError(
+                    f"own_prompts: expected prompts of the aspects {', '.join(self.aspects)}, found one of {aspect!r}."
+                    f"{nearest(aspect, self.aspects)} Add {aspect!r} to the aspects, or leave its prompt out."
+                )
+        same = [aspect for aspect in self.aspects if aspect not in self.own_prompts]
+        if len(same) > 1 and "{aspect}" not in self.template:
+            raise UserError(
+                f"prompt: expected {{aspect}} in it, as it is asked once for each of {', '.join(same)}, found none. Ask for "
+                "one aspect (and several --samples of it), or write {aspect} where its name goes."
+            )
 
     def prompt(self, aspect: str, class_name: str) -> str:
         """The text asked about one picture. Substitution is one pass: braces inside a class name stay text."""

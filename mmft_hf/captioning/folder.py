@@ -10,15 +10,35 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 
 from datasets import Dataset, Image
 
+from ..console import printable_text
 from ..errors import UserError
 from ..version import __version__
 
 RECORD_FILE = "captions.json"
 PARTIAL = ".partial"
 SHARD_BYTES = 500 * 2**20
+
+
+def _who(captioner: Mapping | None) -> str:
+    """`openai gpt-4.1-mini`, `template`."""
+    identity = (captioner or {}).get("identity", captioner or {})
+    return " ".join(str(identity[key]) for key in ("backend", "model") if identity.get(key)) or "nobody"
+
+
+def _changes(name: str, before, now) -> list[str]:
+    """What differs, one setting each: `max_tokens 200 there, 400 here`."""
+    if name == "captioner" and _who(before) != _who(now):
+        before, now = _who(before), _who(now)
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return [change for key in names for change in _changes(key, before.get(key), now.get(key))]
+    shown = [json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value for value in (before, now)]
+    there, here = (shorten(printable_text(text), 60, placeholder=" …") for text in shown)
+    return [f"{name} {there} there, {here} here" if there != here else f"another {name}"]
 
 
 class CaptionFolder:
@@ -66,8 +86,10 @@ class CaptionFolder:
         before = record.get("made_from", {})
         different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
         if different and not overwrite:
+            now = json.loads(json.dumps(made_from))
+            found = [change for name in different for change in _changes(name, before.get(name), now[name])]
             raise UserError(
-                f"--output_dir {self.path}: expected captions made from the same {', '.join(different)}, found others there. "
+                f"--output_dir {self.path}: expected the settings of the captions there, found others: {'; '.join(found)}. "
                 "Type another --output_dir, or --overwrite_output_dir true to replace the data set (the journal stays, "
                 "and nothing in it is asked twice)."
             )

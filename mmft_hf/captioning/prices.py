@@ -96,7 +96,7 @@ def _read(path: str) -> dict[str, Price]:
         with open(path, encoding="utf-8") as file:
             data = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"price file {path}: expected a YAML file that can be read, found: {said}") from None
     return _table(data, path)
 

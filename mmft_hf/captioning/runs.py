@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
@@ -282,6 +282,13 @@ def caption_dataset(
                 for name, split in dataset.items()
             }
         )
+    for column, kind in (("image", Image), ("label", ClassLabel)):
+        if not isinstance(dataset.features.get(column), kind):
+            found = ", ".join(f"{name} ({type(f).__name__})" for name, f in dataset.features.items())
+            raise UserError(
+                f"dataset: expected a column {column} of type {kind.__name__}, found {found}. Rename or cast it, or load the "
+                "data with load_captioned_dataset."
+            )
     checker = make_checker(captioner, dataset.features["label"].names, tokenizer, check_actions)
     if not captioner.asks:
         return caption_with_texts(dataset, captioner, checker, run_id, progress)

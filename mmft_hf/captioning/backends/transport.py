@@ -196,11 +196,19 @@ class Transport:
         if isinstance(found, aiohttp.ClientConnectorCertificateError):
             advice = "Where it is your own server, point SSL_CERT_FILE to its authority's certificate."
             return Fatal("server", redact(f"expected a valid TLS certificate. {advice} Found {said}", self._secret()))
-        if isinstance(found, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
+        if isinstance(found, aiohttp.ClientConnectorError):
+            return Transient("connect", redact(f"{self.host}: {_cause(found.os_error)}", self._secret()))
+        if isinstance(found, aiohttp.ClientHttpProxyError):
             return Transient("connect", said)
         if isinstance(found, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
             return Transient("reset", said)
         return Transient("bad_answer", said)
+
+
+def _cause(error: OSError) -> str:
+    """Why there is no connection, in the system's words: `connection refused`."""
+    number = re.search(r"\[Errno (\d+)\] Connect call failed", str(error))
+    return (os.strerror(int(number[1])) if number else error.strerror or str(error)).lower()
 
 
 async def _body(response: aiohttp.ClientResponse, cap: int) -> bytes | None:
