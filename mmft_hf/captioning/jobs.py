@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from functools import cached_property
-from textwrap import shorten
 
 from datasets import Dataset
 
 from ..arguments import DataArguments
 from ..cards import public_name
-from ..console import is_main, printable_text, say, table
+from ..console import is_main, say, table
 from ..data import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from ..errors import PartialResult, UserError, nearest
+from ..prompts import ASPECTS
 from .arguments import CaptionArguments
 from .calls import Limits, Outcome
 from .captioner import Captioner
-from .card import CLASS_MARK, PAGE
+from .card import CLASS_MARK
 from .checks import CaptionChecker, parse_actions
 from .dataset import without_captions
 from .folder import CaptionFolder
 from .plan import Plan
-from .prices import estimate_tokens
+from .prices import estimate_tokens, price_of
 from .processes import Processes
 from .report import caption_card, caption_report
 from .runs import CaptionRun, caption_with_texts, new_run_id
+from .summary import calls_line, many, money, next_line, print_folder, print_prompts, rate
 from .tally import CaptionTally
 from .tokens import load_counter
-from .types import ACCEPTED
+from .types import ACCEPTED, TERMINAL
 
 
 class CaptionJob:
@@ -145,6 +147,7 @@ class CaptionJob:
                 "\nNothing is asked of a model, so there is nothing to pay for. Leave --dry_run out to write the data set."
             )
             return
+        left = 0
         for split in self.splits:
             run = self.open(split)
             if run.folder.is_dir():
@@ -153,7 +156,14 @@ class CaptionJob:
             else:
                 plan, spent = run.plan(), 0.0
             self._print_plan(split, run, plan, spent)
-        say("\nNothing was asked. Leave --dry_run out to start.")
+            left += plan.open
+        with suppress(AttributeError):  # a model in this process needs no key
+            try:
+                run.backend.check_key()
+            except UserError as error:
+                say(f"\nBefore the run: {error}")
+        how = "--dry_run" if self.args.dry_run else "`plan`"
+        say(f"\nNothing was asked. Leave {how} out to start." if left else "\nNothing is left to ask for.")
 
     def _print_plan(self, split: str, run: CaptionRun, plan: Plan, spent: float) -> None:
         aspects = len(self.captioner.prompts.aspects) if self.captioner.joint else 1
@@ -163,39 +173,40 @@ class CaptionJob:
         prompts = [len(slot.prompt) / 3.5 for job in looked_at for slot in job.slots]
         tokens_in = calls * (sum(pictures) / max(len(pictures), 1) + sum(prompts) / max(len(prompts), 1))
         tokens_out = plan.open * min(self.args.words * 1.4, self.args.max_tokens)
-        rows = {f"split {split}": f"{plan.rows:,} images, {plan.repeated:,} of them repeat another"}
+        repeated = f", {plan.repeated:,} of them repeat another" if plan.repeated else ""
+        rows = {f"split {split}": many(plan.rows, "image") + repeated}
         if plan.unreadable:
-            rows["unreadable"] = f"{len(plan.unreadable)} images: {next(iter(plan.unreadable.values()))}"
+            rows["unreadable"] = f"{many(len(plan.unreadable), 'image')}: {next(iter(plan.unreadable.values()))}"
         rows["captions"] = (
             f"{len(plan.slots):,} wanted, {len(plan.slots) - plan.open:,} in the journal, {plan.open:,} to ask for"
         )
-        rows["calls"] = f"{calls:,}, not counting what has to be asked again"
-        rows["tokens"] = (
-            f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out, estimated from {len(pictures)} of the pictures"
-        )
-        rows["cost"] = self._cost(run, tokens_in, tokens_out)
+        if plan.jobs:
+            rows["calls"] = f"{calls:,}, not counting what has to be asked again"
+            rows["tokens"] = (
+                f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out, estimated from {many(len(pictures), 'picture')}"
+            )
+            rows["cost"] = self._cost(run, tokens_in, tokens_out, spent)
         if spent:
-            rows["spent so far"] = f"${spent:.4f}"
-        if self.limits.requests_per_minute:
+            rows["spent so far"] = money(spent)
+        if self.limits.requests_per_minute and plan.jobs:
             rows["time"] = f"{calls / self.limits.requests_per_minute:,.0f} minutes or more, at the limit per minute"
         say()
         table(rows)
-        if not plan.jobs:
-            return
-        say("\nPrompts, for example:")
-        for job in (plan.jobs[0], plan.jobs[-1])[: len(plan.jobs)]:
-            for slot in job.slots[: 1 if self.captioner.joint else 2]:
-                name = printable_text(job.class_name)
-                say(f"  [{name} · {'all aspects' if self.captioner.joint else slot.aspect}] {slot.prompt}")
+        if plan.jobs:
+            print_prompts(plan.jobs, self.captioner.joint)
 
-    def _cost(self, run: CaptionRun, tokens_in: float, tokens_out: float) -> str:
+    def _cost(self, run: CaptionRun, tokens_in: float, tokens_out: float, spent: float) -> str:
         if self.captioner.backend == "transformers":
             return "none but this machine's time"
-        if run.price is None:
+        price, limit = run.price, self.args.max_cost_usd
+        if price is None:
             return f"unknown: {self.captioner.model} is in no price table. Type --prices FILE.yaml to name one."
-        dollars = (tokens_in * run.price.input + tokens_out * run.price.output) / 1e6
-        date = f", prices of {run.price.date}" if run.price.date else ""
-        return f"about ${dollars:.2f} (${run.price.input:g} in, ${run.price.output:g} out per million tokens{date})"
+        dollars = (tokens_in * price.input + tokens_out * price.output) / 1e6
+        date = f", prices of {price.date}" if price.date else ""
+        over = f"; --max_cost_usd {limit:g} will stop it" if limit is not None and spent + dollars > limit else ""
+        return (
+            f"about {money(dollars)} ({rate(price.input)} in, {rate(price.output)} out per million tokens{date}){over}"
+        )
 
     def run(self) -> None:
         """Captions, or goes on with it, and writes the folder.
@@ -242,7 +253,7 @@ class CaptionJob:
                         self._finish(
                             totals,
                             outcome,
-                            f"Nothing to do: {self.args.output_dir} has all {len(plan.slots):,} captions.",
+                            self._nothing_to_do(totals, len(plan.slots)),
                         )
                         return
                 captioned[split] = run.read(plan, results)
@@ -251,11 +262,11 @@ class CaptionJob:
             self._write(captioned, fingerprints, totals, outcome, sources[self.splits[0]])
 
     def _progress_line(self, split: str, run: CaptionRun, plan: Plan, processes: Processes) -> str:
-        line = f"Split {split}: {plan.open:,} captions to ask for, {len(plan.slots):,} wanted in all"
+        line = f"Split {split}: {many(plan.open, 'caption')} to ask for, {len(plan.slots):,} wanted in all"
         if processes.world > 1:
             line = f"Split {split}: {len(plan.slots):,} captions wanted, shared by {processes.world} processes"
         if plan.unreadable:
-            line += f"; {len(plan.unreadable)} images cannot be read"
+            line += f"; {many(len(plan.unreadable), 'image')} cannot be read"
         return line + (f"; prices of {run.price.date}" if run.price and run.price.date and plan.open else "") + "."
 
     def _with_texts(self, split: str) -> Dataset:
@@ -279,9 +290,12 @@ class CaptionJob:
         }
         if self.captioner.asks:
             prompts = self.captioner.prompts
-            lines["aspects"] = (
-                f"{', '.join(prompts.aspects)}; about {prompts.words} words each; domain: {prompts.domain}"
-            )
+            own = [
+                f" (your own{nearest(a, ASPECTS).replace('.', '')})" if a not in ASPECTS else ""
+                for a in prompts.aspects
+            ]
+            aspects = ", ".join(map("".join, zip(prompts.aspects, own, strict=True)))
+            lines["aspects"] = f"{aspects}; about {prompts.words} words each; domain: {prompts.domain}"
         table(lines | {"output": self.args.output_dir})
 
     # -- the folder ---------------------------------------------------------------------------------------------------
@@ -303,41 +317,50 @@ class CaptionJob:
         if self.captioner.asks:
             details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}
             details["last_run"] = outcome.summary()
-        write_folder(self.folder, splits, self.splits[0], details, source)
+        statistics = write_folder(self.folder, splits, self.splits[0], details, source)
         if outcome.attempts:
-            cost = f"${outcome.cost:.4f}" if outcome.cost else "cost unknown or none"
-            kinds = "".join(f", {kind} {count:,}" for kind, count in outcome.failures.most_common())
-            say(
-                f"\n{outcome.calls:,} calls answered of {outcome.attempts:,} tried{kinds}; {outcome.tokens_in:,} tokens in, "
-                f"{outcome.tokens_out:,} out, {cost}; {outcome.seconds:.0f} s."
-            )
-        self._finish(totals, outcome)
+            price = price_of(self.captioner.model, self.args.prices)
+            say(f"\n{calls_line(outcome, price, self.captioner.backend == 'transformers')}")
+        self._finish(totals, outcome, next_line(self.args.output_dir, statistics))
+
+    def _nothing_to_do(self, totals: Counter, wanted: int) -> str:
+        kept = sum(totals[status] for status in ACCEPTED)
+        if kept == wanted:
+            return f"Nothing to do: {self.args.output_dir} has all {wanted:,} captions."
+        others = ", ".join(f"{totals[status]:,} {status}" for status in TERMINAL[len(ACCEPTED) :] if totals[status])
+        return (
+            f"Nothing to do: {self.args.output_dir} has {kept:,} of {wanted:,} captions, and a run asks for no more "
+            f"({others}). Why: mmft-hf caption status --output_dir {self.args.output_dir}"
+        )
 
     @staticmethod
     def _missing(totals: Counter) -> int:
         return sum(totals[status] for status in ("failed", "empty", "truncated", "not_run"))
 
-    def _finish(self, totals: Counter, outcome: Outcome, line: str = "") -> None:
+    def _finish(self, totals: Counter, outcome: Outcome, line: str) -> None:
         missing = self._missing(totals)
         if not missing:
-            say(f"\n{line or f'Next: mmft-hf finetune --dataset_name {self.args.output_dir}'}")
+            say(f"\n{line}")
             return
         wanted = sum(totals.values()) - totals["unreadable"]
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in outcome.failures.most_common(4))
         why = f" {outcome.why.rstrip('.')}." if outcome.why else ""
+        if outcome.stopped == "cost":
+            why = f" The next call could pass --max_cost_usd {self.args.max_cost_usd:g}: type a larger one to go on."
         if totals["truncated"] + totals["empty"] > missing / 2:
             why += (
-                f" Most were cut by the token budget or empty: type a larger --max_tokens than {self.args.max_tokens}."
+                f" Most were cut by the token budget or empty: type a larger --max_tokens than {self.args.max_tokens}, and "
+                "--overwrite_output_dir true (with another budget all captions are asked for again)."
             )
         raise PartialResult(
             f"{missing:,} of {wanted:,} captions are missing.{why}{f' Failures: {kinds}.' if kinds else ''} "
-            f"{self.args.output_dir} has what there is; `mmft-hf caption status --output_dir {self.args.output_dir}` says why.",
+            f"{self.args.output_dir} has what there is.",
             again=outcome.stopped != "cost",
         )
 
 
-def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: dict, source=None) -> None:
-    """Writes a captioned data set with its report and card, and prints what is in it.
+def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: dict, source=None) -> dict:
+    """Writes a captioned data set with its report and card, prints what is in it, and returns its statistics.
 
     Args:
         splits: all of them, with the contract's columns.
@@ -363,26 +386,5 @@ def write_folder(folder: CaptionFolder, splits: dict, captioned: str, details: d
     folder.write(splits, {**details, "statistics": statistics}, extras)
     if source:
         source.reader.close()
-    everything, captions = statistics["all"], statistics["captions"]
-    unwanted = {name: count for name, count in statistics["statuses"].items() if name not in ACCEPTED}
-    others = "".join(f"; {count:,} {name}" for name, count in unwanted.items()) or "; 0 empty"
-    lines = {
-        "captions": f"{captions:,} kept, {captions / max(len(dataset), 1):.1f} per image{others}",
-        "without": f"{statistics['images_without_caption']} images have no caption",
-    }
-    if everything["clip_tokens"]:
-        tokens, over = everything["clip_tokens"], everything["checks"]["over_token_limit"]
-        limit = (details.get("checks") or {}).get("token_limit") or "limit"
-        lines["tokens"] = f"median {tokens['median']:.0f}, longest {tokens['max']}; {over} over the model's {limit}"
-    lines["label named"] = f"in {everything['mentions_label'] / max(captions, 1):.0%} of the captions"
-    lines["report"] = folder.path / PAGE
-    say()
-    table(lines)
-    rows = tally.rows_to_show(3)
-    if rows:
-        say("\nFor example:")
-    names = dataset.features["label"].names
-    for row in dataset.select(rows).select_columns(["label", "captions"]):
-        shown = "  ".join(f'"{shorten(text, 150, placeholder=" …")}"' for text in row["captions"][:3])
-        more = f"  and {len(row['captions']) - 3} more" if len(row["captions"]) > 3 else ""
-        say(printable_text(f"  {names[row['label']]}: {shown}{more}"))
+    print_folder(folder.path, dataset, tally, statistics, details, source is not None)
+    return statistics

@@ -8,11 +8,13 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
+import pyarrow.parquet as pq
+
 from ..arguments import DataArguments
 from ..cards import public_name
 from ..console import is_main, printable_text, say, table
 from ..data import load_captioned_dataset
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .arguments import CaptionArguments
 from .calls import Limits
 from .checks import CaptionChecker, parse_actions
@@ -21,6 +23,7 @@ from .folder import CaptionFolder
 from .jobs import CaptionJob, write_folder
 from .journal import Journal, by_slot, export_journal, import_journal, journal_files
 from .plan import Plan
+from .summary import many, money, next_line
 from .tokens import load_counter
 from .types import ACCEPTED, OPEN, STATUSES, TERMINAL
 
@@ -70,13 +73,15 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
     say(f"Captions in {journal}\n")
     states = [state for state in STATUSES if total[state]]
     width = max(len(aspect) for aspect in (*by_aspect, "all"))
+    asked_for = ((record.get("made_from") or {}).get("prompts") or {}).get("aspects") or sorted(by_aspect)
+    by_aspect = {a: by_aspect[a] for a in (*asked_for, *sorted(by_aspect)) if a in by_aspect}
     say("  " + " " * width + "".join(f"{state:>12}" for state in states))
     for aspect, counts in (*by_aspect.items(), ("all", total)):
         say(f"  {aspect:<{width}}" + "".join(f"{counts[state]:>12,}" for state in states))
     say()
     lines = {"model": ", ".join(f"{printable_text(m)} ({n:,})" for m, n in asked.most_common(3)) or "none answered"}
     lines["spent"] = f"{spent['tokens_in']:,} tokens in, {spent['tokens_out']:,} out, " + (
-        f"${spent['cost']:.4f}" if spent["cost"] else "cost unknown or none"
+        money(spent["cost"]) if spent["cost"] else "cost unknown or none"
     )
     lines["attempts"] = f"{spent['attempts']:,}"
     if checks:
@@ -87,11 +92,14 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
         )
     table(lines)
     if errors:
+        files = _file_names(CaptionFolder(args.output_dir), {rows[0]["image_sha256"] for rows in errors.values()})
         say("\nNot accepted:")
         for (state, kind), rows in sorted(errors.items(), key=lambda item: -len(item[1])):
             row = rows[0]
-            example = f"{printable_text(row['label'] or '')}, {row['aspect']}, image {row['image_sha256'][:12]}"
-            say(f"  {len(rows):,} {state} ({kind}), e.g. {example}{': ' + row['error'] if row['error'] else ''}")
+            image = files.get(row["image_sha256"]) or f"image {row['image_sha256'][:12]}"
+            example = printable_text(f"{row['label'] or ''}, {image}, {row['aspect']}")
+            what = state if kind == state else f"{state} ({kind})"
+            say(f"  {len(rows):,} {what}, e.g. {example}{': ' + row['error'] if row['error'] else ''}")
         again = sum(total[state] for state in OPEN)
         say(
             f"\n{again:,} of them are asked again by the next run."
@@ -105,26 +113,53 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
             )
 
 
+def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
+    """Names of the files of these images, from the data set in the folder; fewer where it has not been written."""
+    found: dict[str, str] = {}
+    for name in folder.record().get("files", ()):
+        if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():
+            with pq.ParquetFile(folder.path / name) as file:
+                shard = file.read(["image.path", "image_sha256"])  # no picture is read
+            for digest, image in zip(*(shard[c].to_pylist() for c in ("image_sha256", "image")), strict=True):
+                if digest in wanted:
+                    found.setdefault(digest, Path(image["path"] or "").name)
+    return found
+
+
+def _needs_a_model(verb: str, args: CaptionArguments) -> None:
+    if args.captioner in ("columns", "template"):
+        raise UserError(
+            f"caption {verb}: expected the settings of a run that asks a model, found --captioner {args.captioner}. Type the "
+            f"command of the run, with `{verb}` after `mmft-hf caption`."
+        )
+
+
 def retry(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
     """Opens results of some statuses among those that the command asks for, then runs."""
     statuses = operands or list(RETRIED)
+    for status in statuses:
+        if status not in STATUSES:
+            found = f"{status!r}.{nearest(status, STATUSES)}"
+            raise UserError(f"retry: expected statuses among {', '.join(STATUSES)}, found {found}")
+    _needs_a_model("retry", args)
+    if not journal_files(Path(args.output_dir) / "journal"):
+        raise UserError(
+            f"--output_dir {args.output_dir}: expected a journal of captions in it, found none. Leave `retry` out to start."
+        )
     job = CaptionJob(data_args, args)
-    if not job.captioner.asks:
-        raise UserError(f"caption retry: expected a captioner that asks a model, found {args.captioner}.")
     count = 0
     # By one process, before any asks: in `run` they meet before they begin.
     for split in job.splits if is_main() else ():
         with job.open(split) as run:
             count += run.journal.reopen(statuses, run.plan().slots)
-    say(f"{count:,} results ({', '.join(statuses)}) are asked for again.\n")
+    say(f"{many(count, 'result')} ({', '.join(statuses)}) {'is' if count == 1 else 'are'} asked for again.\n")
     job.run()
 
 
 def bench(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
     """Times a few calls at growing concurrency. Their captions go to the journal, so nothing is lost."""
+    _needs_a_model("bench", args)
     job = CaptionJob(data_args, args)
-    if not job.captioner.asks:
-        raise UserError(f"caption bench: expected a captioner that asks a model, found {args.captioner}.")
     widths = [n for n in (1, 4, 16, 64, 256) if n < args.concurrency] + [args.concurrency]
     if job.captioner.backend == "transformers":
         widths = [1]  # one batch at a time: --captioner_batch_size is what to vary
@@ -238,5 +273,5 @@ def merge(operands: list[str], data_args: DataArguments, args: CaptionArguments)
 def _write(folder: CaptionFolder, splits: dict, made_from: dict, sources: list[str], model: str | None) -> None:
     details = {**made_from, "made_from": made_from, "sources": sources, "model": model, "complete": True}
     details |= {"run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "fingerprints": None}
-    write_folder(folder, splits, next(iter(splits)), details)
-    say(f"\nNext: mmft-hf finetune --dataset_name {folder.path}")
+    statistics = write_folder(folder, splits, next(iter(splits)), details)
+    say(f"\n{next_line(folder.path, statistics)}")
