@@ -76,7 +76,7 @@ def print_folder(
     without = statistics["images_without_caption"]
     lines = {
         "captions": f"{captions:,} kept, {captions / max(len(dataset), 1):.1f} per image{others}",
-        "without any": many(without, "image"),
+        "no caption": many(without, "image"),
     }
     if statistics["unreadable_images"]:
         row = tally.unreadable_row
@@ -97,15 +97,15 @@ def print_folder(
     rows = tally.rows_to_show(3)
     if rows:
         say("\nFor example:")
-    names = dataset.features["label"].names
+    names, blocks = dataset.features["label"].names, []
     for row in dataset.select(rows).select_columns(["label", "captions"]):
         shown = [f'"{shorten(text, WIDTH - 10, placeholder=" …")}"' for text in row["captions"][:3]]
         shown += [f"and {len(row['captions']) - 3} more"] if len(row["captions"]) > 3 else []
-        name = printable_text(names[row["label"]])
-        line = printable_text(f"  {name}: {'  '.join(shown)}")
-        say(line if len(line) <= WIDTH else f"  {name}:")
-        for text in shown if len(line) > WIDTH else ():
-            say(printable_text(f"    {text}"))
+        blocks.append([f"{names[row['label']]}:", *shown])
+    short = all(len("  ".join(block)) < WIDTH for block in blocks)
+    for block in blocks:
+        for line in ["  ".join(block)] if short else [block[0], *(f"  {text}" for text in block[1:])]:
+            say(printable_text(f"  {line}"))
 
 
 def next_line(path: Path | str, statistics: Mapping) -> str:
