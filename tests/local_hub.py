@@ -9,8 +9,8 @@ needs the Hub runs in a child process, by `hub.python` or with the environment `
 any other machine go to this server as to a proxy: they are written down (`hub.outside()`) and refused.
 
 A rule is {"match": regex of "METHOD path", "do": …} with conditions that must all hold, on the number of the request
-among those that match (from 1): at, from, to, every; and times, how often the rule is used at most. The first that fits
-decides; `hub.rules` may be exchanged at any time. `do` is one of
+among those that match and that no rule before took (from 1): at, from, to, every; and times, how often the rule is used
+at most. The first that fits decides; `hub.rules` may be exchanged at any time. `do` is one of
     401, 503, …   this status, once the request was read. Further fields: code (X-Error-Code), message, retry_after, body
     "cut"         RST in the middle of the body of an upload, or of the answer, after `after_bytes`
     "close"       the same with an orderly end (FIN)
@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 from urllib.parse import unquote, urlencode
@@ -73,16 +74,24 @@ class Hub(Api):
 
     @property
     def rules(self) -> list[dict]:
-        return self._rules
+        return [rule for rule, _ in self._rules]
 
     @rules.setter
     def rules(self, rules: list[dict]) -> None:
-        self._rules, self._counts = rules, [[0, 0] for _ in rules]  # requests that matched; uses
+        self._rules = [(rule, [0, 0]) for rule in rules]  # requests that matched; uses
 
     def requests(self, match: str = "") -> list[dict]:
-        """What was asked, in order: n, method, path, query, status (None: no whole answer), fault, received, sent,
+        """What was asked, in order: n, time, method, path, query, status (None: no whole answer), fault, received, sent,
         auth (an Authorization header came), user, range. `match` is a regex of "METHOD path"."""
         return [dict(r) for r in self.log if re.search(match, f"{r['method']} {r['path']}") and not r["outside"]]
+
+    def wait_for(self, match: str, count: int = 1, timeout: float = 30) -> list[dict]:
+        """Waits until so many requests that match have begun."""
+        end = time.monotonic() + timeout
+        while len(found := self.requests(match)) < count:
+            assert time.monotonic() < end, f"{len(found)} requests {match!r} instead of {count}"
+            time.sleep(0.01)
+        return found
 
     def outside(self) -> list[str]:
         """The other hosts that child processes asked for."""
@@ -121,7 +130,8 @@ class Hub(Api):
         drop = re.compile(r"(HF|HUGGING_?FACE(_HUB)?|TRANSFORMERS|DATASETS)_|.*_proxy$", re.IGNORECASE)
         env = {key: value for key, value in os.environ.items() if not drop.match(key)}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / home), "HF_HUB_DISABLE_XET": "1"}
-        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {"http_proxy": self.url, "https_proxy": self.url, "no_proxy": "127.0.0.1,localhost"}
         env |= {"HF_TOKEN": token, **more}
         return {key: value for key, value in env.items() if value is not None}
@@ -138,7 +148,7 @@ class Hub(Api):
     # --- requests and faults -----------------------------------------------------------------------------------------
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        line = {"n": len(self.log) + 1, "method": request.method, "path": request.rel_url.path}
+        line = {"n": len(self.log) + 1, "time": time.time(), "method": request.method, "path": request.rel_url.path}
         line |= {"query": request.query_string if "sig=" not in request.query_string else "", "status": None}
         line |= {"fault": None, "received": 0, "sent": 0, "auth": "Authorization" in request.headers, "user": None}
         line |= {"range": request.headers.get("Range"), "outside": None}
@@ -167,13 +177,16 @@ class Hub(Api):
             who = self._who(request)
             line["user"] = who and who["user"]
             answer = self._answer(Call(request, body, who), port)
-        except (KeyError, TypeError, ValueError, IndexError):
-            self.errors.append(traceback.format_exc())
-            answer = 500, {}, {"error": "a fault of the local Hub"}
         except Problem as problem:
-            headers = {"X-Error-Message": problem.message, **problem.headers}
+            words = " ".join(problem.message.encode("ascii", "replace").decode().split())
+            headers = {"X-Error-Message": words, **problem.headers}
             headers |= {"X-Error-Code": problem.code} if problem.code else {}
             answer = problem.status, headers, {"error": problem.message, **problem.body}
+        except Exception:
+            if request.transport is None:  # the client is gone
+                raise
+            self.errors.append(traceback.format_exc())
+            answer = 500, {}, {"error": "a fault of the local Hub"}
         if do == "lost":
             return self._break(request, do)
         status, headers, data = answer if isinstance(answer, tuple) else (200, {}, answer)
@@ -182,7 +195,7 @@ class Hub(Api):
         return await self._send(request, line, {} if sending and do != "slow" else rule, status, headers, data)
 
     def _rule(self, what: str) -> dict:
-        for rule, count in zip(self._rules, self._counts, strict=True):
+        for rule, count in self._rules:
             if re.search(rule["match"], what):
                 count[0] += 1
                 n = count[0]
