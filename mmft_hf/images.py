@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def original_bytes(image: dict | None) -> bytes:
     """The bytes of an undecoded image as they are stored: in the data set, or in the file that it names.
 
     Raises:
-        BadImage: there are none. A path that is an address of the network is never fetched.
+        BadImage: there are none. A path that is an address of the network is never fetched, and of what a path names
+            only pictures are read: data from elsewhere may name a device that never ends, or a file with a key.
     """
     image = image or {}
     if image.get("bytes") is not None:
@@ -98,11 +100,17 @@ def original_bytes(image: dict | None) -> bytes:
     if "://" in path:
         raise BadImage(f"expected a file, found an address ({path[:80]}), and addresses inside data are not fetched")
     try:
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise BadImage(f"{Path(path).name}: expected a file, found something else")
+        if found.st_size > MAX_FILE_BYTES:
             raise BadImage(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, found a larger one")
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
+    with reading():
+        open_image(data)
+    return data
 
 
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[float, ...]:

@@ -6,23 +6,27 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from caption_server import serving
-from caption_tools import NAMES, caption, dataset, image_folder, picture, start, undecoded, until, written
+from caption_tools import ASPECTS, NAMES, caption, dataset, image_folder, picture, start, undecoded, until, written
 from datasets import ClassLabel, Dataset, Features, Image
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
+from mmft_hf.captioning.checks import CaptionChecker
 from mmft_hf.captioning.folder import CaptionFolder
 from mmft_hf.captioning.journal import Journal, by_slot
 from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.processes import Processes
+from mmft_hf.captioning.runs import CaptionRun
 from mmft_hf.captioning.types import Transient
 from mmft_hf.errors import UserError
+from mmft_hf.images import BadImage, original_bytes
 
 QUICK = RetryPolicy(base_s=0.02, cap_s=0.1)
 PICTURES = [picture(i) for i in range(40)]
@@ -230,3 +234,62 @@ def test_a_record_that_names_files_elsewhere_is_no_record(tmp_path, name):
         folder.claim({}, True)
     folder.write({"train": dataset(PICTURES[:1])}, {})
     assert mine.read_text() == "mine"
+
+
+# -- answers that were bought -----------------------------------------------------------------------------------------
+def looped(server, run, tmp_path, **settings):
+    """A run whose first answers were turned down, killed before any second try; and how many requests that took."""
+    server.server.script = {"rules": [says("la " * 20)]}
+    run(dataset(PICTURES[:2]), **settings)
+    with sqlite3.connect(tmp_path / "run" / "journal" / "journal-00000.sqlite") as db:
+        db.execute("DELETE FROM results WHERE reask > 0")
+    assert all(rows == [(0, "rejected", 1)] for rows in history(tmp_path / "run"))
+    return len(server.requests())
+
+
+def test_with_fewer_tries_allowed_an_answer_that_was_turned_down_is_the_result(server, run, tmp_path):
+    count = looped(server, run, tmp_path)
+    rows = run(dataset(PICTURES[:2]), Limits(4, max_reasks=0))
+    assert len(server.requests()) == count and history(tmp_path / "run") == [[(0, "rejected", 0)]] * 6
+    assert all(r["status"] == "rejected" and r["attempts"] == 1 for row in rows for r in row["caption_records"])
+
+
+@pytest.mark.parametrize("aspects_per_call", ["one", "all"])
+def test_with_other_checks_an_answer_that_was_turned_down_may_do(server, run, tmp_path, aspects_per_call):
+    text = "a fine piece" if aspects_per_call == "one" else json.dumps(dict.fromkeys(ASPECTS, "a fine piece"))
+    server.server.script = {"rules": [{"do": "error", "status": 400, "prompt": "Use the words"}, says(text)]}
+    run(dataset(PICTURES[:2]), actions={"label_missing": "reask"}, aspects_per_call=aspects_per_call)
+    count = len(server.requests())
+    rows = run(dataset(PICTURES[:2]), aspects_per_call=aspects_per_call)
+    assert len(server.requests()) == count and all(row["captions"] == ["a fine piece"] for row in rows)
+
+
+def test_a_final_result_in_one_file_beats_a_turned_down_answer_in_another(tmp_path):
+    same = {"key": "a", "slot": "a", "status": "rejected"}
+    with Journal(tmp_path, 0) as first, Journal(tmp_path, 1) as second:
+        first.put([{**same, "pending": 1, "updated_at": 1.0}]), second.put([{**same, "updated_at": 2.0}])
+        assert first.terminal_slots() == {"a"}
+    ((_, rows),) = by_slot(tmp_path, HISTORY)
+    assert [row["pending"] for row in rows] == [0]
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(picture(9))], ids=["gone", "another"])
+def test_a_picture_that_changes_during_a_run_is_asked_about_when_it_is_back(server, run, tmp_path, change):
+    files = sorted(image_folder(tmp_path / "data", 2).rglob("*.png"))
+    data, before = on_disk(files), files[1].read_bytes()
+    captioner = Captioner("openai", "m", base_url=f"{server.url}/v1")
+    with CaptionRun(captioner, data, tmp_path / "run", CaptionChecker(NAMES), progress=False) as running:
+        plan = running.plan()
+        change(files[1])
+        assert running.fill(plan).results == {"ok": 3, "failed": 3}
+    files[1].write_bytes(before)
+    assert [len(row["captions"]) for row in run(data)] == [3, 3] and len(server.requests()) == 6
+
+
+def test_paths_in_the_data_give_nothing_but_pictures(tmp_path):
+    (tmp_path / "key.png").write_text("sk-secret")
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "key.png", tmp_path / "pipe.png", tmp_path, "/proc/self/environ", "/dev/zero"):
+        with pytest.raises(BadImage):
+            original_bytes({"bytes": None, "path": str(path)})

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from ..images import BadImage, original_bytes
 from .calls import Calls, Limits, Outcome, Stopped
@@ -19,6 +20,10 @@ from .plan import Job, Keys, Plan, Slot
 from .types import Answer, Backend, CallError, Picture, Request, Unanswerable
 
 LARGER_BUDGET = 4  # times the tokens, where a model spent all of them on thinking
+
+
+class Gone(Exception):
+    """A picture is not what it was when the run was planned. By the next run it may be again."""
 
 
 class Driver:
@@ -125,9 +130,11 @@ class Driver:
         try:
             try:
                 picture = await asyncio.get_running_loop().run_in_executor(self._pool, self._picture, job)
-            except BadImage as error:
-                self._put(job, [(slot, 0, {"status": "bad_image", "error": str(error)}) for slot in job.slots])
-                self._finished(job, len(job.slots), "bad_image")
+            except (BadImage, Gone) as error:
+                status = "bad_image" if isinstance(error, BadImage) else "failed"
+                row = {"status": status, "error_class": "picture", "error": str(error)}
+                self._put(job, [(slot, 0, row) for slot in job.slots])
+                self._finished(job, len(job.slots), status)
                 return
             history = self._known.history([slot.key for slot in job.slots])
             for slots in calls:
@@ -138,9 +145,12 @@ class Driver:
                 self._room.release()
 
     def _picture(self, job: Job) -> Picture:
-        data = original_bytes(self.data[job.row]["image"])
+        try:
+            data = original_bytes(self.data[job.row]["image"])
+        except BadImage as error:
+            raise Gone(str(error)) from error
         if sha256(data) != job.image_sha256:
-            raise BadImage("expected the picture that was planned, found that it changed since")
+            raise Gone("expected the picture that was planned, found that it changed since")
         return prepare(data, self.captioner.pictures)
 
     async def _call(self, job: Job, picture: Picture, slots: tuple[Slot, ...], history: dict) -> None:
@@ -200,7 +210,10 @@ class Driver:
         prompt, budget = slot.prompt, self.keys.budget()
         first = 0
         if self.captioner.joint:  # its first try was one call for all aspects; from here on it is asked alone
-            first, prompt, budget = self._next_try(job, slot, stored.get(slot.key))
+            row = stored.get(slot.key)
+            if row and row["pending"] and not self._turned_down(job, slot, row, slot.single, 0):
+                return
+            first, prompt, budget = self._next_try(job, slot, row)
         for reask in range(first, self._last_try + 1):
             key = (
                 slot.key
@@ -208,7 +221,10 @@ class Driver:
                 else self.keys.key(job.image_sha256, slot.aspect, prompt, slot.sample, reask, budget)
             )
             row = stored.get(key)
-            if row is None or not row["pending"]:
+            if row and row["pending"]:
+                if not self._turned_down(job, slot, row, prompt, reask):
+                    return
+            else:
                 request = Request(picture, prompt, budget, (slot.aspect,), int(key[:7], 16))
                 try:
                     answer, spent = await self.calls.ask(request)
@@ -221,6 +237,21 @@ class Driver:
                     self._finished(job, 1, row["status"])
                     return
             _, prompt, budget = self._next_try(job, slot, row)
+
+    def _turned_down(self, job: Job, slot: Slot, row: dict, prompt: str, reask: int) -> bool:
+        """Whether a stored answer still is, by the checks and the number of tries of this run. Otherwise it is the result."""
+        if row.get("error_class") == "bad_json":
+            return True
+        answer = Answer(row["raw_text"] or "", row["finish_reason"], row["model"])
+        answer = replace(answer, thinking_tokens=row["thinking_tokens"] or 0)
+        checked = self._checked(job, slot, answer, prompt, reask)
+        if checked["pending"]:
+            return True
+        # What it took is in the journal already.
+        kept = {name: row.get(name) for name in ("call_id", "latency_ms", "run_id")}
+        self._put(job, [(slot, reask, {**kept, **checked, "key": row["key"]})])
+        self._finished(job, 1, checked["status"])
+        return False
 
     @property
     def _last_try(self) -> int:

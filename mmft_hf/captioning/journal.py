@@ -251,12 +251,17 @@ def read_rows(paths: Iterable[Path], columns: Sequence[str], where: str = "", va
 def best(rows: Iterable[dict]) -> list[dict]:
     """The rows of one slot as its history: one per try, the one that counts last.
 
-    A key in several files counts once: terminal beats open, then the oldest. Of the tries, a final one beats others,
-    then the latest counts. So every reader of the same files sees the same.
+    A key in several files counts once: a final result beats an answer after which another try was due, that beats the
+    others, then the oldest. Of the tries, a final one beats others, then the latest counts. So every reader of the same
+    files sees the same.
     """
-    rows = sorted(rows, key=lambda r: (r["key"], r["status"] not in TERMINAL, r["updated_at"]))
+    rows = sorted(rows, key=lambda r: (r["key"], not _final(r), r["status"] not in TERMINAL, r["updated_at"]))
     once = {row["key"]: row for row in reversed(rows)}
-    return sorted(once.values(), key=lambda r: (r["status"] in TERMINAL and not r["pending"], r["reask"], r["key"]))
+    return sorted(once.values(), key=lambda r: (_final(r), r["reask"], r["key"]))
+
+
+def _final(row: dict) -> bool:
+    return row["status"] in TERMINAL and not row["pending"]
 
 
 def by_slot(folder: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
