@@ -219,13 +219,15 @@ class Hub(Api):
         return None if stop else bytes(body)
 
     async def _send(self, request, line, rule, status, headers, data) -> web.StreamResponse:
+        stop = rule.get("do") in ("cut", "close")
+        if stop and (request.method == "HEAD" or not data):
+            return self._break(request, rule["do"])
         response = web.StreamResponse(status=status, headers=headers)
         response.content_length = len(data)
         await response.prepare(request)
         line["status"] = status
         if request.method == "HEAD":
             return response
-        stop = rule.get("do") in ("cut", "close")
         end = min(len(data), rule.get("after_bytes", len(data) // 2)) if stop else len(data)
         for start in range(0, end, CHUNK):
             if rule.get("do") == "slow":
