@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -22,9 +23,10 @@ from mmft_hf.captioning.checks import CaptionChecker
 from mmft_hf.captioning.folder import CaptionFolder
 from mmft_hf.captioning.journal import Journal, by_slot
 from mmft_hf.captioning.limits import RetryPolicy
+from mmft_hf.captioning.pictures import sha256
 from mmft_hf.captioning.processes import Processes
 from mmft_hf.captioning.runs import CaptionRun
-from mmft_hf.captioning.types import Transient
+from mmft_hf.captioning.types import Sampling, Transient
 from mmft_hf.errors import UserError
 from mmft_hf.images import BadImage, original_bytes
 
@@ -293,3 +295,53 @@ def test_paths_in_the_data_give_nothing_but_pictures(tmp_path):
     for path in (tmp_path / "key.png", tmp_path / "pipe.png", tmp_path, "/proc/self/environ", "/dev/zero"):
         with pytest.raises(BadImage):
             original_bytes({"bytes": None, "path": str(path)})
+
+
+def test_a_file_that_was_replaced_is_not_taken_from_a_cache(command, tmp_path):
+    assert image_folder(tmp_path / "data", 4)
+    files = sorted((tmp_path / "data").rglob("*.png"))
+    table = tmp_path / "data.csv"
+    table.write_text("image,label\n" + "".join(f"{file},{file.parent.name}\n" for file in files))
+    assert command("--classes", "blue_thing", source=table)[0] == 0
+    assert files[-1].parent.name == "red_thing"  # nobody asks about it
+    files[-1].write_bytes(picture(99))
+    code, text = command("--classes", "blue_thing", source=table)
+    assert code == 0 and picture(99) in [row["image"]["bytes"] for row in written(tmp_path / "out")], text
+
+
+def test_rows_asked_for_in_vain_have_records(command, server, tmp_path):
+    assert command("--classes", "blue_thing")[0] == 0
+    server.server.script = {"rules": [{"do": "quota"}]}
+    assert command()[0] == 3
+    statuses = [[r["status"] for r in row["caption_records"]] for row in written(tmp_path / "out")]
+    assert sorted(statuses) == [["not_run"] * 3] * 3 + [["ok"] * 3] * 3
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+def test_an_echo_of_the_second_prompt_is_no_caption(server, run, tmp_path):
+    echo = says("This blue thing. Answer in one plain paragraph of at most 50 words.")
+    server.server.script = {"rules": [echo | {"prompt": "Answer in one plain"}, says("la " * 20)]}
+    (row,) = run(dataset(PICTURES[:1]))
+    assert {tries[-1][1] for tries in history(tmp_path / "run")} == {"rejected"}
+    assert row["captions"] == [] and {r["status"] for r in row["caption_records"]} == {"rejected"}
+
+
+def test_status_counts_a_call_for_all_aspects_once(command, server):
+    server.server.script = {"mode": "json", "aspects": list(ASPECTS)}
+    assert command("--aspects_per_call", "all")[0] == 0
+    assert re.search(r"attempts +6\n", command(action=("status",))[1]) and len(server.requests()) == 6
+
+
+def test_a_temperature_of_0_is_one_of_0_0(server, run):
+    run(dataset(PICTURES[:1]), sampling=Sampling(temperature=0))
+    run(dataset(PICTURES[:1]), sampling=Sampling(temperature=0.0))
+    assert len(server.requests()) == 3
+
+
+def test_a_picture_that_a_router_turns_down_stops_no_run(server, run):
+    error = {"code": 403, "message": "your input was flagged", "metadata": {"flagged_input": "x", "reasons": ["y"]}}
+    rule = {"do": "error", "status": 403, "body": {"error": error}, "picture": sha256(PICTURES[2])}
+    server.server.script = {"rules": [rule]}
+    rows = run(dataset(PICTURES[:6]))
+    assert [len(row["captions"]) for row in rows] == [3, 3, 0, 3, 3, 3]
+    assert {r["status"] for r in rows[2]["caption_records"]} == {"failed"}

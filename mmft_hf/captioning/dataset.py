@@ -109,8 +109,11 @@ class JournalSource:
             if not tries:
                 records.append(same | {"status": "not_run", "checks": [], "attempts": 0})
                 continue
+            prompt = slot.single
             for i, tried in enumerate(tries):
-                records.append(same | self._record(tried, label, slot.single, last=i == len(tries) - 1))
+                record, reask = self._record(tried, label, prompt, last=i == len(tries) - 1)
+                records.append(same | record)
+                prompt = f"{slot.single}\n{reask}" if reask else prompt
         return records
 
     def raw_texts(self, row: Mapping, image_sha256: str) -> list[str | None]:
@@ -120,21 +123,23 @@ class JournalSource:
         known = [slot for slot in slots if slot.key in history or slot.key in self.asked]
         return [tried["raw_text"] for slot in known for tried in history.get(slot.key, [{"raw_text": None}])]
 
-    def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> dict:
+    def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> tuple[dict, str | None]:
+        """The record of a try, and what the prompt of the next one said besides."""
         record = {name: tried[name] for name in ("finish_reason", "tokens_in", "tokens_out", "attempts", "run_id")}
         if tried["model"]:
             record["model"] = public_name(tried["model"])  # a server may call it by its folder
         if tried["raw_text"] is None or tried["error_class"] or tried["status"] in ("failed", "bad_image", "not_run"):
-            return record | {"status": tried["status"], "checks": json.loads(tried["checks"] or "[]")}
+            return record | {"status": tried["status"], "checks": json.loads(tried["checks"] or "[]")}, None
         # The checks of today, on what the model wrote: a rule that was changed since costs no call.
         final = last and not tried["pending"]
         checked = self.checker.check(
             tried["raw_text"], tried["finish_reason"], label, prompt, tried["thinking_tokens"] or 0, last_try=final
         )
-        if not final or checked.reask:
+        reask = checked.reask
+        if not final or reask:
             status = checked.status if checked.status not in ACCEPTED else "rejected"
             checked = replace(checked, text=None, status=status)
-        return record | _verdict(checked, self.repeated)
+        return record | _verdict(checked, self.repeated), reask
 
 
 def _verdict(checked, repeated: frozenset[str]) -> dict:
@@ -216,7 +221,8 @@ def add_captions(
 def without_captions(dataset: Dataset, progress: bool = True) -> Dataset:
     """The same columns with nothing in them: for splits that are not captioned, so that all splits are alike."""
     undecoded = dataset.cast_column("image", Image(decode=False))
-    fingerprint = Hasher.hash((undecoded._fingerprint, "without captions", 1))
+    pictures = [str(digest) for digest, _ in digests(undecoded)]  # files may have changed
+    fingerprint = Hasher.hash((undecoded._fingerprint, pictures, "without captions", 1))
     return add_captions(undecoded, lambda row, digest: [], fingerprint, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Keys:
             "version": KEY_VERSION,
             "identity": {**identity, "tag": captioner.tag},
             "pictures": captioner.pictures.spec(),
-            "temperature": sampling.temperature,
+            "temperature": float(sampling.temperature),  # 0 is 0.0
             "seed": sampling.seed,
             "options": dict(sampling.options),
         }
@@ -109,6 +110,7 @@ class Plan:
         slots: of all rows that were asked for; `others`: of the rest, which may have results of an earlier run.
         rows, repeated: how many rows were asked for, and how many of them show a picture of an earlier row.
         unreadable: why the bytes of these rows cannot be had.
+        digest: of the pictures in their order, and of which were asked for.
     """
 
     jobs: list[Job]
@@ -117,6 +119,7 @@ class Plan:
     rows: int = 0
     unreadable: dict[int, str] = field(default_factory=dict)
     repeated: int = 0
+    digest: str = ""
 
     @property
     def open(self) -> int:
@@ -145,12 +148,13 @@ def make_plan(
     names = dataset.features["label"].names
     rank, world = part
     plan = Plan([], set())
-    pictures = 0
+    pictures, seen_so_far = 0, hashlib.sha256()
     for row, (digest, label) in enumerate(digests(dataset)):
         if seen:
             seen()
         asked = rows is None or row in rows
         plan.rows += asked
+        seen_so_far.update(f"{digest} {asked}\n".encode("utf-8", "replace"))
         if isinstance(digest, BadImage):
             if asked:
                 plan.unreadable[row] = str(digest)
@@ -167,6 +171,7 @@ def make_plan(
         if missing and pictures % world == rank:
             plan.jobs.append(Job(row, label, names[label], digest, missing))
         pictures += 1
+    plan.digest = seen_so_far.hexdigest()
     return plan
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .dataset import JournalSource, Results, add_captions, results_of, text_sour
 from .fill import Driver
 from .journal import Journal, JournalReader
 from .limits import CostMeter
-from .pictures import prepare
+from .pictures import prepare, sha256
 from .plan import Job, Keys, Plan, make_plan
 from .prices import price_of
 
@@ -155,7 +156,9 @@ class CaptionRun:
 
     def results(self, plan: Plan) -> Results:
         """What all processes have for the whole plan."""
-        return results_of(self.folder, plan.slots, plan.others)
+        found = results_of(self.folder, plan.slots, plan.others)
+        # Files that a data set names may change without it, and rows that were asked for without a result have a record.
+        return replace(found, digest=sha256(f"{plan.digest} {found.digest}".encode()))
 
     def fingerprint(self, results: Results) -> str:
         """Changes with the pictures, the captioner, the checks and the results of this plan, and with nothing else."""

@@ -56,14 +56,16 @@ def status(operands: list[str], data_args: DataArguments, args: CaptionArguments
         "error",
         "label",
     )
-    columns += ("model", "cost", "tokens_in", "tokens_out", "attempts", "image_sha256")
+    columns += ("model", "cost", "tokens_in", "tokens_out", "attempts", "image_sha256", "call_id")
     for _, rows in by_slot(journal, columns):
         last = rows[-1]
         state = "not_run" if last["pending"] else last["status"]
         by_aspect.setdefault(last["aspect"], Counter())[state] += 1
         checks.update(json.loads(last["checks"] or "[]"))
-        for name in ("cost", "tokens_in", "tokens_out", "attempts"):
+        for name in ("cost", "tokens_in", "tokens_out"):
             spent[name] += sum(row[name] or 0 for row in rows)
+        # A call for all aspects counts with its first one.
+        spent["attempts"] += sum(row["attempts"] or 0 for row in rows if row["call_id"] in (None, row["key"]))
         if state not in ACCEPTED:
             kind = last["error_class"] or ", ".join(json.loads(last["checks"] or "[]")) or state
             errors.setdefault((state, kind), []).append(last)

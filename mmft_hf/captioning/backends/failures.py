@@ -86,6 +86,8 @@ def failure(
     line = redact(f"{host} answered {status}: {said.strip() or 'no word of why'}", secret)
     if status == 402 or codes & _QUOTA_CODES or _QUOTA_WORDS.search(said) or any("PerDay" in q for q in quotas):
         return fatal("quota", "an account with quota left", "Top it up or wait, then run the same command again.")
+    if status == 403 and "flagged_input" in codes:  # a router's moderation turned this picture down, not the key
+        return Unanswerable("moderation", line)
     if status in (401, 403) or codes & _KEY_CODES:
         advice = f"Type export {api_key_env}=…" if api_key_env else "Name a key's variable: --api_key_env NAME."
         return fatal("credentials", f"{key} to be accepted", advice)
@@ -118,6 +120,7 @@ def _read_error(text: str) -> tuple[set[str], list[str], float | None, str]:
     details = _dicts(error.get("details"))
     codes = {v for v in (error.get("code"), error.get("type"), error.get("status")) if isinstance(v, str)}
     codes |= {d["reason"] for d in details if isinstance(d.get("reason"), str)}
+    codes |= {"flagged_input"} & set(error["metadata"] if isinstance(error.get("metadata"), dict) else ())
     violations = [v for d in details for v in _dicts(d.get("violations"))]
     delays = [seconds(str(d["retryDelay"])) for d in details if "retryDelay" in d]
     said = next((v for v in (error.get("message"), body.get("error"), body.get("detail")) if isinstance(v, str)), text)
