@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
+from datasets.config import HF_DATASETS_CACHE
+from datasets.fingerprint import Hasher
 
 from .arguments import DataArguments
 from .builtin import builtin
@@ -89,6 +91,16 @@ def captions_of(value: str | list | None) -> list[str]:
     return [text.strip() for text in texts if text and text.strip()]
 
 
+def _cache_of(folder: Path) -> str | None:
+    """Where a folder with a card is cached. `datasets` goes by the folder's name and its card alone there, and would open
+    what it held before, or another folder of that name."""
+    if not (folder / "README.md").is_file():
+        return None
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.resolve().glob("**/*.*") if p.is_file()]
+    files = sorted(entry for entry in files if "/journal/" not in entry[0])  # that of the captions grows meanwhile
+    return str(Path(HF_DATASETS_CACHE) / "folders" / Hasher.hash(files))
+
+
 def load_raw(name: str, config: str | None = None, revision: str | None = None) -> DatasetDict:
     """Opens a Hub id, a local folder (parquet, or images in class folders) or a CSV/JSONL file.
 
@@ -109,7 +121,9 @@ def load_raw(name: str, config: str | None = None, revision: str | None = None) 
             raise UserError(
                 f"data set {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
             )
-        return load_dataset(str(path) if path.exists() else name, config, revision=revision)
+        if path.is_dir():
+            return load_dataset(str(path), config, cache_dir=_cache_of(path))
+        return load_dataset(name, config, revision=revision)
     except UserError:
         raise
     except Exception as error:  # datasets raises a different class for each builder

@@ -5,6 +5,7 @@ import json
 import pytest
 from caption_server import serving
 from caption_tools import NAMES, image_folder
+from datasets import load_dataset
 
 from mmft_hf import load_captioned_dataset
 from mmft_hf.captioning import Captioner, caption_dataset
@@ -152,3 +153,12 @@ def test_caption_dataset_says_which_column_it_lacks(tmp_path):
     data = load_captioned_dataset(str(image_folder(tmp_path / "pets", 4)))["train"]
     with pytest.raises(UserError, match="expected a column label of type ClassLabel, found image"):
         caption_dataset(data.remove_columns("label"), Captioner("template"))
+
+
+def test_a_folder_that_was_written_again_opens_as_it_is_now(say, tmp_path, monkeypatch):
+    for count, place in ((4, "one"), (6, "two"), (8, "two")):  # another folder of that name, and the same one grown
+        image_folder(tmp_path / "pets", count)
+        words = ["--dataset_name", "pets", "--captioner", "template", "--output_dir", f"{place}/captioned"]
+        assert say(*words, "--overwrite_output_dir", "true")[0] == 0
+        assert len(load_captioned_dataset(f"{place}/captioned")["train"]) == count
+        assert len(load_dataset(str(tmp_path / place / "captioned"))["train"]) == count

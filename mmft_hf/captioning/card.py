@@ -114,7 +114,9 @@ def caption_card(
     front["size_categories"] = [_size(len(dataset))]
     if splits:
         files = [{"split": split, "path": f"{where}/{split}-*.parquet"} for split in splits]
-        front["configs"] = [{"config_name": "default", "data_files": files}]
+        # `datasets` tells what it cached of a folder by its card: without the run, new captions would open as the old.
+        run = {"description": f"run {details['run_id']}"} if details.get("run_id") else {}
+        front["configs"] = [{"config_name": "default", **run, "data_files": files}]
     of = f" of {_md(source)}" if source else ""
     if written:
         by = f"written by {_listed(f'`{_code(name)}`' for name in written)}"
