@@ -128,6 +128,11 @@ class MMFTConfig(TrainingArguments):
             raise UserError(
                 f"--{name}: expected more than 0, found {getattr(self, name)}. To measure, type mmft-hf evaluate."
             )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError(
+                "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which a lora tower gets no "
+                "gradient. Leave it out."
+            )
         if self.neftune_noise_alpha is not None:
             raise UserError(
                 "--neftune_noise_alpha: expected nothing; CLIP's text tower has no such noise. Leave it out."

@@ -41,6 +41,9 @@ def set_towers(
 ) -> None:
     """Makes each tower trainable whole (`full`), by LoRA (`lora`) or not (`frozen`). The logit scale is always trained.
 
+    LoRA's first matrices are random: `transformers.set_seed(…)` before makes them the same again. The second ones are zero,
+    so that the model computes what it did.
+
     Args:
         lora_rank, lora_alpha, lora_dropout: of the LoRA layers, which add `alpha / rank * B A` to a weight.
         lora_targets: linear layers that get LoRA, by the ends of their names. Default: those of attention and MLP.
