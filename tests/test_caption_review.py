@@ -345,3 +345,34 @@ def test_a_picture_that_a_router_turns_down_stops_no_run(server, run):
     rows = run(dataset(PICTURES[:6]))
     assert [len(row["captions"]) for row in rows] == [3, 3, 0, 3, 3, 3]
     assert {r["status"] for r in rows[2]["caption_records"]} == {"failed"}
+
+
+def test_a_budget_among_the_options_is_the_one_that_is_counted_with(server, run):
+    with pytest.raises(UserError, match="--max_tokens 2000"):
+        run(dataset(PICTURES[:1]), sampling=Sampling(options={"max_completion_tokens": 2000}))
+    assert not server.requests()
+    server.server.script = {"rules": [{"do": "thinking", "at": [1]}]}
+    options = {"max_tokens": None, "max_completion_tokens": 200}
+    run(dataset(PICTURES[:1]), Limits(1, retry=QUICK), sampling=Sampling(options=options))
+    budgets = [row["body"]["max_completion_tokens"] for row in server.requests()]
+    assert sorted(budgets) == [200, 200, 200, 800] and "max_tokens" not in server.requests()[0]["body"]
+
+
+def test_a_row_without_a_class_is_named_before_anything_is_asked(server, run):
+    with pytest.raises(UserError, match="row 1: expected a class, found label -1"):
+        run(dataset(PICTURES[:2], labels=[0, -1]))
+    assert not server.requests()
+
+
+def test_the_record_of_a_run_counts_all_its_splits(command, server, tmp_path):
+    for split, start in (("train", 0), ("test", 10)):
+        image_folder(tmp_path / "both" / split, 4, start)
+    server.server.script = {"rules": [{"do": "quota", "from": 6, "to": 12}]}
+    code, text = command("--split", "train", "test", "--concurrency", "1", source=tmp_path / "both")
+    record = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert code == 3 and "quota left" in text and record["last_run"]["calls"] == 5
+    assert command("--split", "train", "test", source=tmp_path / "both")[0] == 3
+    server.server.script = {}
+    assert command("--split", "train", "test", source=tmp_path / "both")[0] == 0
+    record = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert record["last_run"]["calls"] == 24 - 5

@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .limits import Breaker, CostMeter, Rate, RetryPolicy, Width
 from .prices import estimate_tokens
@@ -36,6 +36,9 @@ class Limits:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
+_ENDS = ("stopped", "why", "kind")
+
+
 @dataclass
 class Outcome:
     """What a run of the driver did.
@@ -56,6 +59,12 @@ class Outcome:
     stopped: str | None = None
     why: str = ""
     kind: str = ""
+
+    def __add__(self, other: Outcome) -> Outcome:
+        """Of two runs, one after the other."""
+        summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in _ENDS}
+        last = other if other.stopped or not self.stopped else self
+        return Outcome(**summed, **{name: getattr(last, name) for name in _ENDS})
 
     def summary(self) -> dict:
         """For a record of the run."""

@@ -233,7 +233,7 @@ class CaptionJob:
                 plan = run.plan()
                 say(f"\n{self._progress_line(split, run, plan, processes)}")
                 try:
-                    outcome = run.fill(plan)
+                    outcome += run.fill(plan)
                 finally:
                     processes.done(run.folder, split)
                 if not is_main():

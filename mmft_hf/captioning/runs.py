@@ -292,7 +292,11 @@ def caption_dataset(
                 f"dataset: expected a column {column} of type {kind.__name__}, found {found}. Rename or cast it, or load the "
                 "data with load_captioned_dataset."
             )
-    checker = make_checker(captioner, dataset.features["label"].names, tokenizer, check_actions)
+    names = dataset.features["label"].names
+    for row, label in enumerate(dataset["label"][:]):
+        if label is None or not 0 <= label < len(names):
+            raise UserError(f"dataset, row {row}: expected a class, found label {label}. Correct the row or remove it.")
+    checker = make_checker(captioner, names, tokenizer, check_actions)
     if not captioner.asks:
         return caption_with_texts(dataset, captioner, checker, run_id, progress)
     if run_dir is None:

@@ -14,6 +14,7 @@ from .transport import Transport, check_url
 
 # These decide what is asked and how it is read: another value could not be understood, or would cost for nothing.
 _OURS = ("contents", "messages", "model", "n", "stream")
+_BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 MAX_COUNT = 10**8  # tokens: more than any model reads or writes
 MAX_NAME = 200
 
@@ -57,7 +58,7 @@ class HTTPBackend:
         if not model or not model.isprintable():
             raise UserError(f"--captioner_model: expected the name of a model, found {model!r}.")
         self.model, self.sampling = model, sampling or Sampling()
-        _check_options(self.sampling.options)
+        _check_options(self.sampling)
         url = base_url or self.default_url
         self.official = check_url(url).hostname == check_url(self.default_url).hostname
         if api_key_env is None and self.official:
@@ -83,7 +84,10 @@ class HTTPBackend:
         await self.transport.aclose()
 
     async def _ask(self, request: Request) -> Answer:
-        data = await self.transport.post(self._path(), self._body(request), request.picture.data)
+        body = self._body(request)
+        for place, name in _budgets(body):
+            place[name] = request.max_tokens
+        data = await self.transport.post(self._path(), body, request.picture.data)
         try:
             return storable(self._answer(data))
         except (AttributeError, IndexError, KeyError, TypeError):
@@ -143,7 +147,22 @@ def storable(answer: Answer) -> Answer:
     return replace(answer, model=printable_text(model)[:MAX_NAME] if isinstance(model, str) else None)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _budgets(body: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """Where a body has the budget of its answer: options may choose the field's name, but not another number."""
+    inner = body.get("generationConfig")
+    places = [body, inner] if isinstance(inner, Mapping) else [body]
+    return [(place, name) for place in places for name in _BUDGETS if isinstance(place.get(name), (int, float))]
+
+
+def _check_options(sampling: Sampling) -> None:
+    options = sampling.options
+    for place, name in _budgets(options):
+        if place[name] != sampling.max_tokens:
+            # It is counted with: what a call may cost, what a second try needs.
+            raise UserError(
+                f"sampling options: expected {name} to be the {sampling.max_tokens} of --max_tokens, found {place[name]}. "
+                f"Type --max_tokens {place[name]}."
+            )
     ours = sorted(set(options) & set(_OURS))
     if ours:
         raise UserError(
