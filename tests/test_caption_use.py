@@ -4,7 +4,7 @@ import json
 
 import pytest
 from caption_server import serving
-from caption_tools import NAMES, image_folder
+from caption_tools import NAMES, image_folder, picture
 from datasets import load_dataset
 
 from mmft_hf import load_captioned_dataset
@@ -46,25 +46,27 @@ def say(tmp_path, monkeypatch, capsys):
 def asking(tmp_path):
     """The settings of a run of twelve pictures against a server of its own, and that server."""
     data = image_folder(tmp_path / "pets", 12)
-    (data / NAMES[0] / "broken.jpg").write_bytes(b"no picture")
+    whole = picture(99)
+    (data / NAMES[0] / "broken.png").write_bytes(whole[: len(whole) // 2])
     with serving({"rules": [{"do": "refusal", "at": [5]}]}, tmp_path / "log.jsonl") as server:
         words = ["--dataset_name", "pets", "--captioner", "openai", "--captioner_model", "gpt-4.1-mini"]
         yield [*words, "--base_url", server.url + "/v1", "--output_dir", "out", "--aspects", "visual", "damage"], server
 
 
-def test_what_is_missing_is_named_with_its_file_and_a_command_that_works(asking, say):
+def test_what_is_missing_is_named_with_its_file_and_a_command_that_works(asking, say, tmp_path):
     words, server = asking
     code, text = say("plan", *words)
     assert code == 0 and "damage (your own)" in text and "gpt-4.1-mini" in text and "about $0.0" in text
     assert "Leave `plan` out to start." in text and not server.requests()
     code, text = say(*words)
-    assert code == 0 and "1 refused" in text and "2 bad_image" in text and "e.g. broken.jpg" in text
+    assert code == 0 and "1 refused" in text and "2 bad_image" in text and "e.g. broken.png" in text
     assert "\nNext: mmft-hf finetune --dataset_name out --on_bad_image skip\n" in text
     code, text = say(*words)
     assert "Nothing to do: out has 23 of 26 captions" in text and "1 refused, 2 bad_image" in text
     code, text = say("status", "--output_dir", "out")
     assert code == 0 and text.index("visual") < text.index("damage") < text.index("Not accepted")
-    assert f"2 bad_image, e.g. {NAMES[0]}, broken.jpg" in text
+    assert "  2 bad_image" in text and f"e.g. {NAMES[0]}, broken.png, " in text
+    assert "<dt>file</dt><dd>broken.png</dd>" in (tmp_path / "out" / "captions.html").read_text()
     code, text = say("plan", *words)
     assert "Nothing is left to ask for." in text and "cost" not in text
     code, text = say("retry", "refused", *words)

@@ -311,7 +311,10 @@ def _odd(pictures: Dataset, odd: list[tuple[int, int, str]], tally: CaptionTally
         record = row["caption_records"][place]
         tags = [kind, *(check for check in record["checks"] or () if check not in (*kind.split(": "), "refusal"))]
         text = record["text"] or unaccepted(index, place) or ""
-        cards.append(_card(row["image"], _class_name(tally, row["label"]), [(record["aspect"] or "", text)], tags))
+        entries = [(record["aspect"] or "", text)]
+        if name := Path(row["image"]["path"] or "").name:
+            entries.append(("file", printable(name)))
+        cards.append(_card(row["image"], _class_name(tally, row["label"]), entries, tags))
     return f"<div class=samples>{''.join(cards)}</div>" if cards else ""
 
 
