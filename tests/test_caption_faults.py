@@ -204,7 +204,8 @@ def storm(server, tmp_path, rules, count=24):
     """Captions `count` pictures while the server plays the rules. Returns the data set and what was asked."""
     server.server.script = {"rules": [*rules, {"do": "ok", "delay_ms": 10}]}
     before = len(server.requests())
-    captioner = Captioner("openai", "m", base_url=f"{server.url}/v1", timeout_s=0.4)
+    timeout_s = 1.0 if any(rule["do"] == "hang" for rule in rules) else 20.0
+    captioner = Captioner("openai", "m", base_url=f"{server.url}/v1", timeout_s=timeout_s)
     options = {"limits": Limits(8, retry=QUICK), "progress": False}
     captioned = caption_dataset(dataset(map(picture, range(count))), captioner, run_dir=tmp_path / "run", **options)
     return undecoded(captioned), server.requests()[before:]
