@@ -27,6 +27,9 @@ class CLIPWithPrototypes(CLIPModel):
     def from_pretrained(cls, name, *args, **kwargs):
         model = CLIPModel.from_pretrained(name, *args, **kwargs)
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
+        if getattr(model, "_hf_peft_config_loaded", False) and "revision" in hub:
+            # Of an adapter, pipeline() has looked the revision up at the base model; it goes by its name.
+            hub["revision"] = str(hub["revision"])
         model.mmft_prototypes = ClassPrototypes.from_pretrained(name, **hub)
         model.mmft_image_processor = load_image_processor(name, **hub)
         return model
@@ -91,4 +94,6 @@ class MMFTImageClassificationPipeline(Pipeline):
 def register() -> None:
     """Makes the task known to `transformers.pipeline`; calling it again changes nothing."""
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(TASK, MMFTImageClassificationPipeline, pt_model=CLIPWithPrototypes, type="image")
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK, MMFTImageClassificationPipeline, pt_model=CLIPWithPrototypes, type="image"
+        )
