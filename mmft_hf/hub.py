@@ -21,7 +21,8 @@ from .cards import public_name
 from .errors import PartialResult, UserError
 
 TRIES = 6
-LONGEST_WAIT_S = 120.0
+LONGEST_PAUSE_S = 30.0  # between two tries, where the Hub does not say how long
+LONGEST_WAIT_S = 120.0  # where it does; a push that would have to wait longer ends, and can be taken up later
 
 
 def push_files(
@@ -162,7 +163,7 @@ def _insist(call, repo_id: str, missing=None):
                 f"{repo_id}: the Hub did not take it ({reason}{asked}). What was uploaded is kept there, and all is kept here.",
                 again=True,
             )
-        time.sleep(wait if wait is not None else random.uniform(0, min(30.0, 0.5 * 2**attempt)))
+        time.sleep(wait if wait is not None else random.uniform(0, min(LONGEST_PAUSE_S, 0.5 * 2**attempt)))
     raise AssertionError("unreachable")
 
 
