@@ -130,8 +130,8 @@ class MMFTConfig(TrainingArguments):
             )
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError(
-                "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which a lora tower gets no "
-                "gradient. Leave it out."
+                "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which older transformers "
+                "give a lora tower no gradient. Leave it out."
             )
         if self.neftune_noise_alpha is not None:
             raise UserError(
