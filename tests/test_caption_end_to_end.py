@@ -28,14 +28,15 @@ def vlm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder with one subfolder per class, one picture of them twice, one file that is no picture."""
+    """A folder with one subfolder per class, one picture of them twice, one that breaks off."""
     folder = tmp_path_factory.mktemp("data") / "colours"
     names = [name.replace(" ", "_") for name in COLOURS]
     for i, (image, label) in enumerate(colour_images(4)):
         (folder / names[label]).mkdir(parents=True, exist_ok=True)
         image.save(folder / names[label] / f"{i:02d}.png")
-    (folder / names[0] / "again.png").write_bytes((folder / names[0] / "00.png").read_bytes())
-    (folder / names[0] / "broken.png").write_bytes(b"\x89PNG no picture")
+    whole = (folder / names[0] / "00.png").read_bytes()
+    (folder / names[0] / "again.png").write_bytes(whole)
+    (folder / names[0] / "broken.png").write_bytes(whole[: len(whole) // 2])
     return folder
 
 
