@@ -365,8 +365,8 @@ def test_a_row_without_a_class_is_named_before_anything_is_asked(server, run):
 
 
 def test_the_record_of_a_run_counts_all_its_splits(command, server, tmp_path):
-    for split, start in (("train", 0), ("test", 10)):
-        image_folder(tmp_path / "both" / split, 4, start)
+    for split, first in (("train", 0), ("test", 10)):
+        image_folder(tmp_path / "both" / split, 4, first)
     server.server.script = {"rules": [{"do": "quota", "from": 6, "to": 12}]}
     code, text = command("--split", "train", "test", "--concurrency", "1", source=tmp_path / "both")
     record = json.loads((tmp_path / "out" / "captions.json").read_text())
