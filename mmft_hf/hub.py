@@ -59,15 +59,14 @@ def push_files(
         PartialResult: the Hub did not answer as it should in the end; the same push goes on.
     """
     api = HfApi(token=token)
-    where = {"repo_id": check_access(repo_id, token), "repo_type": repo_type}
+    where = {"repo_id": check_access(repo_id, token, create_pr), "repo_type": repo_type}
     listed = check_name(**where, marker=None if create_pr else marker, token=token)
     operations: list = [
         CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
         for path, content in sorted(files.items())
     ]
-    _insist(lambda: api.create_repo(**where, private=private, exist_ok=True), repo_id)
-    if revision and not create_pr:
-        _insist(lambda: api.create_branch(**where, branch=revision, exist_ok=True), repo_id)
+    if not (create_pr and listed):  # who only proposes may have no right to make one
+        make_repo(**where, private=private, revision=None if create_pr else revision, token=token)
     if replaces:
         if revision and not create_pr:
             listed = _insist(lambda: api.list_repo_files(**where, revision=revision), repo_id)
@@ -86,8 +85,24 @@ def push_files(
     return commit.pr_url if create_pr else commit.commit_url
 
 
-def check_access(repo_id: str, token: str | None = None) -> str:
+def make_repo(
+    repo_id: str, repo_type: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> None:
+    """Makes sure that there is such a repository, and such a branch of it; what is there stays as it is.
+
+    Raises: as `push_files`.
+    """
+    api, where = HfApi(token=token), {"repo_id": repo_id, "repo_type": repo_type}
+    _insist(lambda: api.create_repo(**where, private=private, exist_ok=True), repo_id)
+    if revision:
+        _insist(lambda: api.create_branch(**where, branch=revision, exist_ok=True), repo_id)
+
+
+def check_access(repo_id: str, token: str | None = None, proposes: bool = False) -> str:
     """Whether this token may write there, as far as can be known without writing. Returns the full name, `owner/name`.
+
+    Args:
+        proposes: only a pull request is meant, which anybody may open.
 
     Raises:
         UserError: what is missing, and what to type.
@@ -108,7 +123,7 @@ def check_access(repo_id: str, token: str | None = None) -> str:
         )
     owner = repo_id.split("/")[0] if "/" in repo_id else who["name"]
     names = [who["name"], *(org["name"] for org in who.get("orgs") or ())]
-    if owner not in names:
+    if owner not in names and not proposes:
         raise UserError(
             f"--repo_id {repo_id}: expected a name that begins with {' or '.join(f'{name}/' for name in names)}, since the "
             f"token is of {who['name']}; found {owner}/."
@@ -188,4 +203,7 @@ def published(record):
         return {key: published(value) for key, value in record.items()}
     if isinstance(record, list):
         return [published(value) for value in record]
-    return public_name(record) if isinstance(record, str) and len(record) < 1000 else record
+    try:
+        return public_name(record) if isinstance(record, str) and len(record) < 1000 else record
+    except OSError:  # a text that is too long for the name of a file
+        return record

@@ -51,7 +51,7 @@ def push_model(
         UserError: the folder is no finished run; see `push_files`.
         PartialResult: see `push_files`.
     """
-    repo_id = check_access(repo_id, token)
+    repo_id = check_access(repo_id, token, create_pr)
     files = model_files(folder, repo_id, parts=parts, with_inference_code=with_inference_code, license=license)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
     return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker="mmft.json", **options)
@@ -94,6 +94,9 @@ def model_files(
     elif parts == "both":
         files |= {f"adapter/{path.name}": path for path in adapter}
     files["mmft.json"] = (json.dumps(published(record), indent=2) + "\n").encode()
+    if "trainer_state.json" in files:  # which says where the best checkpoint was
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        files["trainer_state.json"] = (json.dumps(published(state), indent=2) + "\n").encode()
     if with_inference_code:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = INFERENCE_FILE.removesuffix(".py")
@@ -136,7 +139,7 @@ def push_captioned_dataset(
         PartialResult: see `push_files`.
     """
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
-    repo_id = check_access(repo_id, token)
+    repo_id = check_access(repo_id, token, create_pr)
     with tempfile.TemporaryDirectory() as temporary:
         if not isinstance(folder, (str, Path)):
             folder = _written(folder, Path(temporary) / "whole")
