@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from .hub import published, push_files
+from .hub import check_access, make_repo, published, push_files
 from .publish import MODEL_FILES
 from .towers import lora_layers, merged_state
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "mmft.json"
 
@@ -25,6 +30,15 @@ class TrainingPushes:
     token among them. These publish a plain `CLIPModel` with the prototypes of the same weights, and nothing else.
     """
 
+    def init_hf_repo(self, token=None, private=None) -> None:
+        """The repository, with the branch that is pushed to. Arguments as in the stock Trainer."""
+        if self.is_world_process_zero():
+            args = self.args
+            token, private = token or args.hub_token, args.hub_private_repo if private is None else private
+            self.hub_model_id = check_access(args.hub_model_id or Path(args.output_dir).absolute().name, token)
+            make_repo(self.hub_model_id, "model", private, args.hub_revision, token)
+            self.push_in_progress = None
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -32,27 +46,30 @@ class TrainingPushes:
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not args.hub_always_push:
             return
-        when = f"Training in progress, step {self.state.global_step}"
-        options = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
-        api = HfApi(token=args.hub_token)
         # A folder of its own, since checkpoints come and go while it is uploaded.
         staged = Path(tempfile.mkdtemp(prefix="mmft-push-"))
         self._write_model(staged)
-        upload = api.upload_folder(folder_path=staged, commit_message=when, **options)
-        upload.add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
-        jobs = [upload]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             every = args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-            path = Path(checkpoint_folder).name if every else "last-checkpoint"
-            jobs.append(
-                api.upload_folder(
-                    folder_path=checkpoint_folder, path_in_repo=path, commit_message=f"{when}, checkpoint", **options
-                )
+            checkpoint = staged / (Path(checkpoint_folder).name if every else "last-checkpoint")
+            shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link_or_copy)
+            state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            (checkpoint / TRAINER_STATE_NAME).unlink()  # a link
+            (checkpoint / TRAINER_STATE_NAME).write_text(
+                json.dumps(published(state), indent=2) + "\n", encoding="utf-8"
             )
+        upload = HfApi(token=args.hub_token).upload_folder(
+            folder_path=staged,
+            repo_id=self.hub_model_id,
+            revision=args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+        )
+        upload.add_done_callback(lambda done: _after(done, staged))
         if busy:
-            self.push_in_progress.jobs.extend(jobs)
+            self.push_in_progress.jobs.append(upload)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = PushInProgress([upload])
 
     def _write_model(self, folder: Path) -> None:
         """A plain model, its processor, its record, and prototypes where they are of these very weights."""
@@ -97,3 +114,19 @@ class TrainingPushes:
             revision=revision or self.args.hub_revision,
             token=token or self.args.hub_token,
         )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name of a file, which stays when the first one goes; where the disk has no such thing, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _after(upload, staged: Path) -> None:
+    """Training goes on whatever becomes of a push on the way, but not silently."""
+    shutil.rmtree(staged, ignore_errors=True)
+    if not upload.cancelled() and (error := upload.exception()):
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("A push during training failed (%s); what it had is pushed with the next one.", reason)

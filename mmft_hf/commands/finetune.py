@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..arguments import DataArguments, ModelArguments, choice
 from ..configuration import MMFTConfig
 from ..console import is_main, percent, say, table
-from ..errors import UserError
-from ..hub import check_access, check_name
+from ..errors import PartialResult, UserError
+from ..hub import check_access, check_name, make_repo
 from ..run_folder import RUN_FILE, Run
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
@@ -66,6 +67,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     _announce(model_args, data_args, config, splits, parameter_counts(model), untuned_validation["accuracy"])
 
     # -- training and selection --------------------------------------------------------------------------------------
+    if config.push_to_hub and is_main():  # as late as can be, so that what fails before leaves no empty repository
+        make_repo(config.hub_model_id, "model", config.hub_private_repo, config.hub_revision, config.hub_token)
     folder.claim(resume)
     try:
         trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
@@ -117,7 +120,13 @@ def _push(path: Path, config: MMFTConfig) -> None:
 
     say(f"\nPushing {path} to {config.hub_model_id}")
     options = {"private": config.hub_private_repo, "revision": config.hub_revision, "token": config.hub_token}
-    url = push_model(path, config.hub_model_id, **options)
+    try:
+        url = push_model(path, config.hub_model_id, **options)
+    except (UserError, PartialResult) as error:
+        again = ["mmft-hf", "push", str(path), "--repo_id", config.hub_model_id]
+        again += ["--private", "true"] if config.hub_private_repo else []
+        again += ["--revision", config.hub_revision] if config.hub_revision else []
+        raise PartialResult(f"{error} The results are in {path}. To go on, type: {shlex.join(again)}") from error
     say(f"It is at {url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {config.hub_model_id}")
 
 
