@@ -122,7 +122,8 @@ def load_raw(name: str, config: str | None = None, revision: str | None = None) 
                 f"data set {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
             )
         if path.is_dir():
-            return load_dataset(str(path), config, cache_dir=_cache_of(path))
+            # Not `.`, which has no name to be cached by.
+            return load_dataset(os.path.abspath(path), config, cache_dir=_cache_of(path))
         return load_dataset(name, config, revision=revision)
     except UserError:
         raise

@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from .evaluation import Predictions
+from .figures import fit, legible
 from .images import BadImage, read_image
 
 CELL, TEXT = 128, 44  # pixels: side of a picture, height of the two lines below it
@@ -46,16 +47,10 @@ def contact_sheet(dataset: Dataset, predictions: Predictions, columns: int = 8, 
         picture.thumbnail((CELL - 12, CELL - 12))
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         predicted, truth = int(predictions.predicted[index]), int(predictions.labels[index])
-        name, score = predictions.class_names[predicted], predictions.scores[index, predicted]
+        names, score = predictions.class_names, predictions.scores[index, predicted]
+        name = legible(names[predicted], predicted)
         right = predicted == truth
-        draw.text((x + 5, y + CELL), _fit(draw, f"{score:.0%} {name}", font), GREEN if right else RED, font)
+        draw.text((x + 5, y + CELL), fit(f"{score:.0%} {name}", CELL - 8, font), GREEN if right else RED, font)
         if not right:
-            draw.text((x + 5, y + CELL + 18), _fit(draw, f"is {predictions.class_names[truth]}", font), GREY, font)
+            draw.text((x + 5, y + CELL + 18), fit(f"is {legible(names[truth], truth)}", CELL - 8, font), GREY, font)
     return sheet
-
-
-def _fit(draw: ImageDraw.ImageDraw, text: str, font) -> str:
-    """The text, cut so that it is no wider than a cell."""
-    while draw.textlength(text, font) > CELL - 8:
-        text = text[:-2] + "…"
-    return text

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from . import cards, report
+from . import cards, figures, report
 from .arguments import DataArguments, ModelArguments
+from .cards.provenance import sources
 from .configuration import MMFTConfig
 from .console import is_main
 from .data import Splits
@@ -27,8 +28,9 @@ RESULTS_FILE = "all_results.json"
 PREDICTIONS_FILE = "predictions_test.parquet"
 ADAPTER_FOLDER = "adapter"
 PICTURE_FILE = "predictions_test.png"
+CONFUSION_FILE, CURVES_FILE = "confusion.png", "curves.png"
 # All that a run writes to its folder, beside checkpoints and the shards of a large model.
-FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, PROTOTYPES_FILE} | set(
+FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, CONFUSION_FILE, CURVES_FILE, PROTOTYPES_FILE} | set(
     "README.md trainer_state.json config.json model.safetensors model.safetensors.index.json tokenizer.json "
     "tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json preprocessor_config.json "
     "processor_config.json".split()
@@ -213,6 +215,7 @@ class Run:
             if selected
             else f"the last epoch ({state.epoch:g})",
             "best_epoch": best_epoch,
+            "zero_shot_won": zero_shot_won,
             "seed": self.config.seed,
             **train_metrics,
         }
@@ -226,16 +229,22 @@ class Run:
             adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
         report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
         report.contact_sheet(self.splits.test, predictions).save(self.path / PICTURE_FILE, optimize=True)
-        (self.path / "README.md").write_text(
-            cards.model_card(self.identity, results, test, prototypes), encoding="utf-8"
-        )
+        confusion = figures.confusion_picture(test["confusion_matrix"], self.splits.class_names)
+        confusion.save(self.path / CONFUSION_FILE, optimize=True)
+        kept = None if zero_shot_won or not selected else best_epoch
+        curves = figures.curves_picture(state.log_history, validation["zero_shot_validation_accuracy"], kept)
+        curves.save(self.path / CURVES_FILE, optimize=True)
         (self.path / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         state.save_to_json(str(self.path / "trainer_state.json"))
-        self._write(
-            completed=True,
-            class_names=self.splits.class_names,
-            selection=results["selection"],
-            notes=self.splits.notes,
-            versions=cards.versions(),
-        )
+        record = {
+            "class_names": self.splits.class_names,
+            "selection": results["selection"],
+            "notes": self.splits.notes,
+            "prototypes": prototypes.source,
+            "sources": sources(self.identity, self.data_settings, self.splits),
+            "versions": cards.versions(),
+        }
+        self._write(completed=False, **record)
+        cards.write_model_card(self.path)
+        self._write(completed=True, **record)
         return results

@@ -9,7 +9,19 @@ import mmft_hf
 
 PACKAGE = Path(mmft_hf.__file__).parent
 LAYERS = [
-    {"version", "errors", "arguments", "losses", "distributed", "prompts", "sampling", "images", "console", "builtin"},
+    {
+        "version",
+        "errors",
+        "arguments",
+        "losses",
+        "distributed",
+        "prompts",
+        "sampling",
+        "images",
+        "console",
+        "builtin",
+        "markdown",
+    },
     {
         "configuration",
         "data",
@@ -21,6 +33,7 @@ LAYERS = [
         "prototypes",
         "metrics",
         "evaluation",
+        "origins",
     },
     {
         "captioning",
@@ -29,6 +42,7 @@ LAYERS = [
         "progress",
         "pipeline",
         "cards",
+        "figures",
         "report",
         "run_folder",
         "hub",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 
-import yaml
 from datasets import Dataset
 
 from ..console import percent
+from ..markdown import code, fenced, front_matter, listed, md, one_line
+from ..origins import captioned_origin
 from ..version import __version__
 
 TEMPLATES = Path(__file__).parents[1] / "templates"  # not by way of `cards`, which needs torch
@@ -90,7 +91,7 @@ def caption_card(
     Args:
         dataset: as for `caption_report`.
         folder: of the data set; its `data/*.parquet` and `captions.png` are named in the card.
-        details: as for `caption_report`; `license` is stated only where it is there.
+        details: as for `caption_report`; and `license`. Default: what the card of the captioned data set states.
         statistics: of `caption_statistics`.
         repo_id (*optional*): where it will be published; its snippet loads it from there.
         captions_only: without the images, which are then neither shown nor in `data/`, but joined by their content.
@@ -103,9 +104,11 @@ def caption_card(
     source = source_name(details)
     where = "captions" if captions_only else "data"
     splits = sorted({m[1] for p in (folder / where).glob("*.parquet") if (m := _SHARD.fullmatch(p.name))})
+    stated = captioned_origin(source, local=True).get("license") if source else None
+    license = details.get("license") or stated
     front: dict = {"language": ["en"]}
-    if details.get("license"):
-        front["license"] = details["license"]
+    if license:
+        front["license"] = license
     if written:
         front["annotations_creators"] = ["machine-generated"]
     front |= {"task_categories": ["image-classification"], "tags": ["captions", "clip", "mmft"]}
@@ -117,9 +120,9 @@ def caption_card(
         # `datasets` tells what it cached of a folder by its card: without the run, new captions would open as the old.
         run = {"description": f"run {details['run_id']}"} if details.get("run_id") else {}
         front["configs"] = [{"config_name": "default", **run, "data_files": files}]
-    of = f" of {_md(source)}" if source else ""
+    of = f" of {md(source)}" if source else ""
     if written:
-        by = f"written by {_listed(f'`{_code(name)}`' for name in written)}"
+        by = f"written by {listed(map(code, written))}"
     elif "template" in statistics["models"]:
         by = "made from class templates"
     else:
@@ -128,21 +131,22 @@ def caption_card(
     captioned = (details.get("made_from") or {}).get("split") or splits or ["train"]
     captioned = captioned if isinstance(captioned, str) else captioned[0]
     card = Template((TEMPLATES / "caption_card.md").read_text(encoding="utf-8")).substitute(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        title=_md(title(details)),
+        front=front_matter(front),
+        title=md(title(details)),
         summary=f"{statistics['captions']:,} captions for {statistics['images']:,} images{of} in {classes:,} classes, {by}.",
         picture="" if captions_only else f"![Some images with their captions]({PICTURE})\n\n",
         page="" if captions_only else f"All figures, with samples and the checks in detail: [{PAGE}]({PAGE}).\n\n",
-        figures="\n".join(f"| {_md(name)} | {value} |" for name, value in figures(statistics).items()),
-        use=_use(repo_id or ".", _code(captioned), captions_only),
+        figures="\n".join(f"| {md(name)} | {value} |" for name, value in figures(statistics).items()),
+        use=_use(repo_id or ".", json.dumps(one_line(captioned)), captions_only),
         aspects="\n".join(
-            f"| {_md(name)} | {c['captions']:,} | {spread(c['words'])} | {spread(c['clip_tokens'])} | "
+            f"| {md(name)} | {c['captions']:,} | {spread(c['words'])} | {spread(c['clip_tokens'])} | "
             f"{share(c['mentions_label'], c['captions'])} |"
             for name, c in with_all(statistics)
         ),
         checks=_checks_in_words(statistics),
         made=_made_in_words(statistics, details, written),
         limits=_limits(prompts, written, "template" in statistics["models"]),
+        licence=_licence(license, source if license == stated else None, written),
     )
     path = folder / CARD
     path.write_text(card, encoding="utf-8")
@@ -151,18 +155,20 @@ def caption_card(
 
 def _use(name: str, split: str, captions_only: bool) -> str:
     """How to load it, as Markdown with a snippet that runs: beside the images, or with them in a folder."""
-    here = "  # in this folder" if name == "." else ""
     if captions_only:
         return (
             "The images are not here. Whoever has them joins the captions to them by their content; the number of images "
             "that match is reported:\n\n```python\nfrom mmft_hf import load_captioned_dataset\n\n"
             f'data = load_captioned_dataset("IMAGES", captions_dataset="{name}")  # IMAGES: your folder of images\n'
-            f'print(data["{split}"][0]["captions"])\n```\n\n'
+            f'print(data[{split}][0]["captions"])\n```\n\n'
             f"or, on the command line, `mmft-hf finetune --dataset_name IMAGES --captions_dataset {name}`.\n"
         )
+    here, imports, source = "", "", json.dumps(name)
+    if name == ".":  # which `datasets` cannot open by that name
+        here, imports, source = "In this folder:\n\n", "import os\n\n", "os.getcwd()"
     return (
-        f'```python\nfrom datasets import load_dataset\n\ndata = load_dataset("{name}"){here}\n'
-        f'row = data["{split}"][0]\nprint(row["captions"])\n```\n\n'
+        f"{here}```python\n{imports}from datasets import load_dataset\n\ndata = load_dataset({source})\n"
+        f'row = data[{split}][0]\nprint(row["captions"])\n```\n\n'
         f"Train on it: `mmft-hf finetune --dataset_name {name}`.\n"
     )
 
@@ -170,9 +176,9 @@ def _use(name: str, split: str, captions_only: bool) -> str:
 def _made_in_words(statistics: dict, details: Mapping, written: list[str]) -> str:
     """Models, settings, spending and prompts, as Markdown."""
     settings = (details.get("made_from") or {}).get("sampling") or {}
-    lines = [f"- model: `{_code(name)}`, {statistics['models'][name]:,} captions" for name in written]
+    lines = [f"- model: {code(name)}, {statistics['models'][name]:,} captions" for name in written]
     lines += [
-        f"- {_md(str(name).replace('_', ' '))}: {_md(str(value))}"
+        f"- {md(str(name).replace('_', ' '))}: {md(str(value))}"
         for name, value in settings.items()
         if value not in (None, {}, "")
     ]
@@ -181,7 +187,7 @@ def _made_in_words(statistics: dict, details: Mapping, written: list[str]) -> st
         lines.append(f"- tokens: {statistics['tokens_in']:,} in, {statistics['tokens_out']:,} out")
     if run.get("cost_usd"):
         lines.append(f"- cost of the last run: {run['cost_usd']:.2f} USD")
-    lines.append(f"- mmft_hf {__version__}" + (f", run {_md(str(details['run_id']))}" if details.get("run_id") else ""))
+    lines.append(f"- mmft_hf {__version__}" + (f", run {md(str(details['run_id']))}" if details.get("run_id") else ""))
     if not written:
         lines.insert(0, "- No model wrote any of the texts.")
     prompts = details.get("prompt_texts") or {}
@@ -190,8 +196,7 @@ def _made_in_words(statistics: dict, details: Mapping, written: list[str]) -> st
     elif prompts:
         lines.append("\nThe prompts:")
     for aspect, text in prompts.items():
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", str(text))), default=0))
-        lines.append(f"\n{_md(str(aspect))}\n\n{fence}text\n{text}\n{fence}")
+        lines.append(f"\n{md(aspect)}\n\n{fenced(text)}")
     return "\n".join(lines)
 
 
@@ -200,7 +205,7 @@ def _checks_in_words(statistics: dict) -> str:
     fired = {name: count for name, count in everything["checks"].items() if count}
     lines = ["Captions by status: " + (", ".join(f"{name} {n:,}" for name, n in statuses.items()) or "none") + "."]
     if fired:
-        rows = (f"| `{_code(n)}` | {count:,} | {share(count, everything['answers'])} |" for n, count in fired.items())
+        rows = (f"| {code(n)} | {count:,} | {share(count, everything['answers'])} |" for n, count in fired.items())
         lines += ["", "| check | answers | share |", "|---|---|---|", *rows]
     else:
         lines.append("No check found anything.")
@@ -226,6 +231,17 @@ def _limits(prompts: Mapping, written: list[str], templates: bool) -> str:
     return "\n".join(lines)
 
 
+def _licence(license: str | list[str] | None, source: str | None, written: list[str]) -> str:
+    terms = " Captions that a model wrote may be under the terms of whoever offers it." if written else ""
+    if not license:
+        return (
+            "This card states no licence, since that of the images is not known here. Whoever publishes the data set must choose "
+            f"one that allows it.{terms}"
+        )
+    names = listed(map(code, [license] if isinstance(license, str) else license))
+    return f"{names}, as the card of {md(source)} states.{terms}" if source else f"{names}.{terms}"
+
+
 def _size(rows: int) -> str:
     """The size category of the Hub."""
     bounds = [(1_000, "1K"), (10_000, "10K"), (100_000, "100K"), (1_000_000, "1M"), (10_000_000, "10M")]
@@ -235,17 +251,3 @@ def _size(rows: int) -> str:
             return f"{below}<{name}" if below == "n" else f"{below}<n<{name}"
         below = name
     return "n>10M"
-
-
-def _md(text: str) -> str:
-    """Text of others inside Markdown: no HTML, no table cell, no line, no link or emphasis of its own."""
-    return re.sub(r"([\\|*_`\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))
-
-
-def _code(text: str) -> str:
-    return " ".join(str(text).replace("`", "'").split())
-
-
-def _listed(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
