@@ -171,8 +171,9 @@ class Run:
                 entry.name in FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", entry.name)
             ):
                 entry.unlink()
-            elif entry.name == ADAPTER_FOLDER and {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
-                shutil.rmtree(entry)
+            elif entry.is_dir() and entry.name == ADAPTER_FOLDER:
+                if {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
+                    shutil.rmtree(entry)
 
     def save(
         self,
