@@ -628,7 +628,7 @@ def test_captioning_never_deletes_what_is_not_its_own(fails, succeeds, clip_fold
     (tmp_path / "new" / "data" / "precious.parquet").write_text("mine")
     succeeds([*command, "--output_dir", tmp_path / "new"])  # the same command continues
     other = [*command, "--captioner", "template", "--output_dir", tmp_path / "new"]
-    fails(other, "made from the same captioner", "--overwrite_output_dir true")
+    fails(other, "captioner columns there, template here", "--overwrite_output_dir true")
     succeeds([*other, "--overwrite_output_dir", "true"])
     assert (out / "data" / "precious.parquet").read_text() == "mine"
     assert (tmp_path / "new" / "data" / "precious.parquet").read_text() == "mine"

@@ -13,7 +13,8 @@ from datasets import concatenate_datasets
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.checks import CaptionChecker
-from mmft_hf.captioning.journal import Journal, JournalError, by_slot, export_journal, import_journal
+from mmft_hf.captioning.journal import Journal, JournalError, by_slot
+from mmft_hf.captioning.journal_parquet import export_journal, import_journal
 from mmft_hf.captioning.pictures import PicturePolicy
 from mmft_hf.captioning.runs import CaptionRun
 from mmft_hf.captioning.types import Sampling
@@ -88,7 +89,6 @@ def test_new_rows_and_a_renamed_class_cost_their_own_requests_alone(run):
     [
         {"model": "m2"},
         {"tag": "awq"},
-        {"sampling": Sampling(max_tokens=150)},
         {"sampling": Sampling(temperature=0.0)},
         {"sampling": Sampling(options={"top_p": 0.9})},
         {"pictures": PicturePolicy(max_side=8)},

@@ -76,8 +76,8 @@ def test_what_is_missing_is_named_with_its_file_and_a_command_that_works(asking,
 def test_other_settings_in_a_folder_are_named(asking, say):
     words, _ = asking
     say(*words)
-    code, text = say(*words, "--words", 20, "--max_tokens", 300)
-    assert code == 2 and "found others: words 50 there, 20 here; max_tokens 200 there, 300 here." in text
+    code, text = say(*words, "--words", 20, "--temperature", 1, "--max_tokens", 300)
+    assert code == 2 and "found others: words 50 there, 20 here; temperature 0.2 there, 1.0 here." in text
     code, text = say(*words, "--captioner", "template")
     assert "found others: captioner openai gpt-4.1-mini there, template here" in text
 
@@ -94,9 +94,14 @@ def test_a_budget_that_cuts_most_answers(asking, say):
     words, server = asking
     server.server.script = {"rules": [{"do": "truncated"}]}
     code, text = say(*words)
-    assert code == 3 and "type a larger --max_tokens than 200, and --overwrite_output_dir true" in text
+    assert code == 3 and "type a larger --max_tokens than 200, and those alone are asked for again" in text
+    asked = len(server.requests())
+    assert say(*words)[0] == 3 and len(server.requests()) == asked  # the same budget would cut them again
     server.server.script = {}
-    assert say(*words, "--max_tokens", 300, "--overwrite_output_dir", "true")[0] == 0
+    code, text = say(*words, "--max_tokens", 300)
+    assert code == 0 and {r["body"]["max_tokens"] for r in server.requests()[asked:]} == {300}
+    asked = len(server.requests())
+    assert say(*words, "--max_tokens", 400)[0] == 0 and len(server.requests()) == asked
 
 
 @pytest.mark.parametrize(

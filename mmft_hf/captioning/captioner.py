@@ -136,7 +136,7 @@ class Captioner:
             "version": KEY_VERSION,
             "identity": {**(identity or {}), "tag": self.tag},
             "pictures": self.pictures.spec(),
-            "sampling": asdict(self.sampling) | {"options": dict(self.sampling.options)},
+            "sampling": self.sampling.spec(),
             "prompts": asdict(self.prompts) | {"own_prompts": dict(self.prompts.own_prompts)},
             "aspects_per_call": self.aspects_per_call,
             "samples": self.samples,

@@ -211,17 +211,13 @@ class Driver:
         first = 0
         if self.captioner.joint:  # its first try was one call for all aspects; from here on it is asked alone
             row = stored.get(slot.key)
-            if row and row["pending"] and not self._turned_down(job, slot, row, slot.single, 0):
+            if row and row["pending"] and not self._cut(row) and not self._turned_down(job, slot, row, slot.single, 0):
                 return
             first, prompt, budget = self._next_try(job, slot, row)
         for reask in range(first, self._last_try + 1):
-            key = (
-                slot.key
-                if reask == 0
-                else self.keys.key(job.image_sha256, slot.aspect, prompt, slot.sample, reask, budget)
-            )
+            key = slot.key if reask == 0 else self.keys.key(job.image_sha256, slot.aspect, prompt, slot.sample, reask)
             row = stored.get(key)
-            if row and row["pending"]:
+            if row and row["pending"] and not self._cut(row):
                 if not self._turned_down(job, slot, row, prompt, reask):
                     return
             else:
@@ -237,6 +233,12 @@ class Driver:
                     self._finished(job, 1, row["status"])
                     return
             _, prompt, budget = self._next_try(job, slot, row)
+
+    def _cut(self, row: dict) -> bool:
+        """Whether an answer was cut by a smaller budget than there is now, and is worth asking for again."""
+        return (
+            row.get("finish_reason") == "length" and (row.get("max_tokens") or 0) < self.captioner.sampling.max_tokens
+        )
 
     def _turned_down(self, job: Job, slot: Slot, row: dict, prompt: str, reask: int) -> bool:
         """Whether a stored answer still is, by the checks and the number of tries of this run. Otherwise it is the result."""
@@ -308,6 +310,7 @@ class Driver:
                 "aspect": slot.aspect,
                 "sample": slot.sample,
                 "reask": reask,
+                "max_tokens": self.captioner.sampling.max_tokens,
                 "run_id": self.run_id,
                 **row,
             }

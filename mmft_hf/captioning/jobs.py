@@ -21,6 +21,7 @@ from .card import CLASS_MARK
 from .checks import CaptionChecker, parse_actions
 from .dataset import without_captions
 from .folder import CaptionFolder
+from .journal import spent_dollars
 from .plan import Plan
 from .prices import estimate_tokens, price_of
 from .processes import Processes
@@ -150,11 +151,7 @@ class CaptionJob:
         left = 0
         for split in self.splits:
             run = self.open(split)
-            if run.folder.is_dir():
-                with run:
-                    plan, spent = run.plan(), run.journal.cost()
-            else:
-                plan, spent = run.plan(), 0.0
+            plan, spent = run.plan(), spent_dollars(run.folder)  # without the lock: a run may be at work
             self._print_plan(split, run, plan, spent)
             left += plan.open
         with suppress(AttributeError):  # a model in this process needs no key
@@ -349,8 +346,8 @@ class CaptionJob:
             why = f" The next call could pass --max_cost_usd {self.args.max_cost_usd:g}: type a larger one to go on."
         if totals["truncated"] + totals["empty"] > missing / 2:
             why += (
-                f" Most were cut by the token budget or empty: type a larger --max_tokens than {self.args.max_tokens}, and "
-                "--overwrite_output_dir true (with another budget all captions are asked for again)."
+                f" Most were cut by the token budget or empty: type a larger --max_tokens than {self.args.max_tokens}, "
+                "and those alone are asked for again."
             )
         raise PartialResult(
             f"{missing:,} of {wanted:,} captions are missing.{why}{f' Failures: {kinds}.' if kinds else ''} "

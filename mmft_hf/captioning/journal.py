@@ -7,7 +7,6 @@ request; the *slot* says what the plan asked for, so that a second try, under it
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import socket
 import sqlite3
@@ -44,7 +43,17 @@ TEXT += ("finish_reason", "model", "error_class", "error", "run_id")
 COLUMNS = {
     **dict.fromkeys(TEXT, "TEXT"),
     **dict.fromkeys(
-        ("sample", "reask", "pending", "tokens_in", "tokens_out", "thinking_tokens", "attempts", "latency_ms"),
+        (
+            "sample",
+            "reask",
+            "pending",
+            "max_tokens",
+            "tokens_in",
+            "tokens_out",
+            "thinking_tokens",
+            "attempts",
+            "latency_ms",
+        ),
         "INTEGER",
     ),
     **dict.fromkeys(("cost", "updated_at"), "REAL"),
@@ -156,14 +165,13 @@ class Journal:
         """Rows of all files, file by file. A key may come from more than one: see `best`."""
         yield from read_rows(self._paths(), columns, where, values)
 
-    def terminal_slots(self) -> set[str]:
-        """Slots that need no further call: a result that is final, and after which no other try was due."""
-        marks = ", ".join("?" * len(TERMINAL))
-        return {row["slot"] for row in self.rows(("slot",), f"WHERE status IN ({marks}) AND pending = 0", TERMINAL)}
+    def terminal_slots(self, max_tokens: int = 0) -> set[str]:
+        """See `settled_slots`."""
+        return settled_slots(self.folder, max_tokens)
 
     def cost(self) -> float:
-        """What all results so far cost, in US dollars, as far as prices were known."""
-        return sum(row["cost"] or 0.0 for row in self.rows(("cost",), "WHERE cost IS NOT NULL"))
+        """See `spent_dollars`."""
+        return spent_dollars(self.folder)
 
     def close(self) -> None:
         """Folds the write-ahead log into the file and gives the lock back."""
@@ -248,6 +256,24 @@ def read_rows(paths: Iterable[Path], columns: Sequence[str], where: str = "", va
             raise Journal._broken(path, error) from error
 
 
+def settled_slots(folder: str | Path, max_tokens: int = 0) -> set[str]:
+    """Slots that need no further call: a result that is final, and after which no other try was due.
+
+    Args:
+        max_tokens: the budget of today. What was cut by as much or more would be cut again, and is left alone.
+    """
+    marks = ", ".join("?" * len(TERMINAL))
+    cut = "status IN ('truncated', 'empty') AND finish_reason = 'length' AND max_tokens >= ?"
+    where = f"WHERE pending = 0 AND (status IN ({marks}) OR ({cut} AND ? > 0))"
+    rows = read_rows(journal_files(folder), ("slot",), where, (*TERMINAL, max_tokens, max_tokens))
+    return {row["slot"] for row in rows}
+
+
+def spent_dollars(folder: str | Path) -> float:
+    """What all results so far cost, in US dollars, as far as prices were known."""
+    return sum(row["cost"] or 0.0 for row in read_rows(journal_files(folder), ("cost",), "WHERE cost IS NOT NULL"))
+
+
 def best(rows: Iterable[dict]) -> list[dict]:
     """The rows of one slot as its history: one per try, the one that counts last.
 
@@ -316,69 +342,3 @@ def file_system(folder: Path) -> str:
     except OSError:
         pass
     return kind
-
-
-# -- parquet, so that a cache of captions can live on the Hub ---------------------------------------------------------
-def export_journal(folder: str | Path, file: str | Path) -> int:
-    """Writes the union of a journal folder as one parquet file. Returns its number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
-    schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
-    if not journal_files(folder):
-        raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
-    written, batch = 0, []
-    partial = Path(f"{file}.partial")
-    with pq.ParquetWriter(partial, schema) as writer:
-        for _, rows in by_slot(folder, tuple(COLUMNS)):
-            batch += rows
-            if len(batch) >= 10_000:
-                writer.write_table(pa.Table.from_pylist(batch, schema))
-                written, batch = written + len(batch), []
-        writer.write_table(pa.Table.from_pylist(batch, schema))
-    os.replace(partial, file)
-    return written + len(batch)
-
-
-def import_journal(journal: Journal, file: str | Path) -> int:
-    """Adds the rows of an exported journal that are not yet there. Returns how many."""
-    import pyarrow.parquet as pq
-
-    try:
-        source = pq.ParquetFile(file)
-        missing = [name for name in COLUMNS if name not in source.schema_arrow.names]
-    except Exception as error:
-        raise UserError(f"{file}: expected an exported journal (parquet), found: {error}.") from error
-    if missing:
-        raise UserError(
-            f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned data set is no journal: "
-            "type `mmft-hf caption merge` for that."
-        )
-    for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):
-        for row in batch.to_pylist():
-            if not (row["key"] and row["slot"] and row["status"] in STATUSES and _is_list(row["checks"])):
-                raise UserError(
-                    f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}."
-                )
-    terminal: dict[str, bool] = {}
-    for row in journal.rows(("key", "status")):
-        terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
-    added = 0
-    for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
-        # New ones, and results of what failed here.
-        rows = [
-            row
-            for row in batch.to_pylist()
-            if row["key"] not in terminal or (row["status"] in TERMINAL and not terminal[row["key"]])
-        ]
-        journal.put(rows)
-        added += len(rows)
-    return added
-
-
-def _is_list(text: str | None) -> bool:
-    try:
-        return isinstance(json.loads(text or "[]"), list)
-    except ValueError:
-        return False

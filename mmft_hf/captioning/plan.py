@@ -53,22 +53,23 @@ class Keys:
 
     def __init__(self, captioner: Captioner, identity: Mapping[str, Any]):
         self.captioner = captioner
-        sampling = captioner.sampling
         self._same = {
             "version": KEY_VERSION,
             "identity": {**identity, "tag": captioner.tag},
             "pictures": captioner.pictures.spec(),
-            "temperature": float(sampling.temperature),  # 0 is 0.0
-            "seed": sampling.seed,
-            "options": dict(sampling.options),
+            "sampling": captioner.sampling.spec(),
         }
         self._ids = {aspect: captioner.prompts.prompt_id(aspect) for aspect in captioner.prompts.aspects}
         self._prompts: dict[str, tuple[str | None, dict[str, str]]] = {}
 
-    def key(self, image_sha256: str, aspect: str, prompt: str, sample: int, reask: int, max_tokens: int) -> str:
-        """sha256 of everything that is sent, in hex."""
+    def key(self, image_sha256: str, aspect: str, prompt: str, sample: int, reask: int) -> str:
+        """sha256 of everything that decides on the answer, in hex.
+
+        The budget of tokens is not in it: an answer that came to its end would be the same with more, and one that was cut
+        is asked for again once there is more.
+        """
         changing = {"image": image_sha256, "aspect": aspect, "prompt": prompt, "sample": sample, "reask": reask}
-        return sha256(canonical({**self._same, **changing, "max_tokens": max_tokens}).encode())
+        return sha256(canonical({**self._same, **changing}).encode())
 
     def slots(self, image_sha256: str, class_name: str) -> list[Slot]:
         """All slots of one picture: aspects in their order, then samples."""
@@ -81,7 +82,7 @@ class Keys:
         for aspect, own in single.items():
             for sample in range(self.captioner.samples):
                 prompt = joint or own
-                key = self.key(image_sha256, aspect, prompt, sample, 0, self.budget())
+                key = self.key(image_sha256, aspect, prompt, sample, 0)
                 slots.append(Slot(key, aspect, sample, prompt, own, self._ids[aspect]))
         return slots
 

@@ -24,7 +24,7 @@ from .captioner import Captioner
 from .checks import CaptionChecker
 from .dataset import JournalSource, Results, add_captions, results_of, text_source, without_captions
 from .fill import Driver
-from .journal import Journal, JournalReader
+from .journal import Journal, JournalReader, settled_slots
 from .limits import CostMeter
 from .pictures import prepare, sha256
 from .plan import Job, Keys, Plan, make_plan
@@ -97,7 +97,7 @@ class CaptionRun:
 
     def plan(self) -> Plan:
         """Reads every picture once, for its sha256, and finds what the journal lacks. Makes no call."""
-        done = self.journal.terminal_slots() if self.journal else set()
+        done = settled_slots(self.folder, self.captioner.sampling.max_tokens)
         with tqdm(total=len(self.dataset), desc="Planning", unit=" images", disable=not self.progress) as bar:
             return make_plan(self.dataset, self.keys, done, self.rows, (self.rank, self.world), bar.update)
 

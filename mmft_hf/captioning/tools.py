@@ -21,7 +21,8 @@ from .checks import CaptionChecker, parse_actions
 from .dataset import without_captions
 from .folder import CaptionFolder
 from .jobs import CaptionJob, write_folder
-from .journal import Journal, by_slot, export_journal, import_journal, journal_files
+from .journal import Journal, by_slot, journal_files
+from .journal_parquet import export_journal, import_journal
 from .plan import Plan
 from .summary import many, money, next_line
 from .tokens import load_counter

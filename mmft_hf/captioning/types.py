@@ -114,9 +114,13 @@ class Backend(Protocol):
         ...
 
 
+# What providers call the budget of an answer.
+BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a captioner writes. Part of every request's key.
+    """How a captioner writes.
 
     Args:
         temperature: 0 for the likeliest text; the method's own captions were written at 0.2.
@@ -129,3 +133,12 @@ class Sampling:
     max_tokens: int = 200
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def spec(self) -> dict:
+        """What decides on a text that came to its end by itself: all but the budget, which only cuts."""
+        options = {
+            name: {n: v for n, v in value.items() if n not in BUDGETS} if isinstance(value, Mapping) else value
+            for name, value in self.options.items()
+            if name not in BUDGETS
+        }
+        return {"temperature": float(self.temperature), "seed": self.seed, "options": options}  # 0 is 0.0

@@ -9,12 +9,11 @@ from typing import Any
 
 from ...console import printable_text
 from ...errors import UserError
-from ..types import Answer, Request, Sampling, Transient
+from ..types import BUDGETS, Answer, Request, Sampling, Transient
 from .transport import Transport, check_url
 
 # These decide what is asked and how it is read: another value could not be understood, or would cost for nothing.
 _OURS = ("contents", "messages", "model", "n", "stream")
-_BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 MAX_COUNT = 10**8  # tokens: more than any model reads or writes
 MAX_NAME = 200
 
@@ -151,7 +150,7 @@ def _budgets(body: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """Where a body has the budget of its answer: options may choose the field's name, but not another number."""
     inner = body.get("generationConfig")
     places = [body, inner] if isinstance(inner, Mapping) else [body]
-    return [(place, name) for place in places for name in _BUDGETS if isinstance(place.get(name), (int, float))]
+    return [(place, name) for place in places for name in BUDGETS if isinstance(place.get(name), (int, float))]
 
 
 def _check_options(sampling: Sampling) -> None:

@@ -1,0 +1,76 @@
+"""A journal as one parquet file, so that a cache of captions can live on the Hub, or move to another machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from .journal import COLUMNS, Journal, by_slot, journal_files
+from .types import STATUSES, TERMINAL
+
+
+def export_journal(folder: str | Path, file: str | Path) -> int:
+    """Writes the union of a journal folder as one parquet file. Returns its number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
+    if not journal_files(folder):
+        raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
+    written, batch = 0, []
+    partial = Path(f"{file}.partial")
+    with pq.ParquetWriter(partial, schema) as writer:
+        for _, rows in by_slot(folder, tuple(COLUMNS)):
+            batch += rows
+            if len(batch) >= 10_000:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                written, batch = written + len(batch), []
+        writer.write_table(pa.Table.from_pylist(batch, schema))
+    os.replace(partial, file)
+    return written + len(batch)
+
+
+def import_journal(journal: Journal, file: str | Path) -> int:
+    """Adds the rows of an exported journal that are not yet there. Returns how many."""
+    import pyarrow.parquet as pq
+
+    try:
+        source = pq.ParquetFile(file)
+        missing = [name for name in COLUMNS if name not in source.schema_arrow.names]
+    except Exception as error:
+        raise UserError(f"{file}: expected an exported journal (parquet), found: {error}.") from error
+    if missing:
+        raise UserError(
+            f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned data set is no journal: "
+            "type `mmft-hf caption merge` for that."
+        )
+    for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):
+        for row in batch.to_pylist():
+            if not (row["key"] and row["slot"] and row["status"] in STATUSES and _is_list(row["checks"])):
+                raise UserError(
+                    f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}."
+                )
+    terminal: dict[str, bool] = {}
+    for row in journal.rows(("key", "status")):
+        terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
+    added = 0
+    for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
+        # New ones, and results of what failed here.
+        rows = [
+            row
+            for row in batch.to_pylist()
+            if row["key"] not in terminal or (row["status"] in TERMINAL and not terminal[row["key"]])
+        ]
+        journal.put(rows)
+        added += len(rows)
+    return added
+
+
+def _is_list(text: str | None) -> bool:
+    try:
+        return isinstance(json.loads(text or "[]"), list)
+    except ValueError:
+        return False
