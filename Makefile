@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: quickstart seeds test lint clean
 
 quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two predictions on the embedded data
-	$(BIN)/mmft-hf caption --config recipes/quickstart/caption.yaml --overwrite_output_dir true
+	$(BIN)/mmft-hf caption --captioner columns --config recipes/quickstart/caption.yaml --overwrite_output_dir true
 	@echo
 	$(BIN)/mmft-hf finetune --config recipes/quickstart/finetune.yaml --overwrite_output_dir true \
 	  --dataset_name outputs/quickstart/captioned --captions_column captions
