@@ -27,11 +27,11 @@ configs:
 ---
 # Captions of someone/colours
 
-5 captions for 5 images of someone/colours in 3 classes, written by `tiny/vlm`\.
+5 captions for 5 images of someone/colours in 3 classes, written by `tiny/vlm`\. A caption is a text about its picture: a model of images and texts, such as CLIP, is fine-tuned on both, and on the labels\.
 
 !\[Some images with their captions\]\(captions\.png\)
 
-\| \| \|
+\| in figures \| \|
 \|---\|---\|
 \| images \| 5 \|
 \| captions \| 5 \|
@@ -76,15 +76,17 @@ checks and origin\. `image_sha256` is of the image file's bytes, as they are at 
 
 Captions by status: ok 4, trimmed 1, refused 1, rejected 1, failed 1, empty 1, not_run 1\.
 
-\| check \| answers \| share \|
-\|---\|---\|---\|
-\| `empty` \| 1 \| 11\.1 % \|
-\| `thinking_budget` \| 1 \| 11\.1 % \|
-\| `refusal` \| 1 \| 11\.1 % \|
-\| `over_token_limit` \| 2 \| 22\.2 % \|
-\| `repetition` \| 1 \| 11\.1 % \|
-\| `label_missing` \| 2 \| 22\.2 % \|
-\| `label_contradicted` \| 1 \| 11\.1 % \|
+What the checks found:
+
+\| check \| meaning \| answers \| share \|
+\|---\|---\|---\|---\|
+\| `empty` \| nothing was answered \| 1 \| 11\.1 % \|
+\| `thinking_budget` \| thinking used up the token budget \| 1 \| 11\.1 % \|
+\| `refusal` \| the model or its provider refused \| 1 \| 11\.1 % \|
+\| `over_token_limit` \| with its class template longer than the text tower reads \| 2 \| 22\.2 % \|
+\| `repetition` \| a loop \| 1 \| 11\.1 % \|
+\| `label_missing` \| the class is not named \| 2 \| 22\.2 % \|
+\| `label_contradicted` \| the label is denied \| 1 \| 11\.1 % \|
 
 ## How they were made
 

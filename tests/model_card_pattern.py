@@ -133,7 +133,7 @@ Both towers were trained whole, in batches of 8 images\. The loss, 0\.1 x SupCon
 
 !\[Training loss and validation accuracy by epoch\]\(curves\.png\)
 
-Epoch 0 is the untuned model, compared as in training; the dashed line is the untuned model zero-shot\.
+Epoch 0 is the untuned model, compared with prototypes made as in the other epochs\. The dashed line is the untuned model, zero-shot\.
 
 Settings that differ from the defaults:
 

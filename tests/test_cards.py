@@ -373,6 +373,17 @@ def test_captions_without_their_images_are_joined_as_the_card_says(tmp_path, mon
     assert "[" in execute(snippet)
 
 
+# -- the examples -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["model_card", "dataset_card"])
+def test_the_examples_are_whole(name):
+    folder = Path(__file__).parents[1] / "docs" / "examples" / name
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert not PLACEHOLDERS.search(outside_code(card)) and "license" in read_front_matter(card)[0]
+    for file in re.findall(r"\]\(([\w.]+)\)", card):
+        assert (folder / file).is_file(), file
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_500_000
+
+
 # -- what pages are made of -------------------------------------------------------------------------------------------
 def test_text_of_others():
     assert md("a\u202eb\x1b[31m") == "a b \\[31m" and md("x" * 200).endswith("…") and code("`|`\n") == "`'¦'`"

@@ -14,6 +14,7 @@ from ..console import percent
 from ..markdown import code, fenced, front_matter, listed, md, one_line
 from ..origins import captioned_origin
 from ..version import __version__
+from .checks import MEANING
 
 TEMPLATES = Path(__file__).parents[1] / "templates"  # not by way of `cards`, which needs torch
 CLASS_MARK = "[class name]"  # stands for the name in the prompts of a card
@@ -133,7 +134,8 @@ def caption_card(
     card = Template((TEMPLATES / "caption_card.md").read_text(encoding="utf-8")).substitute(
         front=front_matter(front),
         title=md(title(details)),
-        summary=f"{statistics['captions']:,} captions for {statistics['images']:,} images{of} in {classes:,} classes, {by}.",
+        summary=f"{statistics['captions']:,} captions for {statistics['images']:,} images{of} in {classes:,} classes, {by}. A "
+        "caption is a text about its picture: a model of images and texts, such as CLIP, is fine-tuned on both, and on the labels.",
         picture="" if captions_only else f"![Some images with their captions]({PICTURE})\n\n",
         page="" if captions_only else f"All figures, with samples and the checks in detail: [{PAGE}]({PAGE}).\n\n",
         figures="\n".join(f"| {md(name)} | {value} |" for name, value in figures(statistics).items()),
@@ -205,8 +207,11 @@ def _checks_in_words(statistics: dict) -> str:
     fired = {name: count for name, count in everything["checks"].items() if count}
     lines = ["Captions by status: " + (", ".join(f"{name} {n:,}" for name, n in statuses.items()) or "none") + "."]
     if fired:
-        rows = (f"| {code(n)} | {count:,} | {share(count, everything['answers'])} |" for n, count in fired.items())
-        lines += ["", "| check | answers | share |", "|---|---|---|", *rows]
+        rows = (
+            f"| {code(n)} | {MEANING.get(n, '')} | {count:,} | {share(count, everything['answers'])} |"
+            for n, count in fired.items()
+        )
+        lines += ["", "What the checks found:", "", "| check | meaning | answers | share |", "|---|---|---|---|", *rows]
     else:
         lines.append("No check found anything.")
     return "\n".join(lines)

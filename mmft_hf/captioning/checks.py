@@ -34,6 +34,25 @@ CHECKS = (
     "duplicate",
 )  # in the order in which they are recorded; `duplicate` by whoever sees all rows
 ACTIONS = ("keep", "reask", "reject")
+MEANING = {  # of a check that fired, for people
+    "thinking": "a thinking block was taken out",
+    "markdown": "bold, headings, bullets or fences were cleaned",
+    "boilerplate": "an opener such as “Here is a caption:” was taken off",
+    "quotes": "typographic quotes straightened, enclosing ones removed",
+    "empty": "nothing was answered",
+    "thinking_budget": "thinking used up the token budget",
+    "refusal": "the model or its provider refused",
+    "truncated": "the token budget ended the answer",
+    "over_token_limit": "with its class template longer than the text tower reads",
+    "repetition": "a loop",
+    "foreign_script": "letters of another script",
+    "prompt_echo": "eight words of the prompt in a row",
+    "url": "a web or mail address",
+    "label_missing": "the class is not named",
+    "other_class": "another class is named, and this one is not",
+    "label_contradicted": "the label is denied",
+    "duplicate": "the same text for another image",
+}
 OWN_ACTIONS = {"truncated": "trim", "over_token_limit": "trim", "label_missing": "prefix"}
 
 SCRIPTS = "Latin Cyrillic Greek Arabic Hebrew Armenian Georgian Devanagari Bengali Tamil Telugu Thai Han Hiragana Katakana Hangul"

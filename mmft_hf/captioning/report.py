@@ -17,7 +17,7 @@ from ..images import BadImage, read_image
 from ..prompts import clean_class_name, printable
 from ..version import __version__
 from .card import PAGE, PICTURE, TEMPLATES, caption_card, figures, origin, share, spread, title, with_all
-from .checks import CHECKS
+from .checks import CHECKS, MEANING
 from .tally import CaptionTally, caption_statistics
 from .types import OPEN
 
@@ -25,25 +25,6 @@ __all__ = ["caption_card", "caption_report", "caption_statistics"]
 
 SAMPLES, ODD_SAMPLES, ON_PICTURE = 12, 12, 6
 THUMBNAIL = 320  # pixels: longer side of a picture on the page
-MEANING = {
-    "thinking": "a thinking block was taken out",
-    "markdown": "bold, headings, bullets or fences were cleaned",
-    "boilerplate": "an opener such as “Here is a caption:” was taken off",
-    "quotes": "typographic quotes straightened, enclosing ones removed",
-    "empty": "nothing was answered",
-    "thinking_budget": "thinking used up the token budget",
-    "refusal": "the model or its provider refused",
-    "truncated": "the token budget ended the answer",
-    "over_token_limit": "with its class template longer than the text tower reads",
-    "repetition": "a loop",
-    "foreign_script": "letters of another script",
-    "prompt_echo": "eight words of the prompt in a row",
-    "url": "a web or mail address",
-    "label_missing": "the class is not named",
-    "other_class": "another class is named, and this one is not",
-    "label_contradicted": "the label is denied",
-    "duplicate": "the same text for another image",
-}
 
 
 def caption_report(

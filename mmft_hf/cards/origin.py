@@ -61,7 +61,7 @@ def made(record: Mapping, results: Mapping, curves: str) -> str:
         f"towards its own text and towards the texts of its class. Seed {identity['seed']}."
     )
     zero = results["zero_shot_won"] or not identity["load_best_model_at_end"]
-    caption = "Epoch 0 is the untuned model, compared as in training; the dashed line is the untuned model zero-shot."
+    caption = "Epoch 0 is the untuned model, compared with prototypes made as in the other epochs. The dashed line is the untuned model, zero-shot."
     parts += ["### Training", training, f"![Training loss and validation accuracy by epoch]({curves})"]
     parts += [caption if not zero else "The dashed line is the untuned model, zero-shot."]
     if sources["settings"]:
