@@ -169,9 +169,12 @@ def _insist(call, repo_id: str, missing=None):
             hint = error.response.headers.get("Retry-After", "") if error.response is not None else ""
             wait, reason = float(hint) if hint.isdigit() else None, f"HTTP {status}"
         except Exception as error:
-            if not _is_connection(error):
+            # What fails within an upload comes as a RuntimeError with a cause. Any is worth a further try, since the
+            # addresses of uploads are signed anew.
+            cause = error.__cause__ if isinstance(error, RuntimeError) else error
+            if not isinstance(cause, HfHubHTTPError) and not _is_connection(cause):
                 raise
-            wait, reason = None, f"{type(error).__name__}"
+            wait, reason = None, f"the connection failed: {type(cause).__name__}"
         if attempt == TRIES or (wait or 0) > LONGEST_WAIT_S:
             asked = f", and asks to wait {wait:.0f} s" if wait else ""
             raise PartialResult(
@@ -192,7 +195,7 @@ def _refused(status: int, repo_id: str, error: HfHubHTTPError) -> str:
     return f"{repo_id}: {what}{f' ({said})' if said else ''}."
 
 
-def _is_connection(error: Exception) -> bool:
+def _is_connection(error: BaseException | None) -> bool:
     library = type(error).__module__.split(".")[0]
     return isinstance(error, (ConnectionError, TimeoutError)) or library in ("httpx", "httpx2", "httpcore", "requests")
 
