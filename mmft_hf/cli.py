@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -102,11 +103,16 @@ def _without_retry(argv: list[str]) -> list[str]:
 
 
 def _again(argv: list[str]) -> str:
-    """The command that continues."""
+    """The command that continues, without a token that was typed."""
+    argv = [
+        re.sub("(?<=^--hub_token=).+", "YOUR_TOKEN", word) if before != "--hub_token" else "YOUR_TOKEN"
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
     more = ["--resume_from_checkpoint", "true"] * (argv[0] == "finetune" and "--resume_from_checkpoint" not in argv)
-    if argv[0] == "caption" and os.environ.get("WORLD_SIZE", "1") != "1":
+    if argv[0] in ("caption", "finetune") and os.environ.get("WORLD_SIZE", "1") != "1":
         world = os.environ["WORLD_SIZE"]
-        return shlex.join(["accelerate", "launch", "--num_processes", world, "recipes/caption.py", *argv[1:]])
+        recipe = f"recipes/{argv[0]}.py"
+        return shlex.join(["accelerate", "launch", "--num_processes", world, recipe, *argv[1:], *more])
     return shlex.join(["mmft-hf", *argv, *more])
 
 
