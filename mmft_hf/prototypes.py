@@ -150,6 +150,23 @@ class ClassPrototypes:
             raise UserError(f"no readable training image of {', '.join(empty)}: no prototype can be made of them.")
         return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
 
+    def check_model(self, model: CLIPModel, name: str) -> None:
+        """Raises `UserError` unless these can be of this model: the same embedding size, and its classes if it names any."""
+        size = model.config.projection_dim
+        if self.embeddings.shape[1] != size:
+            raise UserError(
+                f"{name!r}: expected prototypes of the model's embedding size {size}, found {self.embeddings.shape[1]} in "
+                f"{FILE_NAME}: they are of another model. Run mmft-hf finetune again, or take both files from one run."
+            )
+        given = [label for _, label in sorted((model.config.id2label or {}).items())]
+        unnamed = given == [f"LABEL_{i}" for i in range(len(given))]
+        if not unnamed and given != list(self.class_names):
+            raise UserError(
+                f"{name!r}: expected prototypes of the model's {len(given)} classes {_some(given)}, found "
+                f"{len(self.class_names)} in {FILE_NAME}: {_some(self.class_names)}. Take config.json and {FILE_NAME} from "
+                "one run."
+            )
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `prototypes.safetensors`: the embeddings, with all the rest in its metadata. Returns its path."""
         path = Path(folder) / FILE_NAME
@@ -210,11 +227,23 @@ class ClassPrototypes:
 
 
 def _no_prototypes(name: str | Path) -> str:
-    return (
-        f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
-        "--output_dir; found none. Run mmft-hf finetune first, or make them of class names alone: "
-        "mmft_hf.ClassPrototypes.from_templates(*mmft_hf.load_model(NAME), ['cat', 'dog']).save_pretrained(FOLDER)."
+    local = Path(name).is_dir()
+    folder = str(name) if local else "FOLDER"
+    code = f"m.ClassPrototypes.from_templates(*m.load_model({folder!r}), ['cat', 'dog']).save_pretrained({folder!r})"
+    steps = [] if local else [f"hf download {name} --local-dir {folder}"]
+    return "\n  ".join(
+        [
+            f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
+            "--output_dir; found none. Run mmft-hf finetune first, or make them of class names alone, for use with "
+            f"--model_name_or_path {folder}:",
+            *steps,
+            f'python -c "import mmft_hf as m; {code}"',
+        ]
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _scale(model: CLIPModel) -> float:

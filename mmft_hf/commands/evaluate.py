@@ -50,6 +50,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
+    prototypes.check_model(model, args.model_name_or_path)
     model.to(default_device())
 
     record = _record(args.model_name_or_path, args.model_revision)

@@ -51,6 +51,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
     model, processor = load_model(args.model_name_or_path, args.model_revision)
+    prototypes.check_model(model, args.model_name_or_path)
     model.to(default_device()).eval()
     # Not among the answers on standard output, which other programs may read.
     print(
