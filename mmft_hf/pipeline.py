@@ -20,12 +20,20 @@ if not hasattr(transformers, "TFPreTrainedModel"):
     transformers.TFPreTrainedModel = type("TFPreTrainedModel", (), {})
 
 
+class NoSafetensors(Exception):
+    """No `UserError`: at a ValueError transformers tries the next class, which would open a pickle."""
+
+
 class CLIPWithPrototypes(CLIPModel):
     """Loads a plain `CLIPModel` with what lies beside it: only here is it known which revision is meant, and which token."""
 
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs):
-        model = CLIPModel.from_pretrained(name, *args, **kwargs)
+        try:
+            model = CLIPModel.from_pretrained(name, *args, **{**kwargs, "use_safetensors": True})
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise NoSafetensors(f"{name!r}: expected the weights of a CLIPModel as safetensors; {reason}") from error
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
         if getattr(model, "_hf_peft_config_loaded", False) and "revision" in hub:
             # Of an adapter, pipeline() has looked the revision up at the base model; it goes by its name.
@@ -65,7 +73,10 @@ class MMFTImageClassificationPipeline(Pipeline):
         # evaluate.evaluator("image-classification") takes no pipeline of another task name.
         self.task = "image-classification"
         beside = getattr(self.model, "mmft_prototypes", None)
-        self.prototypes = prototypes or beside or ClassPrototypes.from_pretrained(self.model.name_or_path)
+        beside = beside or (None if prototypes else ClassPrototypes.from_pretrained(self.model.name_or_path))
+        self.prototypes = prototypes or beside
+        if not prototypes:
+            self.prototypes.check_model(self.model, self.model.name_or_path)
 
     def _sanitize_parameters(self, top_k=None, timeout=None):
         preprocess = {} if timeout is None else {"timeout": timeout}
