@@ -94,7 +94,9 @@ def card_for_repository(
     """
     path = Path(folder) / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    if text is None or text == model_card(folder):
+    record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    ours = "sources" in record  # a run of an older make has none: its card counts as edited
+    if text is None or (ours and text == model_card(folder)):
         return model_card(folder, repo_id, parts, license, inference_code)
     front, body = read_front_matter(text)
     front |= {"license": license} if license else {}
