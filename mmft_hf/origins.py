@@ -9,7 +9,7 @@ from .builtin import builtin
 from .markdown import one_line, read_front_matter
 
 LARGEST = 10 * 2**20  # bytes of a card or record that are read
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def origin(name: str, revision: str | None, repo_type: str, local: bool = False) -> dict:
