@@ -39,6 +39,7 @@ from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.journal import Journal
 from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.pictures import sha256
+from mmft_hf.captioning.types import Sampling
 
 QUICK = RetryPolicy(base_s=0.02, cap_s=0.1)
 
@@ -200,12 +201,13 @@ def test_ctrl_c_in_a_notebook_keeps_what_is_on_its_way(server, tmp_path):
 
 
 # -- storms -----------------------------------------------------------------------------------------------------------
-def storm(server, tmp_path, rules, count=24):
+def storm(server, tmp_path, rules, count=24, max_tokens=200):
     """Captions `count` pictures while the server plays the rules. Returns the data set and what was asked."""
     server.server.script = {"rules": [*rules, {"do": "ok", "delay_ms": 10}]}
     before = len(server.requests())
     timeout_s = 1.0 if any(rule["do"] == "hang" for rule in rules) else 20.0
-    captioner = Captioner("openai", "m", base_url=f"{server.url}/v1", timeout_s=timeout_s)
+    sampling = Sampling(max_tokens=max_tokens)
+    captioner = Captioner("openai", "m", base_url=f"{server.url}/v1", timeout_s=timeout_s, sampling=sampling)
     options = {"limits": Limits(8, retry=QUICK), "progress": False}
     captioned = caption_dataset(dataset(map(picture, range(count))), captioner, run_dir=tmp_path / "run", **options)
     return undecoded(captioned), server.requests()[before:]
@@ -286,10 +288,12 @@ def test_every_row_gets_the_status_of_what_became_of_it(server, tmp_path):
     longer = [text for n, text in budgets[shas[6]] if n == 800]
     assert sorted(captioned[6]["captions"]) == sorted(caption_of(sha256(picture(6)), text) for text in longer)
 
-    # The next run asks for what is open, and for nothing else.
+    # The next run asks for what is open, and for nothing else; what a budget cut is open once there is more.
     captioned, requests = storm(server, tmp_path, [])
-    assert {r["picture"][:16] for r in requests} == {shas[i] for i in (5, 7, 8, 9)} and len(requests) == 12
-    assert all(r["body"]["max_tokens"] == 800 for r in requests if r["picture"].startswith(shas[7]))
+    assert {r["picture"][:16] for r in requests} == {shas[8], shas[9]} and len(requests) == 6
+    captioned, requests = storm(server, tmp_path, [], max_tokens=900)
+    assert {r["picture"][:16] for r in requests} == {shas[5], shas[7]} and len(requests) == 6
+    assert {r["body"]["max_tokens"] for r in requests} == {900}
     assert [r["status"] for r in captioned[4]["caption_records"]] == ["refused"] * 3
     assert all(len(row["captions"]) == 3 for i, row in enumerate(captioned) if i != 4)
 
