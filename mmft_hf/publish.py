@@ -7,6 +7,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from .builtin import builtin
+from .cards import card_for_repository
 from .errors import UserError
 from .hub import check_access, published, push_files
 
@@ -97,6 +99,10 @@ def model_files(
     if "trainer_state.json" in files:  # which says where the best checkpoint was
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         files["trainer_state.json"] = (json.dumps(published(state), indent=2) + "\n").encode()
+    files["README.md"] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
+    base = str((record.get("identity") or {}).get("base_model") or "")
+    if base.startswith("builtin/"):
+        files["NOTICE"] = Path(builtin(base)) / "NOTICE"  # its licence asks for that
     if with_inference_code:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = INFERENCE_FILE.removesuffix(".py")
