@@ -169,6 +169,11 @@ def _insist(call, repo_id: str, missing=None):
             hint = error.response.headers.get("Retry-After", "") if error.response is not None else ""
             wait, reason = float(hint) if hint.isdigit() else None, f"HTTP {status}"
         except Exception as error:
+            if str(error).startswith("Invalid metadata in README.md"):
+                said = " ".join(str(error).split())
+                raise UserError(
+                    f"{repo_id}: the Hub refuses the card: {said}. Mend README.md, or type another --license."
+                ) from None
             # What fails within an upload comes as a RuntimeError with a cause. Any is worth a further try, since the
             # addresses of uploads are signed anew.
             cause = error.__cause__ if isinstance(error, RuntimeError) else error

@@ -330,6 +330,15 @@ def test_names_that_climb(hub, alice, tmp_path):
     assert not list(hub.folder.parent.glob("evil.*"))
 
 
+def test_a_card_that_the_hub_refuses(hub, alice, run):
+    hub.rules = [{"match": "POST /api/validate-yaml", "do": 400, "body": {"errors": [{"message": "no such licence"}]}}]
+    command = ["push", run, "--repo_id", "alice/refused"]
+    code, said = alice.mmft(*command)
+    assert code == 2 and "the Hub refuses the card" in said and "no such licence" in said, said
+    hub.rules = []
+    assert alice.mmft(*command, "--license", "mit")[0] == 0 and published(hub, run, "alice/refused")
+
+
 def test_names_of_classes_are_text_in_a_card(hub, alice, tmp_path):
     evil = "<script>alert(1) | [x](javascript:x) *b*"
     for i, name in enumerate(("green thing", evil)):
