@@ -337,6 +337,7 @@ def test_a_card_that_the_hub_refuses(hub, alice, run):
     assert code == 2 and "the Hub refuses the card" in said and "no such licence" in said, said
     hub.rules = []
     assert alice.mmft(*command, "--license", "mit")[0] == 0 and published(hub, run, "alice/refused")
+    assert b"license: mit" in hub.files("alice/refused")["README.md"]
 
 
 def test_names_of_classes_are_text_in_a_card(hub, alice, tmp_path):
