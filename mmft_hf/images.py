@@ -91,6 +91,15 @@ def original_bytes(image: dict | None) -> bytes:
         BadImage: there are none. A path that is an address of the network is never fetched, and of what a path names
             only pictures are read: data from elsewhere may name a device that never ends, or a file with a key.
     """
+    data = stored_bytes(image)
+    if (image or {}).get("bytes") is None:
+        with reading():
+            open_image(data)
+    return data
+
+
+def stored_bytes(image: dict | None) -> bytes:
+    """The same without a look at what a file holds: for content that is known, and compared."""
     image = image or {}
     if image.get("bytes") is not None:
         return image["bytes"]
@@ -105,12 +114,9 @@ def original_bytes(image: dict | None) -> bytes:
             raise BadImage(f"{Path(path).name}: expected a file, found something else")
         if found.st_size > MAX_FILE_BYTES:
             raise BadImage(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, found a larger one")
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
-    with reading():
-        open_image(data)
-    return data
 
 
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[float, ...]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from ..images import BadImage, original_bytes
+from ..images import BadImage, stored_bytes
 from .calls import Calls, Limits, Outcome, Stopped
 from .captioner import Captioner
-from .journal import Journal, JournalError, JournalReader
+from .journal import Journal, JournalError, JournalReader, unsettled_slots
 from .limits import CostMeter
 from .pictures import prepare, sha256
 from .plan import Job, Keys, Plan, Slot
@@ -64,6 +64,7 @@ class Driver:
             JournalError: an answer cannot be kept.
         """
         started = time.monotonic()
+        self._tried = unsettled_slots(self.journal.folder)
         self.calls = Calls(self.backend, self.limits, self.meter, self._on_stop)
         # So many captions are prepared or asked for at a time: pictures are in memory for these alone.
         self._ahead = 2 * self.calls.most + len(self.captioner.prompts.aspects) * self.captioner.samples
@@ -136,7 +137,8 @@ class Driver:
                 self._put(job, [(slot, 0, row) for slot in job.slots])
                 self._finished(job, len(job.slots), status)
                 return
-            history = self._known.history([slot.key for slot in job.slots])
+            tried = [slot.key for slot in job.slots if slot.key in self._tried]
+            history = self._known.history(tried) if tried else {}
             for slots in calls:
                 self._start(self._call(job, picture, slots, history))
                 started += 1
@@ -146,7 +148,7 @@ class Driver:
 
     def _picture(self, job: Job) -> Picture:
         try:
-            data = original_bytes(self.data[job.row]["image"])
+            data = stored_bytes(self.data[job.row]["image"])  # a picture, if its sha256 is the planned one
         except BadImage as error:
             raise Gone(str(error)) from error
         if sha256(data) != job.image_sha256:

@@ -269,6 +269,13 @@ def settled_slots(folder: str | Path, max_tokens: int = 0) -> set[str]:
     return {row["slot"] for row in rows}
 
 
+def unsettled_slots(folder: str | Path) -> set[str]:
+    """Slots that have results, though none that settles them: few, mostly, beside those that have none."""
+    marks = ", ".join("?" * len(TERMINAL))
+    where = f"WHERE pending = 1 OR status NOT IN ({marks})"
+    return {row["slot"] for row in read_rows(journal_files(folder), ("slot",), where, TERMINAL)}
+
+
 def spent_dollars(folder: str | Path) -> float:
     """What all results so far cost, in US dollars, as far as prices were known."""
     return sum(row["cost"] or 0.0 for row in read_rows(journal_files(folder), ("cost",), "WHERE cost IS NOT NULL"))
