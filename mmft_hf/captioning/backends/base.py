@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ MAX_COUNT = 10**8  # tokens: more than any model reads or writes
 MAX_NAME = 200
 
 
-class HTTPBackend:
+class HTTPBackend(ABC):
     """A `types.Backend` for one server.
 
     Args:
@@ -93,15 +94,17 @@ class HTTPBackend:
             error: Transient = self.transport.bad_answer(json.dumps(data)[:1000])
         raise error
 
+    @abstractmethod
     def _path(self) -> str:
-        raise NotImplementedError
+        """Where a request goes, after the base URL."""
 
+    @abstractmethod
     def _body(self, request: Request) -> dict[str, Any]:
-        raise NotImplementedError
+        """What is sent, as JSON."""
 
+    @abstractmethod
     def _answer(self, data: dict[str, Any]) -> Answer:
         """Reads an answer. An error of look-up or of type means that it has another shape."""
-        raise NotImplementedError
 
 
 def merged(body: dict[str, Any], options: Mapping[str, Any], nested: bool = False) -> dict[str, Any]:
