@@ -59,6 +59,18 @@ def push_model(
     return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker="mmft.json", **options)
 
 
+def folder_files(folder: Path) -> dict[str, Path | bytes]:
+    """What of a model's folder may be published, by name; records of the run without local paths."""
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and MODEL_FILES.fullmatch(path.name)
+    }
+    for name in ("mmft.json", "trainer_state.json"):  # the settings; where the best checkpoint was
+        if name in files:
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+            files[name] = (json.dumps(published(record), indent=2) + "\n").encode()
+    return files
+
+
 def model_files(
     folder: str | Path,
     repo_id: str,
@@ -87,18 +99,12 @@ def model_files(
         raise UserError(f"--parts: expected merged, adapter or both, found {parts!r}.")
     if parts != "merged" and not adapter:
         raise UserError(f"--parts {parts}: expected the adapter of a LoRA run in {folder / 'adapter'}, found none.")
-    files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and MODEL_FILES.fullmatch(path.name)
-    }
+    files = folder_files(folder)
     if parts == "adapter":
         files = {name: path for name, path in files.items() if not MERGED_WEIGHTS.fullmatch(name)}
         files |= {path.name: path for path in adapter}
     elif parts == "both":
         files |= {f"adapter/{path.name}": path for path in adapter}
-    files["mmft.json"] = (json.dumps(published(record), indent=2) + "\n").encode()
-    if "trainer_state.json" in files:  # which says where the best checkpoint was
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        files["trainer_state.json"] = (json.dumps(published(state), indent=2) + "\n").encode()
     files["README.md"] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
     base = str((record.get("identity") or {}).get("base_model") or "")
     if base.startswith("builtin/"):

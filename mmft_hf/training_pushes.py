@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .hub import check_access, make_repo, published, push_files
-from .publish import MODEL_FILES
+from .publish import folder_files
 from .towers import lora_layers, merged_state
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class TrainingPushes:
         if not (folder / RUN_FILE).is_file():
             (folder / RUN_FILE).write_text('{"completed": false}\n', encoding="utf-8")
         return push_files(
-            {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and MODEL_FILES.fullmatch(p.name)},
+            folder_files(folder),
             self.hub_model_id,
             "model",
             commit_message,
