@@ -36,7 +36,7 @@ from caption_tools import (
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
-from mmft_hf.captioning.journal import Journal
+from mmft_hf.captioning.journal import Journal, settled_slots
 from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.pictures import sha256
 from mmft_hf.captioning.types import Sampling
@@ -392,6 +392,6 @@ def test_a_disk_that_takes_no_more_ends_with_a_message_and_loses_nothing(server,
     asked_for, kept = len(server.requests()), len(journal_of(tmp_path / "out"))
     assert 0 < kept < 150 and asked_for - kept <= 4 and "Make room" in running.text
     with Journal(tmp_path / "out" / "journal") as journal:
-        assert len(journal.terminal_slots()) == kept
+        assert len(settled_slots(journal.folder)) == kept
     assert command().wait() == 0
     assert len(server.requests()) == 150 + asked_for - kept and not wrong(written(tmp_path / "out"))

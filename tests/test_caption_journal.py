@@ -13,7 +13,7 @@ from datasets import concatenate_datasets
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.checks import CaptionChecker
-from mmft_hf.captioning.journal import Journal, JournalError, by_slot
+from mmft_hf.captioning.journal import Journal, JournalError, by_slot, settled_slots
 from mmft_hf.captioning.journal_parquet import export_journal, import_journal
 from mmft_hf.captioning.pictures import PicturePolicy
 from mmft_hf.captioning.runs import CaptionRun
@@ -136,7 +136,7 @@ def test_files_are_read_as_one_and_a_key_in_two_counts_once(tmp_path):
     with Journal(tmp_path, 0) as first, Journal(tmp_path, 1) as second:
         first.put([row("a", "failed", None, 1.0), row("b", text="late", at=9.0), row("c"), row("e", "failed", at=1.0)])
         second.put([row("a", text="won", at=5.0), row("b", text="early", at=2.0), row("d"), row("e", "empty", at=0.5)])
-        assert first.terminal_slots() == {"a", "b", "c", "d"}
+        assert settled_slots(first.folder) == {"a", "b", "c", "d"}
     columns = ("key", "slot", "status", "text", "updated_at", "pending", "reask")
     read = {slot: [(r["status"], r["text"]) for r in rows] for slot, rows in by_slot(tmp_path, columns)}
     assert read["a"] == [("ok", "won")] and read["b"] == [("ok", "early")] and read["e"] == [("empty", "a")]
@@ -194,7 +194,7 @@ def test_without_locks_each_writer_has_its_own_file_and_no_write_ahead_log(tmp_p
     with Journal(tmp_path / "both") as one, Journal(tmp_path / "both") as two:
         assert one.path != two.path and "cannot be trusted" in one.notes[0]
         one.put([row("a")]), two.put([row("b")])
-        assert one.terminal_slots() == {"a", "b"}
+        assert settled_slots(one.folder) == {"a", "b"}
         assert one._db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     run(dataset(PICTURES[:6]))
     captioned, requests = run(dataset(PICTURES))

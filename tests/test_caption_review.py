@@ -21,7 +21,7 @@ from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.checks import CaptionChecker
 from mmft_hf.captioning.folder import CaptionFolder
-from mmft_hf.captioning.journal import Journal, by_slot
+from mmft_hf.captioning.journal import Journal, by_slot, settled_slots
 from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.pictures import sha256
 from mmft_hf.captioning.processes import Processes
@@ -220,7 +220,8 @@ def test_a_folder_is_ours_from_the_first_moment_of_a_run_to_the_last(tmp_path, m
                 patch.setattr(Path, name, killed)
                 folder.write({"train": dataset(PICTURES[:1])}, {"made_from": {"a": 1}})
             count = iter(range(100))
-            folder.claim({"a": 1}, False)
+            folder.claim({"a": 1}, False)  # raises, if the folder were taken for another's
+            assert (journal / "journal-00000.sqlite").is_file()
         shutil.rmtree(folder.path / "data", ignore_errors=True), (folder.path / "captions.json").unlink()
 
 
@@ -270,7 +271,7 @@ def test_a_final_result_in_one_file_beats_a_turned_down_answer_in_another(tmp_pa
     same = {"key": "a", "slot": "a", "status": "rejected"}
     with Journal(tmp_path, 0) as first, Journal(tmp_path, 1) as second:
         first.put([{**same, "pending": 1, "updated_at": 1.0}]), second.put([{**same, "updated_at": 2.0}])
-        assert first.terminal_slots() == {"a"}
+        assert settled_slots(first.folder) == {"a"}
     ((_, rows),) = by_slot(tmp_path, HISTORY)
     assert [row["pending"] for row in rows] == [0]
 

@@ -297,8 +297,3 @@ def file_name(image: Mapping | None) -> str | None:
     """The last part of an undecoded image's path."""
     path = (image or {}).get("path")
     return path.replace("\\", "/").rsplit("/", 1)[-1] if path else None
-
-
-def image_bytes(image: dict) -> tuple[bytes, str | None]:
-    """The original bytes of an undecoded image and its file name."""
-    return original_bytes(image), file_name(image)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from functools import cached_property
 
 from datasets import Dataset
@@ -154,11 +153,10 @@ class CaptionJob:
             plan, spent = run.plan(), spent_dollars(run.folder)  # without the lock: a run may be at work
             self._print_plan(split, run, plan, spent)
             left += plan.open
-        with suppress(AttributeError):  # a model in this process needs no key
-            try:
-                run.backend.check_key()
-            except UserError as error:
-                say(f"\nBefore the run: {error}")
+        try:
+            run.backend.check_key()
+        except UserError as error:
+            say(f"\nBefore the run: {error}")
         how = "--dry_run" if self.args.dry_run else "`plan`"
         say(f"\nNothing was asked. Leave {how} out to start." if left else "\nNothing is left to ask for.")
 

@@ -165,14 +165,6 @@ class Journal:
         """Rows of all files, file by file. A key may come from more than one: see `best`."""
         yield from read_rows(self._paths(), columns, where, values)
 
-    def terminal_slots(self, max_tokens: int = 0) -> set[str]:
-        """See `settled_slots`."""
-        return settled_slots(self.folder, max_tokens)
-
-    def cost(self) -> float:
-        """See `spent_dollars`."""
-        return spent_dollars(self.folder)
-
     def close(self) -> None:
         """Folds the write-ahead log into the file and gives the lock back."""
         self._db.close()

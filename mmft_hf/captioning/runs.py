@@ -24,7 +24,7 @@ from .captioner import Captioner
 from .checks import CaptionChecker
 from .dataset import JournalSource, Results, add_captions, results_of, text_source, without_captions
 from .fill import Driver
-from .journal import Journal, JournalReader, settled_slots
+from .journal import Journal, JournalReader, settled_slots, spent_dollars
 from .limits import CostMeter
 from .pictures import prepare, sha256
 from .plan import Job, Keys, Plan, make_plan
@@ -119,10 +119,8 @@ class CaptionRun:
         """
         if not plan.jobs:
             return Outcome()
-        check_key = getattr(self.backend, "check_key", None)
-        if check_key:
-            check_key()
-        meter = CostMeter(self.price, self.journal.cost(), self.max_cost_usd)
+        self.backend.check_key()
+        meter = CostMeter(self.price, spent_dollars(self.folder), self.max_cost_usd)
         with tqdm(
             total=plan.open,
             desc="Captions",

@@ -102,6 +102,10 @@ class Backend(Protocol):
         """What tells its answers from another's: provider, model, revision, … Never a key, an address or a path."""
         ...
 
+    def check_key(self) -> None:
+        """Raises `UserError` where a key is needed and its variable holds none."""
+        ...
+
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
         """The answers in the order of the requests; an error in the place of an answer concerns that request alone.
 

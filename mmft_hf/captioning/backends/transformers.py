@@ -92,6 +92,9 @@ class TransformersBackend:
         self._lock = threading.Lock()
 
     # -- the backend protocol -----------------------------------------------------------------------------------------
+    def check_key(self) -> None:
+        """A model in this process needs no key."""
+
     def identity(self) -> dict[str, Any]:
         """Model, revision and precision. Loads no weights.
 
