@@ -116,6 +116,11 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def logit_scale(model: CLIPModel) -> Tensor:
+    """Scalar that multiplies cosines, with its gradient."""
+    return model.logit_scale.exp()
+
+
 def encode_images(model: CLIPModel, pixel_values: Tensor) -> Tensor:
     """Unit-norm image embeddings `(B, D)` in float32 of pixels `(B, 3, height, width)`."""
     return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)

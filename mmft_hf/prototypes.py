@@ -24,7 +24,7 @@ from transformers import CLIPModel, CLIPProcessor
 from .collator import IGNORED, MMFTDataCollator, tokenize
 from .data import captions_of, labels_of
 from .errors import UserError
-from .modeling import encode_images, encode_texts
+from .modeling import encode_images, encode_texts, logit_scale
 from .prompts import DEFAULT_TEMPLATE, class_prompt, training_text
 from .views import ImageView
 
@@ -247,7 +247,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _scale(model: CLIPModel) -> float:
-    return model.logit_scale.detach().float().exp().item()
+    return logit_scale(model).detach().float().item()
 
 
 def _average_texts(

@@ -20,7 +20,7 @@ from .configuration import MMFTConfig
 from .errors import UserError
 from .losses import MMFTLoss, anchors_with_positives
 from .metrics import report
-from .modeling import encode_images
+from .modeling import encode_images, logit_scale
 from .progress import EpochLines
 from .prompts import TEMPLATES
 from .prototypes import ClassPrototypes
@@ -181,7 +181,7 @@ class MMFTTrainer(TrainingPushes, Trainer):
         cut, skipped = inputs.pop("captions_cut"), inputs.pop("skipped")
         outputs = model(**inputs)
         # Reading a parameter of the unwrapped model is safe beside one wrapped forward: its gradient hook still fires.
-        scale = self.accelerator.unwrap_model(model).logit_scale.exp()
+        scale = logit_scale(self.accelerator.unwrap_model(model))
         losses = self.loss(outputs.image_embeds, outputs.text_embeds, labels, scale)
         self._batches += 1
         for name, value in (
