@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import CLIPModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from .errors import UserError
 from .towers import checkpoint_state
@@ -40,11 +40,11 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(max(folders, key=lambda p: int(p.name.split("-")[1]))) if folders else None
 
 
-def check_same_model(checkpoint: Path, model: CLIPModel) -> None:
+def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
     """Raises `UserError` if the weights of a checkpoint are not those that `model` trains."""
 
     def shape(config: dict) -> dict:
-        keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "image_size", "vocab_size")
+        keys = "model_type hidden_size num_hidden_layers intermediate_size patch_size image_size vocab_size hidden_dim".split()
         towers = {tower: config.get(tower, {}) for tower in ("vision_config", "text_config")}
         sizes = {f"{tower}.{key}": values.get(key) for tower, values in towers.items() for key in keys}
         return {"model_type": config.get("model_type"), "projection_dim": config.get("projection_dim"), **sizes}
@@ -67,3 +67,27 @@ def check_same_model(checkpoint: Path, model: CLIPModel) -> None:
             f"--resume_from_checkpoint {checkpoint}: it was trained with other towers, or other settings of LoRA. Type "
             "the --vision_tower, --text_tower and --lora_rank that it was started with, or a new --output_dir."
         )
+
+
+def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
+    """Raises `UserError` if a step of the run that left a checkpoint had another number of images than one of `args`.
+
+    The number of processes may differ: the order of the images and every draw depend on the step's size alone. Only random
+    numbers of dropout are drawn anew then.
+    """
+    # Each process left its random state, on its own machine.
+    left = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    processes = len(left)
+    complete = left == {"rng_state.pth"} or left == {f"rng_state_{i}.pth" for i in range(processes)}
+    batch = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["train_batch_size"]
+    # With auto_find_batch_size the state has the number of images that are encoded at once.
+    unknown = batch is None or not complete or args.auto_find_batch_size
+    if unknown or batch * processes == args.train_batch_size * args.world_size:
+        return
+    even, rest = divmod(batch * processes, args.world_size)
+    hint = f"--per_device_train_batch_size {even}" if not rest else f"as many processes as before ({processes})"
+    raise UserError(
+        f"--resume_from_checkpoint {checkpoint}: expected {batch * processes} images a step, as before ({processes} x "
+        f"{batch}), found {args.train_batch_size * args.world_size} ({args.world_size} x {args.train_batch_size}): the loss "
+        f"would be another one. Type {hint}."
+    )

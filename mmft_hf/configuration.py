@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,20 @@ class MMFTConfig(TrainingArguments):
         default=DEFAULT_TEMPLATE,
         metadata={"help": "Text before every caption, and the zero-shot prompt; {} stands for the class name."},
     )
+    samples_per_class: int | None = field(
+        default=None,
+        metadata={
+            "help": "Class-balanced batches: so many images of each class in a batch (2 or more), which gives SupCon its "
+            "positives where there are many classes. Default: plain shuffle."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Encode a batch in chunks of so many images, to save memory at the cost of one more forward; the loss and "
+            "its gradient stay those of the whole batch. Default: all at once."
+        },
+    )
     prototypes: str = field(
         default="captions",
         metadata={
@@ -60,6 +75,22 @@ class MMFTConfig(TrainingArguments):
         metadata={
             "help": "fail: stop at an image that cannot be read; skip: go on and count it.",
             "choices": ("fail", "skip"),
+        },
+    )
+
+    cache_frozen_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode with a frozen tower once, and keep the embeddings on disk (mmft-hf env says where) for every later "
+            "epoch and run on the same content."
+        },
+    )
+    decode_cache: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep training pictures on disk as decoded and made smaller once, their short side so many pixels (256, say), "
+            "which saves time where decoding takes most of it. The result is not that of the pictures themselves to "
+            "the last bit. Evaluation reads the pictures themselves. Default: no such cache."
         },
     )
 
@@ -92,15 +123,57 @@ class MMFTConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
     )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16, with weights in float32. Default: yes on GPUs that have it, no on a CPU (where it is "
+            "faster if the CPU has AMX or AVX512-BF16)."
+        },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU."},
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep them from epoch to epoch. Default: yes."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=None,
+        metadata={"help": "Look for parameters without a gradient in each step. Default: no; there are none."},
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=None,
+        metadata={"help": "Send buffers to all processes in each step. Default: no; none of them changes."},
+    )
     # HfArgumentParser reads no other order of these types.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."}
     )
 
     def __post_init__(self):
+        accelerated = torch.accelerator.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = accelerated and not self.fp16 and _has_bf16()
+        if self.dataloader_num_workers is None:
+            share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            share //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = min(8, max(1, share - 1)) if accelerated else 0
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
+            if getattr(self, name) is None:
+                setattr(self, name, False)
         super().__post_init__()
         # Pinned memory speeds up copies to an accelerator; without one it only warns, at every epoch.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and accelerated
+        if self.dataloader_pin_memory and not self.accelerator_config.non_blocking:
+            self.accelerator_config.non_blocking = True
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise UserError(
+                    f"--accelerator_config: expected {name} false, found true. Batches of a contrastive loss are dealt out "
+                    "by the sampler, per_device_train_batch_size to each process. Leave it out."
+                )
         check_template(self.class_template)
         choice("prototypes", self.prototypes, PROTOTYPE_SOURCES)
         choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
@@ -113,12 +186,15 @@ class MMFTConfig(TrainingArguments):
             ("per_device_eval_batch_size", 1, math.inf),
             ("gradient_accumulation_steps", 1, math.inf),
             ("dataloader_num_workers", 0, math.inf),
+            ("samples_per_class", 2, math.inf),
+            ("loss_chunk_size", 1, math.inf),
+            ("decode_cache", 1, math.inf),
             ("weight_decay", 0, math.inf),
             ("max_grad_norm", 0, math.inf),
             ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 most = "" if high == math.inf else f" to {high}"
                 raise UserError(f"--{name}: expected {low}{most or ' or more'}, found {value}.")
         if not 0 < self.learning_rate < math.inf:
@@ -156,3 +232,10 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "
                 "evaluation. Leave it out."
             )
+
+
+def _has_bf16() -> bool:
+    """Whether the accelerator computes in bfloat16, and does not merely imitate it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False

@@ -1,6 +1,6 @@
-"""Gathering rows over processes, exactly in value and in gradient; without several processes, nothing is done.
+"""Rows and sums over processes, exact in value and in gradient; without several processes, nothing is done.
 
-`W` processes hold `B_0 .. B_{W-1}` rows, which may differ (the last batch of an epoch); `N` is their sum.
+`W` processes hold `B_0 .. B_{W-1}` rows; `N` is their sum.
 """
 
 from __future__ import annotations
@@ -15,14 +15,35 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _all_gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """All processes' rows `(N, ...)` in rank order. Rows are padded to the longest: collectives need equal shapes."""
+def process_index() -> int:
+    """Which of the processes this is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def communication_device() -> torch.device:
+    """Where tensors must lie to be sent: gloo sends from the CPU, every other backend from its accelerator."""
+    if "gloo" in dist.get_backend() or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
+
+def _row_counts(rows: Tensor) -> list[int]:
+    """`[B_0 .. B_{W-1}]`. Waits for the other processes, and for the accelerator."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    return torch.cat(counts).tolist()
+
+
+def _all_gather(rows: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The rows of each process. They are padded to the longest on the way: collectives need equal shapes."""
     longest = max(sizes)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
+    padded = rows.contiguous()
+    if len(rows) < longest:
+        padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):
@@ -35,23 +56,50 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        return _all_gather_rows(rows, sizes)
+        return torch.cat(_all_gather(rows, sizes))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad = grad.contiguous()
         dist.all_reduce(grad)
-        rank = dist.get_rank()
-        start = sum(ctx.sizes[:rank])
-        return grad[start : start + ctx.sizes[rank]], None
+        start = sum(ctx.sizes[: dist.get_rank()])
+        return grad[start : start + ctx.sizes[dist.get_rank()]], None
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Rows `(B, ...)` of every process as `(N, ...)`, in rank order and with gradient; the input for one process."""
+def gather(rows: Tensor, equal: bool = False) -> Tensor:
+    """Rows `(B, ...)` of every process as `(N, ...)`, in rank order and with gradient; the input for one process.
+
+    Args:
+        equal: every process is known to have as many rows. Otherwise they tell each other first, for which a GPU has to
+            be waited for.
+    """
     if world_size() == 1:
         return rows
-    size = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.empty_like(size) for _ in range(world_size())]
-    dist.all_gather(sizes, size)
-    sizes = torch.cat(sizes).tolist()
-    return _Gather.apply(rows, sizes) if rows.requires_grad else _all_gather_rows(rows, sizes)
+    sizes = [len(rows)] * world_size() if equal else _row_counts(rows)
+    return _Gather.apply(rows, sizes) if rows.requires_grad else torch.cat(_all_gather(rows, sizes))
+
+
+def share_of(n: int) -> range:
+    """The part of `range(n)` that is this process' work: every W-th, so that sorted work is spread evenly."""
+    return range(process_index(), n, world_size())
+
+
+def gather_shares(rows: Tensor) -> Tensor:
+    """What each process made of its `share_of(n)`, `(about n / W, ...)`, back in order: `(n, ...)` on the CPU."""
+    if world_size() == 1:
+        return rows.cpu()
+    rows = rows.to(communication_device())
+    sizes = _row_counts(rows)
+    whole = rows.new_empty(sum(sizes), *rows.shape[1:])
+    for process, part in enumerate(_all_gather(rows, sizes)):
+        whole[process :: len(sizes)] = part
+    return whole.cpu()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of every process' `values`, on the CPU."""
+    if world_size() == 1:
+        return values.cpu()
+    total = values.to(communication_device(), copy=True)
+    dist.all_reduce(total)
+    return total.cpu()

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import CLIPModel, CLIPProcessor
 
+from .distributed import gather_shares, share_of
 from .metrics import report
 from .prototypes import ClassPrototypes, image_embeddings
 
@@ -42,19 +43,25 @@ def classify(
     workers: int = 0,
     name: str = "test",
     progress: bool = True,
+    shard: bool = False,
 ) -> Predictions:
     """Compares every image of a data set with the prototypes.
 
     Args:
         dataset: with columns `image` and `label`, the labels in the order of the prototypes' classes.
+        shard: each of several processes encodes its share, and each image once; all of them must call this, and all get
+            the whole.
 
     Raises:
         UserError: an image that cannot be read, with `on_bad_image="fail"`.
     """
-    scores, labels = [], []
+    classes = len(prototypes.class_names)
+    scores, labels = [torch.zeros(0, classes)], [torch.zeros(0, dtype=torch.long)]
+    rows = share_of(len(dataset)) if shard else None
     for embeds, batch_labels in image_embeddings(
-        model, processor, dataset, batch_size, on_bad_image, workers, progress, name
+        model, processor, dataset, batch_size, on_bad_image, workers, progress, name, rows
     ):
-        scores.append(prototypes.logits(embeds).softmax(dim=1).cpu().numpy())
-        labels.append(batch_labels.numpy())
-    return Predictions(np.concatenate(scores), np.concatenate(labels), prototypes.class_names)
+        scores.append(prototypes.logits(embeds).softmax(dim=1).cpu())
+        labels.append(batch_labels)
+    whole = [gather_shares(torch.cat(part)) if shard else torch.cat(part) for part in (scores, labels)]
+    return Predictions(whole[0].numpy(), whole[1].numpy(), prototypes.class_names)

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from .distributed import gather
 
+# Label of a row that is no example: an image that could not be read, or one that fills up a batch. Losses and metrics
+# leave it out.
+IGNORED = -100
+
 
 def _logits(anchors: Tensor, candidates: Tensor, scale: Tensor | float) -> Tensor:
     """Scaled cosines `(B, N)` in float32 or float64, never in half precision."""
@@ -32,9 +36,13 @@ def _supcon(logits: Tensor, positives: Tensor) -> Tensor:
     return per_anchor.sum() / (count > 0).sum().clamp(min=1)
 
 
-def _cross_entropy(logits: Tensor) -> Tensor:
-    """Mean cross-entropy of the rows of `(N, N)` logits against their diagonal; `()`."""
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+def _cross_entropy(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the `valid` rows of `(N, N)` logits against their diagonal; `()`."""
+    targets = torch.arange(len(logits), device=logits.device)
+    if valid is None:
+        return F.cross_entropy(logits, targets)
+    targets = targets.where(valid, IGNORED)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / valid.sum().clamp(min=1)
 
 
 def _check(name: str, embeds: Tensor, labels: Tensor | None = None) -> None:
@@ -104,13 +112,6 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor | float) 
     return (_cross_entropy(logits) + _cross_entropy(logits.T)) / 2
 
 
-def anchors_with_positives(labels: Tensor, include_self: bool = False) -> Tensor:
-    """Which of the labels `(N,)` have another one of their class, as bool `(N,)`; all, where the pair itself counts."""
-    if include_self:
-        return torch.ones_like(labels, dtype=torch.bool)
-    return (labels[:, None] == labels[None, :]).sum(dim=1) > 1
-
-
 class MMFTLoss(nn.Module):
     """`w * SupCon + (1 - w) * CLIP` over the pairs of all processes.
 
@@ -121,12 +122,15 @@ class MMFTLoss(nn.Module):
 
     Inputs of the call:
         image_embeds (`(B, D)`), text_embeds (`(B, D)`): Embeddings of this process; row i of both is one example.
-        labels (`(B,)`, integer): Class of each example.
+        labels (`(B,)`, integer): Class of each example. A row labelled -100 is left out, as anchor and as candidate.
         scale (scalar): `exp(logit_scale)`.
+        equal_sizes (`bool`, defaults to `False`): every process is known to have the same B, so that they need not
+            tell each other, which makes a GPU wait.
 
     Returns:
-        `{"loss", "supcon", "clip"}`, scalars that are equal in every process. When no anchor of the batch has a
-        positive, the SupCon term is replaced by the CLIP loss, so that the total is the CLIP loss.
+        `{"loss", "supcon", "clip"}`, scalars that are equal in every process, and `"anchors_with_positives"`, the share
+        of the examples that have a positive. When none has, the SupCon term is replaced by the CLIP loss, so that the
+        total is the CLIP loss.
 
     With several processes the embeddings are gathered with their gradient and every process computes the same global
     loss; averaging the gradients over processes (DDP, FSDP) then gives exactly the gradient of one process.
@@ -142,24 +146,39 @@ class MMFTLoss(nn.Module):
         self.supcon_weight = supcon_weight
         self.include_self = include_self
 
-    def forward(self, image_embeds: Tensor, text_embeds: Tensor, labels: Tensor, scale: Tensor | float) -> dict:
+    def forward(
+        self,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        labels: Tensor,
+        scale: Tensor | float,
+        equal_sizes: bool = False,
+    ) -> dict:
         _check("image_embeds", image_embeds, labels)
         _check("text_embeds", text_embeds, labels)
-        image_embeds, text_embeds, labels = gather(image_embeds), gather(text_embeds), gather(labels)
+        # Side by side, so that they travel at once.
+        sizes = [image_embeds.shape[1], text_embeds.shape[1]]
+        both = gather(torch.cat([image_embeds, text_embeds], dim=1), equal_sizes)
+        (image_embeds, text_embeds), labels = both.split(sizes, dim=1), gather(labels, equal_sizes)
+        valid = labels != IGNORED
         logits = _logits(image_embeds, text_embeds, scale)
-        clip = (_cross_entropy(logits) + _cross_entropy(logits.T)) / 2
+        # Not -inf: a batch without any example would be NaN.
+        least = torch.finfo(logits.dtype).min
+        of_images, of_texts = logits.masked_fill(~valid, least), logits.T.masked_fill(~valid, least)
+        clip = (_cross_entropy(of_images, valid) + _cross_entropy(of_texts, valid)) / 2
 
-        positives = labels[:, None] == labels[None, :]
+        positives = (labels[:, None] == labels[None, :]) & valid
         if not self.include_self:
             positives.fill_diagonal_(False)
         # Images and texts share their labels, so both directions have the same valid anchors.
-        supcon = (_supcon(logits, positives) + _supcon(logits.T, positives)) / 2
+        supcon = (_supcon(of_images, positives) + _supcon(of_texts, positives)) / 2
         supcon = torch.where(positives.any(), supcon, clip)
 
         w = self.supcon_weight
         # A term of weight zero is left out, so that its overflow or NaN could not leak into the sum.
         total = supcon if w == 1 else clip if w == 0 else w * supcon + (1 - w) * clip
-        return {"loss": total, "supcon": supcon, "clip": clip}
+        share = positives.any(dim=1).sum() / valid.sum().clamp(min=1)
+        return {"loss": total, "supcon": supcon, "clip": clip, "anchors_with_positives": share}
 
     def extra_repr(self) -> str:
         return f"supcon_weight={self.supcon_weight}, include_self={self.include_self}"

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
-from .collator import IGNORED, MMFTDataCollator, tokenize
+from .collator import MMFTDataCollator, tokenize
 from .data import captions_of, labels_of
+from .distributed import share_of, sum_over_processes
 from .errors import UserError
-from .modeling import encode_images, encode_texts, logit_scale
+from .losses import IGNORED
+from .modeling import embedding_size, encode_images, encode_texts, logit_scale
 from .prompts import DEFAULT_TEMPLATE, class_prompt, training_text
 from .views import ImageView
 
@@ -66,6 +68,7 @@ class ClassPrototypes:
         template: str = DEFAULT_TEMPLATE,
         batch_size: int = BATCH_SIZE,
         progress: bool = False,
+        shard: bool = False,
     ) -> ClassPrototypes:
         """Averages the captions of each class: normalise each embedding, mean per class, normalise.
 
@@ -76,6 +79,7 @@ class ClassPrototypes:
 
         Args:
             dataset: with columns `label` and, perhaps, `captions`: the training split, never an evaluation split.
+            shard: each of several processes encodes its share; all of them must call this.
 
         References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
         """
@@ -87,7 +91,7 @@ class ClassPrototypes:
         captioned = {label for label, _ in weights}
         missing = [c for c in range(len(names)) if c not in captioned]
         weights.update((c, class_prompt(template, names[c])) for c in missing)
-        embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress)
+        embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress, shard)
         fallback = tuple(names[c] for c in missing)
         if len(missing) == len(names):
             return cls(embeddings, names, _scale(model), "template", template)
@@ -101,18 +105,20 @@ class ClassPrototypes:
         processor: CLIPProcessor,
         class_names: Sequence[str],
         templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        shard: bool = False,
     ) -> ClassPrototypes:
         """Zero-shot prototypes: the class prompt of one template, or the average over several.
 
         Args:
             class_names: `C` names.
             templates: one or more texts with `{}` for the class name; `prompts.TEMPLATES` is a set of them.
+            shard: as in `from_captions`.
 
         References: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
         """
         several = [templates] if isinstance(templates, str) else list(templates)
         weights = Counter((c, class_prompt(t, name)) for c, name in enumerate(class_names) for t in several)
-        embeddings = _average_texts(model, processor, weights, len(class_names), BATCH_SIZE, False)
+        embeddings = _average_texts(model, processor, weights, len(class_names), BATCH_SIZE, False, shard)
         source = "template" if len(several) == 1 else "templates"
         return cls(embeddings, list(class_names), _scale(model), source, several[0])
 
@@ -127,32 +133,37 @@ class ClassPrototypes:
         on_bad_image: str = "fail",
         workers: int = 0,
         progress: bool = False,
+        shard: bool = False,
     ) -> ClassPrototypes:
         """Averages the image embeddings of each class: normalise each, mean per class, normalise.
 
         Args:
             dataset: with columns `image` and `label`: the training split, never an evaluation split.
+            shard: as in `from_captions`.
 
         Raises:
             UserError: a class without a readable image, or a bad image with `on_bad_image="fail"`.
         """
         names = dataset.features["label"].names
-        sums, counts = None, torch.zeros(len(names), dtype=torch.float64)
+        sums = torch.zeros(len(names), embedding_size(model), dtype=torch.float64)
+        counts = torch.zeros(len(names), 1, dtype=torch.float64)
+        rows = share_of(len(dataset)) if shard else None
         for embeds, labels in image_embeddings(
-            model, processor, dataset, batch_size, on_bad_image, workers, progress, "training"
+            model, processor, dataset, batch_size, on_bad_image, workers, progress, "training", rows
         ):
             embeds, labels = embeds.cpu().double()[labels != IGNORED], labels[labels != IGNORED]
-            sums = torch.zeros(len(names), embeds.shape[1], dtype=torch.float64) if sums is None else sums
             sums.index_add_(0, labels, embeds)
-            counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+            counts.index_add_(0, labels, torch.ones(len(labels), 1, dtype=torch.float64))
+        if shard:
+            sums, counts = sum_over_processes(torch.cat([sums, counts], dim=1)).split([sums.shape[1], 1], dim=1)
         if (counts == 0).any():
-            empty = [names[c] for c in torch.nonzero(counts == 0).flatten().tolist()]
+            empty = [names[c] for c in torch.nonzero(counts[:, 0] == 0).flatten().tolist()]
             raise UserError(f"no readable training image of {', '.join(empty)}: no prototype can be made of them.")
         return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
 
     def check_model(self, model: CLIPModel, name: str) -> None:
         """Raises `UserError` unless these can be of this model: the same embedding size, and its classes if it names any."""
-        size = model.config.projection_dim
+        size = embedding_size(model)
         if self.embeddings.shape[1] != size:
             raise UserError(
                 f"{name!r}: expected prototypes of the model's embedding size {size}, found {self.embeddings.shape[1]} in "
@@ -257,25 +268,28 @@ def _average_texts(
     classes: int,
     batch_size: int,
     progress: bool,
+    shard: bool,
 ) -> Tensor:
     """Unit-norm weighted means `(C, D)` of text embeddings; `weights` counts each (class, text)."""
     texts = sorted({text for _, text in weights}, key=lambda text: (len(text), text))
+    if shard:  # every process has short and long ones
+        texts = [texts[i] for i in share_of(len(texts))]
     position = {text: i for i, text in enumerate(texts)}
     # Pairs in the order of their texts, so that each batch of texts meets its own pairs and nothing else is kept.
-    pairs = sorted((position[text], label, n) for (label, text), n in weights.items())
-    sums, done = None, 0
+    pairs = sorted((position[text], label, n) for (label, text), n in weights.items() if text in position)
+    sums = torch.zeros(classes, embedding_size(model), dtype=torch.float64)
+    done = 0
     model.eval()
     for start in tqdm(range(0, len(texts), batch_size), desc="Captions", disable=not progress, leave=False, delay=1):
         tokens, _ = tokenize(processor, texts[start : start + batch_size])
         embeds = encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}).cpu().double()
-        sums = embeds.new_zeros(classes, embeds.shape[1]) if sums is None else sums
         until = done
         while until < len(pairs) and pairs[until][0] < start + batch_size:
             until += 1
         where, labels, counts = (torch.tensor(column) for column in zip(*pairs[done:until], strict=True))
         sums.index_add_(0, labels, embeds[where - start] * counts[:, None])
         done = until
-    return F.normalize(sums, dim=1).float()
+    return F.normalize(sum_over_processes(sums) if shard else sums, dim=1).float()
 
 
 @torch.no_grad()
@@ -288,10 +302,11 @@ def image_embeddings(
     workers: int = 0,
     progress: bool = False,
     name: str = "evaluation",
+    rows: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields unit-norm embeddings `(B, D)` on the model's device and labels `(B,)` (-100: unreadable), in row order."""
-    view = ImageView(dataset, on_bad_image, name)
-    loader = DataLoader(view, batch_size=batch_size, collate_fn=MMFTDataCollator(processor), num_workers=workers)
+    """Yields unit-norm embeddings `(B, D)` on the model's device and labels `(B,)` (-100: unreadable), of `rows` or all."""
+    view, collator = ImageView(dataset, on_bad_image, name), MMFTDataCollator(processor)
+    loader = DataLoader(view, batch_size, sampler=rows, collate_fn=collator, num_workers=workers)
     model.eval()
     for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False, delay=1):
         yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -49,26 +50,123 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[lis
     return rest, sorted(held)
 
 
+# A number that stands for no row: it fills up the last step where several processes share it.
+PADDING = -1
+
+
 class EpochSampler:
     """Shuffled row numbers that carry their epoch: it yields `epoch * length + row`.
 
     A data set then knows the epoch of each read without any state that workers, processes or a resume would have to
-    share: see `TrainingView`. The Trainer calls `set_epoch`; accelerate shards the stream of numbers. To a `DataLoader`
-    anything with a length that yields row numbers is a sampler; so this module needs no torch.
+    share: see `TrainingView`. The Trainer calls `set_epoch`; accelerate gives every W-th batch of the stream to each of W
+    processes. To a `DataLoader` anything with a length that yields row numbers is a sampler; so this module needs no torch.
+
+    Args:
+        length: rows of the data set, `n`.
+        seed: of the order.
+        processes, batch_size: W and B, with which the rows that are left for the last step are dealt evenly to the
+            processes, and each fills its batch with `PADDING`: a step then has the same rows for any W with the same
+            W * B. Without a batch size nothing is filled up.
     """
 
-    def __init__(self, length: int, seed: int = 0):
+    def __init__(self, length: int, seed: int = 0, processes: int = 1, batch_size: int | None = None):
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self.processes = processes
+        self.batch_size = batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return -(-self.length // self._step) * self._step
+
+    @property
+    def _step(self) -> int:
+        return self.processes * self.batch_size if self.batch_size else 1
+
+    def rows(self) -> list[int]:
+        """The epoch's stream of `n` numbers `epoch * length + row`, before it is dealt out."""
+        order = generator(self.seed, self.epoch).permutation(self.length)
+        return (self.epoch * self.length + order).tolist()
 
     def __iter__(self) -> Iterator[int]:
-        order = generator(self.seed, self.epoch).permutation(self.length)
-        return iter((self.epoch * self.length + order).tolist())
+        rows = self.rows()
+        last = len(rows) - len(rows) % self._step
+        yield from rows[:last]
+        for process in range(self.processes if last < len(rows) else 0):
+            own = rows[last + process :: self.processes]
+            yield from own
+            yield from [PADDING] * (self.batch_size - len(own))
+
+
+class ClassBalancedSampler(EpochSampler):
+    """Batches in which every class has the same number of images, so that SupCon has its positives.
+
+    The classes come in shuffled rounds, each with its next `samples_per_class` images, and a class begins anew when its
+    images are used up: rare classes are seen more often than others. No image is twice in a batch; a class with fewer
+    images gives all it has. An epoch is as long as without balancing, `n` images.
+
+    Args:
+        labels: Class of each row (`C` classes), length `n`.
+        step_size: images of a step in all processes, W * B; a batch has about `step_size / samples_per_class` classes.
+        samples_per_class: images of each class in a batch, 2 or more.
+        seed, processes, batch_size: as in `EpochSampler`.
+
+    Yields `visit * n + row`, where a row's visits have numbers of their own, so that each has its own crop and caption.
+
+    Raises:
+        ValueError: `samples_per_class` is below 2, or more than a batch holds.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        step_size: int,
+        samples_per_class: int = 2,
+        seed: int = 0,
+        processes: int = 1,
+        batch_size: int | None = None,
+    ):
+        super().__init__(len(labels), seed, processes, batch_size)
+        if not 2 <= samples_per_class <= step_size:
+            raise ValueError(
+                f"samples_per_class: expected 2 to {step_size} (a batch of all processes), found {samples_per_class}."
+            )
+        self.labels = np.asarray(labels)
+        self.step_size = step_size
+        self.samples_per_class = samples_per_class
+
+    def rows(self) -> list[int]:
+        """As in `EpochSampler`, in batches of `step_size` that are balanced."""
+        rng = generator(self.seed, self.epoch, 2)  # 2: a stream of its own
+        classes = np.unique(self.labels)
+        images = {c: np.flatnonzero(self.labels == c) for c in classes.tolist()}
+        decks = {c: _deck(own, rng) for c, own in images.items()}
+        rounds = _deck(classes, rng)
+        visits = np.zeros(self.length, dtype=np.int64)
+        stream: list[int] = []
+        while len(stream) < self.length:
+            size = min(self.step_size, self.length - len(stream))
+            batch: set[int] = set()
+            of_class: Counter[int] = Counter()
+            while len(batch) < size:
+                c = next(rounds)
+                until = min(of_class[c] + self.samples_per_class, len(images[c]), of_class[c] + size - len(batch))
+                while of_class[c] < until:
+                    row = next(decks[c])
+                    if row not in batch:
+                        batch.add(row)
+                        of_class[c] += 1
+                        # Beyond any number of epochs, so that no other epoch has it.
+                        stream.append((self.epoch + (int(visits[row]) << 32)) * self.length + row)
+                        visits[row] += 1
+        return stream
+
+
+def _deck(values: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    """The values in shuffled order, again and again, shuffled anew each time."""
+    while True:
+        yield from rng.permutation(values).tolist()

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +13,27 @@ from datasets import ClassLabel, Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from .checkpoints import check_same_model, is_checkpoint, is_complete, last_complete_checkpoint
-from .collator import IGNORED, MMFTDataCollator
+from .checkpoints import last_complete_checkpoint
+from .collator import MMFTDataCollator
 from .configuration import MMFTConfig
+from .embedding import add_embedding_forward
 from .errors import UserError
-from .losses import MMFTLoss, anchors_with_positives
+from .losses import IGNORED, MMFTLoss
 from .metrics import report
-from .modeling import encode_images, logit_scale
+from .modeling import encode_images, is_dual_encoder, logit_scale
 from .progress import EpochLines
 from .prompts import TEMPLATES
 from .prototypes import ClassPrototypes
-from .sampling import EpochSampler
-from .towers import checkpoint_state, lora_layers, merged_state
-from .training_pushes import TrainingPushes
+from .sampling import ClassBalancedSampler, EpochSampler
+from .towers import TOWERS, frozen_batch_norms
+from .training_checkpoints import TrainingCheckpoints
+from .training_pushes import STAY, TrainingPushes
 from .views import ImageView, TrainingView
 
 logger = logging.getLogger(__name__)
 
 
-class MMFTTrainer(TrainingPushes, Trainer):
+class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
     """Fine-tunes a `CLIPModel` on images with labels and captions.
 
     Args:
@@ -66,8 +67,10 @@ class MMFTTrainer(TrainingPushes, Trainer):
         **kwargs,
     ):
         # -- model and data ----------------------------------------------------------------------------------------
-        if not hasattr(model, "logit_scale") or not hasattr(model, "get_image_features"):
-            raise UserError(f"model: expected a CLIPModel, found {type(model).__name__}. Use mmft_hf.load_model(…).")
+        if not is_dual_encoder(model):
+            raise UserError(
+                f"model: expected a CLIPModel or another dual encoder, found {type(model).__name__}. Use mmft_hf.load_model(…)."
+            )
         if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
             raise UserError(
                 "model: expected a CLIPModel without an adapter of PEFT, which would not keep the trained logit scale. Use "
@@ -112,7 +115,10 @@ class MMFTTrainer(TrainingPushes, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or MMFTDataCollator(processing_class),
+            data_collator=kwargs.pop("data_collator", None)
+            or MMFTDataCollator(
+                processing_class, distinct_texts=not args.torch_compile, pad_to_limit=args.torch_compile
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -120,11 +126,14 @@ class MMFTTrainer(TrainingPushes, Trainer):
             **kwargs,
         )
         self.loss = MMFTLoss(args.supcon_weight, args.include_self)
+        add_embedding_forward(self.model)
+        self._batch_norms = frozen_batch_norms(self.model)
         self.prototypes: ClassPrototypes | None = None
+        self._prototypes_of: object = None
         self._sampler: EpochSampler | None = None
         self._told_fallback = False
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self._batches = 0
+        self._unseen_losses: list[tuple[int, torch.Tensor]] = []
 
         # -- three lines that every contrastive Trainer needs --------------------------------------------------------
         # CLIPModel.forward takes **kwargs, so the Trainer would believe that the model divides the loss by the number
@@ -151,7 +160,7 @@ class MMFTTrainer(TrainingPushes, Trainer):
         # Rows go to the collator, not to model.forward: nothing is unused.
         self._signature_columns = ["image", "label", "text", "box", "skipped"]
 
-    def _get_dataloader(self, dataset, description, *args, is_training=False, **kwargs):
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
             if is_training:
                 dataset = TrainingView(
@@ -165,41 +174,68 @@ class MMFTTrainer(TrainingPushes, Trainer):
             else:
                 name = "validation" if description == "Evaluation" else description.lower()
                 dataset = ImageView(dataset, self.args.on_bad_image, name)
-        return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
+        if is_training:
+            batch_size = self.args.train_batch_size  # whatever auto_find_batch_size found: see _chunk_size
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = EpochSampler(len(dataset), seed)
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        # One process alone may have a shorter last batch, unless it was compiled for one size.
+        fill_up = args.world_size > 1 or args.torch_compile
+        share = (args.world_size, args.train_batch_size if fill_up else None)
+        if args.samples_per_class:
+            labels, step_size = self.train_dataset["label"][:], args.world_size * args.train_batch_size
+            self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
+        else:
+            self._sampler = EpochSampler(len(dataset), seed, *share)
         return self._sampler
 
     # -- training ---------------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """MMFT loss of one batch, through exactly one forward of the wrapped model."""
+        for layer in self._batch_norms:  # the stock step has just called model.train()
+            layer.eval()
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels, text_rows = inputs.pop("labels"), inputs.pop("text_rows", None)
         cut, skipped = inputs.pop("captions_cut"), inputs.pop("skipped")
-        outputs = model(**inputs)
-        # Reading a parameter of the unwrapped model is safe beside one wrapped forward: its gradient hook still fires.
-        scale = logit_scale(self.accelerator.unwrap_model(model))
-        losses = self.loss(outputs.image_embeds, outputs.text_embeds, labels, scale)
-        self._batches += 1
+        outputs = model(**inputs, chunk_size=self._chunk_size())
+        text_embeds = outputs["text_embeds"] if text_rows is None else outputs["text_embeds"][text_rows]
+        losses = self.loss(outputs["image_embeds"], text_embeds, labels, outputs["scale"], equal_sizes=True)
         for name, value in (
             ("supcon_loss", losses["supcon"]),
             ("clip_loss", losses["clip"]),
-            ("anchors_with_positives", anchors_with_positives(labels, self.args.include_self).float().mean()),
-            ("captions_cut", cut.float().mean()),
+            ("anchors_with_positives", losses["anchors_with_positives"]),
+            ("batches", torch.ones(())),
+            ("captions_cut", cut.sum()),
+            ("images", (labels != IGNORED).sum()),
             ("skipped_images", skipped.sum()),
         ):
             self._sums[name] = self._sums[name] + value.detach()
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
+    def _chunk_size(self) -> int:
+        """Rows encoded at a time; 0: all. Where memory runs out, `auto_find_batch_size` halves it, and not the batch."""
+        chosen = self.args.loss_chunk_size or 0
+        if self.args.auto_find_batch_size and self._train_batch_size < self.args.train_batch_size:
+            return min(chosen, self._train_batch_size) if chosen else self._train_batch_size
+        return chosen
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One forward and backward; a loss that is not finite stops the training before the weights are touched."""
+        """One forward and backward; a loss that is not finite stops the training before anything is saved."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop_at("the loss", loss.item(), self.state.global_step + 1)
+        self._unseen_losses.append((self.state.global_step + 1, loss))
+        # To look at a loss that an accelerator still computes would make it wait: there it is looked at a step later.
+        self._expect_finite_losses(0 if loss.device.type == "cpu" else 1)
         return loss
+
+    def _expect_finite_losses(self, but: int = 0) -> None:
+        """Looks at the losses of the last steps, `but` for so many."""
+        while len(self._unseen_losses) > but:
+            step, loss = self._unseen_losses.pop(0)
+            if not torch.isfinite(loss):
+                self._stop_at("the loss", loss.item(), step)
 
     def _stop_at(self, what: str, value: float, step: int) -> None:
         """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
@@ -213,44 +249,67 @@ class MMFTTrainer(TrainingPushes, Trainer):
 
     def log(self, logs, start_time=None):
         """Adds the means of the loss components since the last log of a training loss."""
-        if "loss" in logs and self._batches:
-            for name, total in self._sums.items():
-                total = self.accelerator.reduce(torch.as_tensor(total, dtype=torch.float32, device=self.args.device))
-                logs[name] = total.item() / (1 if name == "skipped_images" else self._batches * self.args.world_size)
+        if "loss" in logs and self._sums:
+            totals = {
+                name: self.accelerator.reduce(
+                    torch.as_tensor(total, dtype=torch.float32, device=self.args.device)
+                ).item()
+                for name, total in self._sums.items()
+            }
+            batches, images = totals.pop("batches"), totals.pop("images")
+            logs["skipped_images"] = totals.pop("skipped_images")
+            logs["captions_cut"] = totals.pop("captions_cut") / images
+            logs |= {name: total / batches for name, total in totals.items()}
             self._sums.clear()
-            self._batches = 0
         super().log(logs, start_time)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
     def build_prototypes(self) -> ClassPrototypes:
-        """Prototypes of the current weights, from the source that `args.prototypes` names."""
+        """Prototypes of the current weights, from the source that `args.prototypes` names.
+
+        With several processes every one of them must call it: each encodes its share.
+        """
         model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
         source, template = self.args.prototypes, self.args.class_template
-        batch_size = self.args.per_device_eval_batch_size
-        progress = self.is_world_process_zero() and not self.args.disable_tqdm
+        options = {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "progress": self.is_world_process_zero() and not self.args.disable_tqdm,
+            "shard": True,
+        }
         if source == "captions":
-            found = ClassPrototypes.from_captions(model, processor, self.train_dataset, template, batch_size, progress)
+            found = ClassPrototypes.from_captions(model, processor, self.train_dataset, template, **options)
             if found.fallback_classes and not self._told_fallback:
                 self._told_fallback = True
                 logger.warning("Classes without captions use the template: %s", ", ".join(found.fallback_classes))
             return found
         if source == "images":
-            return ClassPrototypes.from_images(
-                model,
-                processor,
-                self.train_dataset,
-                batch_size,
-                self.args.on_bad_image,
-                self.args.dataloader_num_workers,
-                progress,
-            )
+            options |= {"on_bad_image": self.args.on_bad_image, "workers": self.args.dataloader_num_workers}
+            return ClassPrototypes.from_images(model, processor, self.train_dataset, **options)
         # The user's own template comes first among several.
         templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
-        return ClassPrototypes.from_templates(model, processor, self.class_names, templates)
+        return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard=True)
+
+    def current_prototypes(self) -> ClassPrototypes:
+        """`build_prototypes()`, or what it gave before if the weights that it depends on are still the same."""
+        model = self.accelerator.unwrap_model(self.model)
+        tower = TOWERS["vision" if self.args.prototypes == "images" else "text"]
+        trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(tower))
+        of = self.state.global_step if trained else STAY
+        if self.prototypes is None or self._prototypes_of != of:
+            with self.accelerator.autocast():  # as the images that are compared with them
+                self.prototypes = self.build_prototypes()
+            self._prototypes_of = of
+        self.prototypes.logit_scale = logit_scale(model).detach().float().item()
+        return self.prototypes
+
+    def forget_prototypes(self) -> None:
+        """To be called after weights were changed in any other way than by training."""
+        self._prototypes_of = None
 
     def evaluation_loop(self, *args, **kwargs):
         """The stock loop, after prototypes of the current weights were built."""
-        self.prototypes, self.prototypes_step = self.build_prototypes(), self.state.global_step
+        self._expect_finite_losses()
+        self.current_prototypes()
         output = super().evaluation_loop(*args, **kwargs)
         for name, value in output.metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
@@ -275,72 +334,6 @@ class MMFTTrainer(TrainingPushes, Trainer):
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: the stock card would overwrite the one with the results, which the output folder gets at the end."""
-
-    # -- selection, checkpoints, resume ------------------------------------------------------------------------------
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        """Makes the untuned model a candidate: the stock Trainer evaluates it on start, but cannot select it."""
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        start = Path(self.args.output_dir) / "checkpoint-0"
-        if self.state.global_step == 0 and self.args.load_best_model_at_end and self.state.best_metric is None:
-            self._determine_best_metric(metrics, trial)
-            # The stock code takes a best step of 0 for none.
-            self.state.best_model_checkpoint = str(start)
-            self._save_checkpoint(self.model_wrapped, trial)
-        return metrics
-
-    def _run_epoch(self, *args, **kwargs):
-        # A run that was cut after its last step, within an epoch, would otherwise make one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _save(self, output_dir=None, state_dict=None):
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        if lora_layers(model):
-            state_dict = checkpoint_state(model, state_dict) if is_checkpoint(folder) else merged_state(model)
-        super()._save(output_dir, state_dict)
-        # A pickle that nothing reads, with all settings of this machine in it.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-
-    def _issue_warnings_after_load(self, load_result):
-        # What a checkpoint with LoRA lacks is what the base model has; that it has all else is checked before.
-        if not lora_layers(self.model):
-            super()._issue_warnings_after_load(load_result)
-
-    def _init_training_state(self, *args, **kwargs):
-        result = super()._init_training_state(*args, **kwargs)
-        # The state names the best checkpoint by the path it had: a folder that was moved must not lose it.
-        if self.state.best_global_step is not None and self.state.best_metric is not None:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            if best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-        return result
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trains, or goes on from a checkpoint; the result is the same, bit for bit on a CPU with as many threads.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one of `args.output_dir`. A
-                checkpoint that a kill left half-written is passed over; where there is none, training starts anew.
-
-        Raises:
-            UserError: the checkpoint is incomplete or belongs to another model; a loss that is not finite.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning("There is no complete checkpoint in %s: training starts anew.", self.args.output_dir)
-        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
-            found = last_complete_checkpoint(self.args.output_dir)
-            raise UserError(
-                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer"
-                + (f". Type --resume_from_checkpoint {found}." if found else "; there is none in the output folder.")
-            )
-        if resume_from_checkpoint:
-            check_same_model(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
 
 class _SetEpoch(TrainerCallback):

@@ -21,6 +21,8 @@ from .towers import lora_layers, merged_state
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "mmft.json"
+# What prototypes belong to whose tower is not trained, in place of a step.
+STAY = "weights that stay"
 
 
 class TrainingPushes:
@@ -77,7 +79,7 @@ class TrainingPushes:
         model.save_pretrained(folder, state_dict=merged_state(model) if lora_layers(model) else None)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        if self.prototypes is not None and self.prototypes_step == self.state.global_step:
+        if self.prototypes is not None and self._prototypes_of in (self.state.global_step, STAY):
             self.prototypes.save_pretrained(folder)
         try:
             record = json.loads((Path(self.args.output_dir) / RUN_FILE).read_text(encoding="utf-8"))
@@ -96,8 +98,7 @@ class TrainingPushes:
         """
         self._finish_current_push()
         self.save_model(_internal_call=True)
-        if self.prototypes is None or self.prototypes_step != self.state.global_step:
-            self.prototypes, self.prototypes_step = self.build_prototypes(), self.state.global_step
+        self.current_prototypes()
         if not self.is_world_process_zero():
             return None
         folder = Path(self.args.output_dir)

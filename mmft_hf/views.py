@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, Image
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from .cache import DecodedPictures
 from .data import captions_of
 from .errors import UserError
 from .images import BadImage, random_crop_box, read_image
+from .losses import IGNORED
 from .prompts import training_text
-from .sampling import generator
+from .sampling import PADDING, generator
+
+if TYPE_CHECKING:
+    from .features import Features
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +38,20 @@ class ImageView(TorchDataset):
         on_bad_image: `fail` raises `UserError` with the row's number; `skip` gives `image=None`, which the collator
             turns into a blank picture with label -100, left out of every metric and counted.
         name: of the split, for messages.
+        short_side: of pictures as the decode cache keeps them (`cache.DecodedPictures`), in pixels; None: no such cache.
     """
 
-    def __init__(self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation"):
+    def __init__(
+        self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation", short_side: int | None = None
+    ):
         columns = [c for c in ("image", "label", "captions", "source_row") if c in dataset.column_names]
         # Undecoded: datasets would raise inside itself at a bad picture, without the row's number.
         self.rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))
         self.on_bad_image = on_bad_image
         self.name = name
+        self.short_side = short_side
+        self._read = DecodedPictures(short_side).read if short_side else read_image
+        self.features: Features | None = None
         # Rows held out of another split are named by their place there.
         split = str(dataset.split or "")
         self.origin = "" if split in ("", name, name.removesuffix("ing")) else f" of split {split!r}"
@@ -46,13 +59,18 @@ class ImageView(TorchDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def use_features(self, features: Features) -> None:
+        """From now on a row's `image` is its embedding `(D,)`, and no picture is opened."""
+        self.features = features
+        self.rows = self.rows.remove_columns("image")
+
     def read(self, row: int) -> dict:
         """The row with its picture read (None where it cannot be, and `on_bad_image` is `skip`)."""
         values = self.rows[row]
         try:
-            values["image"] = read_image(values["image"])
+            values["image"] = self._read(values["image"]) if self.features is None else self._embedding(row)
         except BadImage as error:
-            path = (values["image"] or {}).get("path")
+            path = (values.get("image") or {}).get("path")
             place = f"row {values.get('source_row', row)}{self.origin}"
             where = f"{self.name} image, {place}{f' ({path})' if path else ''}"
             if self.on_bad_image == "fail":
@@ -62,6 +80,11 @@ class ImageView(TorchDataset):
             _warn_once(f"{where} is skipped: {error}")
             values["image"] = None
         return values
+
+    def _embedding(self, row: int) -> Tensor:
+        if not self.features.flags[row]:
+            raise BadImage("it could not be read when it was encoded")
+        return self.features.embeds[row]
 
     def __getitem__(self, row: int) -> dict:
         values = self.read(row)
@@ -73,7 +96,8 @@ class TrainingView(ImageView):
 
     Indexed by `epoch * length + row`, which `EpochSampler` yields. One caption is drawn uniformly from those of the
     image; it follows the class template. With `on_bad_image="skip"` the next readable row takes the place of a bad one,
-    so that batches keep their size in every process, and `skipped` counts the rows passed over.
+    so that batches keep their size in every process, and `skipped` counts the rows passed over. A number of the sampler that
+    stands for no row gives `image=None` and the label -100.
 
     Args:
         class_names: `C` names, in the order of the labels.
@@ -90,14 +114,26 @@ class TrainingView(ImageView):
         seed: int = 0,
         crop_min_area: float = 0.9,
         on_bad_image: str = "fail",
+        short_side: int | None = None,
     ):
-        super().__init__(dataset, on_bad_image, "training")
+        super().__init__(dataset, on_bad_image, "training", short_side)
         self.class_names = class_names
         self.template = template
         self.seed = seed
         self.crop_min_area = crop_min_area
+        self.text_features: tuple[dict[str, int], Features] | None = None
+
+    def use_text_features(self, positions: dict[str, int], features: Features) -> None:
+        """From now on a row's `text` is its embedding `(D,)`, and `cut` says whether the text lost tokens.
+
+        Args:
+            positions: the row of `features` of every text that can be drawn.
+        """
+        self.text_features = positions, features
 
     def __getitem__(self, key: int) -> dict:
+        if key == PADDING:
+            return {"image": None, "box": None, "label": IGNORED, "text": "", "skipped": 0}
         epoch, row = divmod(key, len(self))
         for skipped in range(len(self)):
             values = self.read((row + skipped) % len(self))
@@ -110,10 +146,10 @@ class TrainingView(ImageView):
         captions = captions_of(values.get("captions"))
         caption = captions[rng.integers(len(captions))] if captions else None
         box = random_crop_box(*values["image"].size, self.crop_min_area, rng) if self.crop_min_area < 1 else None
-        return {
-            "image": values["image"],
-            "box": box,
-            "label": values["label"],
-            "text": training_text(self.template, self.class_names[values["label"]], caption),
-            "skipped": skipped,
-        }
+        text = training_text(self.template, self.class_names[values["label"]], caption)
+        found = {"image": values["image"], "box": box, "label": values["label"], "text": text, "skipped": skipped}
+        if self.text_features is None:
+            return found
+        positions, features = self.text_features
+        place = positions[text]
+        return found | {"text": features.embeds[place], "cut": bool(features.flags[place])}

@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from distributed_cases import CASES, run
+from safetensors.torch import load_file
 
 WORKER = textwrap.dedent(
     """
@@ -62,10 +65,47 @@ def test_loss_and_gradients_equal_one_process(tmp_path, sizes):
     assert found["gradient"] < 1e-12
 
 
+@pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
+def several(request, tmp_path_factory):
+    """The folder of all cases, each trained by so many processes."""
+    folder = tmp_path_factory.mktemp(f"processes{request.param}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
+    script = Path(__file__).parent / "distributed_cases.py"
+    done = subprocess.run([*command, script, folder], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return folder, request.param
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: run(name, folder) for name in CASES}
+
+
+def difference(some: dict, others: dict) -> float:
+    return max((some[key] - others[key]).abs().max().item() for key in some)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_training_on_several_processes_equals_one(several, alone, name):
+    folder, world = several
+    expected, numbers = alone[name]
+    found = load_file(folder / f"{name}.safetensors")
+    found_numbers = json.loads((folder / f"{name}.json").read_text())
+    assert found_numbers.pop("world") == world
+    assert found.keys() == expected.keys()
+    gradients = [key for key in expected if key.startswith("gradient")]
+    assert max(expected[key].abs().max().item() for key in gradients) > 1e-2
+    # bfloat16 rounds sums over other rows otherwise, but by no more than it rounds the sums of one process.
+    rounding = difference(expected, alone["full"][0]) if "bf16" in name else 0.0
+    atol = max(1e-6, rounding)
+    assert difference(found, expected) < atol < 0.05
+    assert found_numbers == pytest.approx({k: v for k, v in numbers.items() if k != "world"}, abs=10 * atol)
+
+
 @pytest.mark.distributed
 def test_finetune_on_two_processes_equals_one(clip_folder, data_folder, tmp_path):
-    from safetensors.torch import load_file
-
     def finetune(launcher: list[str], name: str, batch: int) -> dict:
         settings = {
             "model_name_or_path": clip_folder,
@@ -99,8 +139,6 @@ def test_finetune_on_two_processes_equals_one(clip_folder, data_folder, tmp_path
 def test_two_processes_cut_within_an_epoch_and_resumed_equal_uninterrupted(clip_folder, data_folder, tmp_path):
     """Three steps an epoch, saved every two: step 4 lies within the second epoch."""
     import shutil
-
-    from safetensors.torch import load_file
 
     def finetune(name: str, *more: str) -> dict:
         settings = f"--model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {tmp_path / name}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmft_hf import MMFTLoss, clip_loss, supcon_loss
-from mmft_hf.losses import _cross_entropy, _supcon, anchors_with_positives
+from mmft_hf.losses import IGNORED, _cross_entropy, _supcon
 
 
 def oracle_supcon(logits: list[list[float]], rows: list[int], columns: list[int], excluded=()) -> float:
@@ -218,6 +218,31 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_anchors_with_positives():
-    labels = torch.tensor([0, 1, 0, 2])
-    assert anchors_with_positives(labels).tolist() == [True, False, True, False]
-    assert anchors_with_positives(labels, include_self=True).all()
+    images, texts = pairs(5)
+    labels = torch.tensor([0, 1, 0, 2, IGNORED])
+    assert MMFTLoss()(images, texts, labels, 1.0)["anchors_with_positives"].item() == 0.5
+    assert MMFTLoss(include_self=True)(images, texts, labels, 1.0)["anchors_with_positives"].item() == 1
+
+
+@pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("include_self", [False, True])
+def test_ignored_rows_are_as_if_they_were_not_there(w, include_self):
+    images, texts = (x.requires_grad_() for x in pairs(8))
+    labels = torch.tensor([0, IGNORED, 1, 0, 2, IGNORED, IGNORED, 1])
+    kept = labels != IGNORED
+    loss = MMFTLoss(w, include_self)
+    found, expected = loss(images, texts, labels, 5.0), loss(images[kept], texts[kept], labels[kept], 5.0)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-14, rtol=0)
+    for x in (images, texts):
+        gradients = [torch.autograd.grad(y["loss"], x, retain_graph=True)[0] for y in (found, expected)]
+        torch.testing.assert_close(*gradients, atol=1e-14, rtol=0)
+        assert (gradients[0][~kept] == 0).all() and gradients[0][kept].abs().max() > 1e-3
+
+
+def test_a_batch_of_ignored_rows_alone_gives_zero():
+    images, texts = (x.requires_grad_() for x in pairs(3))
+    found = MMFTLoss()(images, texts, torch.full((3,), IGNORED), 5.0)["loss"]
+    found.backward()
+    assert found.item() == 0
+    assert (images.grad == 0).all() and (texts.grad == 0).all()

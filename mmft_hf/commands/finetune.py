@@ -58,11 +58,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
             config.dataloader_num_workers,
             name,
             progress=is_main() and not config.disable_tqdm,
+            shard=True,
         )
 
     # -- what is about to happen -------------------------------------------------------------------------------------
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
-    zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template)
+    zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
     untuned_validation = score(model, zero_shot, splits.validation, "validation").report()
     _announce(model_args, data_args, config, splits, parameter_counts(model), untuned_validation["accuracy"])
 
@@ -80,23 +81,24 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     adapter = Adapter.of(tuned)
     if adapter:  # from here on everything is measured and made with the weights that are saved
         merge(tuned)
-    validation = trainer.evaluate()["eval_accuracy"]
+    prototypes = trainer.build_prototypes()
+    validation = score(tuned, prototypes, splits.validation, "validation").report()["accuracy"]
 
-    # -- the sealed test split, once, for the result and the baseline; the other processes are free to go ---------------
+    # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
+    untuned = load_model(model_args.model_name_or_path, model_args.model_revision)[0].to(config.device)
+    zero_shot_test = score(untuned, zero_shot, splits.test, "test")
+    # The zero-shot classifier is a candidate, too; it wins only where no epoch reached its validation accuracy.
+    zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
+    if zero_shot_won:
+        tuned, prototypes, validation = untuned, zero_shot, untuned_validation["accuracy"]
+        adapter = None
+    predictions = zero_shot_test if zero_shot_won else score(tuned, prototypes, splits.test, "test")
     if is_main():
-        prototypes = trainer.prototypes
-        untuned = load_model(model_args.model_name_or_path, model_args.model_revision)[0].to(config.device)
-        zero_shot_test = score(untuned, zero_shot, splits.test, "test")
-        # The zero-shot classifier is a candidate, too; it wins only where no epoch reached its validation accuracy.
-        zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
-        if zero_shot_won:
-            tuned, prototypes, validation = untuned, zero_shot, untuned_validation["accuracy"]
-            adapter = None
         results = folder.save(
             model=tuned,
             processor=processor,
             prototypes=prototypes,
-            predictions=zero_shot_test if zero_shot_won else score(tuned, prototypes, splits.test, "test"),
+            predictions=predictions,
             zero_shot_test=zero_shot_test.report(),
             validation={
                 "validation_accuracy": validation,

@@ -1,0 +1,100 @@
+"""Checkpoints of the Trainer: what they hold, which one is the best, and which can be resumed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from .checkpoints import (
+    check_same_batches,
+    check_same_model,
+    is_checkpoint,
+    is_complete,
+    last_complete_checkpoint,
+)
+from .errors import UserError
+from .towers import checkpoint_state, lora_layers, merged_state
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingCheckpoints:
+    """A part of `MMFTTrainer`."""
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """Makes the untuned model a candidate: the stock Trainer evaluates it on start, but cannot select it."""
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        start = Path(self.args.output_dir) / "checkpoint-0"
+        if self.state.global_step == 0 and self.args.load_best_model_at_end and self.state.best_metric is None:
+            self._determine_best_metric(metrics, trial)
+            # The stock code takes a best step of 0 for none.
+            self.state.best_model_checkpoint = str(start)
+            self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
+
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was cut after its last step, within an epoch, would otherwise make one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if lora_layers(model):
+            state_dict = checkpoint_state(model, state_dict) if is_checkpoint(folder) else merged_state(model)
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads, with all settings of this machine in it.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _issue_warnings_after_load(self, load_result):
+        # What a checkpoint with LoRA lacks is what the base model has; that it has all else is checked before.
+        if not lora_layers(self.model):
+            super()._issue_warnings_after_load(load_result)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self._expect_finite_losses()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.forget_prototypes()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.forget_prototypes()
+
+    def _init_training_state(self, *args, **kwargs):
+        result = super()._init_training_state(*args, **kwargs)
+        # The state names the best checkpoint by the path it had: a folder that was moved must not lose it.
+        if self.state.best_global_step is not None and self.state.best_metric is not None:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        return result
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trains, or goes on from a checkpoint; the result is the same, bit for bit on a CPU with as many threads.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one of `args.output_dir`. A
+                checkpoint that a kill left half-written is passed over; where there is none, training starts anew.
+
+        Raises:
+            UserError: the checkpoint is incomplete or belongs to another model; a loss that is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning("There is no complete checkpoint in %s: training starts anew.", self.args.output_dir)
+        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
+            found = last_complete_checkpoint(self.args.output_dir)
+            raise UserError(
+                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer"
+                + (f". Type --resume_from_checkpoint {found}." if found else "; there is none in the output folder.")
+            )
+        if resume_from_checkpoint:
+            check_same_model(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+            check_same_batches(Path(resume_from_checkpoint), self.args)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
