@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import fields
@@ -32,15 +33,15 @@ CONFUSION_FILE, CURVES_FILE = "confusion.png", "curves.png"
 # All that a run writes to its folder, beside checkpoints and the shards of a large model.
 FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, CONFUSION_FILE, CURVES_FILE, PROTOTYPES_FILE} | set(
     "README.md trainer_state.json config.json model.safetensors model.safetensors.index.json tokenizer.json "
-    "tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json preprocessor_config.json "
-    "processor_config.json".split()
+    "tokenizer_config.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model "
+    "special_tokens_map.json added_tokens.json preprocessor_config.json processor_config.json".split()
 )
 # Settings that every record names. All others that differ from their default are recorded, too, but for IDLE ones.
 DECIDING = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
     "eval_strategy eval_steps load_best_model_at_end world_size supcon_weight include_self class_template prototypes "
-    "crop_min_area on_bad_image"
+    "crop_min_area on_bad_image samples_per_class"
 ).split()
 
 # Settings that no weight depends on: a resume may change them.
@@ -48,7 +49,12 @@ IDLE = re.compile(
     "output_dir|overwrite_output_dir|resume_from_checkpoint|logging_.*|log_.*|report_to|run_name|disable_tqdm|dataloader_.*"
     "|save_total_limit|save_on_each_node|push_to_hub.*|hub_.*|ddp_.*|local_rank|use_cpu|project|trackio_.*|per_device_eval_.*"
     "|eval_accumulation_steps|skip_memory_metrics|do_.*|debug|logging_nan_inf_filter|_n_gpu|include_.*"
+    "|loss_chunk_size|auto_find_batch_size|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*"
+    "|accelerator_config|full_determinism"
 )
+
+# Images of a step are the product of these.
+STEP = ("per_device_train_batch_size", "world_size")
 
 
 class Run:
@@ -106,11 +112,14 @@ class Run:
                 )
             return resume
         differ = [k for k, v in self.identity.items() if found["identity"].get(k) != v]
+        # The order of the images and every draw depend on the images of a step, on however many processes they are.
+        if _step_size(found["identity"]) == _step_size(self.identity):
+            differ = [k for k in differ if k not in STEP]
         if resume and differ:
             pairs = [f"{k} was {found['identity'].get(k)!r}, now {self.identity[k]!r}" for k in differ]
             raise UserError(
                 f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
-                "same ones to go on with it, or another --output_dir."
+                f"same ones to go on with it, or another --output_dir.{self._other_processes(found['identity'])}"
             )
         if not resume and not overwrite:
             state = "a finished run" if found["completed"] else "an unfinished run"
@@ -122,6 +131,16 @@ class Run:
             )
         self.completed = bool(resume) and found["completed"]
         return resume
+
+    def _other_processes(self, before: dict) -> str:
+        """What to type where the run had another number of processes; nothing else may differ then."""
+        even, rest = divmod(_step_size(before), self.identity["world_size"])
+        if before.get("world_size") == self.identity["world_size"] or rest or not even:
+            return ""
+        return (
+            f" With {self.identity['world_size']} in place of {before['world_size']} processes, "
+            f"--per_device_train_batch_size {even} keeps the steps of {_step_size(before)} images."
+        )
 
     def claim(self, resume: str | bool | None) -> None:
         """Makes the folder this run's own; a run that is to be overwritten is deleted, one that goes on is not."""
@@ -239,6 +258,7 @@ class Run:
         state.save_to_json(str(self.path / "trainer_state.json"))
         record = {
             "class_names": self.splits.class_names,
+            "model_type": model.config.model_type,
             "selection": results["selection"],
             "notes": self.splits.notes,
             "prototypes": prototypes.source,
@@ -249,3 +269,8 @@ class Run:
         cards.write_model_card(self.path)
         self._write(completed=True, **record)
         return results
+
+
+def _step_size(identity: dict) -> int:
+    """Images of a step in all processes."""
+    return math.prod(identity.get(name) or 0 for name in STEP)
