@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -117,6 +118,23 @@ def stored_bytes(image: dict | None) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
+
+
+def content_hash(image: dict | None) -> bytes:
+    """sha256 of an undecoded image's bytes, stored or in the file that it names; 32 zeros where there are none."""
+    image = image or {}
+    if image.get("bytes") is not None:
+        return hashlib.sha256(image["bytes"]).digest()
+    digest = hashlib.sha256()
+    try:
+        if not stat.S_ISREG(os.stat(image.get("path") or "").st_mode):
+            return bytes(32)
+        with open(image["path"], "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    except OSError:
+        return bytes(32)
+    return digest.digest()
 
 
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from .collator import MMFTDataCollator
 from .configuration import MMFTConfig
 from .embedding import add_embedding_forward
 from .errors import UserError
+from .frozen import FrozenTowers
 from .losses import IGNORED, MMFTLoss
 from .metrics import report
 from .modeling import encode_images, is_dual_encoder, logit_scale
@@ -146,6 +147,8 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
         self.can_return_loss = True
         self.label_names = ["labels"]
 
+        self._frozen = FrozenTowers(self.model, processing_class, args, self.data_collator)
+        self.add_callback(self._frozen)
         self.add_callback(_SetEpoch(self))
         # One line per epoch in place of a dictionary.
         if not args.disable_tqdm:
@@ -158,22 +161,29 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
     # -- data -------------------------------------------------------------------------------------------------------
     def _set_signature_columns_if_needed(self):
         # Rows go to the collator, not to model.forward: nothing is unused.
-        self._signature_columns = ["image", "label", "text", "box", "skipped"]
+        self._signature_columns = ["image", "label", "text", "box", "skipped", "cut"]
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
             if is_training:
-                dataset = TrainingView(
+                view = TrainingView(
                     dataset,
                     self.class_names,
                     self.args.class_template,
                     self.args.seed if self.args.data_seed is None else self.args.data_seed,
                     self.args.crop_min_area,
                     self.args.on_bad_image,
+                    self.args.decode_cache,
                 )
+                if isinstance(self.eval_dataset, Dataset):  # now, while one process has all weights
+                    self._frozen.attach(
+                        ImageView(self.eval_dataset, self.args.on_bad_image, "validation"), self.eval_dataset
+                    )
             else:
                 name = "validation" if description == "Evaluation" else description.lower()
-                dataset = ImageView(dataset, self.args.on_bad_image, name)
+                view = ImageView(dataset, self.args.on_bad_image, name)
+            self._frozen.attach(view, dataset)
+            dataset = view
         if is_training:
             batch_size = self.args.train_batch_size  # whatever auto_find_batch_size found: see _chunk_size
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
@@ -200,7 +210,9 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
         inputs = dict(inputs)
         labels, text_rows = inputs.pop("labels"), inputs.pop("text_rows", None)
         cut, skipped = inputs.pop("captions_cut"), inputs.pop("skipped")
-        outputs = model(**inputs, chunk_size=self._chunk_size())
+        # A tower that is frozen has been encoded before; without inputs it has nothing to do.
+        known = {name: inputs.pop(name) for name in ("image_embeds", "text_embeds") if name in inputs}
+        outputs = model(**inputs, chunk_size=self._chunk_size()) | known
         text_embeds = outputs["text_embeds"] if text_rows is None else outputs["text_embeds"][text_rows]
         losses = self.loss(outputs["image_embeds"], text_embeds, labels, outputs["scale"], equal_sizes=True)
         for name, value in (
@@ -321,7 +333,9 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         with torch.no_grad(), self.accelerator.autocast():
-            embeds = encode_images(self.accelerator.unwrap_model(model), inputs["pixel_values"])
+            embeds = inputs.get("image_embeds")
+            if embeds is None:
+                embeds = encode_images(self.accelerator.unwrap_model(model), inputs["pixel_values"])
         logits = self.prototypes.logits(embeds)
         known = (labels != IGNORED).sum().clamp(min=1)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / known

@@ -37,6 +37,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Features of frozen towers are kept where the tests end, also by the processes that they start."""
+    os.environ["MMFT_HF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def byte_tokenizer() -> CLIPTokenizerFast:
     """One token per byte, begin and end tokens, limit 77."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
