@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, fields
 from .errors import UserError
 
 TOWER_MODES = ("full", "lora", "frozen")
-# All linear layers of attention and MLP.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def choice(name: str, value: str, known) -> None:
@@ -33,7 +31,10 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         default="builtin/tiny-clip",
-        metadata={"help": "Hub id or folder of a CLIPModel. builtin/tiny-clip comes with this package."},
+        metadata={
+            "help": "Hub id or folder of a CLIPModel, or of MetaCLIP, SigLIP, SigLIP 2 (of a fixed size), Chinese-CLIP, AltCLIP, "
+            "ALIGN or a VisionTextDualEncoderModel. builtin/tiny-clip comes with this package."
+        },
     )
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a Hub model. Default: its main branch."}
@@ -55,8 +56,8 @@ class ModelArguments:
     lora_targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Linear layers of a lora tower that get such matrices, by the ends of their names. Default: "
-            f"{' '.join(LORA_TARGETS)}."
+            "help": "Linear layers of a lora tower that get such matrices, by the ends of their names. Default: all in its "
+            "blocks; of CLIP, q_proj k_proj v_proj out_proj fc1 fc2."
         },
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from transformers import CLIPModel, Pipeline
+from transformers import AutoModel, Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -24,16 +24,16 @@ class NoSafetensors(Exception):
     """No `UserError`: at a ValueError transformers tries the next class, which would open a pickle."""
 
 
-class CLIPWithPrototypes(CLIPModel):
-    """Loads a plain `CLIPModel` with what lies beside it: only here is it known which revision is meant, and which token."""
+class ModelWithPrototypes:
+    """Loads a dual encoder with what lies beside it: only here is it known which revision is meant, and which token."""
 
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs):
         try:
-            model = CLIPModel.from_pretrained(name, *args, **{**kwargs, "use_safetensors": True})
+            model = AutoModel.from_pretrained(name, *args, **{**kwargs, "use_safetensors": True})
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
-            raise NoSafetensors(f"{name!r}: expected the weights of a CLIPModel as safetensors; {reason}") from error
+            raise NoSafetensors(f"{name!r}: expected the weights of a dual encoder as safetensors; {reason}") from error
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
         if getattr(model, "_hf_peft_config_loaded", False) and "revision" in hub:
             # Of an adapter, pipeline() has looked the revision up at the base model; it goes by its name.
@@ -44,10 +44,10 @@ class CLIPWithPrototypes(CLIPModel):
 
 
 class MMFTImageClassificationPipeline(Pipeline):
-    """Classifies images with a fine-tuned CLIP and its saved class prototypes.
+    """Classifies images with a fine-tuned dual encoder and its saved class prototypes.
 
     Args:
-        model (`CLIPModel`): from the folder or Hub repository that `mmft-hf finetune` made.
+        model (`CLIPModel` or another dual encoder): from the folder or Hub repository that `mmft-hf finetune` made.
         prototypes (`ClassPrototypes`, *optional*): those saved with the model, if not given.
 
     Inputs of the call: a path, URL, `PIL.Image`, or a list or data set of them; `top_k` (5) classes are returned.
@@ -106,5 +106,5 @@ def register() -> None:
     """Makes the task known to `transformers.pipeline`; calling it again changes nothing."""
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
-            TASK, MMFTImageClassificationPipeline, pt_model=CLIPWithPrototypes, type="image"
+            TASK, MMFTImageClassificationPipeline, pt_model=ModelWithPrototypes, type="image"
         )

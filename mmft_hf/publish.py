@@ -16,8 +16,8 @@ from .hub import check_access, published, push_files
 MODEL_FILES = re.compile(
     r"README\.md|mmft\.json|all_results\.json|trainer_state\.json|predictions_test\.parquet|\w+\.png|prototypes\.safetensors"
     r"|config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer\.json"
-    r"|tokenizer_config\.json|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|preprocessor_config\.json"
-    r"|processor_config\.json"
+    r"|tokenizer_config\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece\.bpe|tokenizer)\.model"
+    r"|special_tokens_map\.json|added_tokens\.json|preprocessor_config\.json|processor_config\.json"
 )
 MERGED_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 INFERENCE_FILE = "mmft_inference.py"
@@ -41,7 +41,7 @@ def push_model(
     Args:
         folder: the output folder of a finished run.
         repo_id, private, revision, create_pr, token: see `push_files`.
-        parts: of a LoRA run: `merged` (a plain `CLIPModel`), `adapter` (for peft), or `both`.
+        parts: of a LoRA run: `merged` (a plain model), `adapter` (for peft), or `both`.
         with_inference_code: adds one file, with which `pipeline("image-classification", model=…, trust_remote_code=True)`
             works without this library.
         license: of the model, e.g. `mit`, if the card cannot take it over from the base model.
@@ -112,10 +112,10 @@ def model_files(
     if with_inference_code:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = INFERENCE_FILE.removesuffix(".py")
-        implementation = {"impl": f"{name}.MMFTImageClassificationPipeline", "pt": ["CLIPModel"], "type": "image"}
+        classes = {"impl": f"{name}.MMFTImageClassificationPipeline", "pt": config["architectures"]}
         # Under the stock task's name: with this library, its own task needs no remote code; and the stock pipeline, which
         # would put a random head on the model, now asks for it in place of guessing.
-        config["custom_pipelines"] = {"image-classification": implementation}
+        config["custom_pipelines"] = {"image-classification": {**classes, "type": "image"}}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         # Kept as text, since it is no module of this package.
         files[INFERENCE_FILE] = Path(__file__).parent / "templates" / f"{name}.txt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from .checkpoints import (
@@ -44,7 +45,14 @@ class TrainingCheckpoints:
         model = self.accelerator.unwrap_model(self.model)
         if lora_layers(model):
             state_dict = checkpoint_state(model, state_dict) if is_checkpoint(folder) else merged_state(model)
-        super()._save(output_dir, state_dict)
+        if is_checkpoint(folder):
+            # save_pretrained gives some weights (those of ViT and AltCLIP) the names of older versions; the stock Trainer
+            # reads a checkpoint by the names of now, and would pass over the others with a warning.
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            vars(model).pop("save_pretrained", None)
         # A pickle that nothing reads, with all settings of this machine in it.
         (folder / "training_args.bin").unlink(missing_ok=True)
 

@@ -56,8 +56,9 @@ def load_counter(name_or_path: str) -> TokenCounter:
         config = json.loads(_file(name_or_path, "tokenizer_config.json").read_text(encoding="utf-8"))
         if config.get("backend") == "tokenizers":
             model = json.loads(_file(name_or_path, "config.json").read_text(encoding="utf-8"))
-            limits = [model["text_config"]["max_position_embeddings"], config.get("model_max_length") or 10**30]
-            return TokenCounter(Tokenizer.from_file(str(_file(name_or_path, "tokenizer.json"))), min(limits))
+            if model["model_type"] == "clip":  # the limits of others are not that simple: see encoders.token_limit
+                limits = [model["text_config"]["max_position_embeddings"], config.get("model_max_length") or 10**30]
+                return TokenCounter(Tokenizer.from_file(str(_file(name_or_path, "tokenizer.json"))), min(limits))
     except Exception:
         pass  # whatever it is, transformers knows more shapes of folders, and says what is wrong with this one
     from ..modeling import load_tokenizer

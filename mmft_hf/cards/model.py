@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 
 from ..console import percent
+from ..encoders import FAMILIES
 from ..figures import legible
 from ..markdown import code, front_matter, listed, md, read_front_matter, table
 from ..version import __version__
@@ -118,7 +119,7 @@ def _front(record: Mapping, results: Mapping, name: str, parts: str, granted: Ma
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
     front = {"library_name": "peft" if parts == "adapter" else "transformers"}
     front |= {"pipeline_tag": "zero-shot-image-classification", **granted}
-    front["tags"] = ["clip", "image-classification", "mmft"]
+    front["tags"] = [record.get("model_type", "clip"), "image-classification", "mmft"]
     front["tags"] += ["synthetic-captions"] if captions and written_by(captions) else []
     front["tags"] += ["lora"] if has_lora(record) else []
     if base["kind"] == "hub":
@@ -159,9 +160,11 @@ def _summary(record: Mapping) -> str:
     what = "images, their labels and captions" if sources["captions"] else "images and their labels"
     base, data = sources["base_model"], pictures_of(sources["dataset"])
     ours = " (which comes with `mmft_hf`)"
+    kind = FAMILIES[record.get("model_type", "clip")].title
+    kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind} model (one that embeds images and texts in the same space)"
     return (
         f"An image classifier for {len(names)} classes: {listed([*(md(name, 60) for name in some), *more])}. It is "
-        f"{named(base)}{ours * (base['kind'] == 'builtin')}, a CLIP model (one that embeds images and texts in the same space), "
+        f"{named(base)}{ours * (base['kind'] == 'builtin')}, {kind}, "
         f"fine-tuned on {what} of {named(data)}{ours * (data['kind'] == 'builtin')}. The method is [MMFT]({PAPER}), "
         "multimodal fine-tuning with synthetic captions."
     )

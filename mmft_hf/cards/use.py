@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from string import Template
 
+from ..encoders import FAMILIES
 from ..markdown import fenced
 from ..prompts import class_prompt, clean_class_name
 from .origin import has_lora
@@ -34,7 +35,7 @@ import json
 import torch
 ${download}${imports}from PIL import Image
 from safetensors import safe_open
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, $class
 
 model = $clip
 processor = AutoProcessor.from_pretrained($model)
@@ -45,7 +46,7 @@ with safe_open($prototypes, framework="pt") as file:
 picture = Image.open($picture).convert("RGB")
 pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
-    image = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+    image = $embed[0]
 scores = (scale * prototypes @ (image / image.norm())).softmax(dim=0)
 for i in scores.argsort(descending=True)[:3].tolist():
     print(names[i], round(scores[i].item(), 3))"""
@@ -70,6 +71,9 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
     names = [clean_class_name(name) for name in record["class_names"]]
     base, template = record["sources"]["base_model"], record["identity"]["class_template"]
 
+    family = FAMILIES[record.get("model_type", "clip")]
+    embed = "model.vision_model(pixels).pooler_output"
+
     def file(name: str) -> str:
         return f'hf_hub_download("{repo_id}", "{name}")' if repo_id else f'"{name}"'
 
@@ -82,7 +86,9 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
         "template": repr(template),
         "prompts": repr([class_prompt(template, name) for name in names[:2]]),
         "imports": "",
-        "clip": f"CLIPModel.from_pretrained({json.dumps(repo_id or '.')}).eval()",
+        "class": family.model,
+        "clip": f"{family.model}.from_pretrained({json.dumps(repo_id or '.')}).eval()",
+        "embed": f"model.visual_projection({embed})" if family.visual_projection else embed,
     }
 
     def snippet(text: str, **more: str) -> str:
@@ -100,20 +106,24 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
             lines.append(snippet(REMOTE))
         some = "some of its classes" if len(names) > 10 else "its classes"
         lines += [
-            "The same classifier with `transformers` alone, where the model is a plain `CLIPModel`:",
+            f"The same classifier with `transformers` alone, where the model is a plain `{family.model}`:",
             snippet(STOCK),
-            f"As a zero-shot classifier, with class names (here {some}; any others will do) in place of the prototypes. Its "
-            "accuracy is not the one above, and was not measured:",
-            snippet(ZERO_SHOT),
-            "Embeddings of images and texts, with `sentence-transformers` 6.2 or later:",
-            snippet(SENTENCES),
         ]
+        if family.zero_shot:
+            scores = " Each score is a sigmoid whose bias fine-tuning left as it was: compare them, but do not take them for probabilities."
+            lines += [
+                f"As a zero-shot classifier, with class names (here {some}; any others will do) in place of the prototypes. Its "
+                f"accuracy is not the one above, and was not measured{':' if not family.padded else '.' + scores}",
+                snippet(ZERO_SHOT),
+            ]
+        if family is FAMILIES["clip"]:
+            lines += ["Embeddings of images and texts, with `sentence-transformers` 6.2 or later:", snippet(SENTENCES)]
     if has_lora(record) and parts in ("adapter", "both"):
-        lines += _adapter(base, repo_id, parts, snippet)
+        lines += _adapter(base, repo_id, parts, family.model, snippet)
     return "\n\n".join(lines)
 
 
-def _adapter(base: Mapping, repo_id: str | None, parts: str, snippet) -> list[str]:
+def _adapter(base: Mapping, repo_id: str | None, parts: str, model: str, snippet) -> list[str]:
     """How to load the adapter of a LoRA run."""
     where = "" if parts == "adapter" else " (in `adapter/`)"
     if base["kind"] == "local":
@@ -122,7 +132,7 @@ def _adapter(base: Mapping, repo_id: str | None, parts: str, snippet) -> list[st
             "with `peft.PeftModel.from_pretrained`."
         ]
     imports, revision = "", f", revision={json.dumps(base['revision'])}" if base["revision"] else ""
-    clip = f"CLIPModel.from_pretrained({json.dumps(base['name'])}{revision})"
+    clip = f"{model}.from_pretrained({json.dumps(base['name'])}{revision})"
     if base["kind"] == "builtin":
         imports, clip = "from mmft_hf import load_model\n", f"load_model({json.dumps(base['name'])})[0]"
     folder = (
@@ -137,6 +147,6 @@ def _adapter(base: Mapping, repo_id: str | None, parts: str, snippet) -> list[st
     )
     if base["kind"] == "builtin":
         text = text.replace(
-            "from transformers import AutoProcessor, CLIPModel", "from transformers import AutoProcessor"
+            f"from transformers import AutoProcessor, {model}", "from transformers import AutoProcessor"
         )
     return [f"The base model with the LoRA adapter{where} and `peft`, which gives the same model:", text]

@@ -1,0 +1,96 @@
+"""Which dual encoders are known, and what each kind has of its own. All that differs between them stands here.
+
+They share the names `vision_model`, `visual_projection`, `text_model` and `text_projection` for their parts, and a forward
+that gives `image_embeds` and `text_embeds`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of dual encoder.
+
+    Args:
+        title: what people call it.
+        example: a model on the Hub.
+        model, processor: classes of transformers.
+        scale: parameter that scales the cosines: `logit_scale`, its logarithm, or `temperature`, its inverse.
+        visual_projection: whether the image tower's pooled output still has to be projected.
+        unused: parameters, by the starts of their names, that have no part in a softmax over cosines, and so no gradient.
+        padded: texts are lower case, always padded to the limit, and pads are read: the text tower has no mask.
+        max_tokens: limit of texts, where it is below what the positions allow.
+        zero_shot: whether transformers has it in its zero-shot pipeline.
+    """
+
+    title: str
+    example: str
+    model: str
+    processor: str
+    scale: str = "logit_scale"
+    visual_projection: bool = True
+    unused: tuple[str, ...] = ()
+    padded: bool = False
+    max_tokens: int | None = None
+    zero_shot: bool = True
+
+
+FAMILIES = {
+    "clip": Family("CLIP", "openai/clip-vit-base-patch32", "CLIPModel", "CLIPProcessor"),
+    "metaclip_2": Family("MetaCLIP 2", "facebook/metaclip-2-worldwide-b16", "MetaClip2Model", "CLIPProcessor"),
+    "siglip": Family(
+        "SigLIP",
+        "google/siglip-base-patch16-224",
+        "SiglipModel",
+        "SiglipProcessor",
+        visual_projection=False,
+        unused=("logit_bias",),  # the same for all pairs, so that it drops out of a softmax
+        padded=True,
+    ),
+    "chinese_clip": Family(
+        "Chinese-CLIP", "OFA-Sys/chinese-clip-vit-base-patch16", "ChineseCLIPModel", "ChineseCLIPProcessor"
+    ),
+    "altclip": Family("AltCLIP", "BAAI/AltCLIP", "AltCLIPModel", "AltCLIPProcessor"),
+    "align": Family(
+        "ALIGN",
+        "kakaobrain/align-base",
+        "AlignModel",
+        "AlignProcessor",
+        scale="temperature",
+        visual_projection=False,
+        unused=("text_model.pooler.",),  # it takes the first token as it is
+        max_tokens=64,  # as its own processor does
+    ),
+    "vision-text-dual-encoder": Family(
+        "dual encoder",
+        "one that VisionTextDualEncoderModel.from_vision_text_pretrained made",
+        "VisionTextDualEncoderModel",
+        "VisionTextDualEncoderProcessor",
+        unused=("vision_model.embeddings.mask_token",),  # of pre-training with hidden patches
+        zero_shot=False,
+    ),
+}
+REFUSED = {
+    "siglip2": "the NaFlex kind, whose pictures have any number of patches. Those of one size have model_type siglip"
+}
+# Text towers whose positions count from the padding token's id on.
+POSITIONS_AFTER_PADDING = (
+    *("altclip_text_model", "camembert", "data2vec-text", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
+def is_padded(processor) -> bool:
+    """Whether texts for this processor's model are padded to the limit, without a mask (see `Family`)."""
+    return type(processor).__name__ in {family.processor for family in FAMILIES.values() if family.padded}
+
+
+def token_limit(config) -> int:
+    """Tokens that the text tower reads at most, begin and end included."""
+    text, family = config.text_config, FAMILIES.get(config.model_type)
+    limit = text.max_position_embeddings
+    if text.model_type in POSITIONS_AFTER_PADDING:
+        limit -= text.pad_token_id + 1
+    return min(limit, family.max_tokens or limit) if family else limit
