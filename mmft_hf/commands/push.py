@@ -31,7 +31,7 @@ class PushArguments:
     parts: str = field(
         default="merged",
         metadata={
-            "help": "Of a LoRA run: merged (a plain CLIPModel), adapter (for peft), or both.",
+            "help": "Of a LoRA run: merged (a plain model), adapter (for peft), or both.",
             "choices": ("merged", "adapter", "both"),
         },
     )
