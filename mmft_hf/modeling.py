@@ -27,7 +27,8 @@ from .collator import input_size
 from .encoders import FAMILIES, REFUSED, token_limit
 from .errors import UserError
 
-# A temperature is no logarithm, so that a large step could take it to zero; no known model comes near this.
+# A temperature is no logarithm, so that a large step could take it below zero, where it would turn all logits around. It is
+# set back to this, which is a scale of 1,000: ten times the highest that CLIP was trained with.
 LOWEST_TEMPERATURE = 1e-3
 
 
@@ -185,10 +186,12 @@ def scale_parameter(model: PreTrainedModel) -> nn.Parameter:
 
 def logit_scale(model: PreTrainedModel) -> Tensor:
     """Scalar that multiplies cosines, with its gradient: `exp(logit_scale)`, or `1 / temperature` for ALIGN."""
-    value = scale_parameter(model).reshape(())
+    parameter = scale_parameter(model)
     if FAMILIES[model.config.model_type].scale == "temperature":
-        return 1 / value.clamp(min=LOWEST_TEMPERATURE)
-    return value.exp()
+        with torch.no_grad():
+            parameter.clamp_(min=LOWEST_TEMPERATURE)  # in place: the saved model must compute the same
+        return 1 / parameter.reshape(())
+    return parameter.exp().reshape(())
 
 
 def embedding_size(model: PreTrainedModel) -> int:

@@ -142,11 +142,14 @@ def test_a_tokenizer_in_python_says_what_is_cut_too():
     assert tokens["input_ids"].shape == tokens["attention_mask"].shape == (3, 8)
 
 
-def test_a_temperature_that_stepped_over_zero_gives_a_finite_scale(_loaded):
+def test_a_temperature_that_stepped_below_zero_is_set_back(_loaded):
     model = copy.deepcopy(_loaded["align"][0])
     assert logit_scale(model).item() == pytest.approx(10)
     model.temperature.data.fill_(-0.5)
-    assert logit_scale(model).item() == pytest.approx(1000)
+    scale = logit_scale(model)
+    assert scale.item() == pytest.approx(1000) and model.temperature.item() == pytest.approx(0.001)
+    scale.backward()
+    assert model.temperature.grad.item() == pytest.approx(-1e6)  # so that it can come back
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
