@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 
+from .errors import UserError
 from .images import BadImage, read_image, stored_bytes
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,14 @@ def _cannot_write(folder: Path, reason: str) -> None:
         reason,
         VARIABLE,
     )
+
+
+def check_short_side(short_side: int, size: tuple[int, int] | None) -> None:
+    """Raises `UserError` if kept pictures would be smaller than what the model sees (`size`, None where it has none)."""
+    if size and short_side < min(size):
+        raise UserError(
+            f"--decode_cache: expected at least {min(size)}, the side in pixels of what the model sees, found {short_side}."
+        )
 
 
 class DecodedPictures:

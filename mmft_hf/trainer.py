@@ -13,8 +13,9 @@ from datasets import ClassLabel, Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from .cache import check_short_side
 from .checkpoints import last_complete_checkpoint
-from .collator import MMFTDataCollator
+from .collator import MMFTDataCollator, input_size
 from .configuration import MMFTConfig
 from .embedding import add_embedding_forward
 from .errors import UserError
@@ -85,6 +86,8 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
                 f"model: expected float32 weights, found {half[0]}, in which AdamW's steps vanish. Load it with "
                 "mmft_hf.load_model(…) or dtype=torch.float32, and use bf16=True for speed."
             )
+        if args.decode_cache:
+            check_short_side(args.decode_cache, input_size(processing_class))
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 _check_dataset(name, dataset)

@@ -4,6 +4,7 @@ As a script, under torchrun: `distributed_cases.py FOLDER` trains every case and
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ CASES = {
     "one left": {"rows": ONE_LEFT},
     "lora": {"towers": ("lora", "lora"), "learning_rate": 0.3},
     "lora and frozen": {"towers": ("lora", "frozen"), "learning_rate": 0.3},
+    "kept pictures": {"towers": ("frozen", "lora"), "learning_rate": 0.3, "crop_min_area": 1.0},
     "checkpointing": {"gradient_checkpointing": True},
     "chunks": {"loss_chunk_size": 2},
     "chunks, lora, checkpointing": {
@@ -90,6 +92,7 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    os.environ["MMFT_HF_CACHE"] = str(folder / "cache")  # what is encoded is encoded here, by all processes
     torch.distributed.init_process_group("gloo")
     for name in CASES:
         tensors, numbers = run(name, folder)

@@ -1,4 +1,4 @@
-"""Prints versions and devices, for bug reports."""
+"""Prints versions, devices and the cache's folder, for bug reports."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def run() -> None:
     """Prints one `name: value` a line."""
     import torch
 
+    from ..cache import cache_folder, folder_size
+
     versions = {"mmft_hf": __version__, "python": platform.python_version()}
     for name in (*PACKAGES, "safetensors", "tokenizers", "numpy", "torchvision"):
         try:
@@ -28,4 +30,5 @@ def run() -> None:
     print(f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"gpu: {', '.join(devices) or 'none'}")
+    print(f"cache: {cache_folder()} ({folder_size(cache_folder()) / 1e6:,.1f} MB; it may be deleted at any time)")
     print(f"offline: {os.environ.get('HF_HUB_OFFLINE', '0') == '1'}")
