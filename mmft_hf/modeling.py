@@ -84,7 +84,7 @@ def load_model(
     except (ImportError, ValueError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected a model that transformers {transformers.__version__} opens here; "
-            f"{str(error).strip()} If that is about a tokenizer: pip install sentencepiece protobuf."
+            f"{' '.join(str(error).split())} If that is about a tokenizer: pip install sentencepiece protobuf."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(

@@ -1,6 +1,7 @@
 """Every kind of dual encoder through the same contract: loading, encoding, training, saving, the command line, the card."""
 
 import copy
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +23,14 @@ from mmft_hf.cli import main
 from mmft_hf.collator import tokenize
 from mmft_hf.encoders import FAMILIES
 from mmft_hf.errors import UserError
-from mmft_hf.modeling import embedding_size, encode_images, encode_texts, load_tokenizer, logit_scale
+from mmft_hf.modeling import (
+    embedding_size,
+    encode_images,
+    encode_texts,
+    load_image_processor,
+    load_tokenizer,
+    logit_scale,
+)
 from mmft_hf.publish import model_files
 from mmft_hf.towers import Adapter, frozen_batch_norms, lora_layers, parameter_counts
 
@@ -91,8 +99,9 @@ def test_embeddings_are_those_of_the_stock_model(kind, pair, folders):
         encode_images(model, batch["pixel_values"]),
     )
     stock, its_processor = AutoModel.from_pretrained(folders[kind]).eval(), AutoProcessor.from_pretrained(folders[kind])
+    pillow = load_image_processor(str(folders[kind]))  # with torchvision installed, the stock one gives other pixels
     for i, (image, label) in enumerate(colour_images(1)):
-        pixels = its_processor(images=image, return_tensors="pt")["pixel_values"]
+        pixels = pillow(image, return_tensors="pt")["pixel_values"]
         if kind == "siglip":
             options = {"padding": "max_length", "max_length": 64}
             tokens = {
@@ -267,7 +276,7 @@ def test_a_checkpoint_of_another_kind_is_refused(_loaded, folders):
 
 @pytest.mark.parametrize(
     ("kind", "modes"),
-    [("siglip", "lora lora"), ("align", "full lora"), ("chinese_clip", "full full"), ("vit_bert", "lora frozen")],
+    [("siglip", "lora frozen"), ("align", "full lora"), ("chinese_clip", "full full"), ("vit_bert", "frozen lora")],
 )
 def test_command_line_card_and_publication(kind, modes, folders, data_folder, tmp_path, capsys, monkeypatch):
     vision, text = modes.split()
@@ -328,6 +337,15 @@ def test_other_kinds_are_refused(folders, tmp_path):
         make_trainer((hf.BertModel(hf.BertConfig(**tiny_encoders.text(tiny_encoders.word_pieces()))), None), tmp_path)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="it is installed")
+def test_a_tokenizer_that_needs_sentencepiece_says_so(folders, tmp_path):
+    folder = shutil.copytree(folders["siglip"], tmp_path / "siglip")
+    (folder / "tokenizer.json").rename(folder / "spiece.model")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer", "model_max_length": 64}')
+    with pytest.raises(UserError, match=r"SiglipTokenizer requires .* pip install sentencepiece protobuf\."):
+        load_model(str(folder))
+
+
 def test_pictures_without_one_size_are_refused(folders, tmp_path):
     folder = shutil.copytree(folders["clip"], tmp_path / "clip")
     tiny_encoders.cropped(do_center_crop=False).save_pretrained(folder)
@@ -344,7 +362,7 @@ def test_towers_without_a_pooled_output_are_refused(tmp_path):
     words = hf.DistilBertConfig(vocab_size=len(tokenizer), dim=32, hidden_dim=48, n_layers=1, n_heads=2)
     config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(hf.ViTConfig(**tiny_encoders.VISION), words)
     hf.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
-    pictures = hf.ViTImageProcessorPil(size=tiny_encoders.SQUARE)
+    pictures = hf.ViTImageProcessor(size=tiny_encoders.SQUARE)
     hf.VisionTextDualEncoderProcessor(pictures, tokenizer).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"pooled output each, .* found ViTModel and DistilBertModel"):
         load_model(str(tmp_path))

@@ -41,8 +41,8 @@ def text(tokenizer, **more) -> dict:
     return TOWER | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77} | more
 
 
-def cropped(**more) -> hf.CLIPImageProcessorPil:
-    return hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **more)
+def cropped(**more) -> hf.CLIPImageProcessor:
+    return hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **more)
 
 
 SQUARE = {"height": 16, "width": 16}
@@ -67,13 +67,13 @@ def siglip():
     model = hf.SiglipModel(config)
     torch.nn.init.constant_(model.logit_scale, 2.0)  # random ones are exp(0), and a bias of 0 hides it
     torch.nn.init.constant_(model.logit_bias, -3.0)
-    return model, hf.SiglipProcessor(hf.SiglipImageProcessorPil(size=SQUARE), tokenizer)
+    return model, hf.SiglipProcessor(hf.SiglipImageProcessor(size=SQUARE), tokenizer)
 
 
 def chinese_clip():
     tokenizer = word_pieces()
     config = hf.ChineseCLIPConfig(text_config=text(tokenizer), vision_config=VISION, projection_dim=24)
-    pictures = hf.ChineseCLIPImageProcessorPil(size=SQUARE, do_center_crop=False)
+    pictures = hf.ChineseCLIPImageProcessor(size=SQUARE, do_center_crop=False)
     return hf.ChineseCLIPModel(config), hf.ChineseCLIPProcessor(pictures, tokenizer)
 
 
@@ -101,7 +101,7 @@ def align():
     config = hf.AlignConfig(
         text_config=text(tokenizer), vision_config=vision, projection_dim=24, temperature_init_value=0.1
     )
-    pictures = hf.EfficientNetImageProcessorPil(size=SQUARE, do_center_crop=False)
+    pictures = hf.EfficientNetImageProcessor(size=SQUARE, do_center_crop=False)
     return hf.AlignModel(config), hf.AlignProcessor(pictures, tokenizer)
 
 
@@ -109,7 +109,7 @@ def vit_bert():
     tokenizer = word_pieces()
     vision, words = hf.ViTConfig(**VISION), hf.BertConfig(**text(tokenizer))
     config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision, words, projection_dim=24)
-    pictures = hf.ViTImageProcessorPil(size=SQUARE)
+    pictures = hf.ViTImageProcessor(size=SQUARE)
     return hf.VisionTextDualEncoderModel(config), hf.VisionTextDualEncoderProcessor(pictures, tokenizer)
 
 

@@ -118,8 +118,10 @@ def _front(record: Mapping, results: Mapping, name: str, parts: str, granted: Ma
     """Metadata that the Hub reads."""
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
     front = {"library_name": "peft" if parts == "adapter" else "transformers"}
-    front |= {"pipeline_tag": "zero-shot-image-classification", **granted}
-    front["tags"] = [record.get("model_type", "clip"), "image-classification", "mmft"]
+    kind = record.get("model_type", "clip")
+    task = "zero-shot-image-classification" if FAMILIES[kind].zero_shot else "image-classification"
+    front |= {"pipeline_tag": task, **granted}
+    front["tags"] = [kind, "image-classification", "mmft"]
     front["tags"] += ["synthetic-captions"] if captions and written_by(captions) else []
     front["tags"] += ["lora"] if has_lora(record) else []
     if base["kind"] == "hub":
