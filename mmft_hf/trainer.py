@@ -231,7 +231,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     def _chunk_size(self) -> int:
-        """Rows encoded at a time; 0: all. Where memory runs out, `auto_find_batch_size` halves it, and not the batch."""
+        """Rows encoded at a time; 0: all. Where memory runs out, `auto_find_batch_size` lowers it, and not the batch."""
         chosen = self.args.loss_chunk_size or 0
         if self.args.auto_find_batch_size and self._train_batch_size < self.args.train_batch_size:
             return min(chosen, self._train_batch_size) if chosen else self._train_batch_size

@@ -32,6 +32,7 @@ LAYERS = [
         "collator",
         "modeling",
         "embedding",
+        "memory",
         "towers",
         "prototypes",
         "features",

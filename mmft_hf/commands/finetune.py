@@ -65,7 +65,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
     untuned_validation = score(model, zero_shot, splits.validation, "validation").report()
-    _announce(model_args, data_args, config, splits, parameter_counts(model), untuned_validation["accuracy"])
+    _announce(
+        model_args,
+        data_args,
+        config,
+        splits,
+        parameter_counts(model),
+        untuned_validation["accuracy"],
+        _memory(model, processor, config, splits),
+    )
 
     # -- training and selection --------------------------------------------------------------------------------------
     if config.push_to_hub and is_main():  # as late as can be, so that what fails before leaves no empty repository
@@ -132,7 +140,50 @@ def _push(path: Path, config: MMFTConfig) -> None:
     say(f"It is at {url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {config.hub_model_id}")
 
 
-def _announce(model_args, data_args, config, splits, counts, zero_shot: float) -> None:
+def _memory(model, processor, config, splits) -> str:
+    """What a step will take, and what to type if that is more than there is."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from ..data import captions_of
+    from ..memory import available_memory, estimate_memory
+    from ..prompts import training_text
+
+    # A few hundred rows tell how long texts are.
+    some = splits.train.select(range(0, len(splits.train), 1 + len(splits.train) // 256)).remove_columns("image")
+    texts = [
+        training_text(config.class_template, splits.class_names[row["label"]], caption)
+        for row in some
+        for caption in captions_of(row.get("captions")) or [None]
+    ]
+    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    autocast = torch.autocast(config.device.type, half) if half else nullcontext()
+    estimate = estimate_memory(model, processor, texts, autocast)
+    batch, chunk = config.per_device_train_batch_size, config.loss_chunk_size
+    total, available = estimate.total(batch, chunk), available_memory(config.device)
+    at_once = min(batch, chunk or batch)
+    less = "at most " if config.gradient_checkpointing or config.fsdp or config.deepspeed else ""
+    line = (
+        f"{less}{_gigabytes(total)} for a step, estimated: {_gigabytes(estimate.weights)} weights, "
+        f"{_gigabytes(estimate.gradients_and_optimizer)} gradients and optimizer, "
+        f"{_gigabytes(at_once * estimate.activations_per_image)} activations of {at_once} images"
+    )
+    if available is not None and total > available and not less:
+        fits = estimate.chunk_that_fits(batch, available)
+        line += f"\n{'':12}More than the {_gigabytes(available)} there are. " + (
+            f"Type --loss_chunk_size {fits}: the same loss, a third slower."
+            if fits
+            else "Type --vision_tower lora --text_tower lora, or take a smaller model."
+        )
+    return line
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 95e6 else f"{size / 1e6:.0f} MB"
+
+
+def _announce(model_args, data_args, config, splits, counts, zero_shot: float, memory: str) -> None:
     """Says what will be trained on what, before it starts."""
     names = splits.class_names
     rows = {
@@ -159,6 +210,7 @@ def _announce(model_args, data_args, config, splits, counts, zero_shot: float) -
     rows["training"] = f"{length}, batches of {batch}" + (
         f" on each of {config.world_size} processes" if config.world_size > 1 else f" on {config.device}"
     )
+    rows["memory"] = memory
     rows["zero-shot"] = f'{percent(zero_shot)} on validation, untuned, with "{config.class_template}"'
     rows["output"] = config.output_dir
     say(f"Fine-tuning {model_args.model_name_or_path} on {data_args.dataset_name}\n")
