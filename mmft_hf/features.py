@@ -140,7 +140,9 @@ def encode_pictures_once(
     }
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(view, batch_sampler=mine, collate_fn=MMFTDataCollator(processor), num_workers=workers)
+        # A generator of its own: a pass must not move the random numbers of the training around it.
+        options = {"num_workers": workers, "generator": torch.Generator()}
+        loader = DataLoader(view, batch_sampler=mine, collate_fn=MMFTDataCollator(processor), **options)
         for batch in tqdm(loader, desc=f"{view.name.capitalize()} images", disable=not progress, leave=False, delay=1):
             yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"] != IGNORED
 

@@ -4,6 +4,7 @@ import copy
 import io
 
 import pytest
+import tiny_encoders
 import torch
 from conftest import colour_dataset
 from datasets import Dataset
@@ -12,6 +13,7 @@ from test_trainer import make_trainer, weights
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTTrainer, views
 from mmft_hf.errors import UserError
+from mmft_hf.frozen import has_dropout
 
 SGD = {"optim": "sgd", "learning_rate": 0.3, "save_strategy": "no", "load_best_model_at_end": False}
 # Towers, and what else is set. Chunks and accumulation are not made of pixels and tokens alone.
@@ -208,3 +210,22 @@ def test_what_cannot_be_kept_is_encoded_as_before(clip, tmp_path, folder, capsys
     args = MMFTConfig(output_dir=str(tmp_path / "own"), use_cpu=True, disable_tqdm=True, max_steps=1)
     MMFTTrainer(model, args, colour_dataset(8), None, processor, data_collator=collate).train()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("frozen", ["vision", "text"])
+@pytest.mark.parametrize("kind", tiny_encoders.KINDS)
+def test_every_kind_of_dual_encoder(kind, frozen, tmp_path, capsys):
+    torch.manual_seed(0)
+    pair = tiny_encoders.KINDS[kind]()
+    towers = ("frozen", "full") if frozen == "vision" else ("full", "frozen")
+    settings = {"crop_min_area": 1.0, "max_steps": 2, "learning_rate": 0.1, "evaluate": False}
+    start = weights(pair[0])
+    plain, _ = train(pair, tmp_path / "plain", towers, cache_frozen_features=False, **settings)
+    kept, count = train(pair, tmp_path / "kept", towers, **settings)
+    assert difference(start, weights(plain.model)) > 1e-4
+    if has_dropout(pair[0], frozen):
+        assert kind in ("altclip", "chinese_clip", "align", "vit_bert", "clip_roberta")
+        assert f"The {frozen} tower is frozen, but has dropout" in capsys.readouterr().out
+    else:
+        assert difference(weights(kept.model), weights(plain.model)) < 1e-6
+        assert getattr(count, frozen) == (24 if frozen == "vision" else 27)
