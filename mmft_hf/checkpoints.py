@@ -21,7 +21,9 @@ def is_checkpoint(folder: Path) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
-    if not all((folder / name).is_file() for name in ("config.json", "optimizer.pt", "scheduler.pt")):
+    if not all((folder / name).is_file() for name in ("config.json", "scheduler.pt")):
+        return False
+    if not any((folder / f"optimizer.{end}").is_file() for end in ("pt", "bin")):  # bin: under FSDP
         return False
     if not list(folder.glob("*.safetensors")) or not list(folder.glob("rng_state*.pth")):
         return False

@@ -112,7 +112,7 @@ def _again(argv: list[str]) -> str:
     if argv[0] in ("caption", "finetune") and os.environ.get("WORLD_SIZE", "1") != "1":
         world = os.environ["WORLD_SIZE"]
         recipe = f"recipes/{argv[0]}.py"
-        return shlex.join(["accelerate", "launch", "--num_processes", world, recipe, *argv[1:], *more])
+        return shlex.join(["accelerate", "launch", "--multi_gpu", "--num_processes", world, recipe, *argv[1:], *more])
     return shlex.join(["mmft-hf", *argv, *more])
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from . import launch
 from .arguments import choice
 from .errors import UserError
 from .prompts import DEFAULT_TEMPLATE, check_template
@@ -163,7 +164,9 @@ class MMFTConfig(TrainingArguments):
         for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
             if getattr(self, name) is None:
                 setattr(self, name, False)
+        launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
+        launch.check(self.world_size)
         # Pinned memory speeds up copies to an accelerator; without one it only warns, at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and accelerated
         if self.dataloader_pin_memory and not self.accelerator_config.non_blocking:

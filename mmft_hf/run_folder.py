@@ -19,6 +19,7 @@ from .console import is_main
 from .data import Splits
 from .errors import UserError
 from .evaluation import Predictions
+from .launch import check_shared
 from .prototypes import FILE_NAME as PROTOTYPES_FILE
 from .prototypes import ClassPrototypes
 from .towers import ADAPTER_FILES, Adapter
@@ -146,6 +147,7 @@ class Run:
         """Makes the folder this run's own; a run that is to be overwritten is deleted, one that goes on is not."""
         state = PartialState()
         state.wait_for_everyone()  # everyone has looked before anyone writes
+        check_shared(self.path)
         if is_main():
             if not resume:
                 self._clear()

@@ -27,6 +27,7 @@ from .progress import EpochLines
 from .prompts import TEMPLATES
 from .prototypes import ClassPrototypes
 from .sampling import ClassBalancedSampler, EpochSampler
+from .sharding import ShardedTraining
 from .towers import TOWERS, frozen_batch_norms
 from .training_checkpoints import TrainingCheckpoints
 from .training_pushes import STAY, TrainingPushes
@@ -35,7 +36,7 @@ from .views import ImageView, TrainingView
 logger = logging.getLogger(__name__)
 
 
-class MMFTTrainer(TrainingPushes, TrainingCheckpoints, Trainer):
+class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer):
     """Fine-tunes a `CLIPModel` on images with labels and captions.
 
     Args:

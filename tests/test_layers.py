@@ -15,6 +15,7 @@ LAYERS = [
         "arguments",
         "losses",
         "distributed",
+        "launch",
         "prompts",
         "sampling",
         "images",
@@ -55,6 +56,7 @@ LAYERS = [
         "publish",
         "training_pushes",
         "training_checkpoints",
+        "sharding",
     },
     {"cli", "commands", "__main__"},
 ]

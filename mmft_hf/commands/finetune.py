@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 from ..arguments import DataArguments, ModelArguments, choice
+from ..checkpoints import last_complete_checkpoint
 from ..configuration import MMFTConfig
 from ..console import is_main, percent, say, table
 from ..errors import PartialResult, UserError
 from ..hub import check_access, check_name, make_repo
+from ..launch import together
 from ..run_folder import RUN_FILE, Run
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
@@ -17,6 +19,11 @@ ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
 
 def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig) -> None:
     """Trains, selects on validation, reads the test split once, and leaves everything in `config.output_dir`."""
+    with together(lambda: last_complete_checkpoint(config.output_dir)):
+        _run(model_args, data_args, config)
+
+
+def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig) -> None:
     from transformers import set_seed
 
     from ..data import load_splits

@@ -1,0 +1,179 @@
+"""Several processes: whether they came up as they were asked for, and how the others end when one of them ends.
+
+`accelerate launch`, `torchrun` and a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT look the same from here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .distributed import world_size
+from .errors import PartialResult, UserError
+
+# gloo raises plain RuntimeErrors; NCCL and the rendezvous have a class, DistError.
+LOST = re.compile(r"gloo|Connection (reset|closed|refused)|Broken pipe|Timed out waiting|Socket Timeout", re.IGNORECASE)
+# Seconds that the main thread has to end by itself after a SIGTERM, which a blocked collective does not let it do.
+GRACE = 5
+GO_ON = "Start all of them again as before, with --resume_from_checkpoint true"
+
+
+def start(use_cpu: bool, timeout: float) -> None:
+    """Joins the other processes where they run on CPUs, with `--ddp_timeout`, which the stock settings do not pass on there.
+
+    Args:
+        timeout: seconds until a silent process counts as lost.
+
+    Raises:
+        UserError: the others did not come within that time.
+    """
+    by_launcher = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not use_cpu or not by_launcher or not dist.is_available() or dist.is_initialized():
+        return
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"process {os.environ['RANK']} on {socket.gethostname()}: expected {os.environ['WORLD_SIZE']} processes to meet at "
+            f"{where} within {timeout:g} seconds (--ddp_timeout), which failed: {str(error).splitlines()[0]} Are all "
+            "machines started, with the same address, port and number of processes?"
+        ) from error
+
+
+def check(world: int) -> None:
+    """Refuses to train alone where several processes were asked for: both launchers let that happen without a word.
+
+    Args:
+        world: processes that work together.
+
+    Raises:
+        UserError: with what to type.
+    """
+    if world > 1:
+        return
+    asked = os.environ.get("WORLD_SIZE", "1")
+    if asked != "1":
+        raise UserError(
+            f"expected {asked} processes that train together, found that each would train alone: there is no accelerator "
+            "here. Type --use_cpu true to train on CPUs."
+        )
+    # What accelerate's launcher for one process leaves behind when it was told of several.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes but started one, as it does with --cpu, or without --multi_gpu "
+            "and a second GPU. Type accelerate launch --multi_gpu --num_processes N …, and after the script, for CPUs, "
+            "--use_cpu true. If one is what you want, unset MASTER_ADDR."
+        )
+
+
+def check_shared(folder: Path) -> None:
+    """Refuses an output folder that only some processes can see: checkpoints and results would be in pieces.
+
+    Raises:
+        UserError: in every process.
+    """
+    if world_size() == 1:
+        return
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token)
+    mark = folder / f".seen-{token[0]}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier()
+    seen = [None] * world_size()
+    dist.all_gather_object(seen, (mark.exists(), socket.gethostname()))
+    if dist.get_rank() == 0:
+        mark.unlink()
+    blind = [f"process {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"--output_dir {folder}: expected one folder that all processes share, found that {', '.join(blind[:4])} "
+            f"cannot see what process 0 on {seen[0][1]} writes there. Type the same path on a file system that all "
+            "machines mount."
+        )
+
+
+@contextmanager
+def together(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
+    """Ends this process with a message when another one has ended, has fallen silent, or when the launcher says so.
+
+    An operation with the others then fails by itself: at once where the connection breaks, otherwise after `--ddp_timeout`.
+    A process that waits inside such an operation cannot act on the SIGTERM of its launcher; a thread does, after a
+    while.
+
+    Args:
+        last_checkpoint: tells the last complete checkpoint.
+
+    Raises:
+        PartialResult: with the checkpoint and what to type.
+    """
+    if world_size() == 1:
+        yield
+        return
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def message(what: str) -> str:
+        checkpoint = last_checkpoint()
+        kept = f"The last complete checkpoint is {checkpoint}" if checkpoint else "There is no complete checkpoint yet"
+        return f"process {rank} of {world}: {what}. {kept}. {GO_ON}."
+
+    with _on_sigterm(lambda: message("stopped by SIGTERM, which a launcher sends when another process has ended")):
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+                raise
+            what = f"another process has ended or does not answer ({_reason(error)}); its own message, or the launcher's, says why"
+            raise PartialResult(message(what)) from error
+        # Left to the end of the interpreter, threads of gloo abort it now and then.
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _on_sigterm(message: Callable[[], str]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def stop(*_):
+        raise PartialResult(message())
+
+    def wait():
+        while (received := os.read(reader, 1)) != b"":
+            if received[0] == signal.SIGTERM and not ended.wait(GRACE):
+                print(f"mmft-hf: {message()}", file=sys.stderr, flush=True)
+                os._exit(3)
+        os.close(reader)
+
+    ended = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=wait, daemon=True).start()
+    before, before_fd = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(writer)
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before_fd)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writer)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what gloo or NCCL said, without the place in their code."""
+    line = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0])
+    return re.split(r"\.? This is typically", line)[0].rstrip(".")[:200]
