@@ -11,6 +11,7 @@ import sys
 from .version import __version__
 
 _PUBLIC = {
+    "ClassBalancedSampler": "sampling",
     "ClassPrototypes": "prototypes",
     "ClassificationReport": "metrics",
     "Captioner": "captioning",

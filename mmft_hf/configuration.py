@@ -153,6 +153,8 @@ class MMFTConfig(TrainingArguments):
 
     def __post_init__(self):
         accelerated = torch.accelerator.is_available() and not self.use_cpu
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # which the Trainer wants to be told, though there is nothing else
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and _has_bf16()
         if self.dataloader_num_workers is None:

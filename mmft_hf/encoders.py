@@ -21,6 +21,8 @@ class Family:
         visual_projection: whether the image tower's pooled output still has to be projected.
         unused: parameters, by the starts of their names, that have no part in a softmax over cosines, and so no gradient.
         padded: texts are lower case, always padded to the limit, and pads are read: the text tower has no mask.
+        causal: no token of a text sees those after it, so pads, which come last, need no mask. Without one attention can use
+            its fastest kernels, and nobody has to look whether there are pads.
         max_tokens: limit of texts, where it is below what the positions allow.
         zero_shot: whether transformers has it in its zero-shot pipeline.
     """
@@ -33,13 +35,16 @@ class Family:
     visual_projection: bool = True
     unused: tuple[str, ...] = ()
     padded: bool = False
+    causal: bool = False
     max_tokens: int | None = None
     zero_shot: bool = True
 
 
 FAMILIES = {
-    "clip": Family("CLIP", "openai/clip-vit-base-patch32", "CLIPModel", "CLIPProcessor"),
-    "metaclip_2": Family("MetaCLIP 2", "facebook/metaclip-2-worldwide-b16", "MetaClip2Model", "CLIPProcessor"),
+    "clip": Family("CLIP", "openai/clip-vit-base-patch32", "CLIPModel", "CLIPProcessor", causal=True),
+    "metaclip_2": Family(
+        "MetaCLIP 2", "facebook/metaclip-2-worldwide-b16", "MetaClip2Model", "CLIPProcessor", causal=True
+    ),
     "siglip": Family(
         "SigLIP",
         "google/siglip-base-patch16-224",

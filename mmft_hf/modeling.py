@@ -207,5 +207,7 @@ def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`; SigLIP has no mask."""
+    if FAMILIES[model.config.model_type].causal:
+        attention_mask = None
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     return F.normalize(features.pooler_output.float(), dim=-1)

@@ -104,10 +104,11 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             and eval_dataset.features["label"].names != self.class_names
         ):
             raise UserError("eval_dataset: expected the class names of train_dataset, in the same order.")
-        if eval_dataset is None and args.eval_strategy != "no":
+        if eval_dataset is None:
+            if args.eval_strategy != "no":
+                logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
             args = copy.copy(args)
             args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
-            logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
         if args.gradient_accumulation_steps > 1:
             logger.warning(
                 "gradient_accumulation_steps=%d averages gradients over several batches; it does not enlarge the "
@@ -201,7 +202,10 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         share = (args.world_size, args.train_batch_size if fill_up else None)
         if args.samples_per_class:
             labels, step_size = self.train_dataset["label"][:], args.world_size * args.train_batch_size
-            self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
+            try:
+                self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
+            except ValueError as error:
+                raise UserError(f"--{error}") from error
         else:
             self._sampler = EpochSampler(len(dataset), seed, *share)
         return self._sampler
@@ -251,9 +255,9 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         while len(self._unseen_losses) > but:
             step, loss = self._unseen_losses.pop(0)
             if not torch.isfinite(loss):
-                self._stop_at("the loss", loss.item(), step)
+                self.stop_at("the loss", loss.item(), step)
 
-    def _stop_at(self, what: str, value: float, step: int) -> None:
+    def stop_at(self, what: str, value: float, step: int) -> None:
         """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
         checkpoint = last_complete_checkpoint(self.args.output_dir)
         good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations nobody looked at it
@@ -329,7 +333,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         output = super().evaluation_loop(*args, **kwargs)
         for name, value in output.metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
-                self._stop_at("the validation loss", value, self.state.global_step)
+                self.stop_at("the validation loss", value, self.state.global_step)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

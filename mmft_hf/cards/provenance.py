@@ -107,4 +107,6 @@ def _settings(identity: dict, data_settings: dict) -> dict:
             defaults[field.name] = json.loads(json.dumps(default, default=str))
     other = {k: v for k, v in identity.get("other_settings", {}).items() if v}
     found = {**identity, **other, **data_settings}
-    return {k: [v, defaults[k]] for k, v in found.items() if k in defaults and k not in TOLD and v != defaults[k]}
+    # A default of nothing means that the machine decides; that it decided against something is not worth a line.
+    differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and (v or defaults[k] is not None)}
+    return {k: [v, defaults[k]] for k, v in differ.items() if k not in TOLD}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
 
 
 def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig) -> None:
+    import numpy as np
     from transformers import set_seed
 
     from ..data import load_splits
@@ -97,7 +99,10 @@ def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfi
     if adapter:  # from here on everything is measured and made with the weights that are saved
         merge(tuned)
     prototypes = trainer.build_prototypes()
-    validation = score(tuned, prototypes, splits.validation, "validation").report()["accuracy"]
+    validated = score(tuned, prototypes, splits.validation, "validation")
+    if np.isnan(validated.scores).any():  # a run of one step may get here with it
+        trainer.stop_at("the output of the trained model", math.nan, state.global_step)
+    validation = validated.report()["accuracy"]
 
     # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
     untuned = load_model(model_args.model_name_or_path, model_args.model_revision)[0].to(config.device)
