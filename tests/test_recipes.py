@@ -12,7 +12,8 @@ from mmft_hf.cli import VERBS, parse
 RECIPES = Path(__file__).parent.parent / "recipes"
 # A file is named after its verb.
 YAMLS = sorted(p for p in RECIPES.rglob("*.yaml") if p.stem in VERBS)
-SCRIPTS = sorted(RECIPES.glob("*.py"))
+BENCHMARK = RECIPES / "speed.py"
+SCRIPTS = sorted(path for path in RECIPES.glob("*.py") if path != BENCHMARK)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -62,3 +63,12 @@ per_device_train_batch_size: 8
     assert done.returncode == 0, done.stderr
     assert "Test accuracy on 18 images" in done.stdout
     assert (tmp_path / "out" / "prototypes.safetensors").is_file()
+
+
+def test_the_benchmark_of_speed_prints_its_tables():
+    words = "--geometries tiny-clip --batches 4 --rounds 1 --sections steps chunks --chunks 2 6".split()
+    done = subprocess.run([sys.executable, BENCHMARK, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| ours |") == 2 and done.stdout.count("| plain |") == 2
+    assert "- overhead of a step over the floor: " in done.stdout
+    assert "| 6 | 2 | " in done.stdout
