@@ -32,11 +32,8 @@ class ShardedTraining:
             return super().create_optimizer(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin
         self._whole = copy.deepcopy(self.model).cpu()
-        ignored = keep_whole(self.model)
-        plugin.ignored_modules = [*(plugin.ignored_modules or ()), ignored]
-        optimizer = super().create_optimizer(*args, **kwargs)
-        _give_own_group(optimizer, list(ignored.parameters()))
-        return optimizer
+        plugin.ignored_modules = [*(plugin.ignored_modules or ()), keep_whole(self.model)]
+        return super().create_optimizer(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         with self._unsharded():
@@ -117,16 +114,6 @@ def keep_whole(model: nn.Module) -> nn.Module:
 def _average_gradient(parameter: nn.Parameter) -> None:
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
-
-
-def _give_own_group(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Optimisers that step over a group at once cannot mix sharded and whole parameters in it."""
-    apart = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        whole = [p for p in group["params"] if id(p) in apart]
-        group["params"] = [p for p in group["params"] if id(p) not in apart]
-        if whole:
-            optimizer.add_param_group({**group, "params": whole})
 
 
 @contextmanager
