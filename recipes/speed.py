@@ -188,7 +188,7 @@ class Turns(TrainerCallback):
     # -- the others ---------------------------------------------------------------------------------------------------
     def ready(self) -> dict:
         """The batch that the Trainer had last, on the device, and the same with 77 tokens."""
-        keys = list(self.trainer._sampler)[::1][(len(self.seconds["ours"]) - 1) * self.batch :][: self.batch]
+        keys = list(self.trainer._sampler)[(len(self.seconds["ours"]) - 1) * self.batch :][: self.batch]
         view = self.trainer.callback_handler.train_dataloader.dataset
         rows = [view[key] for key in keys]
         found = {
