@@ -142,10 +142,6 @@ class MMFTConfig(TrainingArguments):
         default=None,
         metadata={"help": "Look for parameters without a gradient in each step. Default: no; there are none."},
     )
-    ddp_broadcast_buffers: bool | None = field(
-        default=None,
-        metadata={"help": "Send buffers to all processes in each step. Default: no; none of them changes."},
-    )
     # HfArgumentParser reads no other order of these types.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."}
@@ -163,9 +159,8 @@ class MMFTConfig(TrainingArguments):
             self.dataloader_num_workers = min(8, max(1, share - 1)) if accelerated else 0
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
-            if getattr(self, name) is None:
-                setattr(self, name, False)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
         launch.check(self.world_size)

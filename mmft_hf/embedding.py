@@ -36,10 +36,11 @@ def add_embedding_forward(model: PreTrainedModel) -> None:
     2101.06983), whose gradient cache this is; here the recomputation is activation checkpointing of whole chunks.
     """
     # A bound method, so that a deep copy of the model calls itself and not the original.
-    model.forward = MethodType(_forward, model)
+    model.forward = MethodType(embedding_forward, model)
 
 
-def _forward(self, *args, chunk_size: int | None = None, **inputs):
+def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
+    """The forward itself, see `add_embedding_forward`; `self` is the model."""
     if chunk_size is None:
         return type(self).forward(self, *args, **inputs)
     found = {"scale": logit_scale(self)}

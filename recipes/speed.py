@@ -41,6 +41,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from mmft_hf import ClassPrototypes, MMFTConfig, MMFTDataCollator, MMFTTrainer, load_model
 from mmft_hf.collator import tokenize
+from mmft_hf.embedding import add_embedding_forward, embedding_forward
 from mmft_hf.losses import MMFTLoss
 from mmft_hf.modeling import default_device, encode_texts
 from mmft_hf.prompts import training_text
@@ -113,7 +114,7 @@ def memory() -> int:
 
 def give_memory_back() -> None:
     """From here on large blocks go straight to the system and back, so that memory in use is what is measured."""
-    if DEVICE.type == "cpu":
+    if DEVICE.type == "cpu" and sys.platform == "linux":
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
             ctypes.CDLL(None).mallopt(option, 1 << 20)
 
@@ -121,6 +122,8 @@ def give_memory_back() -> None:
 @contextmanager
 def peak_memory(found: dict):
     """Adds `resting` and `peak` bytes to `found`."""
+    if DEVICE.type == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is no longer in use
     found["resting"] = found["peak"] = memory()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -220,11 +223,12 @@ class Turns(TrainerCallback):
         model.train()
         tensors = {k: inputs[k] for k in ("pixel_values", "input_ids", "attention_mask")}
         with autocast(precision):
+            # Not model(...): accelerate gave that the precision of the training.
             if stock:
-                out = model(**tensors)
+                out = type(model).forward(model, **tensors)
                 images, texts, scale = out.image_embeds, out.text_embeds, model.logit_scale.exp()
             else:
-                out = model(**tensors, chunk_size=0)
+                out = embedding_forward(model, **tensors, chunk_size=0)
                 images, texts, scale = out["image_embeds"], out["text_embeds"], out["scale"]
             texts = texts[inputs["text_rows"]] if "text_rows" in inputs else texts
             loss = self.loss(images, texts, inputs["labels"], scale)["loss"]
@@ -376,8 +380,6 @@ def chunks(geometry: str, precision: str, whole: int, batch: int) -> None:
     give_memory_back()
     model, processor = build(geometry)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    from mmft_hf.embedding import add_embedding_forward
-
     add_embedding_forward(model)
     width = processor.image_processor.crop_size["width"]
     loss, rows = MMFTLoss(), []

@@ -39,5 +39,5 @@ def test_settings_of_the_readme_exist():
         for dataclass in importlib.import_module(f"mmft_hf.commands.{verb}").ARGUMENTS:
             fields |= set(dataclass.__dataclass_fields__)
     captions = (ROOT / "recipes" / "captions" / "README.md").read_text()
-    named = set(re.findall(r"--([a-z_]+)", README + captions))
+    named = set(re.findall(r"--([a-z_0-9]+)", README + captions))
     assert named - {"num_processes", "data", "limit", "async"} <= fields  # those of accelerate and vLLM
