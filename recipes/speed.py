@@ -250,8 +250,8 @@ class Turns(TrainerCallback):
         return {k: v.to(DEVICE) for k, v in inputs.items()}
 
 
-def plain_prototypes(model, processor, dataset: Dataset, precision: str) -> torch.Tensor:
-    """Class by class, all captions of a class at once, padded to 77 tokens."""
+def plain_prototypes(model, processor, dataset: Dataset, precision: str, at_once: int = 100_000) -> torch.Tensor:
+    """Class by class, all captions of a class at once (or at most `at_once`), padded to 77 tokens."""
     names, means = dataset.features["label"].names, []
     texts = defaultdict(list)
     has = "captions" in dataset.column_names
@@ -263,7 +263,8 @@ def plain_prototypes(model, processor, dataset: Dataset, precision: str) -> torc
     with torch.no_grad(), autocast(precision):
         for label in sorted(texts):
             tokens, _ = tokenize(processor, texts[label], "max_length")
-            embeds = encode_texts(model, **{k: v.to(DEVICE) for k, v in tokens.items()})
+            pieces = zip(*(tokens[name].split(at_once) for name in ("input_ids", "attention_mask")), strict=True)
+            embeds = torch.cat([encode_texts(model, ids.to(DEVICE), mask.to(DEVICE)) for ids, mask in pieces])
             means.append(F.normalize(embeds.mean(dim=0), dim=0))
     return torch.stack(means).float().cpu()
 
@@ -345,7 +346,7 @@ def steps(geometry: str, batch: int, kind: str, rounds: int, precision: str) -> 
     print(f"- model FLOP/s: {speed / 1e12:.2f} T{share}\n", flush=True)
 
 
-def prototypes(geometry: str, precision: str, rounds: int) -> None:
+def prototypes(geometry: str, precision: str, rounds: int, at_once: int) -> None:
     """One class of 13,500 captions, and one of 500."""
     give_memory_back()
     model, processor = build(geometry)
@@ -359,7 +360,7 @@ def prototypes(geometry: str, precision: str, rounds: int) -> None:
     for _ in range(rounds):
         for size in sizes:
             found["ours", size].append(timed(our_prototypes, model, processor, data[size], precision))
-        found["plain", sizes[1]].append(timed(plain_prototypes, model, processor, data[sizes[1]], plain))
+        found["plain", sizes[1]].append(timed(plain_prototypes, model, processor, data[sizes[1]], plain, at_once))
     print(f"### Prototypes of one class, {geometry}, {precision}, {rounds} rounds\n")
     rows = []
     for (name, size), values in found.items():
@@ -420,6 +421,7 @@ def main() -> None:
         "--sections", nargs="+", choices=("steps", "prototypes", "chunks"), default=["steps", "prototypes", "chunks"]
     )
     parser.add_argument("--chunks", nargs=2, type=int, default=[64, 1024], metavar=("CHUNK", "BATCH"))
+    parser.add_argument("--at_once", type=int, default=100_000, help="captions the plain way may encode at once")
     args = parser.parse_args()
     device = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}\n")
@@ -429,7 +431,7 @@ def main() -> None:
                 for kind in args.texts:
                     steps(geometry, batch, kind, args.rounds, args.precision)
         if "prototypes" in args.sections:
-            prototypes(geometry, args.precision, args.rounds)
+            prototypes(geometry, args.precision, args.rounds, args.at_once)
         if "chunks" in args.sections:
             chunks(geometry, args.precision, *args.chunks)
 
