@@ -97,7 +97,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Split on which the best epoch is chosen. Default: validation (or valid, val, dev); if there is "
-            "none, part of the training split is held out (--validation_size)."
+            "none, or --test_split names it, part of the training split is held out (--validation_size)."
         },
     )
     test_split: str | None = field(

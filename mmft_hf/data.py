@@ -287,14 +287,20 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]
             raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
         train = next(iter(raw))
     data, has_captions = _map_columns(raw, args)
+    notes = []
+    for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
+        if set(data[split]["label"][:]) <= {None, -1}:  # as in the test split of a challenge
+            del data[split]
+            notes.append(f"Split {split!r} has no labels and is left out.")
     names = _class_names(data, train, args)
     if args.class_names:
         # Names typed by the user are given by position.
         data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
     encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
-    notes = []
     if args.captions_dataset:
-        encoded[train], notes = join_captions(encoded[train], load_raw(args.captions_dataset), args.captions_dataset)
+        captions = load_raw(args.captions_dataset)
+        encoded[train], joined = join_captions(encoded[train], captions, args.captions_dataset)
+        notes += joined
     return DatasetDict(encoded), names, has_captions or bool(args.captions_dataset), notes
 
 
@@ -344,7 +350,10 @@ def load_splits(args: DataArguments) -> Splits:
     train = data[train_name]
     chosen, used = {}, {train_name: "train"}
     for role, share in (("test", args.test_size), ("validation", args.validation_size)):
-        found = _find_split(data, role, getattr(args, f"{role}_split"))
+        named = getattr(args, f"{role}_split")
+        found = _find_split(data, role, named)
+        if found == args.test_split and named is None:
+            found = None  # what is called validation is tested on, so selection needs a part of train
         if found in used:
             raise UserError(
                 f"split {found!r}: expected one role for each split, found {used[found]} and {role}. Found splits: "
