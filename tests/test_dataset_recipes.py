@@ -1,0 +1,243 @@
+"""The recipe of each benchmark opens data of its schema: splits, class names, prompts. The data here are small fakes."""
+
+import hashlib
+import importlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from mmft_hf import cli
+from mmft_hf.arguments import DataArguments
+from mmft_hf.captioning.arguments import CaptionArguments
+from mmft_hf.data import labels_of, load_splits
+from mmft_hf.errors import UserError
+from mmft_hf.prompts import DEFAULT_TEMPLATE, class_prompt
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CORRUPTED = "contrast gaussian_noise impulse_noise jpeg_compression motion_blur pixelate spatter".split()
+SIGNS = [f"sign {i}" for i in range(43)]
+LAND = (
+    "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake".split()
+)
+
+
+@dataclass
+class Fake:
+    """A data set of a recipe's schema. `more` are ClassLabel columns beside it, with the wrong answers."""
+
+    names: list[str]
+    prompts: dict[int, str]  # of some classes, as training and zero-shot see them
+    domain: str
+    images: dict[str, int] = field(default_factory=lambda: {"train": 10, "test": 3})  # per class
+    expected: tuple = (9, 1, 3)  # of each class: train, validation, test
+    image: str = "image"
+    label: str = "label"
+    more: tuple = ()
+    unlabelled: tuple = ()
+    test: str = "test"
+
+
+OFFICIAL = {"images": {"train": 6, "validation": 4, "test": 5}, "expected": (6, 4, 5)}
+FAKES = {
+    "imagenet": Fake(
+        ["tench, Tinca tinca", "goldfish, Carassius auratus"],
+        {0: "a photo of a tench, Tinca tinca."},
+        "general objects",
+        images={"train": 10, "validation": 3, "test": 4},
+        unlabelled=("test",),
+        test="validation",
+    ),
+    "caltech101": Fake(["Leopards", "car_side", "yin_yang"], {1: "a photo of a car side."}, "general objects"),
+    "pets": Fake(["abyssinian", "saint_bernard"], {1: "a photo of a saint bernard."}, "pets", more=("label_cat_dog",)),
+    "cars": Fake(
+        ["AM General Hummer SUV 2000", "Acura RL Sedan 2012"], {1: "a photo of a Acura RL Sedan 2012."}, "cars"
+    ),
+    "flowers": Fake(
+        ["pink primrose", "hard-leaved pocket orchid"],
+        {1: "a photo of a hard leaved pocket orchid."},
+        "flowers",
+        **OFFICIAL,
+    ),
+    "food101": Fake(
+        ["apple_pie", "baby_back_ribs"],
+        {1: "a photo of a baby back ribs."},
+        "food",
+        images={"train": 10, "validation": 3},
+        test="validation",
+    ),
+    "aircraft": Fake(
+        ["707-320", "A321"],
+        {0: "a photo of a 707 320."},
+        "aircrafts",
+        images={"train": 6, "val": 4, "test": 5},
+        expected=(6, 4, 5),
+        label="variation",
+        more=("label", "manufacturer"),
+    ),
+    "cub": Fake(["Black_footed_Albatross", "Crested_Auklet"], {0: "a photo of a Black footed Albatross."}, "birds"),
+    "dtd": Fake(["banded", "polka-dotted"], {1: "a photo of a polka dotted."}, "textures", **OFFICIAL),
+    "eurosat": Fake(
+        LAND, {0: "a photo of a annual crop land.", 9: "a photo of a sea or lake."}, "satellite", **OFFICIAL
+    ),
+    "gtsrb": Fake(
+        SIGNS,
+        {0: "a photo of a speed limit 20 sign.", 14: "a photo of a stop sign, a red octagon."},
+        "traffic signs",
+        images={"train": 10, "test": 3} | dict.fromkeys(CORRUPTED, 1),
+    ),
+    "cifar10": Fake(["airplane", "automobile"], {0: "a photo of a airplane."}, "general objects", image="img"),
+    "cifar100": Fake(
+        ["apple", "aquarium_fish", "sweet_pepper"],
+        {1: "a photo of a aquarium fish."},
+        "general objects",
+        image="img",
+        label="fine_label",
+        more=("coarse_label",),
+    ),
+}
+
+
+def write(fake: Fake, folder: Path) -> dict[str, set[str]]:
+    """Writes the fake as the Hub holds it; returns the sha256 of the pictures of each split."""
+    rng, written = np.random.default_rng(0), {}
+    features = {fake.image: Image(), fake.label: ClassLabel(names=fake.names), "image_id": Value("string")}
+    features |= {column: ClassLabel(names=["wrong", "false"]) for column in fake.more}
+    for split, per_class in fake.images.items():
+        labels = list(range(len(fake.names))) * per_class
+        pictures = []
+        for _ in labels:
+            file = io.BytesIO()
+            PILImage.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file, "PNG")
+            pictures.append(file.getvalue())
+        columns = {
+            fake.image: [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(pictures)],
+            fake.label: [-1] * len(labels) if split in fake.unlabelled else labels,
+            "image_id": [f"{split} {i}" for i in range(len(labels))],
+        }
+        columns |= {column: [label % 2 for label in labels] for column in fake.more}
+        data = Dataset.from_dict(columns, features=Features(features))
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        written[split] = {hashlib.sha256(content).hexdigest() for content in pictures}
+    return written
+
+
+def settings(recipe: str, verb: str, *words: str):
+    """The data arguments of a recipe, and all others."""
+    command = importlib.import_module(f"mmft_hf.commands.{verb}")
+    filled = cli.parse(verb, command, ["--config", str(RECIPES / recipe / f"{verb}.yaml"), *words])
+    (data,) = (arguments for arguments in filled if isinstance(arguments, DataArguments))
+    return data, filled
+
+
+def shas(dataset: Dataset) -> list[str]:
+    return [
+        hashlib.sha256(row["bytes"]).hexdigest() for row in dataset.cast_column("image", Image(decode=False))["image"]
+    ]
+
+
+def test_every_benchmark_has_both_recipes():
+    for recipe in FAKES:
+        assert {"caption.yaml", "finetune.yaml"} <= {path.name for path in (RECIPES / recipe).iterdir()}
+
+
+@pytest.mark.parametrize("recipe", FAKES)
+def test_splits_and_class_names(recipe, tmp_path):
+    fake = FAKES[recipe]
+    written = write(fake, tmp_path)
+    splits = load_splits(settings(recipe, "finetune", "--dataset_name", str(tmp_path))[0])
+    got = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    for dataset, per_class in zip(got.values(), fake.expected, strict=True):
+        assert np.bincount(labels_of(dataset)).tolist() == [per_class] * len(fake.names)
+    # The test split is the published one, whole; nothing of it, and nothing twice, is in the others.
+    seen = {name: shas(dataset) for name, dataset in got.items()}
+    assert set(seen["test"]) == written[fake.test]
+    every = [sha for split in seen.values() for sha in split]
+    assert len(every) == len(set(every))
+    validation = {"validation", "val"} & (written.keys() - {fake.test})
+    assert set(seen["train"]) | set(seen["validation"]) == written["train"].union(*(written[v] for v in validation))
+    # Labels mean what the published ones mean.
+    assert len(splits.class_names) == len(fake.names)
+    for label, text in fake.prompts.items():
+        assert class_prompt(DEFAULT_TEMPLATE, splits.class_names[label]) == text
+
+
+@pytest.mark.parametrize("recipe", FAKES)
+def test_captions_are_asked_of_the_same_data_in_the_words_of_the_method(recipe):
+    data, filled = settings(recipe, "caption")
+    assert data == settings(recipe, "finetune")[0]
+    assert data.dataset_revision is None or (len(data.dataset_revision) == 40 and int(data.dataset_revision, 16))
+    (args,) = (arguments for arguments in filled if isinstance(arguments, CaptionArguments))
+    prompts = args.captioner_object().prompts
+    assert prompts.aspects == ("visual", "shape", "texture")
+    assert prompts.prompt("shape", "Some_Class") == (
+        f"To differentiate this some class photo from other {FAKES[recipe].domain} photos, describe its primary shape "
+        "characteristics based on the photo in 50 words."
+    )
+    assert args.temperature == 0.2
+
+
+@pytest.mark.parametrize("recipe", FAKES)
+def test_training_is_that_of_the_method(recipe):
+    _, filled = settings(recipe, "finetune")
+    values = {
+        key: value for arguments in filled if hasattr(arguments, "__dict__") for key, value in vars(arguments).items()
+    }
+    assert values["model_name_or_path"] == "openai/clip-vit-base-patch32"
+    wanted = {
+        "supcon_weight": 0.1,
+        "learning_rate": 1e-5,
+        "weight_decay": 1e-4,
+        "per_device_train_batch_size": 64,
+        "num_train_epochs": 50,
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "cosine",
+        "prototypes": "captions",
+        "crop_min_area": 0.9,
+        "seed": 42,
+    }
+    assert {key: values[key] for key in wanted} == wanted
+
+
+def test_caption_plan_then_training(tmp_path, clip_folder, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    write(FAKES["cifar100"], data)
+    model = ["--model_name_or_path", str(clip_folder), "--dataset_name", str(data), "--output_dir"]
+    config = ["--config", str(RECIPES / "cifar100" / "caption.yaml")]
+    assert cli.main(["caption", *config, *model, str(tmp_path / "captioned"), "--dry_run", "true"]) == 0
+    plan = capsys.readouterr().out
+    assert "To differentiate this apple photo from other general objects photos" in plan
+    assert not (tmp_path / "captioned").exists()
+
+    # Captions without a network: class templates stand in for the written ones.
+    words = ["--captioner", "template", "--captioner_model", "none"]
+    assert cli.main(["caption", *config, *model, str(tmp_path / "captioned"), *words]) == 0, capsys.readouterr().err
+    model[3] = str(tmp_path / "captioned")
+    words = "--image_column image --label_column label --max_steps 2 --per_device_train_batch_size 8".split()
+    config[1] = str(RECIPES / "cifar100" / "finetune.yaml")
+    assert cli.main(["finetune", *config, *model, str(run), *words]) == 0, capsys.readouterr().err
+    assert "Test accuracy on 9 images" in capsys.readouterr().out
+    assert (run / "prototypes.safetensors").is_file()
+
+
+# -- what the recipes need of the data layer ---------------------------------------------------------------------------
+def test_a_split_without_labels_is_left_out_and_said(tmp_path):
+    write(FAKES["imagenet"], tmp_path)
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path)))
+    assert "Split 'test' has no labels and is left out." in splits.notes
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [16, 6, 4]
+    with pytest.raises(UserError, match=r"split 'test', row 0: label -1 is outside the class list"):
+        load_splits(DataArguments(dataset_name=str(tmp_path), test_split="test"))
+
+
+def test_testing_on_validation_holds_another_part_out(tmp_path):
+    write(FAKES["food101"], tmp_path)
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path), test_split="validation"))
+    assert any(note.startswith("There is no validation split: 2 images") for note in splits.notes)
+    with pytest.raises(UserError, match=r"'validation': expected one role for each split"):
+        load_splits(DataArguments(dataset_name=str(tmp_path), test_split="validation", validation_split="validation"))
