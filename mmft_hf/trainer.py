@@ -111,9 +111,10 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
         if args.gradient_accumulation_steps > 1:
             logger.warning(
-                "gradient_accumulation_steps=%d averages gradients over several batches; it does not enlarge the "
-                "contrastive batch, whose negatives stay within %d images per process.",
+                "gradient_accumulation_steps=%d averages gradients over several batches; it does not enlarge the contrastive "
+                "batch of %d images. For that, give it a larger per_device_train_batch_size, with loss_chunk_size=%d.",
                 args.gradient_accumulation_steps,
+                args.per_device_train_batch_size * args.world_size,
                 args.per_device_train_batch_size,
             )
 

@@ -254,11 +254,11 @@ def plain_prototypes(model, processor, dataset: Dataset, precision: str, at_once
     """Class by class, all captions of a class at once (or at most `at_once`), padded to 77 tokens."""
     names, means = dataset.features["label"].names, []
     texts = defaultdict(list)
-    has = "captions" in dataset.column_names
-    for label, several in zip(
-        dataset["label"][:], dataset["captions"][:] if has else [[None]] * len(dataset), strict=True
-    ):
-        texts[label] += [training_text(TEMPLATE, names[label], text) for text in several]
+    if "captions" in dataset.column_names:
+        for label, several in zip(dataset["label"][:], dataset["captions"][:], strict=True):
+            texts[label] += [training_text(TEMPLATE, names[label], text) for text in several]
+    else:
+        texts = {label: [training_text(TEMPLATE, name, None)] for label, name in enumerate(names)}
     model.eval()
     with torch.no_grad(), autocast(precision):
         for label in sorted(texts):
