@@ -3,12 +3,14 @@
 import hashlib
 import importlib
 import io
+import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from mmft_hf import cli
@@ -241,3 +243,64 @@ def test_testing_on_validation_holds_another_part_out(tmp_path):
     assert any(note.startswith("There is no validation split: 2 images") for note in splits.notes)
     with pytest.raises(UserError, match=r"'validation': expected one role for each split"):
         load_splits(DataArguments(dataset_name=str(tmp_path), test_split="validation", validation_split="validation"))
+
+
+# -- emoji and openclipart ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def builder(monkeypatch):
+    """`recipes/emoji/build_dataset.py` as a module, with those beside it."""
+    monkeypatch.syspath_prepend(str(RECIPES / "emoji"))
+    own = ("build_dataset", "concepts", "render", "texts")
+    yield importlib.import_module("build_dataset")
+    for name in own:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("recipe", ["emoji", "openclipart"])
+def test_local_folders_with_texts(recipe, tmp_path):
+    columns = {"label": [0, 1] * 4, "text": [["cat", "an animal"], ["boat"]] * 4}
+    features = {"label": ClassLabel(names=["mammal", "boat"]), "text": List(Value("string")), "image": Image()}
+    for seed, split in enumerate(("train", "validation", "test", "test_new_vendor", "test_monochrome")):
+        pictures = [PILImage.new("RGB", (8, 8), (seed, row, 0)) for row in range(8)]
+        data = Dataset.from_dict(columns | {"image": pictures}, features=Features(features))
+        data.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    folder = ["--dataset_name", str(tmp_path)]
+    splits = load_splits(settings(recipe, "finetune", *folder)[0])
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [8, 8, 8]
+    assert splits.notes == [] and splits.captions_per_image().tolist() == [2, 1] * 4
+    assert cli.main(["caption", "--config", str(RECIPES / recipe / "caption.yaml"), *folder, "--dry_run", "true"]) == 0
+
+
+def test_emoji_variants_of_a_concept_share_a_split(builder):
+    labels = [f"{colour} thing {i}" for i in range(20) for colour in ("red", "green", "")]
+    concepts = {str(i): {"label": label, "subgroup": "tool"} for i, label in enumerate(labels)}
+    part = builder.split_concepts(concepts)
+    for i in range(0, 60, 3):
+        assert part[str(i)] == part[str(i + 1)] == part[str(i + 2)]
+    assert Counter(part.values()) == {"train": 36, "validation": 12, "test": 12}
+    assert builder.split_concepts(concepts) == part
+    # Two hearts differ by their colour alone, so it counts.
+    assert builder.family({"label": "red heart", "subgroup": "heart"}) == "heart|red heart"
+
+
+def test_emoji_styles_of_the_shift_are_seen_in_the_test_alone(builder):
+    splits = {
+        vendor: {builder.split_of(vendor, s) for s in ("train", "validation", "test")} for vendor in builder.VENDORS
+    }
+    for vendor in builder.NEW_VENDORS:
+        assert splits.pop(vendor) == {None, "test_new_vendor"}
+    for vendor in builder.MONOCHROME:
+        assert splits.pop(vendor) == {None, "test_monochrome"}
+    assert len(splits) == 4 and all(found == {"train", "validation", "test"} for found in splits.values())
+    assert len(set(builder.CLASSES.values())) == 43
+
+
+def test_emoji_pictures_are_square_on_white(builder, tmp_path):
+    picture = PILImage.new("RGBA", (40, 20), (0, 0, 0, 0))
+    picture.paste((200, 0, 0, 255), (10, 5, 30, 15))
+    picture.save(tmp_path / "1F600.webp", lossless=True)
+    drawn = PILImage.open(io.BytesIO(builder.draw(tmp_path / "1F600.webp")))
+    assert (drawn.size, drawn.mode) == ((128, 128), "RGB")
+    assert drawn.getpixel((0, 0)) == (255, 255, 255) and drawn.getpixel((64, 64)) == (200, 0, 0)
+    PILImage.new("RGBA", (40, 20), (0, 0, 0, 0)).save(tmp_path / "blank.webp", lossless=True)
+    assert builder.draw(tmp_path / "blank.webp") is None
