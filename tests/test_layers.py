@@ -43,6 +43,7 @@ LAYERS = [
     },
     {
         "captioning",
+        "baselines",
         "trainer",
         "frozen",
         "checkpoints",

@@ -1,0 +1,86 @@
+"""Gaussian discriminant analysis: class means, one covariance, no training. Shapes and conventions as in `baselines`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .inputs import Choice, Inputs, best, check, positive
+
+ALPHAS = tuple(10.0**k for k in range(-4, 3))
+ALPHA = 1.0
+
+
+def gda(
+    train_x, train_y, test_x, zero_shot=None, alpha: float = ALPHA, scale: float = 100.0, shrinkage: bool = True
+) -> np.ndarray:
+    """Scores `(N, C)` of Gaussians with one covariance and equal priors, added to the zero-shot scores if there are any:
+
+        scale * f·w_c + alpha * (μ_cᵀ Σ⁻¹ f + log(1/C) - ½ μ_cᵀ Σ⁻¹ μ_c)
+
+    Any features will do where `zero_shot` is not given; alpha and scale then have no effect.
+
+    Args:
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`): each class needs an example; one is enough.
+        zero_shot (`(C, D)`, *optional*): unit-norm class weights w_c; the features must then be of unit norm, too.
+        alpha: weight of the Gaussians. By default 1: both summands are log posteriors up to a constant, and a product of
+            two posteriors weighs them alike. `choose` finds another one on validation.
+        scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
+        shrinkage: True estimates Σ⁻¹ as `precision` says. False takes the pseudo-inverse of the pooled covariance, which is
+            linear discriminant analysis: the scores are then those of scikit-learn's `LinearDiscriminantAnalysis(
+            solver="lsqr")` but for the priors. It needs many more examples than dimensions.
+
+    Computed in float64.
+
+    Raises:
+        UserError: see `inputs.check`; a class without example.
+
+    References: Wang et al. 2024, "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation" (arXiv 2402.04087).
+    """
+    inputs = check(train_x, train_y, test_x, zero_shot, every_class=True, unit_norm=zero_shot is not None)
+    positive(alpha=alpha, scale=scale)
+    gaussians = _gaussians(inputs, shrinkage)
+    if inputs.zero_shot is None:
+        return gaussians.cpu().numpy()
+    return (scale * inputs.test_x @ inputs.zero_shot.T + alpha * gaussians).cpu().numpy()
+
+
+def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> Choice:
+    """`alpha` of `gda` by accuracy on validation `(n_val, D)`, `(n_val,)`, from the paper's seven values `ALPHAS`."""
+    inputs = check(train_x, train_y, val_x, zero_shot, every_class=True, unit_norm=True, test_name="val_x")
+    texts, gaussians = scale * inputs.test_x @ inputs.zero_shot.T, _gaussians(inputs, shrinkage=True)
+    return best(
+        {"alpha": ALPHA},
+        [{"alpha": alpha} for alpha in ALPHAS],
+        lambda candidate: (texts + candidate["alpha"] * gaussians).cpu(),
+        val_y,
+        inputs.classes,
+    )
+
+
+def precision(centred: Tensor, shrinkage: bool = True) -> Tensor:
+    """Inverse covariance `(D, D)` of examples `(n, D)` from which the means of their classes were taken.
+
+    With S their scatter matrix, the sum of x xᵀ: `D (S + tr(S)/(n-1) I)⁻¹`, the ridge-like estimate of Kubokawa & Srivastava
+    2008 that the method uses; without shrinkage, the pseudo-inverse of the pooled covariance `S / n`.
+
+    If no class has two different examples, S is 0 and says nothing: the identity is returned, and the nearest mean wins.
+    """
+    n, size = centred.shape
+    scatter = centred.T @ centred
+    total = torch.trace(scatter)
+    identity = torch.eye(size, dtype=centred.dtype, device=centred.device)
+    if total <= 1e-20 * n:
+        return identity
+    if shrinkage:
+        return size * torch.linalg.pinv(scatter + total / (n - 1) * identity, hermitian=True)
+    return torch.linalg.pinv(scatter / n, hermitian=True)
+
+
+def _gaussians(inputs: Inputs, shrinkage: bool) -> Tensor:
+    means = inputs.class_means(inputs.train_x)
+    inverse = precision(inputs.train_x - means[inputs.train_y], shrinkage)
+    weights = means @ inverse
+    bias = -np.log(inputs.classes) - (weights * means).sum(dim=1) / 2
+    return inputs.test_x @ weights.T + bias

@@ -1,0 +1,76 @@
+"""Linear probe: logistic regression by scikit-learn. Shapes and conventions as in `baselines`."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from ..errors import UserError
+from .inputs import Choice, Inputs, best, check, positive
+
+# The sweep of the CLIP paper, appendix A.3: 96 values from 1e-6 to 1e6.
+STRENGTHS = tuple(np.logspace(-6, 6, 96).tolist())
+C_DEFAULT = 1.0
+
+
+def logistic_regression(train_x, train_y, test_x, C: float = C_DEFAULT, max_iterations: int = 1000) -> np.ndarray:
+    """Scores `(N, C)` of a linear classifier with bias, fitted by cross-entropy with an L2 penalty.
+
+    The scores are logits: those of scikit-learn's `LogisticRegression.decision_function`, where two classes get half of
+    its one number each, with opposite signs. `softmax(scores)` is `predict_proba`, for any number of classes.
+
+    Args:
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`): any features; each class needs an example.
+        C: inverse strength of the penalty. By default scikit-learn's own 1, which is strong for unit-norm features and safe
+            for few of them; `choose` finds a better one on validation.
+        max_iterations: of L-BFGS, which starts at 0. What has not converged by then is used as it is, with a warning.
+
+    float32 features are fitted in float32, as scikit-learn does; all others in float64. There is no randomness.
+
+    Raises:
+        UserError: see `inputs.check`; a class without example; scikit-learn is not installed.
+
+    References: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", appendix A.3.
+    """
+    positive(C=C, max_iterations=max_iterations)
+    model = _model(C, max_iterations)
+    inputs = check(train_x, train_y, test_x, dtype=None, every_class=True)
+    return _scores(model, inputs)
+
+
+def choose(train_x, train_y, val_x, val_y, max_iterations: int = 1000) -> Choice:
+    """`C` of `logistic_regression` by accuracy on validation `(n_val, D)`, `(n_val,)`, from `STRENGTHS`.
+
+    Each fit starts from 0, so that it is the one that `logistic_regression` makes: L-BFGS stops at a tolerance, and from
+    another start at another place.
+    """
+    model = _model(C_DEFAULT, max_iterations)
+    inputs = check(train_x, train_y, val_x, dtype=None, every_class=True, test_name="val_x")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*failed to converge.*")
+        return best(
+            {"C": C_DEFAULT},
+            [{"C": strength} for strength in STRENGTHS],
+            lambda candidate: _scores(model.set_params(**candidate), inputs),
+            val_y,
+            inputs.classes,
+        )
+
+
+def _model(C: float, max_iterations: int):
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise UserError(
+            "logistic regression (lp): expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'"
+        ) from error
+    return LogisticRegression(C=C, max_iter=max_iterations)
+
+
+def _scores(model, inputs: Inputs) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The number of unique classes")  # one image per class is meant
+        model.fit(inputs.train_x.cpu().numpy(), inputs.train_y.cpu().numpy())
+    scores = model.decision_function(inputs.test_x.cpu().numpy()).astype(np.float64)
+    return scores if scores.ndim == 2 else np.stack([-scores / 2, scores / 2], axis=1)

@@ -1,0 +1,143 @@
+"""Tip-Adapter: the training examples as a cache that is asked for similar images. Shapes and conventions as in `baselines`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .inputs import Choice, Inputs, best, check, positive, train
+
+ALPHA, BETA = 1.0, 5.5
+# 13 x 7 pairs, about as many as there are strengths of a linear probe.
+ALPHAS = tuple(10.0 ** (k / 4) for k in range(-4, 9))
+BETAS = tuple(BETA * 2.0**k for k in range(-3, 4))
+
+
+def tip(
+    train_x, train_y, test_x, zero_shot, alpha: float = ALPHA, beta: float = BETA, scale: float = 100.0
+) -> np.ndarray:
+    """Scores `(N, C)` without any training: `scale * f·w_c + alpha * sum over examples i of c of exp(-beta (1 - f·key_i))`.
+
+    Args:
+        train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; the key of an example is the normalised mean of its V views
+            (the paper: 10 random crops with flips). A class without example keeps its zero-shot score.
+        train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
+        alpha: weight of the cache. By default 1, the middle of the grid on validation that `choose` tries.
+        beta: how fast similarity falls off, as a rate per cosine; by default 5.5, the middle of its grid.
+        scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
+
+    Computed in float64.
+
+    Raises:
+        UserError: see `inputs.check`.
+
+    References: Zhang et al. 2022, "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification" (arXiv 2207.09519),
+    equations 3 to 5.
+    """
+    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
+    positive(alpha=alpha, beta=beta, scale=scale)
+    return _scores(inputs, _keys(inputs), alpha, beta, scale)
+
+
+def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> Choice:
+    """`alpha` and `beta` of `tip` by accuracy on validation `(n_val, D)`, `(n_val,)`, from `ALPHAS` x `BETAS`."""
+    inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, views=True, test_name="val_x")
+    return _choose(inputs, _keys(inputs), val_y, scale)
+
+
+def tip_f(
+    train_x,
+    train_y,
+    test_x,
+    zero_shot,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    scale: float = 100.0,
+    epochs: int = 20,
+    learning_rate: float = 1e-3,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> np.ndarray:
+    """Scores `(N, C)` like those of `tip`, after its keys were trained by cross-entropy on the training examples.
+
+    AdamW with eps 1e-4 and a cosine schedule. The keys of the last epoch are used: none is looked for on any other data. They
+    are trained with the default `alpha` and `beta`, whatever is given, which holds for the scores alone.
+
+    Args:
+        train_x: with V views, each step takes a random one of each example.
+        seed: of the order and the views. The global generator is left alone.
+
+    Otherwise as in `tip`. Trained in float32, scored in float64; on a CPU equal seeds give equal scores.
+
+    References: Zhang et al. 2022 (arXiv 2207.09519), section 3.2, "Tip-Adapter-F".
+    """
+    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
+    positive(alpha=alpha, beta=beta, scale=scale)
+    return _scores(inputs, _train_keys(inputs, scale, epochs, learning_rate, batch_size, seed), alpha, beta, scale)
+
+
+def choose_f(
+    train_x,
+    train_y,
+    val_x,
+    val_y,
+    zero_shot,
+    scale: float = 100.0,
+    epochs: int = 20,
+    learning_rate: float = 1e-3,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Choice:
+    """As `choose`, for `tip_f`: trains the keys, which equal those of `tip_f` with the same arguments, and chooses."""
+    inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, views=True, test_name="val_x")
+    return _choose(inputs, _train_keys(inputs, scale, epochs, learning_rate, batch_size, seed), val_y, scale)
+
+
+def _keys(inputs: Inputs) -> Tensor:
+    x = inputs.train_x
+    return F.normalize(x.mean(dim=1), dim=1) if x.ndim == 3 else x
+
+
+def _cache(features: Tensor, keys: Tensor, values: Tensor, beta: float) -> Tensor:
+    return torch.exp(-beta * (1 - features @ keys.T)) @ values
+
+
+def _values(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    return F.one_hot(inputs.train_y, inputs.classes).to(dtype)
+
+
+def _scores(inputs: Inputs, keys: Tensor, alpha: float, beta: float, scale: float) -> np.ndarray:
+    values = _values(inputs, keys.dtype)
+    # In parts, so that memory does not grow with the product of training and test examples.
+    return np.concatenate(
+        [
+            (scale * part @ inputs.zero_shot.T + alpha * _cache(part, keys, values, beta)).cpu().numpy()
+            for part in inputs.test_x.split(1024)
+        ]
+    )
+
+
+def _choose(inputs: Inputs, keys: Tensor, val_y, scale: float) -> Choice:
+    texts, values = scale * inputs.test_x @ inputs.zero_shot.T, _values(inputs, keys.dtype)
+    caches = {beta: _cache(inputs.test_x, keys, values, beta) for beta in BETAS}
+    return best(
+        {"alpha": ALPHA, "beta": BETA},
+        [{"alpha": alpha, "beta": beta} for beta in BETAS for alpha in ALPHAS],
+        lambda candidate: (texts + candidate["alpha"] * caches[candidate["beta"]]).cpu(),
+        val_y,
+        inputs.classes,
+    )
+
+
+def _train_keys(inputs: Inputs, scale: float, epochs: int, learning_rate: float, batch_size: int, seed: int) -> Tensor:
+    positive(scale=scale, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    texts, values = inputs.zero_shot.float(), _values(inputs, torch.float32)
+    keys = _keys(inputs).float().requires_grad_()
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(scale * features @ texts.T + ALPHA * _cache(features, keys, values, BETA), labels)
+
+    train(inputs, loss, torch.optim.AdamW([keys], learning_rate, eps=1e-4), epochs, batch_size, seed)
+    return keys.detach().to(inputs.train_x.dtype)
