@@ -3,6 +3,8 @@
 import hashlib
 import importlib
 import io
+import json
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -304,3 +306,34 @@ def test_emoji_pictures_are_square_on_white(builder, tmp_path):
     assert drawn.getpixel((0, 0)) == (255, 255, 255) and drawn.getpixel((64, 64)) == (200, 0, 0)
     PILImage.new("RGBA", (40, 20), (0, 0, 0, 0)).save(tmp_path / "blank.webp", lossless=True)
     assert builder.draw(tmp_path / "blank.webp") is None
+
+
+# -- CoOp's split files ------------------------------------------------------------------------------------------------
+def test_split_file_of_coop(tmp_path):
+    names = ["Sea or Lake", "Annual Crop Land"]  # not in alphabetical order, as numbers and names need not agree
+    rows = [[f"class_{c}/{i}.png", c, names[c]] for c in (0, 1) for i in range(6)]
+    for i, (path, _, _) in enumerate(rows):
+        (tmp_path / "pictures" / path).parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "pictures" / path)
+    parts = {"train": rows[0::3], "val": rows[1::3], "test": rows[2::3]}
+    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts))
+
+    def run():
+        command = [sys.executable, RECIPES / "coop_splits" / "folder.py"]
+        words = [tmp_path / "split_zhou_X.json", tmp_path / "pictures", tmp_path / "out"]
+        return subprocess.run([*command, *words], capture_output=True, text=True, timeout=60)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path / "out")))
+    for dataset, part in ((splits.train, "train"), (splits.validation, "val"), (splits.test, "test")):
+        paths = [row["path"] for row in dataset.cast_column("image", Image(decode=False))["image"]]
+        found = [(path, splits.class_names[label]) for path, label in zip(paths, labels_of(dataset), strict=True)]
+        assert found == [(str(tmp_path / "pictures" / path), name) for path, _, name in parts[part]]
+
+    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts | {"test": rows[:1]}))
+    assert "expected each picture once, found 1 twice" in run().stderr
+    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts | {"val": [["none.png", 0, names[0]]]}))
+    assert "1 of 9 pictures are not in" in run().stderr
+    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts | {"val": [[rows[1][0], 0, names[1]]]}))
+    assert "expected one name for each class number" in run().stderr
