@@ -90,7 +90,15 @@ FAKES = {
     ),
     "gtsrb": Fake(
         SIGNS,
-        {0: "a photo of a speed limit 20 sign.", 14: "a photo of a stop sign, a red octagon."},
+        {
+            0: "a photo of a speed limit 20 sign.",
+            8: "a photo of a speed limit 120 sign.",
+            14: "a photo of a stop sign, a red octagon.",
+            17: "a photo of a no entry sign, a white bar on a red disc.",
+            26: "a photo of a warning sign of traffic lights.",
+            38: "a photo of a keep right sign, a blue disc with an arrow down to the right.",
+            42: "a photo of a end of no overtaking by trucks sign with a grey truck.",
+        },
         "traffic signs",
         images={"train": 10, "test": 3} | dict.fromkeys(CORRUPTED, 1),
     ),
