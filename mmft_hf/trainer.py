@@ -89,22 +89,18 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             )
         if args.decode_cache:
             check_short_side(args.decode_cache, input_size(processing_class))
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                _check_dataset(name, dataset)
         if args.n_gpu > 1:
             raise UserError(
                 f"expected one process per GPU, found one process with {args.n_gpu} GPUs. Type accelerate launch "
                 f"--num_processes {args.n_gpu} recipes/finetune.py …, or set CUDA_VISIBLE_DEVICES=0 to use one."
             )
-        self.class_names = train_dataset.features["label"].names if train_dataset is not None else None
-        if (
-            train_dataset is not None
-            and eval_dataset is not None
-            and eval_dataset.features["label"].names != self.class_names
-        ):
-            raise UserError("eval_dataset: expected the class names of train_dataset, in the same order.")
-        if eval_dataset is None:
+        self.class_names: list[str] | None = None
+        if train_dataset is not None:
+            _check_dataset("train_dataset", train_dataset)
+            self.class_names = train_dataset.features["label"].names
+        if eval_dataset is not None:
+            _check_dataset("eval_dataset", eval_dataset, self.class_names)
+        else:
             if args.eval_strategy != "no":
                 logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
             args = copy.copy(args)
@@ -139,6 +135,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         self._prototypes_of: object = None
         self._sampler: EpochSampler | None = None
         self._told_fallback = False
+        self._eval_loader_of: Dataset | None = None
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._unseen_losses: list[tuple[int, torch.Tensor]] = []
 
@@ -155,7 +152,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
 
         self._frozen = FrozenTowers(self.model, processing_class, args, self.data_collator)
         self.add_callback(self._frozen)
-        self.add_callback(_SetEpoch(self))
+        self.add_callback(_Beginnings(self))
         # One line per epoch in place of a dictionary.
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -187,12 +184,21 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
                     )
             else:
                 name = "validation" if description == "Evaluation" else description.lower()
+                _check_dataset(f"{name} data", dataset, self.class_names)
                 view = ImageView(dataset, self.args.on_bad_image, name)
             self._frozen.attach(view, dataset)
             dataset = view
         if is_training:
             batch_size = self.args.train_batch_size  # whatever auto_find_batch_size found: see _chunk_size
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # With workers that stay, the stock method returns the loader that it made first, whatever it is asked for.
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self._eval_loader_of is not dataset:
+            vars(self).get("_eval_dataloaders", {}).clear()
+        self._eval_loader_of = dataset
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -359,18 +365,25 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         """Nothing: the stock card would overwrite the one with the results, which the output folder gets at the end."""
 
 
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch also where the loader is wrapped, as on a resume within an epoch of several processes."""
+class _Beginnings(TrainerCallback):
+    """What a training and an epoch begin with."""
 
     def __init__(self, trainer: MMFTTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A second training, or one that begins anew after memory ran out, counts its steps from 0 with other weights.
+        self.trainer.forget_prototypes()
+        self.trainer._sums.clear()
+        self.trainer._unseen_losses.clear()
+
+    # Also where the loader is wrapped, as on a resume within an epoch of several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
 
-def _check_dataset(name: str, dataset: Dataset) -> None:
+def _check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:
     for column in ("image", "label"):
         if column not in dataset.column_names:
             raise UserError(
@@ -382,3 +395,5 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
             f"{name}: expected labels with class names (ClassLabel), found {dataset.features['label']}. Use "
             "mmft_hf.load_captioned_dataset(…), or dataset.class_encode_column('label')."
         )
+    if class_names is not None and dataset.features["label"].names != class_names:
+        raise UserError(f"{name}: expected the class names of train_dataset, in the same order.")

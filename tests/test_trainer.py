@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import colour_dataset
+from datasets import ClassLabel
 from transformers import CLIPModel, Trainer, TrainerCallback
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, MMFTTrainer
@@ -355,3 +356,31 @@ def test_classes_without_captions_are_logged_once(clip, tmp_path, caplog):
     trainer.evaluate()
     trainer.evaluate()
     assert caplog.text.count("green thing, blue thing") == 1
+
+
+def test_a_second_training_is_validated_with_prototypes_of_its_own_weights(clip, tmp_path):
+    settings = {"num_train_epochs": 1, "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
+    trainer = make_trainer(clip, tmp_path, learning_rate=3e-3, **settings)
+    trainer.train()
+    trainer.train()  # its only validation is at the same step as that of the first
+    torch.testing.assert_close(trainer.prototypes.embeddings, trainer.build_prototypes().embeddings, atol=1e-6, rtol=0)
+
+
+def test_another_data_set_is_evaluated_though_workers_stay(clip, tmp_path):
+    trainer = make_trainer(clip, tmp_path, dataloader_num_workers=1)
+    seen = []
+    trainer.compute_metrics = lambda prediction: seen.append(len(prediction.label_ids)) or {}
+    trainer.evaluate()
+    trainer.evaluate(colour_dataset(2, seed=5))
+    trainer.evaluate()
+    assert seen == [12, 6, 12]
+
+
+def test_what_is_evaluated_or_predicted_must_have_labels_and_the_same_classes(clip, tmp_path):
+    trainer = make_trainer(clip, tmp_path)
+    with pytest.raises(UserError, match="test data: expected columns image and label"):
+        trainer.predict(colour_dataset(2).remove_columns("label"))
+    names = ["blue thing", "green thing", "red thing"]
+    other = colour_dataset(2).cast_column("label", ClassLabel(names=names))
+    with pytest.raises(UserError, match="validation data: expected the class names of train_dataset"):
+        trainer.evaluate(other)
