@@ -14,14 +14,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .collator import input_size, tokenize
 from .modeling import encode_images, encode_texts
+from .towers import frozen_batch_norms
 
-# Rows of the trial. With two, what a batch has once is told from what each row has.
-ROWS = 2
+# Rows of the two trials: what both keep is there once for a batch, the rest once for each row.
+FEW, MORE = 1, 3
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes of a training step in one process."""
+    """Bytes of a training step in one process. Under autocast `weights` has the copies in half precision, too."""
 
     weights: int
     gradients_and_optimizer: int
@@ -59,34 +60,41 @@ def estimate_memory(
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     width, height = input_size(processor)
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+    text = max(texts, key=len)
+    was_training = model.training
+    model.train()
+    frozen_batch_norms(model)  # which would take up the trial's pictures
+    devices = [model.device] if model.device.type == "cuda" else []  # otherwise it would start up all there are
+    with torch.random.fork_rng(devices):
+        few, more = (_kept(model, processor, text, rows, autocast or nullcontext()) for rows in (FEW, MORE))
+    model.train(was_training)
+    per_image = max(0, more - few) // (MORE - FEW)
+    return MemoryEstimate(
+        weights=sum(p.numel() * p.element_size() for p in parameters) + max(0, few - FEW * per_image),
+        gradients_and_optimizer=3 * 4 * trained,
+        activations_per_image=per_image,
+        pixels_per_image=4 * 3 * width * height,
+    )
+
+
+def _kept(model: PreTrainedModel, processor: ProcessorMixin, text: str, rows: int, autocast) -> int:
+    """Bytes that autograd keeps of a forward of so many images and texts, beside the weights themselves."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # A row's share is what grows with the rows: its first dimension is theirs.
-        if storage.data_ptr() not in own and tensor.ndim and tensor.shape[0] % ROWS == 0:
+        if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens, _ = tokenize(processor, [max(texts, key=len)] * ROWS)
-    was_training = model.training
-    model.train()
+    tokens, _ = tokenize(processor, [text] * rows)
+    width, height = input_size(processor)
     held = []  # so that no storage takes the place of another meanwhile
-    with (
-        torch.random.fork_rng(),
-        torch.autograd.graph.saved_tensors_hooks(count, lambda x: x),
-        autocast or nullcontext(),
-    ):
-        held.append(encode_images(model, torch.zeros(ROWS, 3, height, width, device=model.device)))
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), autocast:
+        held.append(encode_images(model, torch.zeros(rows, 3, height, width, device=model.device)))
         held.append(encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}))
-    model.train(was_training)
-    return MemoryEstimate(
-        weights=sum(p.numel() * p.element_size() for p in parameters),
-        gradients_and_optimizer=3 * 4 * trained,
-        activations_per_image=sum(kept.values()) // ROWS,
-        pixels_per_image=4 * 3 * width * height,
-    )
+    return sum(kept.values())
 
 
 def available_memory(device: torch.device) -> int | None:
