@@ -207,6 +207,26 @@ def test_lp_plus_plus_starts_from_class_means_whatever_the_class_sizes():
     np.testing.assert_allclose(a, 250 * np.mean(own))
 
 
+def test_lp_plus_plus_takes_the_steps_that_it_names():
+    """23 iterations by torch's SGD and autograd, a after every tenth of them."""
+    x, y, t, _, w = planted((1, 5, 2, 4), noise=0.4)
+    n = len(y)
+    v = torch.tensor(np.array([x[y == c].mean(axis=0) for c in range(4)]), requires_grad=True)
+    own = [np.mean(x[y == c] @ w[c]) for c in range(4)]
+    a = torch.full((4,), 250 * np.mean(own), dtype=torch.float64, requires_grad=True)
+    of_v = torch.optim.SGD([v], lr=4 * n / np.linalg.eigvalsh(x.T @ x)[-1], momentum=0.9)
+    of_a = torch.optim.SGD([a], lr=n / (4 * max(sum((x @ w.T) ** 2))))
+    examples, texts = torch.tensor(x), torch.tensor(w)
+    for i in range(23):
+        for optimizer in (of_v, of_a) if i in (9, 19) else (of_v,):
+            of_v.zero_grad()
+            of_a.zero_grad()
+            torch.nn.functional.cross_entropy(examples @ (v + a[:, None] * texts).T, torch.tensor(y)).backward()
+            optimizer.step()
+    expected = torch.tensor(t) @ (v + a[:, None] * texts).T
+    np.testing.assert_allclose(lp_plus_plus.lp_plus_plus(x, y, t, w, iterations=23), expected.detach(), atol=1e-8)
+
+
 def test_step_sizes_of_lp_plus_plus_make_the_loss_fall():
     """Twice the inverse of the Lipschitz constant: without momentum the loss never rises; with it, it falls further."""
     x, y, *_, w = planted((1, 5, 9, 2), noise=0.5)

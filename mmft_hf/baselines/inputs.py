@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,7 +124,7 @@ def check_range(name: str, y: Tensor, classes: int) -> None:
 def positive(**numbers: float) -> None:
     """Raises `UserError` for a parameter that is not a positive number."""
     for name, number in numbers.items():
-        if not (isinstance(number, (int, float)) and math.isfinite(number) and number > 0):
+        if not (isinstance(number, Real) and math.isfinite(number) and number > 0):
             raise UserError(f"{name}: expected a number above 0, found {number!r}.")
 
 
