@@ -25,6 +25,7 @@ VERBS = {
     "finetune": "fine-tune a CLIP model on images and captions, and save a classifier",
     "evaluate": "measure a saved classifier on a labelled split, zero-shot beside it",
     "predict": "classify pictures with a saved classifier",
+    "benchmark": "compare methods on one data set: shots, seeds, a sealed test",
     "push": "publish a trained model or a captioned data set on the Hub",
     "env": "print versions and devices, for bug reports",
 }

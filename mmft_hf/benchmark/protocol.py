@@ -1,0 +1,130 @@
+"""What a cell of a benchmark is given: images of training and validation, and never those of the test.
+
+Shots are images per class; a seed draws the subset, the order and the captions, alike for every method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from ..data import Splits, labels_of
+from ..errors import UserError
+from ..metrics import report
+from ..sampling import few_shot_split
+
+FULL = "full"
+# CoOp's rule: a few-shot learner has no more than four validation images of each class.
+MOST_VALIDATION_SHOTS = 4
+
+Shots = int | str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the grid: a method at so many shots (a number, or `full`) with a seed."""
+
+    method: str
+    shots: Shots
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.shots} shots, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method gets at (shots, seed).
+
+    Args:
+        train, validation: columns `image`, `label` and perhaps `captions` (of training alone).
+        class_names: `C` names.
+        policy: what validation may be used for: `val-k` (`min(shots, 4)` images per class) or `val-full`. A method that
+            does not use it reports `last`.
+    """
+
+    train: Dataset
+    validation: Dataset
+    class_names: list[str]
+    shots: Shots
+    seed: int
+    policy: str
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any training image has a caption."""
+        return "captions" in self.train.column_names and any(self.train["captions"])
+
+
+def make_task(splits: Splits, shots: Shots, seed: int, allow_fewer: bool = False) -> tuple[Task, dict[str, list[int]]]:
+    """The task of (shots, seed), and the row numbers that it has of the training and the validation split.
+
+    Raises:
+        UserError: a class with fewer training images than shots, without `allow_fewer`.
+    """
+    rows = {"train": list(range(len(splits.train))), "validation": list(range(len(splits.validation)))}
+    if shots != FULL:
+        shots = int(shots)
+        counts = np.bincount(labels_of(splits.train), minlength=len(splits.class_names))
+        few = np.flatnonzero(counts < shots)
+        if len(few) and not allow_fewer:
+            some = ", ".join(f"{splits.class_names[c]} ({counts[c]})" for c in few[:8])
+            raise UserError(
+                f"--shots {shots}: expected so many training images of every class, found fewer of {len(few)}: {some}"
+                f"{', …' if len(few) > 8 else ''}. Type --allow_fewer true to take what there is, or fewer shots."
+            )
+        rows["train"] = few_shot_split(labels_of(splits.train), shots, seed) if shots else []
+        most = max(1, min(shots, MOST_VALIDATION_SHOTS))
+        rows["validation"] = few_shot_split(labels_of(splits.validation), most, seed)
+    task = Task(
+        train=splits.train.select(rows["train"]),
+        validation=splits.validation.select(rows["validation"]),
+        class_names=splits.class_names,
+        shots=shots,
+        seed=seed,
+        policy="val-full" if shots == FULL else "val-k",
+    )
+    return task, rows
+
+
+def write_rows(folder: Path, task: Task, rows: dict[str, list[int]], splits: Splits) -> None:
+    """Keeps which images a task has, by row number and name, for others to repeat it."""
+    content = {"shots": task.shots, "seed": task.seed, "dataset_fingerprint": splits.fingerprint()}
+    for split, numbers in rows.items():
+        names = getattr(splits, split).select(numbers)["image_id"][:]
+        content[split] = {"rows": numbers, "images": list(names)}
+    path = folder / f"shots-{task.shots}_seed-{task.seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# Scores `(n, C)` of the images of a data set: what a method leaves behind.
+Classifier = Callable[[Dataset], np.ndarray]
+
+
+class SealedTest:
+    """The test split. Methods are given a `Task`, which does not have it; what they return is judged here, once per cell."""
+
+    def __init__(self, dataset: Dataset, class_names: list[str]):
+        self.__dataset = dataset
+        self._class_names = class_names
+        self._judged: set[Cell] = set()
+
+    def judge(self, cell: Cell, classifier: Classifier) -> dict:
+        """`ClassificationReport` of a finished classifier.
+
+        Raises:
+            ValueError: the cell was judged before, or its scores are not finite.
+        """
+        if cell in self._judged:
+            raise ValueError(f"{cell}: the test split is read once.")
+        self._judged.add(cell)
+        scores = np.asarray(classifier(self.__dataset))
+        if not np.isfinite(scores).all():
+            raise ValueError("the scores are not finite")
+        return report(scores, labels_of(self.__dataset), self._class_names)

@@ -1,0 +1,248 @@
+"""The grid of methods: what a cell may see, what is kept, and what goes on after a cut or a failure."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import COLOURS, colour_dataset
+from datasets import Image
+
+from mmft_hf.baselines import linear
+from mmft_hf.benchmark import grid, methods
+from mmft_hf.benchmark.grid import RESULTS_FILE, append_row, cells, parse_shots, read_results
+from mmft_hf.benchmark.methods import METHODS, NEEDS_CAPTIONS, Workshop, shuffled_captions
+from mmft_hf.benchmark.protocol import Cell, SealedTest, make_task
+from mmft_hf.benchmark.table import summary_table
+from mmft_hf.cli import main
+from mmft_hf.data import labels_of
+from mmft_hf.errors import UserError
+
+
+def command(clip_folder, data_folder, out, *more) -> list[str]:
+    words = (
+        f"benchmark --model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {out} --use_cpu true"
+    )
+    words += " --max_steps 2 --per_device_train_batch_size 6 --learning_rate 1e-3"
+    return [*words.split(), *map(str, more)]
+
+
+SMALL = ("--methods", "zs", "zs-cap", "lp", "gda", "lp++", "flyp", "mmft+wise", "--shots", 2, "--seeds", 0, 1)
+
+
+@pytest.fixture(scope="module")
+def run(clip_folder, data_folder, tmp_path_factory):
+    """A folder with the results of a small grid."""
+    out = tmp_path_factory.mktemp("benchmark") / "out"
+    assert main(command(clip_folder, data_folder, out, *SMALL)) == 0
+    return out
+
+
+def test_every_cell_is_a_row_with_what_it_depends_on(run):
+    rows = read_results(run / RESULTS_FILE)
+    assert [row["method"] for row in rows] == ["zs", *(["zs-cap", "lp", "gda", "lp++", "flyp", "mmft+wise"] * 2)]
+    for row in rows:
+        assert row["status"] == "done" and 0 <= row["test_accuracy"] <= 1 and row["test_images"] == 18
+        assert row["identity"]["versions"]["mmft_hf"] and row["identity"]["settings"]["learning_rate"] == "0.001"
+    policies = {row["method"]: row["selection_policy"] for row in rows}
+    assert policies["lp"] == policies["gda"] == "val-k" and policies["lp++"] == policies["flyp"] == "last"
+    subset = json.loads((run / "subsets" / "shots-2_seed-1.json").read_text())
+    assert len(subset["train"]["rows"]) == len(subset["train"]["images"]) == 6
+    assert len(subset["validation"]["rows"]) == 6
+    assert subset["train"] != json.loads((run / "subsets" / "shots-2_seed-0.json").read_text())["train"]
+
+
+def test_a_second_run_changes_nothing_and_a_cut_one_goes_on_to_the_same_numbers(
+    run, clip_folder, data_folder, tmp_path, capsys
+):
+    before = (run / RESULTS_FILE).read_text()
+    assert main(command(clip_folder, data_folder, run, *SMALL)) == 0
+    assert "13 of 13 cells are done already" in capsys.readouterr().out
+    assert (run / RESULTS_FILE).read_text() == before
+    lines = before.splitlines(keepends=True)
+    out = tmp_path / "cut"
+    out.mkdir()
+    (out / RESULTS_FILE).write_text("".join(lines[:-2]) + lines[-2][:100])  # in the middle of a line
+    assert main(command(clip_folder, data_folder, out, *SMALL)) == 0
+
+    def numbers(path):
+        times = ("fit_seconds", "time")
+        return [{k: v for k, v in row.items() if k not in times} for row in read_results(path / RESULTS_FILE)]
+
+    assert numbers(out) == numbers(run)
+
+
+def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, capsys):
+    words = command(clip_folder, data_folder, run, *SMALL)
+    words[words.index("--learning_rate") + 1] = "1e-4"
+    assert main(words) == 2
+    assert "expected results of the same settings, found others" in capsys.readouterr().err
+
+
+class Watched:
+    """A test split that says when it is touched."""
+
+    def __init__(self, dataset, touched):
+        self._dataset, self._touched = dataset, touched
+
+    def __getattr__(self, name):
+        self._touched.append(name)
+        return getattr(self._dataset, name)
+
+    def __len__(self):
+        self._touched.append("len")
+        return len(self._dataset)
+
+    def __getitem__(self, key):
+        self._touched.append("item")
+        return self._dataset[key]
+
+
+def a_workshop(clip_folder, tmp_path) -> Workshop:
+    from mmft_hf import MMFTConfig
+
+    config = MMFTConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=6, use_cpu=True, disable_tqdm=True)
+    return Workshop(str(clip_folder), None, config)
+
+
+def some_splits(**more) -> SimpleNamespace:
+    parts = {"train": colour_dataset(8), "validation": colour_dataset(4, 1), "test": colour_dataset(6, 2)} | more
+    parts = {
+        name: data.add_column("image_id", [f"{name} {i}" for i in range(len(data))]).cast_column(
+            "image", Image(decode=False)
+        )
+        if hasattr(data, "add_column")
+        else data
+        for name, data in parts.items()
+    }
+    return SimpleNamespace(**parts, class_names=list(COLOURS), fingerprint=lambda: "0123456789abcdef")
+
+
+@pytest.mark.parametrize("shots", [3, "full"])
+def test_no_method_can_read_the_test_split_before_it_is_judged(clip_folder, tmp_path, monkeypatch, shots):
+    touched, at_judgement = [], []
+    splits = some_splits()
+    splits.test = Watched(splits.test, touched)
+    judge = SealedTest.judge
+
+    def watched(self, cell, classifier):
+        at_judgement.append((cell.method, list(touched)))
+        monkeypatch.setattr(self, "_SealedTest__dataset", splits.test._dataset)
+        return judge(self, cell, classifier)
+
+    monkeypatch.setattr(SealedTest, "judge", watched)
+    every = cells(METHODS, [shots], [0])
+    rows = grid.run_grid(every, a_workshop(clip_folder, tmp_path), splits, tmp_path, {}, False, lambda text: None)
+    assert [row["status"] for row in rows] == ["done"] * len(METHODS)
+    assert [name for name, _ in at_judgement] == [cell.method for cell in every]
+    assert all(seen == [] for _, seen in at_judgement)
+
+
+def test_a_cell_is_judged_once():
+    data = colour_dataset(2)
+    sealed = SealedTest(data, list(COLOURS))
+    right = np.eye(3)[labels_of(data)]
+    assert sealed.judge(Cell("a", 1, 0), lambda dataset: right)["accuracy"] == 1
+    with pytest.raises(ValueError, match="read once"):
+        sealed.judge(Cell("a", 1, 0), lambda dataset: right)
+
+
+def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
+    clip_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    def not_numbers(train_x, train_y, test_x, **more):
+        return np.full((len(test_x), 3), np.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(methods.FROZEN, "lp", (not_numbers, None, False))
+        words = command(
+            clip_folder, data_folder, tmp_path / "out", "--methods", "lp", "zs-cap", "--shots", 2, "--seeds", 0
+        )
+        assert main(words) == 3
+    printed = capsys.readouterr()
+    assert "1 of 2 cells failed. To go on, type: mmft-hf benchmark" in printed.err
+    assert "1 cells failed: lp (the scores are not finite)" in printed.out
+    assert main(words) == 0  # only what failed is tried again
+    rows = read_results(tmp_path / "out" / RESULTS_FILE)
+    assert [(row["method"], row["status"]) for row in rows] == [("lp", "failed"), ("zs-cap", "done"), ("lp", "done")]
+
+
+def test_methods_that_need_captions_fail_without_any(clip_folder, tmp_path):
+    splits = some_splits(train=colour_dataset(8, captions=False))
+    shop = a_workshop(clip_folder, tmp_path)
+    rows = grid.run_grid(cells(["zs-cap", "lp"], [2], [0]), shop, splits, tmp_path, {}, False, lambda text: None)
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    assert "it needs captions" in rows[0]["error"]
+    assert {"zs-cap", "mmft", "mmft+wise"} <= NEEDS_CAPTIONS and not {"flyp", "mmft-no-captions"} & NEEDS_CAPTIONS
+
+
+def test_shots_that_a_class_does_not_have():
+    splits = some_splits(train=colour_dataset(8).select(range(22)))
+    with pytest.raises(
+        UserError, match=r"--shots 8: .* fewer of 2: green thing \(7\), blue thing \(7\).*--allow_fewer"
+    ):
+        make_task(splits, 8, 0)
+    task, rows = make_task(splits, 8, 0, allow_fewer=True)
+    assert len(task.train) == 22 and len(rows["validation"]) == 12 and task.policy == "val-k"
+    assert np.bincount(labels_of(make_task(splits, 2, 0)[0].validation)).tolist() == [2, 2, 2]
+    full, _ = make_task(splits, "full", 5)
+    assert len(full.train) == 22 and len(full.validation) == 12 and full.policy == "val-full"
+    with pytest.raises(UserError, match="numbers of images per class, or full, found 'many'"):
+        parse_shots(["1", "many"])
+
+
+def test_shuffled_captions_keep_images_and_labels():
+    data = colour_dataset(6)
+    within, across = shuffled_captions(data, 1, True), shuffled_captions(data, 1, False)
+    for found in (within, across):
+        assert sorted(map(str, found["captions"])) == sorted(map(str, data["captions"]))
+        assert found["captions"][:] != data["captions"][:] and found["label"][:] == data["label"][:]
+
+    def own_colour(dataset):
+        names = [name.split()[0] for name in COLOURS]
+        return [names[row["label"]] in row["captions"][0] for row in dataset]
+
+    assert all(own_colour(within)) and not all(own_colour(across))
+
+
+def test_permuted_labels_fall_to_chance(clip_folder, tmp_path):
+    shop = a_workshop(clip_folder, tmp_path)
+    train, test = colour_dataset(16), colour_dataset(40, 3)
+    x, t, labels = shop.features(train), shop.features(test), labels_of(test)
+    right = (linear.logistic_regression(x, labels_of(train), t).argmax(1) == labels).mean()
+    shuffled = [np.random.default_rng(seed).permutation(labels_of(train)) for seed in range(8)]
+    chance = np.mean([(linear.logistic_regression(x, y, t).argmax(1) == labels).mean() for y in shuffled])
+    assert right > 0.9 and 0.2 < chance < 0.47
+
+
+def test_the_table_has_means_intervals_and_policies():
+    def row(method, shots, accuracy, policy="last", status="done"):
+        more = {"error": "broken"} if status == "failed" else {}
+        return {
+            "method": method,
+            "shots": shots,
+            "test_accuracy": accuracy,
+            "selection_policy": policy,
+            "status": status,
+        } | more
+
+    rows = [row("zs", 0, 0.5), row("lp", 4, 0.6, "val-k"), row("lp", 4, 0.7, "val-k"), row("lp", 4, 0.8, "val-k")]
+    rows += [row("lp", "full", 0.9, "val-full"), row("mmft", 4, 0, status="failed")]
+    table = summary_table(rows)
+    assert "| method | selection | 0 shots | 4 shots | all images |" in table
+    # Student: 4.303 * 10 / sqrt(3)
+    assert "| lp | val-full, val-k |  | 70.0 ± 24.8 | 90.0 |" in table
+    assert "| zs | last | 50.0 |  |  |" in table and "1 cells failed: mmft (broken)" in table
+
+
+def test_a_line_that_was_cut_is_replaced(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_row(path, {"a": "ä"})
+    with open(path, "a") as file:
+        file.write('{"half": ')
+    assert read_results(path) == [{"a": "ä"}]
+    append_row(path, {"b": 1})
+    assert read_results(path) == [{"a": "ä"}, {"b": 1}]
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(UserError, match="expected JSON in line 1"):
+        read_results(path)
