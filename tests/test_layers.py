@@ -44,6 +44,7 @@ LAYERS = [
     {
         "captioning",
         "baselines",
+        "benchmark",
         "trainer",
         "frozen",
         "checkpoints",
