@@ -117,9 +117,15 @@ def zero_shot_captions(shop: Workshop, task: Task) -> Fitted:
 
 
 # -- on frozen features ----------------------------------------------------------------------------------------------------
-def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None, texts: bool, **more) -> Fitted:
-    """A method of `baselines` on the features of the untuned model; `choose` picks its parameters on validation."""
-    train = (shop.features(task.train), labels_of(task.train))
+def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None, texts: bool, scaled: bool) -> Fitted:
+    """A method of `baselines` on the features of the untuned model; `choose` picks its parameters on validation.
+
+    Args:
+        texts, scaled: whether it is given the class texts' embeddings, and the scale of the model's logits.
+    """
+    train, more = (shop.features(task.train), labels_of(task.train)), {}
+    if scaled:
+        more["scale"] = shop.scale
     if texts:
         more |= {"zero_shot": shop.template_prototypes(task.class_names, several=True).embeddings.double().numpy()}
     chosen, policy, found = {}, "last", None
@@ -216,13 +222,13 @@ def _shuffle(within: bool) -> Callable:
 
 
 FROZEN = {
-    "lp": (linear.logistic_regression, linear.choose, False),
-    "gda": (gda.gda, gda.choose, True),
-    "tip": (tip_adapter.tip, tip_adapter.choose, True),
-    "tip-f": (tip_adapter.tip_f, tip_adapter.choose_f, True),
-    "lp++": (lp_plus_plus.lp_plus_plus, None, True),
-    "zs-lp": (clap.zs_lp, None, True),
-    "clap": (clap.clap, None, True),
+    "lp": (linear.logistic_regression, linear.choose, False, False),
+    "gda": (gda.gda, gda.choose, True, True),
+    "tip": (tip_adapter.tip, tip_adapter.choose, True, True),
+    "tip-f": (tip_adapter.tip_f, tip_adapter.choose_f, True, True),
+    "lp++": (lp_plus_plus.lp_plus_plus, None, True, False),
+    "zs-lp": (clap.zs_lp, None, True, True),
+    "clap": (clap.clap, None, True, True),
 }
 FINE_TUNED: dict[str, Callable[..., Fitted]] = {
     "flyp": lambda shop, task, **more: fine_tune(shop, task, without_captions, supcon_weight=0.0, **more),
@@ -256,8 +262,7 @@ def fit(name: str, shop: Workshop, task: Task) -> tuple[Fitted, float]:
     elif base == "zs-cap":
         fitted = zero_shot_captions(shop, task)
     elif base in FROZEN:
-        method, choose, texts = FROZEN[base]
-        fitted = frozen(shop, task, method, choose, texts)
+        fitted = frozen(shop, task, *FROZEN[base])
     else:
         fitted = FINE_TUNED[base](shop, task, **({"alpha": ALPHA} if name != base else {}))
     return fitted, time.monotonic() - start
