@@ -197,6 +197,16 @@ class MMFTConfig(TrainingArguments):
             if value is not None and not low <= value <= high:
                 most = "" if high == math.inf else f" to {high}"
                 raise UserError(f"--{name}: expected {low}{most or ' or more'}, found {value}.")
+        step = self.per_device_train_batch_size * self.world_size
+        if self.samples_per_class is not None and self.samples_per_class > step:
+            raise UserError(
+                f"--samples_per_class: expected 2 to {step} (a batch of all processes), found {self.samples_per_class}."
+            )
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserError(
+                "--dataloader_persistent_workers: expected false without workers, found true. Leave it out, or type "
+                "--dataloader_num_workers 4."
+            )
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"--learning_rate: expected a number above 0, found {self.learning_rate}.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import defaultdict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
@@ -14,7 +15,6 @@ from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .cache import check_short_side
-from .checkpoints import last_complete_checkpoint
 from .collator import MMFTDataCollator, input_size
 from .configuration import MMFTConfig
 from .embedding import add_embedding_forward
@@ -137,7 +137,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         self._told_fallback = False
         self._eval_loader_of: Dataset | None = None
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self._unseen_losses: list[tuple[int, torch.Tensor]] = []
+        self._unseen_losses: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
 
         # -- three lines that every contrastive Trainer needs --------------------------------------------------------
         # CLIPModel.forward takes **kwargs, so the Trainer would believe that the model divides the loss by the number
@@ -209,10 +209,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         share = (args.world_size, args.train_batch_size if fill_up else None)
         if args.samples_per_class:
             labels, step_size = self.train_dataset["label"][:], args.world_size * args.train_batch_size
-            try:
-                self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
-            except ValueError as error:
-                raise UserError(f"--{error}") from error
+            self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
         else:
             self._sampler = EpochSampler(len(dataset), seed, *share)
         return self._sampler
@@ -252,27 +249,16 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One forward and backward; a loss that is not finite stops the training before anything is saved."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unseen_losses.append((self.state.global_step + 1, loss))
-        # To look at a loss that an accelerator still computes would make it wait: there it is looked at a step later.
+        arrived = None
+        if loss.device.type == "cuda":
+            # To look at it now would wait for all that the GPU still has to do. So it is sent, and looked at a step later.
+            sent, arrived = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        else:
+            sent = loss
+        self._unseen_losses.append((self.state.global_step + 1, sent, arrived))
         self._expect_finite_losses(0 if loss.device.type == "cpu" else 1)
         return loss
-
-    def _expect_finite_losses(self, but: int = 0) -> None:
-        """Looks at the losses of the last steps, `but` for so many."""
-        while len(self._unseen_losses) > but:
-            step, loss = self._unseen_losses.pop(0)
-            if not torch.isfinite(loss):
-                self.stop_at("the loss", loss.item(), step)
-
-    def stop_at(self, what: str, value: float, step: int) -> None:
-        """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
-        checkpoint = last_complete_checkpoint(self.args.output_dir)
-        good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations nobody looked at it
-        kept = f"The last {good}checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
-        raise UserError(
-            f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
-            "--learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
-        )
 
     def log(self, logs, start_time=None):
         """Adds the means of the loss components since the last log of a training loss."""
@@ -338,6 +324,11 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
         self._expect_finite_losses()
         self.current_prototypes()
         output = super().evaluation_loop(*args, **kwargs)
+        if isinstance(output.predictions, np.ndarray) and self.preprocess_logits_for_metrics is None:
+            # The stock mean weighs batches alike whose images could not all be read, or that were filled up.
+            labels = torch.from_numpy(output.label_ids)
+            loss = _cross_entropy(torch.from_numpy(output.predictions), labels).item()
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
         for name, value in output.metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
                 self.stop_at("the validation loss", value, self.state.global_step)
@@ -352,8 +343,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             if embeds is None:
                 embeds = encode_images(self.accelerator.unwrap_model(model), inputs["pixel_values"])
         logits = self.prototypes.logits(embeds)
-        known = (labels != IGNORED).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / known
+        loss = _cross_entropy(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def _class_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -381,6 +371,13 @@ class _Beginnings(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the rows `(B, C)` with a label; 0 if none has one."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / (labels != IGNORED).sum().clamp(
+        min=1
+    )
 
 
 def _check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:

@@ -1,10 +1,12 @@
-"""Checkpoints of the Trainer: what they hold, which one is the best, and which can be resumed."""
+"""Checkpoints of the Trainer: what they hold, which is the best, which can be resumed, and what none is made of."""
 
 from __future__ import annotations
 
 import logging
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from .checkpoints import (
     check_same_batches,
@@ -56,6 +58,25 @@ class TrainingCheckpoints:
         # A pickle that nothing reads, with all settings of this machine in it.
         (folder / "training_args.bin").unlink(missing_ok=True)
 
+    def _expect_finite_losses(self, but: int = 0) -> None:
+        """Looks at the losses of the last steps, `but` for so many."""
+        while len(self._unseen_losses) > but:
+            step, loss, arrived = self._unseen_losses.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            if not torch.isfinite(loss):
+                self.stop_at("the loss", loss.item(), step)
+
+    def stop_at(self, what: str, value: float, step: int) -> None:
+        """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations nobody looked at it
+        kept = f"The last {good}checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+        raise UserError(
+            f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
+            "--learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
+        )
+
     def _issue_warnings_after_load(self, load_result):
         # What a checkpoint with LoRA lacks is what the base model has; that it has all else is checked before.
         if not lora_layers(self.model):
@@ -105,4 +126,6 @@ class TrainingCheckpoints:
         if resume_from_checkpoint:
             check_same_model(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
             check_same_batches(Path(resume_from_checkpoint), self.args)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        self._expect_finite_losses()  # that of the last step, where nothing was evaluated or saved after it
+        return result

@@ -1,5 +1,6 @@
 """The Trainer: what it trains, what it selects, and that a resume changes nothing."""
 
+import copy
 import json
 import logging
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import colour_dataset
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset, Image
 from transformers import CLIPModel, Trainer, TrainerCallback
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, MMFTTrainer
@@ -384,3 +385,30 @@ def test_what_is_evaluated_or_predicted_must_have_labels_and_the_same_classes(cl
     other = colour_dataset(2).cast_column("label", ClassLabel(names=names))
     with pytest.raises(UserError, match="validation data: expected the class names of train_dataset"):
         trainer.evaluate(other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples_per_class": 9, "per_device_train_batch_size": 8}, "samples_per_class: expected 2 to 8"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 0}, "Leave it out, or type"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_a_folder_is_taken(settings, message):
+    with pytest.raises(UserError, match=message):
+        MMFTConfig("somewhere", use_cpu=True, **settings)
+
+
+def test_eval_loss_is_the_mean_over_every_readable_image_once(clip, tmp_path):
+    """Whatever the batches: with a bad image in one of them, and a shorter last one."""
+    validation = colour_dataset(4, seed=1, captions=False).cast_column("image", Image(decode=False))
+    rows = validation.to_list()
+    rows[0]["image"] = {"bytes": b"no picture", "path": None}
+    validation = Dataset.from_list(rows, features=validation.features)
+    found = []
+    for batch in (5, 12):
+        trainer = make_trainer(
+            copy.deepcopy(clip), tmp_path / str(batch), on_bad_image="skip", per_device_eval_batch_size=batch
+        )
+        found.append(trainer.evaluate(validation)["eval_loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
