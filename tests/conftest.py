@@ -121,3 +121,19 @@ def data_folder(tmp_path_factory):
     for seed, (split, per_class) in enumerate((("train", 8), ("validation", 4), ("test", 6))):
         colour_dataset(per_class, seed).to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+@pytest.fixture
+def captions_classify_nothing(monkeypatch):
+    """No image is classified right by prototypes of captions, so that the zero-shot classifier is better."""
+    from mmft_hf import evaluation
+
+    classify = evaluation.classify
+
+    def nothing_right(model, processor, prototypes, *args, **kwargs):
+        found = classify(model, processor, prototypes, *args, **kwargs)
+        if prototypes.source == "captions":
+            found.scores[np.arange(len(found.labels)), found.labels] = -1
+        return found
+
+    monkeypatch.setattr(evaluation, "classify", nothing_right)

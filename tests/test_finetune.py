@@ -222,13 +222,8 @@ def test_held_out_images_are_found_again_whatever_the_seed_of_the_call(held_out,
     assert "not the data that the model was trained on" in capsys.readouterr().err
 
 
-def test_the_zero_shot_classifier_wins_where_no_epoch_is_better(clip_folder, data_folder, tmp_path, monkeypatch):
-    from mmft_hf.trainer import MMFTTrainer
-
-    evaluate = MMFTTrainer.evaluate
-    monkeypatch.setattr(
-        MMFTTrainer, "evaluate", lambda self, *a, **k: evaluate(self, *a, **k) | {"eval_accuracy": -0.1}
-    )
+@pytest.mark.usefixtures("captions_classify_nothing")
+def test_the_zero_shot_classifier_wins_where_no_epoch_is_better(clip_folder, data_folder, tmp_path):
     assert main([*arguments(clip_folder, data_folder, tmp_path / "out"), "--max_steps", "1"]) == 0
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert "no epoch was better" in results["selection"]

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -20,7 +19,7 @@ from test_trainer import StopAfter, changed, make_trainer, weights
 from transformers import CLIPModel, pipeline
 
 import mmft_hf
-from mmft_hf import ClassPrototypes, MMFTConfig, evaluation, load_model, set_towers
+from mmft_hf import ClassPrototypes, MMFTConfig, load_model, set_towers
 from mmft_hf.cli import main
 from mmft_hf.errors import UserError
 from mmft_hf.towers import Adapter, parameter_counts
@@ -288,17 +287,9 @@ def test_a_resume_with_another_rank_is_refused(run, clip_folder, data_folder, ca
     assert identity["lora"] == {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_targets": None}
 
 
-def test_the_zero_shot_classifier_wins_where_no_epoch_is_better(run, clip_folder, data_folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("captions_classify_nothing")
+def test_the_zero_shot_classifier_wins_where_no_epoch_is_better(run, clip_folder, data_folder, tmp_path):
     """In a folder that is overwritten, so that an adapter of before would be seen, too."""
-    classify = evaluation.classify
-
-    def nothing_right_with_captions(model, processor, prototypes, *args, **kwargs):
-        found = classify(model, processor, prototypes, *args, **kwargs)
-        if prototypes.source == "captions":
-            found.scores[np.arange(len(found.labels)), found.labels] = -1
-        return found
-
-    monkeypatch.setattr(evaluation, "classify", nothing_right_with_captions)
     shutil.copytree(run[0], tmp_path / "out")
     more = ["--vision_tower", "lora", "--max_steps", "1", "--overwrite_output_dir", "true"]
     assert main(arguments(clip_folder, data_folder, tmp_path / "out", *more)) == 0
