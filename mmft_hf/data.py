@@ -352,7 +352,8 @@ def load_splits(args: DataArguments) -> Splits:
     for role, share in (("test", args.test_size), ("validation", args.validation_size)):
         named = getattr(args, f"{role}_split")
         found = _find_split(data, role, named)
-        if found == args.test_split and named is None:
+        tested = found is not None and found == args.test_split and named is None
+        if tested:
             found = None  # what is called validation is tested on, so selection needs a part of train
         if found in used:
             raise UserError(
@@ -370,7 +371,7 @@ def load_splits(args: DataArguments) -> Splits:
             )
         chosen[role], train = train.select(held), train.select(rest)
         notes.append(
-            f"There is no {role} split: {len(held)} images ({share:.0%} of each class, seed {args.shots_seed}) were held "
+            f"There is no {role} split{' but the one that is tested on' * tested}: {len(held)} images ({share:.0%} of each class, seed {args.shots_seed}) were held "
             f"out of {train_name!r} for it."
         )
     counts = np.bincount(labels_of(train), minlength=len(names))
