@@ -136,7 +136,14 @@ class MMFTConfig(TrainingArguments):
         metadata={"help": "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU."},
     )
     dataloader_persistent_workers: bool | None = field(
-        default=None, metadata={"help": "Keep them from epoch to epoch. Default: yes."}
+        default=None, metadata={"help": "Keep them from epoch to epoch. Default: yes, where there are any."}
+    )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Where memory runs out, start again with the batch encoded in smaller chunks, as of loss_chunk_size; the "
+            "batch of the loss stays. Evaluation is not adjusted."
+        },
     )
     ddp_find_unused_parameters: bool | None = field(
         default=None,

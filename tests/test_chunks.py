@@ -269,3 +269,19 @@ def test_the_estimate_leaves_model_and_random_numbers_as_they_are(monkeypatch):
     assert not changed(before, weights(model))
     assert torch.equal(random, torch.random.get_rng_state())
     assert forked == [[]]  # with no device given each process would start up every GPU of the machine
+
+
+def test_no_chunks_are_advised_under_fsdp_which_refuses_them(clip, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from mmft_hf import memory
+    from mmft_hf.commands.finetune import _memory
+
+    config = MMFTConfig(str(tmp_path), use_cpu=True)
+    train = colour_dataset(2)
+    splits = SimpleNamespace(train=train, class_names=train.features["label"].names)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1)
+    assert "Type --" in _memory(*clip, config, splits)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch sets it
+    line = _memory(*clip, config, splits)
+    assert line.startswith("at most") and "Type --" not in line

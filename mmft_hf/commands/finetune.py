@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from pathlib import Path
 
@@ -175,7 +176,8 @@ def _memory(model, processor, config, splits) -> str:
     batch, chunk = config.per_device_train_batch_size, config.loss_chunk_size
     total, available = estimate.total(batch, chunk), available_memory(config.device)
     at_once = min(batch, chunk or batch)
-    less = "at most " if config.gradient_checkpointing or config.fsdp or config.deepspeed else ""
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    less = "at most " if config.gradient_checkpointing or config.fsdp or config.deepspeed or sharded else ""
     line = (
         f"{less}{_gigabytes(total)} for a step, estimated: {_gigabytes(estimate.weights)} weights, "
         f"{_gigabytes(estimate.gradients_and_optimizer)} gradients and optimizer, "
