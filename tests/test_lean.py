@@ -106,7 +106,7 @@ def test_a_step_waits_for_no_number(clip, tmp_path, monkeypatch):
 
 def test_a_loss_that_was_not_looked_at_is_looked_at_before_a_checkpoint(clip, tmp_path):
     trainer = make_trainer(clip, tmp_path)
-    trainer._unseen_losses = [(1, torch.tensor(1.0)), (2, torch.tensor(float("nan")))]
+    trainer._unseen_losses = [(1, torch.tensor(1.0), None), (2, torch.tensor(float("nan")), None)]
     trainer._expect_finite_losses(1)  # the last one may still be computed
     with pytest.raises(UserError, match="the loss became nan at step 2"):
         trainer._save_checkpoint(trainer.model, None)
