@@ -60,7 +60,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it is not ours to write to
         dist.all_reduce(grad)
         start = sum(ctx.sizes[: dist.get_rank()])
         return grad[start : start + ctx.sizes[dist.get_rank()]], None

@@ -50,7 +50,7 @@ IDLE = re.compile(
     "output_dir|overwrite_output_dir|resume_from_checkpoint|logging_.*|log_.*|report_to|run_name|disable_tqdm|dataloader_.*"
     "|save_total_limit|save_on_each_node|push_to_hub.*|hub_.*|ddp_.*|local_rank|use_cpu|project|trackio_.*|per_device_eval_.*"
     "|eval_accumulation_steps|skip_memory_metrics|do_.*|debug|logging_nan_inf_filter|_n_gpu|include_.*"
-    "|loss_chunk_size|auto_find_batch_size|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*"
+    "|loss_chunk_size|auto_find_batch_size|cache_frozen_features|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*"
     "|accelerator_config|full_determinism"
 )
 

@@ -51,7 +51,17 @@ GEOMETRIES = {"ViT-B/32": 32, "ViT-B/16": 16, "tiny-clip": None}
 CLASSES = 37  # as in Oxford Pets
 TEMPLATE = "a photo of a {}."
 # FLOP/s, dense, in bfloat16 (float16 where there is no bfloat16), as the makers state them.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "V100": 125e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "V100": 125e12,
+}
 DEVICE = default_device()
 
 
@@ -312,6 +322,7 @@ def steps(geometry: str, batch: int, kind: str, rounds: int, precision: str) -> 
             disable_tqdm=True,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
+            dataloader_num_workers=0,  # as the ordinary loop; workers would load while the others have their turn
         )
         trainer = MMFTTrainer(model, args, dataset, processing_class=processor, callbacks=[turns])
         turns.trainer = trainer
