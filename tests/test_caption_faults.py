@@ -176,7 +176,10 @@ def test_a_second_ctrl_c_ends_at_once(server, command, tmp_path):
     assert len(journal_of(tmp_path / "out")) == 10 and "Traceback" not in running.text
 
 
-def test_ctrl_c_in_a_notebook_keeps_what_is_on_its_way(server, tmp_path):
+def test_ctrl_c_in_a_notebook_keeps_what_is_on_its_way(server, tmp_path, request):
+    # A shell's background jobs ignore Ctrl-C, and so would this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     server.server.script = {"rules": [{"do": "ok", "delay_ms": 100}]}
     data, captioner = dataset(map(picture, range(40))), Captioner("openai", "m", base_url=f"{server.url}/v1")
 
