@@ -113,6 +113,7 @@ def labels(name: str, values, rows: int) -> Tensor:
 
 
 def check_range(name: str, y: Tensor, classes: int) -> None:
+    """Raises `UserError` for labels `(n,)` outside of 0 to C-1."""
     wrong = y[(y < 0) | (y >= classes)]
     if len(wrong):
         raise UserError(
