@@ -1,4 +1,4 @@
-"""`accelerate launch recipes/benchmark.py …` does what `mmft-hf benchmark …` does; of several processes, the first one works."""
+"""`accelerate launch recipes/benchmark.py …` does what `mmft-hf benchmark …` does, in one process."""
 
 import sys
 

@@ -79,6 +79,19 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
     assert "expected results of the same settings, found others" in capsys.readouterr().err
 
 
+def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, monkeypatch, capsys):
+    assert main(command(clip_folder, data_folder, tmp_path / "out", "--vision_tower", "frozen")) == 2
+    assert "--vision_tower: expected full, found frozen" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(clip_folder, data_folder, tmp_path / "out")) == 2
+    assert "benchmark: expected one process, found 2" in capsys.readouterr().err
+
+
+def test_results_of_another_optimiser_are_not_mixed(run, clip_folder, data_folder, capsys):
+    assert main(command(clip_folder, data_folder, run, *SMALL, "--max_grad_norm", 1.0)) == 2
+    assert "expected results of the same settings, found others" in capsys.readouterr().err
+
+
 class Watched:
     """A test split that says when it is touched."""
 

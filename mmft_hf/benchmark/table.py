@@ -6,16 +6,14 @@ import math
 import statistics
 from collections import defaultdict
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+from scipy.stats import t
 
 
 def interval(values: list[float]) -> float | None:
     """Half the 95 % interval of the mean of a few runs (Student's t); None for one run."""
     if len(values) < 2:
         return None
-    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summary_table(rows: list[dict]) -> str:

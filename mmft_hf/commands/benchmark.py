@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..arguments import DataArguments, ModelArguments, choice
 from ..configuration import MMFTConfig
 from ..console import say, table
-from ..errors import PartialResult
+from ..errors import PartialResult, UserError
 
 
 @dataclass
@@ -47,24 +48,31 @@ ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, MMFTConfig)
 
 def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: BenchmarkData, config: MMFTConfig) -> None:
     """Runs the grid, or what is left of it, and prints its table."""
+    if find_spec("sklearn") is None:  # now, not after the first cells; it brings scipy
+        raise UserError("benchmark: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
     from ..benchmark.grid import RESULTS_FILE, cells, parse_shots, run_grid
     from ..benchmark.methods import METHODS, Workshop
     from ..benchmark.table import summary_table
     from ..cards import versions
     from ..data import load_splits
+    from ..run_folder import DECIDING
 
     for name in args.methods:
         choice("methods", name, METHODS)
+    for tower in ("vision_tower", "text_tower"):
+        if getattr(model_args, tower) != "full":
+            raise UserError(
+                f"--{tower}: expected full, found {getattr(model_args, tower)}. A method says what it trains: --methods mmft-lora."
+            )
     grid = cells(args.methods, parse_shots(data_args.shots), args.seeds)
     splits = load_splits(data_args.whole)
-    settings = ("learning_rate num_train_epochs max_steps per_device_train_batch_size weight_decay supcon_weight "
-                "class_template crop_min_area bf16 fp16 optim lr_scheduler_type samples_per_class").split()  # fmt: skip
     identity = {
         "base_model": model_args.model_name_or_path,
         "base_model_revision": model_args.model_revision,
         "dataset": data_args.dataset_name,
         "dataset_fingerprint": splits.fingerprint(),
-        "settings": {name: str(getattr(config, name)) for name in settings},
+        # A cell has its own seed.
+        "settings": {name: str(getattr(config, name)) for name in (*DECIDING, "decode_cache") if name != "seed"},
         "versions": {k: v for k, v in versions().items() if k in ("mmft_hf", "torch", "transformers", "peft")},
     }
     say(f"Comparing {len(args.methods)} methods on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
