@@ -112,14 +112,16 @@ class FrozenTowers(TrainerCallback):
         captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
         for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
             name = view.class_names[label]
-            found.update(training_text(view.template, name, text) for text in captions_of(value) or [None])
+            texts = captions_of(value) or [None]
+            texts += [None] if view.caption_dropout else []
+            found.update(training_text(template, name, text) for template in view.templates for text in texts)
         texts = sorted_distinct(found)
 
         def encode(**options) -> tuple[dict[str, int], Features]:
             features = encode_texts_once(self.model, self.processor, texts, **options)
             return {text: i for i, text in enumerate(texts)}, features
 
-        return self._once(("text", view.template, id(dataset)), dataset, encode, "training texts")
+        return self._once(("text", view.templates, view.caption_dropout > 0, id(dataset)), dataset, encode, "training texts")
 
     def _once(self, key: tuple, dataset: Dataset, encode, what: str):
         """What `encode` returns, made once for each key; says how many were encoded, in how long."""

@@ -8,20 +8,15 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .errors import UserError, nearest
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
-# Used by `--prototypes templates`: a few wordings whose embeddings are averaged. Ours, written for photos and drawings.
-TEMPLATES = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "a close-up photo of a {}.",
-    "a drawing of a {}.",
-    "an image showing a {}.",
-    "a small picture of a {}.",
-    "a clear picture of the {}.",
+# CLIP's 80 wordings for ImageNet (OpenAI, MIT licence), whose embeddings are averaged by `--prototypes templates` and `zs-ens`.
+TEMPLATES = tuple(
+    (Path(__file__).parent / "assets" / "clip_templates" / "templates.txt").read_text(encoding="utf-8").splitlines()
 )
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -31,7 +31,7 @@ from .sharding import ShardedTraining
 from .towers import TOWERS, frozen_batch_norms
 from .training_checkpoints import TrainingCheckpoints
 from .training_pushes import STAY, TrainingPushes
-from .views import ImageView, TrainingView
+from .views import ImageView, TrainingView, check_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,10 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             )
         self.class_names: list[str] | None = None
         if train_dataset is not None:
-            _check_dataset("train_dataset", train_dataset)
+            check_dataset("train_dataset", train_dataset)
             self.class_names = train_dataset.features["label"].names
         if eval_dataset is not None:
-            _check_dataset("eval_dataset", eval_dataset, self.class_names)
+            check_dataset("eval_dataset", eval_dataset, self.class_names)
         else:
             if args.eval_strategy != "no":
                 logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
@@ -129,6 +129,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             **kwargs,
         )
         self.loss = MMFTLoss(args.supcon_weight, args.include_self)
+        self.training_templates: str | tuple[str, ...] = args.class_template  # of several, one is drawn for each image
         add_embedding_forward(self.model)
         self._batch_norms = frozen_batch_norms(self.model)
         self.prototypes: ClassPrototypes | None = None
@@ -172,11 +173,12 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
                 view = TrainingView(
                     dataset,
                     self.class_names,
-                    self.args.class_template,
+                    self.training_templates,
                     self.args.seed if self.args.data_seed is None else self.args.data_seed,
                     self.args.crop_min_area,
                     self.args.on_bad_image,
                     self.args.decode_cache,
+                    self.args.caption_dropout,
                 )
                 if isinstance(self.eval_dataset, Dataset):  # now, while one process has all weights
                     self._frozen.attach(
@@ -184,7 +186,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
                     )
             else:
                 name = "validation" if description == "Evaluation" else description.lower()
-                _check_dataset(f"{name} data", dataset, self.class_names)
+                check_dataset(f"{name} data", dataset, self.class_names)
                 view = ImageView(dataset, self.args.on_bad_image, name)
             self._frozen.attach(view, dataset)
             dataset = view
@@ -290,6 +292,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             "shard": True,
         }
         if source == "captions":
+            options["template_weight"] = self.args.template_weight
             found = ClassPrototypes.from_captions(model, processor, self.train_dataset, template, **options)
             if found.fallback_classes and not self._told_fallback:
                 self._told_fallback = True
@@ -360,12 +363,22 @@ class _Beginnings(TrainerCallback):
 
     def __init__(self, trainer: MMFTTrainer):
         self.trainer = trainer
+        self.attention: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A second training, or one that begins anew after memory ran out, counts its steps from 0 with other weights.
         self.trainer.forget_prototypes()
         self.trainer._sums.clear()
         self.trainer._unseen_losses.clear()
+        if args.bf16 and args.device.type == "cpu" and self.attention is None:
+            # There, the backward of the fused attention takes five times as long in bfloat16 as in float32.
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            self.attention = model.config._attn_implementation
+            model.set_attn_implementation("eager")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.attention is not None:
+            self.trainer.accelerator.unwrap_model(self.trainer.model).set_attn_implementation(self.attention)
 
     # Also where the loader is wrapped, as on a resume within an epoch of several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -378,19 +391,3 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / (labels != IGNORED).sum().clamp(
         min=1
     )
-
-
-def _check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:
-    for column in ("image", "label"):
-        if column not in dataset.column_names:
-            raise UserError(
-                f"{name}: expected columns image and label, found {', '.join(dataset.column_names)}. Use "
-                "mmft_hf.load_captioned_dataset(…), or dataset.rename_columns({…})."
-            )
-    if not isinstance(dataset.features["label"], ClassLabel):
-        raise UserError(
-            f"{name}: expected labels with class names (ClassLabel), found {dataset.features['label']}. Use "
-            "mmft_hf.load_captioned_dataset(…), or dataset.class_encode_column('label')."
-        )
-    if class_names is not None and dataset.features["label"].names != class_names:
-        raise UserError(f"{name}: expected the class names of train_dataset, in the same order.")

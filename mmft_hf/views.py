@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, Image
+from datasets import ClassLabel, Dataset, Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
@@ -101,26 +102,29 @@ class TrainingView(ImageView):
 
     Args:
         class_names: `C` names, in the order of the labels.
-        template: with `{}` for the class name.
+        template: with `{}` for the class name; of several, one is drawn for each read.
         seed: of all draws.
         crop_min_area: smallest share of the area that a random crop keeps; 1 means no random crop.
+        caption_dropout: probability of the class template alone in place of a caption.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         class_names: list[str],
-        template: str,
+        template: str | Sequence[str],
         seed: int = 0,
         crop_min_area: float = 0.9,
         on_bad_image: str = "fail",
         short_side: int | None = None,
+        caption_dropout: float = 0.0,
     ):
         super().__init__(dataset, on_bad_image, "training", short_side)
         self.class_names = class_names
-        self.template = template
+        self.templates = (template,) if isinstance(template, str) else tuple(template)
         self.seed = seed
         self.crop_min_area = crop_min_area
+        self.caption_dropout = caption_dropout
         self.text_features: tuple[dict[str, int], Features] | None = None
 
     def use_text_features(self, positions: dict[str, int], features: Features) -> None:
@@ -145,11 +149,32 @@ class TrainingView(ImageView):
         rng = generator(self.seed, epoch, row, 1)
         captions = captions_of(values.get("captions"))
         caption = captions[rng.integers(len(captions))] if captions else None
+        # 2: again a stream of its own, so that every other draw is what it would be without.
+        if self.caption_dropout and generator(self.seed, epoch, row, 2).random() < self.caption_dropout:
+            caption = None
         box = random_crop_box(*values["image"].size, self.crop_min_area, rng) if self.crop_min_area < 1 else None
-        text = training_text(self.template, self.class_names[values["label"]], caption)
+        template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
+        text = training_text(template, self.class_names[values["label"]], caption)
         found = {"image": values["image"], "box": box, "label": values["label"], "text": text, "skipped": skipped}
         if self.text_features is None:
             return found
         positions, features = self.text_features
         place = positions[text]
         return found | {"text": features.embeds[place], "cut": bool(features.flags[place])}
+
+
+def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:
+    """Raises `UserError` unless there are images and labels with class names, these ones if they are given."""
+    for column in ("image", "label"):
+        if column not in dataset.column_names:
+            raise UserError(
+                f"{name}: expected columns image and label, found {', '.join(dataset.column_names)}. Use "
+                "mmft_hf.load_captioned_dataset(…), or dataset.rename_columns({…})."
+            )
+    if not isinstance(dataset.features["label"], ClassLabel):
+        raise UserError(
+            f"{name}: expected labels with class names (ClassLabel), found {dataset.features['label']}. Use "
+            "mmft_hf.load_captioned_dataset(…), or dataset.class_encode_column('label')."
+        )
+    if class_names is not None and dataset.features["label"].names != class_names:
+        raise UserError(f"{name}: expected the class names of train_dataset, in the same order.")

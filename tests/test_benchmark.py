@@ -11,9 +11,10 @@ from datasets import Image
 from mmft_hf.baselines import linear
 from mmft_hf.benchmark import grid, methods
 from mmft_hf.benchmark.grid import RESULTS_FILE, append_row, cells, parse_shots, read_results
-from mmft_hf.benchmark.methods import METHODS, NEEDS_CAPTIONS, Workshop, shuffled_captions
+from mmft_hf.benchmark.methods import METHODS, NEEDS_CAPTIONS, Workshop
 from mmft_hf.benchmark.protocol import Cell, SealedTest, make_task
 from mmft_hf.benchmark.table import summary_table
+from mmft_hf.benchmark.trainings import shuffled_captions
 from mmft_hf.cli import main
 from mmft_hf.data import labels_of
 from mmft_hf.errors import UserError

@@ -126,7 +126,7 @@ def run_cell(cell: Cell, shop: Workshop, task, sealed: SealedTest) -> dict:
             raise UserError(
                 "it needs captions, and the training images have none. Run mmft-hf caption, or leave it out"
             )
-        fitted, seconds = fit(cell.method, shop, task)
+        fitted = fit(cell.method, shop, task)
         test = sealed.judge(cell, fitted.classifier)
     except Exception as error:  # one cell must not end the others, whatever happens in it
         if not isinstance(error, (UserError, ValueError)):
@@ -141,7 +141,7 @@ def run_cell(cell: Cell, shop: Workshop, task, sealed: SealedTest) -> dict:
         "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
         "test_images": test["examples"],
         "train_images": len(task.train),
-        "fit_seconds": round(seconds, 3),
+        "fit_seconds": round(fitted.seconds, 3),
     }
 
 

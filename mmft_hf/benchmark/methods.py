@@ -18,18 +18,14 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel
 
 from ..baselines import clap, gda, linear, lp_plus_plus, tip_adapter
 from ..configuration import MMFTConfig
@@ -39,10 +35,9 @@ from ..features import image_features
 from ..modeling import load_model
 from ..modeling import logit_scale as scale_of
 from ..prompts import TEMPLATES
-from ..prototypes import ClassPrototypes
-from ..sampling import generator
-from ..towers import merge, set_towers
+from ..prototypes import ClassPrototypes, image_embeddings
 from .protocol import FULL, Classifier, Task
+from .trainings import TRAININGS, Trained, interpolated
 
 WISE = "+wise"
 ALPHA = 0.5  # WiSE-FT's recommendation where nothing is tuned
@@ -50,12 +45,26 @@ ALPHA = 0.5  # WiSE-FT's recommendation where nothing is tuned
 
 @dataclass
 class Fitted:
-    """What a method made of a task: the classifier, its validation accuracy, the policy, and what validation chose."""
+    """What a method made of a task.
+
+    Args:
+        policy: what validation was used for: `last` (nothing), `val-k`, `val-full`.
+        chosen: what it chose; `tried`: among how many fits.
+        embed: unit-norm embeddings `(n, D)` of the images of a data set, and `prototypes`: what they are compared with, if
+            the method is such a one.
+        steps: of the training that was kept.
+        seconds: of all fits, one after the other, whoever else they serve.
+    """
 
     classifier: Classifier
     policy: str
     validation_accuracy: float | None = None
     chosen: dict = field(default_factory=dict)
+    embed: Callable[[Dataset], np.ndarray] | None = None
+    prototypes: ClassPrototypes | None = None
+    tried: int = 1
+    steps: int | None = None
+    seconds: float = 0.0
 
 
 class Workshop:
@@ -64,13 +73,33 @@ class Workshop:
     Args:
         model_name, revision: the untuned model.
         config: settings of the fine-tuning methods, the same for all of them.
+        learning_rates: each fine-tuning method is fitted once with each, and validation chooses; default: the config's.
+        min_steps: few images are trained for so many steps at least.
     """
 
-    def __init__(self, model_name: str, revision: str | None, config: MMFTConfig):
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None,
+        config: MMFTConfig,
+        learning_rates: Sequence[float] | None = None,
+        min_steps: int = 0,
+    ):
         self.model_name, self.revision, self.config = model_name, revision, config
+        self.learning_rates, self.min_steps = tuple(learning_rates or [config.learning_rate]), min_steps
         self.model, self.processor = load_model(model_name, revision)
         self.model.to(config.device)
         self.scale = scale_of(self.model).item()
+        self._trained: dict[tuple, Trained] = {}
+
+    def train(self, training: str, task: Task, learning_rate: float) -> Trained:
+        """A training of `trainings`; the last one is kept, with all its learning rates, for the next method that shares it."""
+        group = (training, task.shots, task.seed)
+        key = (*group, learning_rate)
+        if key not in self._trained:
+            self._trained = {k: v for k, v in self._trained.items() if k[:3] == group}
+            self._trained[key] = TRAININGS[training](self, task, learning_rate)
+        return self._trained[key]
 
     def features(self, dataset: Dataset) -> np.ndarray:
         """Image embeddings `(n, D)` of the untuned model: encoded once, then read from the cache."""
@@ -81,8 +110,7 @@ class Workshop:
 
     def template_prototypes(self, class_names: list[str], several: bool = False) -> ClassPrototypes:
         """Zero-shot class weights of the untuned model."""
-        template = self.config.class_template
-        templates = [template, *(t for t in TEMPLATES if t != template)] if several else template
+        templates = TEMPLATES if several else self.config.class_template
         return ClassPrototypes.from_templates(self.model, self.processor, class_names, templates)
 
     def by_prototypes(self, model, prototypes: ClassPrototypes) -> Classifier:
@@ -96,6 +124,18 @@ class Workshop:
 
         return classifier
 
+    def embedder(self, model) -> Callable[[Dataset], np.ndarray]:
+        """Unit-norm embeddings `(n, D)` of the images of a data set."""
+        if model is self.model:
+            return self.features
+
+        def embed(dataset: Dataset) -> np.ndarray:
+            size, bad = self.config.per_device_eval_batch_size, self.config.on_bad_image
+            found = image_embeddings(model, self.processor, dataset, size, bad)
+            return torch.cat([embeds.cpu() for embeds, _ in found]).double().numpy()
+
+        return embed
+
 
 def accuracy(classifier: Classifier, dataset: Dataset) -> float:
     """Share of the images of a data set that are classified right."""
@@ -105,15 +145,20 @@ def accuracy(classifier: Classifier, dataset: Dataset) -> float:
 # -- without training ----------------------------------------------------------------------------------------------------
 def zero_shot(shop: Workshop, task: Task, several: bool = False) -> Fitted:
     """`zs`, `zs-ens`."""
-    prototypes = shop.template_prototypes(task.class_names, several)
-    return Fitted(shop.by_prototypes(shop.model, prototypes), "last")
+    return untuned(shop, task, shop.template_prototypes(task.class_names, several))
 
 
 def zero_shot_captions(shop: Workshop, task: Task) -> Fitted:
     """`zs-cap`."""
     template = shop.config.class_template
-    prototypes = ClassPrototypes.from_captions(shop.model, shop.processor, task.train, template)
-    return Fitted(shop.by_prototypes(shop.model, prototypes), "last")
+    return untuned(shop, task, ClassPrototypes.from_captions(shop.model, shop.processor, task.train, template))
+
+
+def untuned(shop: Workshop, task: Task, prototypes: ClassPrototypes) -> Fitted:
+    """The untuned model with these prototypes."""
+    classifier = shop.by_prototypes(shop.model, prototypes)
+    found = accuracy(classifier, task.validation)
+    return Fitted(classifier, "last", found, embed=shop.embedder(shop.model), prototypes=prototypes)
 
 
 # -- on frozen features ----------------------------------------------------------------------------------------------------
@@ -141,84 +186,45 @@ def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None
 
 
 # -- fine-tuning -----------------------------------------------------------------------------------------------------------
-def without_captions(dataset: Dataset) -> Dataset:
-    """The same images, with class templates alone."""
-    return dataset.remove_columns("captions") if "captions" in dataset.column_names else dataset
-
-
-def shuffled_captions(dataset: Dataset, seed: int, within: bool) -> Dataset:
-    """The same images with each other's captions, of the same class or of any."""
-    labels, order = labels_of(dataset), np.arange(len(dataset))
-    groups = [np.flatnonzero(labels == c) for c in np.unique(labels)] if within else [order.copy()]
-    for i, rows in enumerate(groups):
-        order[rows] = generator(seed, i, 3).permutation(rows)
-    captions = dataset["captions"][:]
-    kind = dataset.features["captions"]
-    return dataset.remove_columns("captions").add_column("captions", [captions[i] for i in order], feature=kind)
-
-
-def fine_tune(
-    shop: Workshop,
-    task: Task,
-    change: Callable[[Dataset], Dataset] = lambda dataset: dataset,
-    inference: str | None = None,
-    towers: str = "full",
-    alpha: float = 1.0,
-    **settings,
-) -> Fitted:
-    """Trains on `change(task.train)` and classifies by prototypes.
+def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: float = 1.0) -> Fitted:
+    """A training of `trainings`, by prototypes of its weights; validation chooses among the learning rates, if there are several.
 
     Args:
-        inference: prototypes of the task's own `captions` or the class `template`, whatever was trained on; default: what
-            was trained on.
+        inference: prototypes of the texts it was trained on (`own`), of the task's `captions`, of the class `template`, of
+            80 `templates`, halfway between captions and template (`mixed`), or the trained `head`.
         alpha: weights are `(1 - alpha) * untuned + alpha * tuned`.
-        settings: of `MMFTConfig`, in place of the benchmark's.
     """
-    from ..trainer import MMFTTrainer
+    best, seconds = None, 0.0
+    for rate in shop.learning_rates:
+        trained = shop.train(training, task, rate)
+        start = time.monotonic()
+        model = interpolated(trained, shop.model, alpha) if alpha < 1 else trained.model
+        prototypes = prototypes_for(shop, task, trained, model, inference, alpha)
+        classifier = shop.by_prototypes(model, prototypes)
+        found = accuracy(classifier, task.validation)
+        seconds += trained.seconds + time.monotonic() - start
+        if best is None or found > best.validation_accuracy:  # of equal ones the first
+            best = Fitted(classifier, "last", found, {}, shop.embedder(model), prototypes, steps=trained.steps)
+            if len(shop.learning_rates) > 1:
+                best.chosen = {"learning_rate": rate}
+    if best.chosen or task.shots == FULL:  # of rates, or of epochs
+        best.policy = task.policy
+    best.tried, best.seconds = len(shop.learning_rates), seconds
+    return best
 
-    train = change(task.train)
-    full = task.shots == FULL
-    set_seed(task.seed)
-    model = copy.deepcopy(shop.model)
-    if towers == "lora":
-        set_towers(model, "lora", "lora")
-    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        config = copy.deepcopy(shop.config)
-        settings = {"output_dir": folder, "seed": task.seed, "disable_tqdm": True, **settings}
-        if not full:  # the last step, as few images of validation select badly
-            settings |= {
-                "eval_strategy": "no",
-                "eval_on_start": False,
-                "save_strategy": "no",
-                "load_best_model_at_end": False,
-            }
-        for name, value in settings.items():
-            setattr(config, name, value)
-        trainer = MMFTTrainer(model, config, train, task.validation if full else None, shop.processor)
-        trainer.train()
-    tuned = trainer.accelerator.unwrap_model(trainer.model)
-    if towers == "lora":
-        merge(tuned)
-    if alpha < 1:
-        with torch.no_grad():
-            untuned = shop.model.state_dict()
-            for name, value in tuned.state_dict().items():
-                if value.is_floating_point():
-                    value.lerp_(untuned[name], 1 - alpha)
+
+def prototypes_for(
+    shop: Workshop, task: Task, trained: Trained, model: PreTrainedModel, inference: str, alpha: float
+) -> ClassPrototypes:
+    """What `model`, made of `trained`, compares images with; see `fine_tune`."""
     template = shop.config.class_template
-    if inference == "template":
-        prototypes = ClassPrototypes.from_templates(tuned, shop.processor, task.class_names, template)
-    else:
-        texts = task.train if inference == "captions" else train
-        prototypes = ClassPrototypes.from_captions(tuned, shop.processor, texts, template)
-    classifier = shop.by_prototypes(tuned, prototypes)
-    return Fitted(classifier, task.policy if full else "last", accuracy(classifier, task.validation))
-
-
-def _shuffle(within: bool) -> Callable:
-    return lambda shop, task, **more: fine_tune(
-        shop, task, lambda dataset: shuffled_captions(dataset, task.seed, within), **more
-    )
+    if inference == "head":
+        return trained.head
+    if inference in ("template", "templates"):
+        several = TEMPLATES if inference == "templates" else template
+        return ClassPrototypes.from_templates(model, shop.processor, task.class_names, several)
+    texts = task.train if inference == "captions" else trained.texts
+    return ClassPrototypes.from_captions(model, shop.processor, texts, template)
 
 
 FROZEN = {
@@ -230,19 +236,19 @@ FROZEN = {
     "zs-lp": (clap.zs_lp, None, True, True),
     "clap": (clap.clap, None, True, True),
 }
-FINE_TUNED: dict[str, Callable[..., Fitted]] = {
-    "flyp": lambda shop, task, **more: fine_tune(shop, task, without_captions, supcon_weight=0.0, **more),
-    "mmft": lambda shop, task, **more: fine_tune(shop, task, **more),
-    "mmft-lora": lambda shop, task, **more: fine_tune(shop, task, towers="lora", **more),
-    "mmft-w0": lambda shop, task, **more: fine_tune(shop, task, supcon_weight=0.0, **more),
-    "mmft-w1": lambda shop, task, **more: fine_tune(shop, task, supcon_weight=1.0, **more),
-    "mmft-no-captions": lambda shop, task, **more: fine_tune(shop, task, without_captions, **more),
-    "mmft-train-captions": lambda shop, task, **more: fine_tune(shop, task, inference="template", **more),
-    "mmft-test-captions": lambda shop, task, **more: fine_tune(
-        shop, task, without_captions, inference="captions", **more
-    ),
-    "mmft-shuffle-within": _shuffle(True),
-    "mmft-shuffle-across": _shuffle(False),
+# Name: the training (of `trainings.TRAININGS`), and what images are compared with (see `fine_tune`).
+FINE_TUNED = {
+    "flyp": ("flyp", "template"),
+    "flyp-ens": ("flyp-ens", "templates"),
+    "mmft": ("mmft", "own"),
+    "mmft-train-captions": ("mmft", "template"),
+    "mmft-lora": ("mmft-lora", "own"),
+    "mmft-w0": ("mmft-w0", "own"),
+    "mmft-w1": ("mmft-w1", "own"),
+    "mmft-no-captions": ("mmft-no-captions", "template"),
+    "mmft-test-captions": ("mmft-no-captions", "captions"),
+    "mmft-shuffle-within": ("mmft-shuffle-within", "own"),
+    "mmft-shuffle-across": ("mmft-shuffle-across", "own"),
 }
 METHODS = ("zs", "zs-ens", "zs-cap", *FROZEN, *FINE_TUNED, *(f"{name}{WISE}" for name in FINE_TUNED))
 # These read captions and mean nothing without.
@@ -253,16 +259,23 @@ NEEDS_CAPTIONS = {"zs-cap"} | {
 WITHOUT_TRAINING = ("zs", "zs-ens")
 
 
-def fit(name: str, shop: Workshop, task: Task) -> tuple[Fitted, float]:
-    """Runs a method on a task; also the seconds that it took."""
+def training_of(name: str) -> str:
+    """What a method shares with others: its training, or, where it has none, its own name."""
+    base = name.removesuffix(WISE)
+    return FINE_TUNED[base][0] if base in FINE_TUNED else name
+
+
+def fit(name: str, shop: Workshop, task: Task) -> Fitted:
+    """Runs a method on a task."""
     start = time.monotonic()
     base = name.removesuffix(WISE)
+    if base in FINE_TUNED:  # with the seconds of a training that another method made
+        return fine_tune(shop, task, *FINE_TUNED[base], alpha=ALPHA if name != base else 1.0)
     if base in ("zs", "zs-ens"):
         fitted = zero_shot(shop, task, several=base == "zs-ens")
     elif base == "zs-cap":
         fitted = zero_shot_captions(shop, task)
-    elif base in FROZEN:
-        fitted = frozen(shop, task, *FROZEN[base])
     else:
-        fitted = FINE_TUNED[base](shop, task, **({"alpha": ALPHA} if name != base else {}))
-    return fitted, time.monotonic() - start
+        fitted = frozen(shop, task, *FROZEN[base])
+    fitted.seconds = time.monotonic() - start
+    return fitted

@@ -1,0 +1,165 @@
+"""How the fine-tuning methods of a benchmark make their weights: a task in, a tuned model out.
+
+Methods that differ at inference alone share a training: `mmft`, `mmft+wise` and `mmft-train-captions`, for example.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, set_seed
+
+from ..configuration import MMFTConfig
+from ..data import labels_of
+from ..prompts import TEMPLATES
+from ..prototypes import ClassPrototypes
+from ..sampling import generator
+from ..towers import merge, set_towers
+from .protocol import FULL, Task
+
+if TYPE_CHECKING:
+    from .methods import Workshop
+
+LORA_FACTOR = 10  # LoRA takes steps a decade larger than whole towers do
+
+
+@dataclass
+class Trained:
+    """What a training left: the model (LoRA merged), the texts it saw, steps and seconds; a head, if that classifies."""
+
+    model: PreTrainedModel
+    texts: Dataset
+    steps: int
+    seconds: float
+    head: ClassPrototypes | None = None
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------------
+def own_captions(task: Task) -> Dataset:
+    """The images with their captions, if they have any."""
+    return task.train
+
+
+def without_captions(task: Task) -> Dataset:
+    """The same images, with class templates alone."""
+    return task.train.remove_columns("captions") if "captions" in task.train.column_names else task.train
+
+
+def shuffled(within: bool) -> Callable[[Task], Dataset]:
+    """The same images with each other's captions, of the same class or of any."""
+    return lambda task: shuffled_captions(task.train, task.seed, within)
+
+
+def shuffled_captions(dataset: Dataset, seed: int, within: bool) -> Dataset:
+    """The same rows with each other's captions, of the same class or of any."""
+    labels, order = labels_of(dataset), np.arange(len(dataset))
+    groups = [np.flatnonzero(labels == c) for c in np.unique(labels)] if within else [order.copy()]
+    for i, rows in enumerate(groups):
+        order[rows] = generator(seed, i, 3).permutation(rows)
+    captions = dataset["captions"][:]
+    kind = dataset.features["captions"]
+    return dataset.remove_columns("captions").add_column("captions", [captions[i] for i in order], feature=kind)
+
+
+# -- trainings -------------------------------------------------------------------------------------------------------------
+def settings_for(shop: Workshop, task: Task, learning_rate: float, folder: str, **settings) -> MMFTConfig:
+    """The benchmark's settings for one training: equal budgets for all methods.
+
+    Few images are trained for `shop.min_steps` steps at least, and their last step is kept; with all images the best
+    epoch on validation is.
+    """
+    config = copy.deepcopy(shop.config)
+    settings = {
+        "output_dir": folder,
+        "seed": task.seed,
+        "disable_tqdm": True,
+        "learning_rate": learning_rate,
+    } | settings
+    if task.shots != FULL:  # few images of validation select epochs badly
+        settings |= {
+            "eval_strategy": "no",
+            "eval_on_start": False,
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        }
+        steps = math.ceil(len(task.train) / config.per_device_train_batch_size) * config.num_train_epochs
+        if config.max_steps < 0 and steps < shop.min_steps:
+            settings["max_steps"] = shop.min_steps
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def contrastive(
+    texts: Callable[[Task], Dataset] = own_captions, towers: str = "full", templates: bool = False, **settings
+) -> Callable[[Workshop, Task, float], Trained]:
+    """A training by `MMFTTrainer`.
+
+    Args:
+        texts: what the images of a task are trained with.
+        towers: `full` or `lora`, both alike.
+        templates: each image is read with one of 80 class templates, drawn at random.
+        settings: of `MMFTConfig`, in place of the benchmark's.
+    """
+
+    def train(shop: Workshop, task: Task, learning_rate: float) -> Trained:
+        from ..trainer import MMFTTrainer
+
+        images = texts(task)
+        start = time.monotonic()
+        set_seed(task.seed)
+        model = copy.deepcopy(shop.model)
+        if towers == "lora":
+            set_towers(model, "lora", "lora")
+            learning_rate = LORA_FACTOR * learning_rate
+        with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+            config = settings_for(shop, task, learning_rate, folder, **settings)
+            validation = task.validation if task.shots == FULL else None
+            trainer = MMFTTrainer(model, config, images, validation, shop.processor)
+            if templates:
+                trainer.training_templates = TEMPLATES
+            trainer.train()
+        tuned = trainer.accelerator.unwrap_model(trainer.model)
+        if towers == "lora":
+            merge(tuned)
+        return Trained(tuned, images, trainer.state.global_step, time.monotonic() - start)
+
+    return train
+
+
+TRAININGS: dict[str, Callable[..., Trained]] = {
+    "flyp": contrastive(without_captions, supcon_weight=0.0),
+    "flyp-ens": contrastive(without_captions, templates=True, supcon_weight=0.0),
+    "mmft": contrastive(),
+    "mmft-lora": contrastive(towers="lora"),
+    "mmft-w0": contrastive(supcon_weight=0.0),
+    "mmft-w1": contrastive(supcon_weight=1.0),
+    "mmft-no-captions": contrastive(without_captions),
+    "mmft-shuffle-within": contrastive(shuffled(True)),
+    "mmft-shuffle-across": contrastive(shuffled(False)),
+}
+
+
+def interpolated(trained: Trained, untuned: PreTrainedModel, alpha: float) -> PreTrainedModel:
+    """A model with the weights `(1 - alpha) * untuned + alpha * trained`, the logit scale included.
+
+    References: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903), equation 1.
+    """
+    model = copy.deepcopy(trained.model)
+    with torch.no_grad():
+        weights = untuned.state_dict()
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(weights[name], 1 - alpha)
+    return model
