@@ -43,6 +43,12 @@ class MMFTConfig(TrainingArguments):
         default=DEFAULT_TEMPLATE,
         metadata={"help": "Text before every caption, and the zero-shot prompt; {} stands for the class name."},
     )
+    caption_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability, from 0 to 1, that a training text is the class template alone, without a caption."
+        },
+    )
     samples_per_class: int | None = field(
         default=None,
         metadata={
@@ -63,6 +69,13 @@ class MMFTConfig(TrainingArguments):
             "help": "What an image is compared with: class averages of the training captions, of one template, of "
             "several templates, or of the training images.",
             "choices": PROTOTYPE_SOURCES,
+        },
+    )
+    template_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share t, from 0 to 1, of the class template in prototypes of captions: (1 - t) * captions + t * template, "
+            "normalised."
         },
     )
     crop_min_area: float = field(
@@ -184,8 +197,14 @@ class MMFTConfig(TrainingArguments):
         check_template(self.class_template)
         choice("prototypes", self.prototypes, PROTOTYPE_SOURCES)
         choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
-        if not 0.0 <= self.supcon_weight <= 1.0:
-            raise UserError(f"--supcon_weight: expected a number from 0 to 1, found {self.supcon_weight}.")
+        for name in ("supcon_weight", "caption_dropout", "template_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"--{name}: expected a number from 0 to 1, found {getattr(self, name)}.")
+        if self.template_weight and self.prototypes != "captions":
+            raise UserError(
+                f"--template_weight: expected 0 with --prototypes {self.prototypes}, found {self.template_weight}: it mixes "
+                "prototypes of captions with the class template. Leave it out, or type --prototypes captions."
+            )
         if not 0.0 < self.crop_min_area <= 1.0:
             raise UserError(f"--crop_min_area: expected a share above 0, at most 1, found {self.crop_min_area}.")
         for name, low, high in (

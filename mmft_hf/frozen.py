@@ -121,7 +121,8 @@ class FrozenTowers(TrainerCallback):
             features = encode_texts_once(self.model, self.processor, texts, **options)
             return {text: i for i, text in enumerate(texts)}, features
 
-        return self._once(("text", view.templates, view.caption_dropout > 0, id(dataset)), dataset, encode, "training texts")
+        key = ("text", view.templates, view.caption_dropout > 0, id(dataset))
+        return self._once(key, dataset, encode, "training texts")
 
     def _once(self, key: tuple, dataset: Dataset, encode, what: str):
         """What `encode` returns, made once for each key; says how many were encoded, in how long."""

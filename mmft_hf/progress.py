@@ -31,6 +31,8 @@ class EpochLines(ProgressCallback):
         """Opens the bar."""
         self.training = True
         self.source = args.prototypes
+        if args.template_weight:
+            self.source += f" and, with weight {args.template_weight:g}, the class template"
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
             if self.training_bar is not None:

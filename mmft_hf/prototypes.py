@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class ClassPrototypes:
         source: `captions`, `template`, `templates` or `images`.
         template: class template of the texts.
         fallback_classes: classes that had no caption and use the class template instead.
+        template_weight: share of the class template in prototypes of captions, from 0 to 1; see `interpolate`.
     """
 
     embeddings: Tensor
@@ -53,10 +54,34 @@ class ClassPrototypes:
     source: str
     template: str = DEFAULT_TEMPLATE
     fallback_classes: tuple[str, ...] = ()
+    template_weight: float = 0.0
 
     def logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
         return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T
+
+    def interpolate(self, templates: ClassPrototypes, weight: float) -> ClassPrototypes:
+        """These prototypes of captions, drawn towards the class template: `normalise((1 - weight) * own + weight * template)`.
+
+        A class without captions, whose prototype is the template's already, stays as it is.
+
+        Args:
+            templates: prototypes of the same classes by the same model, from the class template.
+            weight: from 0 (these) to 1 (those).
+
+        Raises:
+            ValueError: other classes, or a weight outside its range.
+
+        References: Gao et al. 2021, "CLIP-Adapter" (arXiv 2110.04544), blends learnt class weights with zero-shot ones so.
+        """
+        if templates.class_names != self.class_names:
+            raise ValueError(f"templates: expected the classes {_some(self.class_names)}, in this order.")
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"weight: expected a number from 0 to 1, found {weight}.")
+        mixed = F.normalize((1 - weight) * self.embeddings.double() + weight * templates.embeddings.double(), dim=1)
+        fallback = torch.tensor([name in self.fallback_classes for name in self.class_names])
+        embeddings = self.embeddings.where(fallback[:, None], mixed.float())
+        return replace(self, embeddings=embeddings, template_weight=weight)
 
     @classmethod
     @torch.no_grad()
@@ -69,6 +94,7 @@ class ClassPrototypes:
         batch_size: int = BATCH_SIZE,
         progress: bool = False,
         shard: bool = False,
+        template_weight: float = 0.0,
     ) -> ClassPrototypes:
         """Averages the captions of each class: normalise each embedding, mean per class, normalise.
 
@@ -80,6 +106,7 @@ class ClassPrototypes:
         Args:
             dataset: with columns `label` and, perhaps, `captions`: the training split, never an evaluation split.
             shard: each of several processes encodes its share; all of them must call this.
+            template_weight: share of the class template, from 0 to 1; see `interpolate`.
 
         References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
         """
@@ -95,7 +122,10 @@ class ClassPrototypes:
         fallback = tuple(names[c] for c in missing)
         if len(missing) == len(names):
             return cls(embeddings, names, _scale(model), "template", template)
-        return cls(embeddings, names, _scale(model), "captions", template, fallback)
+        found = cls(embeddings, names, _scale(model), "captions", template, fallback)
+        if not template_weight:
+            return found
+        return found.interpolate(cls.from_templates(model, processor, names, template, shard), template_weight)
 
     @classmethod
     @torch.no_grad()
@@ -188,6 +218,7 @@ class ClassPrototypes:
             "source": self.source,
             "template": self.template,
             "fallback_classes": json.dumps(self.fallback_classes),
+            "template_weight": repr(self.template_weight),
         }
         save_file({"prototypes": self.embeddings.cpu().float().contiguous()}, path, metadata)
         return path
@@ -234,6 +265,7 @@ class ClassPrototypes:
             metadata["source"],
             metadata["template"],
             tuple(json.loads(metadata["fallback_classes"])),
+            float(metadata.get("template_weight", 0)),  # a file of an older make has none
         )
 
 

@@ -94,10 +94,12 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
     def snippet(text: str, **more: str) -> str:
         return fenced(Template(text).substitute(values | more), "python")
 
+    share = record["identity"].get("template_weight") if record["prototypes"] == "captions" else 0
+    mixed = f", drawn towards its class template with weight {share:g}" if share else ""
     here = "" if repo_id else "The snippets are for this folder. "
     lines = [
         f"{here}`{SHEET}` stands for a picture of yours. It is compared with `{PROTOTYPES}`, which has one embedding per class: "
-        f"{PROTOTYPES_FROM[record['prototypes']]}."
+        f"{PROTOTYPES_FROM[record['prototypes']]}{mixed}."
     ]
     if parts != "adapter":
         lines += ["With `mmft_hf` installed:", snippet(PIPELINE)]

@@ -67,9 +67,10 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             )
         dataset = splits.test
 
+    mixed = f" and, with weight {prototypes.template_weight:g}, the class template" * (prototypes.template_weight > 0)
     say(
         f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, "
-        f"{len(prototypes.class_names)} classes, compared with {prototypes.source}\n"
+        f"{len(prototypes.class_names)} classes, compared with {prototypes.source}{mixed}\n"
     )
 
     def score(model, prototypes):

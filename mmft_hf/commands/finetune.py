@@ -210,6 +210,8 @@ def _announce(model_args, data_args, config, splits, counts, zero_shot: float, m
         rows["captions"] = f'{per_image.mean():.1f} per training image, after "{config.class_template}"' + (
             f"; {without} images have none and use that alone" if without else ""
         )
+        if config.caption_dropout:
+            rows["captions"] += f"; left out with probability {config.caption_dropout:g}"
     else:
         rows["captions"] = f'none: class template "{config.class_template}" alone'
     w = config.supcon_weight
