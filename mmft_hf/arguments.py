@@ -86,8 +86,15 @@ class DataArguments:
     dataset_name: str = field(
         default="builtin/emoji-mini",
         metadata={
-            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, or a CSV/JSONL "
-            "file of image paths and labels. builtin/emoji-mini comes with this package."
+            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, a CSV/JSONL file of "
+            "image paths and labels, or a split file of CoOp (split_zhou_*.json). builtin/emoji-mini comes with this package."
+        },
+    )
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that image paths start from. Default: that of the data set's file; of a split file of CoOp, "
+            "also a folder beside it."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})

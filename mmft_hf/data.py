@@ -10,20 +10,18 @@ import hashlib
 import json
 import logging
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
-from datasets.config import HF_DATASETS_CACHE
-from datasets.fingerprint import Hasher
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
 from .arguments import DataArguments
 from .builtin import builtin
 from .errors import UserError, nearest
 from .joining import join_captions
+from .opening import empty_split, load_raw
 from .prompts import clean_class_name
 from .sampling import few_shot_split, hold_out
 
@@ -91,62 +89,10 @@ def captions_of(value: str | list | None) -> list[str]:
     return [text.strip() for text in texts if text and text.strip()]
 
 
-def _cache_of(folder: Path) -> str | None:
-    """Where a folder with a card is cached. `datasets` goes by the folder's name and its card alone there, and would open
-    what it held before, or another folder of that name."""
-    if not (folder / "README.md").is_file():
-        return None
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.resolve().glob("**/*.*") if p.is_file()]
-    files = sorted(entry for entry in files if "/journal/" not in entry[0])  # that of the captions grows meanwhile
-    return str(Path(HF_DATASETS_CACHE) / "folders" / Hasher.hash(files))
-
-
-def load_raw(name: str, config: str | None = None, revision: str | None = None) -> DatasetDict:
-    """Opens a Hub id, a local folder (parquet, or images in class folders) or a CSV/JSONL file.
-
-    Raises:
-        UserError: nothing there, or nothing that `datasets` can open.
-    """
-    path = Path(builtin(name))
-    try:
-        if path.is_file():
-            kind = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix.lower())
-            if kind is None:
-                raise UserError(
-                    f"data set {name!r}: expected a .csv, .jsonl or .parquet file, found {path.suffix!r}. For a folder "
-                    "of images type --dataset_name FOLDER."
-                )
-            return load_dataset(kind, data_files={"train": str(path)})
-        if path.is_dir() and not any(path.rglob("*.*")):
-            raise UserError(
-                f"data set {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
-            )
-        if path.is_dir():
-            # Not `.`, which has no name to be cached by.
-            return load_dataset(os.path.abspath(path), config, cache_dir=_cache_of(path))
-        return load_dataset(name, config, revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a different class for each builder
-        empty = re.search(r'Instruction "(.*)" corresponds to no data', str(error))
-        if empty:
-            raise UserError(_empty_split(name, empty[1])) from error
-        # Around the reason, a builder wraps "An error occurred while generating the dataset".
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"data set {name!r}: expected a Hub id, a folder of parquet files, a folder with one subfolder of images per "
-            f"class, or a CSV/JSONL file; it could not be opened ({reason[0].rstrip('.')})."
-        ) from error
-
-
-def _empty_split(name: str, split: str) -> str:
-    return f"data set {name!r}: expected images in split {split!r}, found none: it is empty. Remove it, or fill it."
-
-
 def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bool]:
     """Renames the three columns, checks their types and makes image paths absolute."""
     path = Path(builtin(args.dataset_name))
-    base = path.parent if path.is_file() else path
+    base = Path(args.image_root or (path.parent if path.is_file() else path))
     features = next(iter(raw.values())).features
     wanted = {"image": args.image_column, "label": args.label_column}
     captions = args.captions_column or ("captions" if "captions" in features else None)
@@ -176,6 +122,11 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
         in_the_way = [role for role, column in wanted.items() if role != column and role in dataset.column_names]
         dataset = dataset.remove_columns(in_the_way)
         dataset = dataset.rename_columns({column: role for role, column in wanted.items() if role != column})
+        if args.image_root and dataset.features["image"] not in TEXT:
+            raise UserError(
+                f"--image_root: expected paths of images in column {args.image_column!r}, found {dataset.features['image']}. "
+                "Leave it out."
+            )
         if dataset.features["image"] in TEXT:
             paths = [str(base / p) if p else None for p in dataset["image"]]
             dataset = dataset.remove_columns("image").add_column("image", paths)
@@ -259,7 +210,7 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
     """Loads labelled images, with captions where there are any, under the contract's column names.
 
     Args:
-        name: Hub id, folder of parquet files, folder of images in class folders, CSV/JSONL file, or
+        name: Hub id, folder of parquet files, folder of images in class folders, CSV/JSONL file, split file of CoOp, or
             `builtin/emoji-mini`.
         config: configuration of a Hub data set.
         options: any field of `DataArguments`, e.g. `captions_column="text"`.
@@ -277,10 +228,10 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
 
 
 def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]:
-    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision)
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
     empty = [split for split, dataset in raw.items() if len(dataset) == 0]
     if empty:
-        raise UserError(_empty_split(args.dataset_name, empty[0]))
+        raise UserError(empty_split(args.dataset_name, empty[0]))
     train = _find_split(raw, "train", args.train_split)
     if train is None:
         if len(raw) > 1:
@@ -322,17 +273,17 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     Raises:
         UserError: as `load_captioned_dataset`; a class that the model does not know.
     """
-    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision)
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
     split = _find_split(raw, "test", args.test_split)
     if split is None:
         return None
     if len(raw[split]) == 0:
-        raise UserError(_empty_split(args.dataset_name, split))
+        raise UserError(empty_split(args.dataset_name, split))
     data, _ = _map_columns(DatasetDict({split: raw[split]}), args)
     dataset = data[split]
     if args.class_names:
         dataset = _encode_labels(_rename_classes(dataset, args.class_names), split, args.class_names, args.label_column)
-    return _encode_labels(dataset, split, class_names, args.label_column)
+    return _add_source(_encode_labels(dataset, split, class_names, args.label_column))
 
 
 def load_splits(args: DataArguments) -> Splits:

@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import io
 import json
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from mmft_hf.arguments import DataArguments
 from mmft_hf.captioning.arguments import CaptionArguments
 from mmft_hf.data import labels_of, load_splits
 from mmft_hf.errors import UserError
+from mmft_hf.images import original_bytes
 from mmft_hf.prompts import DEFAULT_TEMPLATE, class_prompt
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -147,9 +147,8 @@ def settings(recipe: str, verb: str, *words: str):
 
 
 def shas(dataset: Dataset) -> list[str]:
-    return [
-        hashlib.sha256(row["bytes"]).hexdigest() for row in dataset.cast_column("image", Image(decode=False))["image"]
-    ]
+    undecoded = dataset.cast_column("image", Image(decode=False))
+    return [hashlib.sha256(original_bytes(image)).hexdigest() for image in undecoded["image"]]
 
 
 def test_every_benchmark_has_both_recipes():
@@ -317,31 +316,85 @@ def test_emoji_pictures_are_square_on_white(builder, tmp_path):
 
 
 # -- CoOp's split files ------------------------------------------------------------------------------------------------
-def test_split_file_of_coop(tmp_path):
-    names = ["Sea or Lake", "Annual Crop Land"]  # not in alphabetical order, as numbers and names need not agree
-    rows = [[f"class_{c}/{i}.png", c, names[c]] for c in (0, 1) for i in range(6)]
+@pytest.fixture
+def coop(tmp_path):
+    """`split_zhou_X.json` with pictures in a folder beside it, and its rows. Numbers and names are in different orders."""
+    names = ["Sea or Lake", "Annual Crop Land"]
+    rows = [[f"class_{c}/{i}.png", c, names[c]] for c in (1, 0) for i in range(6)]
     for i, (path, _, _) in enumerate(rows):
         (tmp_path / "pictures" / path).parent.mkdir(parents=True, exist_ok=True)
         PILImage.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "pictures" / path)
+    (tmp_path / "annotations").mkdir()
     parts = {"train": rows[0::3], "val": rows[1::3], "test": rows[2::3]}
     (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts))
+    return tmp_path / "split_zhou_X.json", parts
 
-    def run():
-        command = [sys.executable, RECIPES / "coop_splits" / "folder.py"]
-        words = [tmp_path / "split_zhou_X.json", tmp_path / "pictures", tmp_path / "out"]
-        return subprocess.run([*command, *words], capture_output=True, text=True, timeout=60)
 
-    done = run()
-    assert done.returncode == 0, done.stderr
-    splits = load_splits(DataArguments(dataset_name=str(tmp_path / "out")))
+def paths(dataset: Dataset) -> list[str]:
+    return [row["path"] for row in dataset.cast_column("image", Image(decode=False))["image"]]
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_split_file_of_coop(coop, typed):
+    file, parts = coop
+    root = file.parent / "pictures"
+    if typed:
+        root = root.rename(file.parent.parent / f"{file.parent.name} elsewhere")
+    splits = load_splits(DataArguments(str(file), image_root=str(root) if typed else None))
+    assert splits.class_names == ["Sea or Lake", "Annual Crop Land"] and not splits.has_captions
     for dataset, part in ((splits.train, "train"), (splits.validation, "val"), (splits.test, "test")):
-        paths = [row["path"] for row in dataset.cast_column("image", Image(decode=False))["image"]]
-        found = [(path, splits.class_names[label]) for path, label in zip(paths, labels_of(dataset), strict=True)]
-        assert found == [(str(tmp_path / "pictures" / path), name) for path, _, name in parts[part]]
+        found = zip(paths(dataset), labels_of(dataset).tolist(), strict=True)
+        assert list(found) == [(str(root / path), number) for path, number, _ in parts[part]]
 
-    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts | {"test": rows[:1]}))
-    assert "expected each picture once, found 1 twice" in run().stderr
-    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts | {"val": [["none.png", 0, names[0]]]}))
-    assert "1 of 9 pictures are not in" in run().stderr
-    (tmp_path / "split_zhou_X.json").write_text(json.dumps(parts | {"val": [[rows[1][0], 0, names[1]]]}))
-    assert "expected one name for each class number" in run().stderr
+
+def test_split_file_of_coop_in_caption_and_finetune(coop, clip_folder, capsys):
+    file, _ = coop
+    captioned, run = str(file.parent / "captioned"), str(file.parent / "run")
+    model = ["--model_name_or_path", str(clip_folder), "--output_dir"]
+    words = ["--captioner", "template", "--captioner_model", "none", *model, captioned]
+    assert cli.main(["caption", "--dataset_name", str(file), *words]) == 0, capsys.readouterr().err
+    # The captioned data set is that of the file, pictures included.
+    before, after = (load_splits(DataArguments(name)) for name in (str(file), captioned))
+    assert shas(before.train) == shas(after.train) and after.captions_per_image().tolist() == [1] * 4
+    assert [len(after.validation), len(after.test)] == [4, 4] and after.class_names == before.class_names
+    words = [*model, run, "--max_steps", "1", "--image_root", str(file.parent / "pictures")]
+    assert cli.main(["finetune", "--dataset_name", str(file), *words]) == 0, capsys.readouterr().err
+    assert "Test accuracy on 4 images" in capsys.readouterr().out
+    assert "image_root" not in (Path(run) / "README.md").read_text("utf-8")  # nobody's business
+
+
+def test_what_is_wrong_with_a_split_file_is_said(coop, tmp_path):
+    file, parts = coop
+    first = parts["train"][0]
+    wrong = {
+        "expected each picture once, found 1 more often, class_1/0.png": {"test": [first]},
+        r"found 8 of 9; none\.png is missing, for one. Type --image_root": {"val": [["none.png", 0, "Sea or Lake"]]},
+        r"one name for each class number, found \(0, 'Annual Crop Land'\)": {"val": [["x", 0, "Annual Crop Land"]]},
+        r"expected \[path, class number, class name\].*, found \[\"x\", \"0\"": {"val": [["x", "0", "Sea or Lake"]]},
+        r"found \[\] \(split 'val', row 0\)": {"val": []},
+        "expected the splits train, val, test, found train, val, test, all": {"all": []},
+    }
+    for message, part in wrong.items():
+        file.write_text(json.dumps(parts | part))
+        with pytest.raises(UserError, match=message):
+            load_splits(DataArguments(str(file)))
+    file.write_text(json.dumps(parts))
+    (tmp_path / "copy" / "class_1").mkdir(parents=True)
+    (tmp_path / "copy" / first[0]).write_bytes((tmp_path / "pictures" / first[0]).read_bytes())
+    with pytest.raises(UserError, match=r"found it in copy and pictures\. Type --image_root"):
+        load_splits(DataArguments(str(file)))
+    pickle = tmp_path / "shot_16-seed_1.pkl"
+    pickle.write_bytes(b"")
+    with pytest.raises(UserError, match="A pickle can run anything when it is opened"):
+        load_splits(DataArguments(str(pickle)))
+
+
+@pytest.mark.usefixtures("coop")
+def test_image_root_is_for_paths(tmp_path):
+    (tmp_path / "tables").mkdir()
+    rows = ["image,label", *(f"class_{c}/{i}.png,{'ab'[c]}" for c in (0, 1) for i in range(6))]
+    (tmp_path / "tables" / "train.csv").write_text("\n".join(rows))
+    splits = load_splits(DataArguments(str(tmp_path / "tables" / "train.csv"), image_root=str(tmp_path / "pictures")))
+    assert all(Path(path).is_file() for path in paths(splits.train))
+    with pytest.raises(UserError, match="--image_root: expected paths of images in column 'image', found Image"):
+        load_splits(DataArguments("builtin/emoji-mini", image_root=str(tmp_path)))

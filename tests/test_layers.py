@@ -27,6 +27,8 @@ LAYERS = [
     {
         "configuration",
         "data",
+        "opening",
+        "split_files",
         "joining",
         "cache",
         "views",
