@@ -1,4 +1,8 @@
-"""Baselines on frozen features: pure functions of arrays, one file per family. No model, no files, no test labels.
+"""Baselines, one file per family: on frozen features, as pure functions of arrays, and by fine-tuning. No test labels.
+
+## On frozen features
+
+No model, no files.
 
 | row | function | parameters chosen on validation |
 |---|---|---|
@@ -22,4 +26,17 @@ Shapes: `n` training examples, `V` views of each, `N` test examples, `C` classes
 arrays or tensors of any float type; they are taken for unit-norm embeddings of one model. `zero_shot` `(C, D)` are the
 class texts' unit-norm embeddings of the same model, such as `ClassPrototypes.embeddings`. `train_y` `(n,)` are integers
 from 0 to C-1; C is the number of rows of `zero_shot`, or the largest label plus one. Classes may be of unequal size.
+
+## By fine-tuning
+
+With cross-entropy, on top of `MMFTTrainer`, whose pictures, steps and choice of the epoch they share. A model is trained in
+place; its learning rate is that of the `MMFTConfig` given.
+
+| row | function | what is trained |
+|---|---|---|
+| `ce` | `cross_entropy.train_head` | image tower and linear head, from zero-shot weights |
+| `ce-frozen` | the same, `fixed=True` | image tower, with the zero-shot head as it is |
+| `lp-ft` | the same | image tower and linear head, from the weights of `linear.head` |
+| `ce-text` | `cross_entropy.train_class_texts` | both towers, against the classes' texts |
+| `clip-lora` | `clip_lora.clip_lora` | LoRA in the attention of both towers, against the classes' texts |
 """

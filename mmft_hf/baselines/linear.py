@@ -39,6 +39,21 @@ def logistic_regression(train_x, train_y, test_x, C: float = C_DEFAULT, max_iter
     return _scores(model, inputs)
 
 
+def head(train_x, train_y, C: float = C_DEFAULT, max_iterations: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `(C, D)` and bias `(C,)` of `logistic_regression`: its scores are `test_x @ weights.T + bias`.
+
+    Where fine-tuning may start (`lp-ft`).
+    """
+    positive(C=C, max_iterations=max_iterations)
+    model = _model(C, max_iterations)
+    inputs = check(train_x, train_y, train_x, dtype=None, every_class=True)
+    _fit(model, inputs)
+    weights, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(weights) == 1:  # two classes
+        return np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    return weights, bias
+
+
 def choose(train_x, train_y, val_x, val_y, max_iterations: int = 1000) -> Choice:
     """`C` of `logistic_regression` by accuracy on validation `(n_val, D)`, `(n_val,)`, from `STRENGTHS`.
 
@@ -68,9 +83,13 @@ def _model(C: float, max_iterations: int):
     return LogisticRegression(C=C, max_iter=max_iterations)
 
 
-def _scores(model, inputs: Inputs) -> np.ndarray:
+def _fit(model, inputs: Inputs) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The number of unique classes")  # one image per class is meant
         model.fit(inputs.train_x.cpu().numpy(), inputs.train_y.cpu().numpy())
+
+
+def _scores(model, inputs: Inputs) -> np.ndarray:
+    _fit(model, inputs)
     scores = model.decision_function(inputs.test_x.cpu().numpy()).astype(np.float64)
     return scores if scores.ndim == 2 else np.stack([-scores / 2, scores / 2], axis=1)
