@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 
 from mmft_hf import MMFTConfig, MMFTTrainer, set_towers
+from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, LinearHead
 
 STEP = 12  # images of a step in all processes: for 1, 2 and 3 of them
 # Rows of three classes: 9, 7 and 3 images, 7 of them left for the last step; and 13 images, one left.
@@ -36,6 +37,8 @@ CASES = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "templates": {"captions": False},
     "UniCL": {"include_self": True, "supcon_weight": 1.0},
+    "cross-entropy, head": {"trainer": "head"},
+    "cross-entropy, class texts": {"trainer": "texts", "towers": ("lora", "lora"), "loss_chunk_size": 2},
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }
@@ -53,6 +56,17 @@ class Gradients(TrainerCallback):
             self.first = {f"gradient of {n}": p.grad.detach().clone() for n, p in named if p.grad is not None}
 
 
+def make_trainer(kind: str, model, config, train, validation, processor) -> MMFTTrainer:
+    """The Trainer of a case: of the method, or of a baseline by cross-entropy."""
+    if kind == "head":
+        weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+        head = LinearHead(weight, train.features["label"].names, torch.zeros(3))
+        return HeadTrainer(model, processor, config, train, head, validation)
+    if kind == "texts":
+        return ClassTextsTrainer(model, processor, config, train, validation)
+    return MMFTTrainer(model, config, train, validation, processor)
+
+
 def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Two epochs of a case: gradients of the first step and final weights; logs and metrics."""
     settings = dict(CASES[name])
@@ -64,7 +78,8 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     settings = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2, "logging_strategy": "epoch"} | settings
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     gradients = Gradients()
-    trainer = MMFTTrainer(
+    trainer = make_trainer(
+        settings.pop("trainer", "mmft"),
         model,
         MMFTConfig(
             output_dir=str(folder / name),
@@ -79,8 +94,8 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
         colour_dataset(9, captions=captions).select(rows),
         colour_dataset(4, seed=1).select(range(11)),
         processor,
-        callbacks=[gradients],
     )
+    trainer.add_callback(gradients)
     trainer.train()
     keys = ("loss", "supcon_loss", "clip_loss", "anchors_with_positives", "captions_cut", "skipped_images")
     logs = {f"{log['epoch']} {key}": log[key] for log in trainer.state.log_history for key in keys if key in log}
