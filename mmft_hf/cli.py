@@ -16,6 +16,7 @@ import shlex
 import sys
 import traceback
 
+from .benchmark.processes import work_alone
 from .console import is_main
 from .errors import PartialResult, UserError, nearest
 from .version import __version__
@@ -66,10 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r}: expected one of {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
-        if argv[0] == "benchmark" and os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError(
-                f"benchmark: expected one process, found {os.environ['WORLD_SIZE']}. Type mmft-hf benchmark …"
-            )
+        if argv[0] == "benchmark":
+            work_alone()
         command = importlib.import_module(f".commands.{argv[0]}", __package__)
         if argv[0] not in ("finetune", "caption") and not is_main():
             return 0  # only training and a captioner in this process use several; the first one does the rest

@@ -1,4 +1,4 @@
-"""`accelerate launch recipes/benchmark.py …` does what `mmft-hf benchmark …` does, in one process."""
+"""`torchrun --nproc_per_node N recipes/benchmark.py …`, or `accelerate launch …`: `mmft-hf benchmark …` by N processes, which share the cells."""
 
 import sys
 

@@ -1,5 +1,6 @@
 """The grid of methods: what a cell may see, what is kept, and what goes on after a cut or a failure."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ from datasets import Image
 
 from mmft_hf.baselines import linear
 from mmft_hf.benchmark import grid, methods
-from mmft_hf.benchmark.grid import RESULTS_FILE, append_row, cells, parse_shots, read_results
+from mmft_hf.benchmark.grid import cells, parse_shots
 from mmft_hf.benchmark.methods import METHODS, NEEDS_CAPTIONS, Workshop
 from mmft_hf.benchmark.protocol import Cell, SealedTest, make_task
+from mmft_hf.benchmark.results import RESULTS_FILE, append_row, read_results
 from mmft_hf.benchmark.table import summary_table
 from mmft_hf.benchmark.trainings import shuffled_captions
 from mmft_hf.cli import main
@@ -44,7 +46,7 @@ def test_every_cell_is_a_row_with_what_it_depends_on(run):
     assert [row["method"] for row in rows] == ["zs", *(["zs-cap", "lp", "gda", "lp++", "flyp", "mmft+wise"] * 2)]
     for row in rows:
         assert row["status"] == "done" and 0 <= row["test_accuracy"] <= 1 and row["test_images"] == 18
-        assert row["identity"]["versions"]["mmft_hf"] and row["identity"]["settings"]["learning_rate"] == "0.001"
+        assert row["identity"]["versions"]["mmft_hf"] and row["identity"]["settings"]["learning_rate"] == 0.001
     policies = {row["method"]: row["selection_policy"] for row in rows}
     assert policies["lp"] == policies["gda"] == "val-k" and policies["lp++"] == policies["flyp"] == "last"
     subset = json.loads((run / "subsets" / "shots-2_seed-1.json").read_text())
@@ -67,7 +69,7 @@ def test_a_second_run_changes_nothing_and_a_cut_one_goes_on_to_the_same_numbers(
     assert main(command(clip_folder, data_folder, out, *SMALL)) == 0
 
     def numbers(path):
-        times = ("fit_seconds", "time")
+        times = ("fit_seconds", "test_seconds", "time")
         return [{k: v for k, v in row.items() if k not in times} for row in read_results(path / RESULTS_FILE)]
 
     assert numbers(out) == numbers(run)
@@ -80,12 +82,9 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
     assert "expected results of the same settings, found others" in capsys.readouterr().err
 
 
-def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, monkeypatch, capsys):
+def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, capsys):
     assert main(command(clip_folder, data_folder, tmp_path / "out", "--vision_tower", "frozen")) == 2
     assert "--vision_tower: expected full, found frozen" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(command(clip_folder, data_folder, tmp_path / "out")) == 2
-    assert "benchmark: expected one process, found 2" in capsys.readouterr().err
 
 
 def test_results_of_another_optimiser_are_not_mixed(run, clip_folder, data_folder, capsys):
@@ -132,6 +131,10 @@ def some_splits(**more) -> SimpleNamespace:
     return SimpleNamespace(**parts, class_names=list(COLOURS), fingerprint=lambda: "0123456789abcdef")
 
 
+def a_grid(every, splits, folder, **more) -> grid.Grid:
+    return grid.Grid(every, splits, folder, {}, say=lambda text: None, **more)
+
+
 @pytest.mark.parametrize("shots", [3, "full"])
 def test_no_method_can_read_the_test_split_before_it_is_judged(clip_folder, tmp_path, monkeypatch, shots):
     touched, at_judgement = [], []
@@ -141,22 +144,28 @@ def test_no_method_can_read_the_test_split_before_it_is_judged(clip_folder, tmp_
 
     def watched(self, cell, classifier):
         at_judgement.append((cell.method, list(touched)))
-        monkeypatch.setattr(self, "_SealedTest__dataset", splits.test._dataset)
+        opened = {name: getattr(split, "_dataset", split) for name, split in self._SealedTest__splits.items()}
+        monkeypatch.setattr(self, "_SealedTest__splits", opened)
         return judge(self, cell, classifier)
 
     monkeypatch.setattr(SealedTest, "judge", watched)
     every = cells(METHODS, [shots], [0])
-    rows = grid.run_grid(every, a_workshop(clip_folder, tmp_path), splits, tmp_path, {}, False, lambda text: None)
+    shift = Watched(splits.train, touched)
+    found = a_grid(every, splits, tmp_path, shifts={"shift": shift})
+    assert touched == []
+    rows = found.run(a_workshop(clip_folder, tmp_path))
     assert [row["status"] for row in rows] == ["done"] * len(METHODS)
-    assert [name for name, _ in at_judgement] == [cell.method for cell in every]
+    assert sorted(name for name, _ in at_judgement) == sorted(cell.method for cell in every)
     assert all(seen == [] for _, seen in at_judgement)
 
 
 def test_a_cell_is_judged_once():
     data = colour_dataset(2)
-    sealed = SealedTest(data, list(COLOURS))
+    sealed = SealedTest({"test": data, "shift": data}, list(COLOURS))
     right = np.eye(3)[labels_of(data)]
-    assert sealed.judge(Cell("a", 1, 0), lambda dataset: right)["accuracy"] == 1
+    found = sealed.judge(Cell("a", 1, 0), lambda dataset: right)
+    assert found["test_accuracy"] == found["shift_accuracy"]["shift"] == 1
+    assert found["predictions"] == {"test": labels_of(data).tolist(), "shift": labels_of(data).tolist()}
     with pytest.raises(ValueError, match="read once"):
         sealed.judge(Cell("a", 1, 0), lambda dataset: right)
 
@@ -175,7 +184,7 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
         assert main(words) == 3
     printed = capsys.readouterr()
     assert "1 of 2 cells failed. To go on, type: mmft-hf benchmark" in printed.err
-    assert "1 cells failed: lp (the scores are not finite)" in printed.out
+    assert "1 cell failed: lp, 2 shots, seed 0 (the scores are not finite)" in printed.out
     assert main(words) == 0  # only what failed is tried again
     rows = read_results(tmp_path / "out" / RESULTS_FILE)
     assert [(row["method"], row["status"]) for row in rows] == [("lp", "failed"), ("zs-cap", "done"), ("lp", "done")]
@@ -184,7 +193,7 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
 def test_methods_that_need_captions_fail_without_any(clip_folder, tmp_path):
     splits = some_splits(train=colour_dataset(8, captions=False))
     shop = a_workshop(clip_folder, tmp_path)
-    rows = grid.run_grid(cells(["zs-cap", "lp"], [2], [0]), shop, splits, tmp_path, {}, False, lambda text: None)
+    rows = a_grid(cells(["zs-cap", "lp"], [2], [0]), splits, tmp_path).run(shop)
     assert [row["status"] for row in rows] == ["failed", "done"]
     assert "it needs captions" in rows[0]["error"]
     assert {"zs-cap", "mmft", "mmft+wise"} <= NEEDS_CAPTIONS and not {"flyp", "mmft-no-captions"} & NEEDS_CAPTIONS
@@ -230,11 +239,14 @@ def test_permuted_labels_fall_to_chance(clip_folder, tmp_path):
 
 
 def test_the_table_has_means_intervals_and_policies():
+    seeds = itertools.count()
+
     def row(method, shots, accuracy, policy="last", status="done"):
         more = {"error": "broken"} if status == "failed" else {}
         return {
             "method": method,
             "shots": shots,
+            "seed": next(seeds),
             "test_accuracy": accuracy,
             "selection_policy": policy,
             "status": status,
@@ -243,20 +255,21 @@ def test_the_table_has_means_intervals_and_policies():
     rows = [row("zs", 0, 0.5), row("lp", 4, 0.6, "val-k"), row("lp", 4, 0.7, "val-k"), row("lp", 4, 0.8, "val-k")]
     rows += [row("lp", "full", 0.9, "val-full"), row("mmft", 4, 0, status="failed")]
     table = summary_table(rows)
-    assert "| method | selection | 0 shots | 4 shots | all images |" in table
+    assert "| method | selection | seeds | untuned | 4 shots | all images |" in table
     # Student: 4.303 * 10 / sqrt(3)
-    assert "| lp | val-full, val-k |  | 70.0 ± 24.8 | 90.0 |" in table
-    assert "| zs | last | 50.0 |  |  |" in table and "1 cells failed: mmft (broken)" in table
+    assert "| lp | val-full, val-k | 1 to 3 |  | 70.0 ± 24.8 | 90.0 |" in table
+    assert "| zs | last | 1 | 50.0 |  |  |" in table and "1 cell failed: mmft, 4 shots, seed 5 (broken)" in table
 
 
 def test_a_line_that_was_cut_is_replaced(tmp_path):
     path = tmp_path / "r.jsonl"
-    append_row(path, {"a": "ä"})
+    first, second = ({"identity": {}, "method": m, "shots": 1, "seed": 0, "status": "done"} for m in "äb")
+    append_row(path, first)
     with open(path, "a") as file:
         file.write('{"half": ')
-    assert read_results(path) == [{"a": "ä"}]
-    append_row(path, {"b": 1})
-    assert read_results(path) == [{"a": "ä"}, {"b": 1}]
+    assert read_results(path) == [first]
+    append_row(path, second)
+    assert read_results(path) == [first, second]
     path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(UserError, match="expected JSON in line 1"):
+    with pytest.raises(UserError, match="expected a result in line 1"):
         read_results(path)

@@ -6,15 +6,18 @@ Shots are images per class; a seed draws the subset, the order and the captions,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from ..data import Splits, labels_of
 from ..errors import UserError
+from ..images import BadImage, read_image
+from ..losses import IGNORED
 from ..metrics import report
 from ..sampling import few_shot_split
 
@@ -108,23 +111,72 @@ Classifier = Callable[[Dataset], np.ndarray]
 
 
 class SealedTest:
-    """The test split. Methods are given a `Task`, which does not have it; what they return is judged here, once per cell."""
+    """The test split, and its shifts. Methods are given a `Task`, which has none of them; what they return is judged here,
+    once per cell.
 
-    def __init__(self, dataset: Dataset, class_names: list[str]):
-        self.__dataset = dataset
+    Args:
+        splits: the test split, as `test`, and further ones by name: other images of the same classes.
+        class_names: `C` names.
+        skip_bad_images: pictures that cannot be read count for nothing; otherwise a classifier stops at them.
+    """
+
+    def __init__(self, splits: Mapping[str, Dataset], class_names: list[str], skip_bad_images: bool = False):
+        self.__splits = dict(splits)
         self._class_names = class_names
+        self._skip = skip_bad_images
+        self._readable: dict[str, np.ndarray] = {}
         self._judged: set[Cell] = set()
 
     def judge(self, cell: Cell, classifier: Classifier) -> dict:
-        """`ClassificationReport` of a finished classifier.
+        """What a finished classifier does on every split, and the seconds that it took.
+
+        Returns:
+            `test_accuracy`, `test_mean_per_class_accuracy`, `test_images`; `shift_accuracy` by split; `predictions`, for
+            each split the class of each image (-1: unreadable); `test_seconds`.
 
         Raises:
-            ValueError: the cell was judged before, or its scores are not finite.
+            ValueError: the cell was judged before, or its scores are not finite numbers, a row for each image.
         """
         if cell in self._judged:
             raise ValueError(f"{cell}: the test split is read once.")
         self._judged.add(cell)
-        scores = np.asarray(classifier(self.__dataset))
-        if not np.isfinite(scores).all():
-            raise ValueError("the scores are not finite")
-        return report(scores, labels_of(self.__dataset), self._class_names)
+        reports, predictions, start = {}, {}, time.monotonic()
+        for name, dataset in self.__splits.items():
+            scores = np.asarray(classifier(dataset))
+            if scores.shape != (len(dataset), len(self._class_names)):
+                raise ValueError(f"expected {len(dataset)} x {len(self._class_names)} scores, found {scores.shape}")
+            readable = self._readable_rows(name, dataset)
+            if not np.isfinite(scores[readable]).all():
+                raise ValueError("the scores are not finite")
+            reports[name] = report(scores, np.where(readable, labels_of(dataset), IGNORED), self._class_names)
+            predictions[name] = np.where(readable, scores.argmax(axis=1), -1).tolist()
+        test = reports.pop("test")
+        return {
+            "test_accuracy": test["accuracy"],
+            "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
+            "test_images": test["examples"],
+            "shift_accuracy": {name: found["accuracy"] for name, found in reports.items()},
+            "predictions": predictions,
+            "test_seconds": round(time.monotonic() - start, 3),
+        }
+
+    def _readable_rows(self, name: str, dataset: Dataset) -> np.ndarray:
+        if not self._skip:
+            return np.ones(len(dataset), dtype=bool)
+        if name not in self._readable:
+            self._readable[name] = np.array([is_readable(row["image"]) for row in undecoded(dataset)], dtype=bool)
+        return self._readable[name]
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """The images alone, as they are stored."""
+    return dataset.select_columns("image").cast_column("image", Image(decode=False))
+
+
+def is_readable(image: dict) -> bool:
+    """Whether a stored image can be decoded."""
+    try:
+        read_image(image)
+    except BadImage:
+        return False
+    return True

@@ -1,15 +1,27 @@
-"""Compares methods on one data set under one protocol: shots, seeds, and a test split that none can read before the end."""
+"""Compares methods on one data set under one protocol: shots, seeds, and a test split that none can read before the end.
+
+Several processes may work at one grid: the same command in a second terminal, or torchrun and accelerate launch with
+recipes/benchmark.py, each with a GPU of its own. Each takes the cells that nobody has.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..arguments import DataArguments, ModelArguments, choice
+from ..benchmark.processes import Claims, number_of_process
 from ..configuration import MMFTConfig
 from ..console import say, table
 from ..errors import PartialResult, UserError
+from ..images import content_hash
+
+# Beside the settings, what numbers depend on.
+VERSIONED = ("mmft_hf", "torch", "transformers", "peft", "scikit-learn")
 
 
 @dataclass
@@ -27,6 +39,34 @@ class BenchmarkArguments:
     allow_fewer: bool = field(
         default=False, metadata={"help": "Take what there is of a class with fewer images than shots."}
     )
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Each fine-tuning method is fitted once with each of them (ten times as large for LoRA), and validation "
+            "chooses. Default: learning_rate alone."
+        },
+    )
+    min_steps: int = field(
+        default=0,
+        metadata={"help": "Train few images for at least so many steps; default 0: num_train_epochs decides."},
+    )
+    shift_splits: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further splits of the same classes that every method is judged on, beside the test split."},
+    )
+    group_column: str | None = field(
+        default=None,
+        metadata={"help": "Test images with the same value there are not independent: intervals count them as one."},
+    )
+    report: str | None = field(
+        default=None, metadata={"help": "Draw the report of a folder of results once more, and do nothing else."}
+    )
+
+    def __post_init__(self):
+        if any(rate <= 0 for rate in self.learning_rates or ()):
+            raise UserError(f"--learning_rates: expected numbers above 0, found {min(self.learning_rates):g}.")
+        if self.min_steps < 0:
+            raise UserError(f"--min_steps: expected 0 or more, found {self.min_steps}.")
 
 
 @dataclass
@@ -48,14 +88,24 @@ ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, MMFTConfig)
 
 def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: BenchmarkData, config: MMFTConfig) -> None:
     """Runs the grid, or what is left of it, and prints its table."""
-    if find_spec("sklearn") is None:  # now, not after the first cells; it brings scipy
-        raise UserError("benchmark: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
-    from ..benchmark.grid import RESULTS_FILE, cells, parse_shots, run_grid
+    first = number_of_process() == 0
+    for module in ("sklearn", "matplotlib"):  # now, not after the first cells; the former brings scipy
+        if find_spec(module) is None:
+            raise UserError(
+                f"benchmark: expected {'scikit-learn' if module == 'sklearn' else module}, found none. Type: "
+                "pip install 'mmft_hf[benchmark]'"
+            )
+    if args.report:
+        if first:
+            _write_report(Path(args.report))
+        return
+    from ..benchmark import describe
+    from ..benchmark.grid import Grid, cells, parse_shots
     from ..benchmark.methods import METHODS, Workshop
+    from ..benchmark.results import RESULTS_FILE
+    from ..benchmark.shifts import check_labels, load_shifts
     from ..benchmark.table import summary_table
-    from ..cards import versions
     from ..data import load_splits
-    from ..run_folder import DECIDING
 
     for name in args.methods:
         choice("methods", name, METHODS)
@@ -64,32 +114,138 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
             raise UserError(
                 f"--{tower}: expected full, found {getattr(model_args, tower)}. A method says what it trains: --methods mmft-lora."
             )
-    grid = cells(args.methods, parse_shots(data_args.shots), args.seeds)
+    listed = cells(args.methods, parse_shots(data_args.shots), args.seeds)
+    check_labels(data_args.whole, args.shift_splits or ())
     splits = load_splits(data_args.whole)
-    identity = {
-        "base_model": model_args.model_name_or_path,
-        "base_model_revision": model_args.model_revision,
-        "dataset": data_args.dataset_name,
-        "dataset_fingerprint": splits.fingerprint(),
-        # A cell has its own seed.
-        "settings": {name: str(getattr(config, name)) for name in (*DECIDING, "decode_cache") if name != "seed"},
-        "versions": {k: v for k, v in versions().items() if k in ("mmft_hf", "torch", "transformers", "peft")},
-    }
-    say(f"Comparing {len(args.methods)} methods on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
-    rows = {
-        "classes": len(splits.class_names),
-        "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test",
-        "cells": f"{len(grid)}: {len(args.methods)} methods, shots {' '.join(data_args.shots)}, "
-        f"seeds {' '.join(map(str, args.seeds))}",
-        "output": config.output_dir,
-    }
-    table(rows)
-    say()
-    shop = Workshop(model_args.model_name_or_path, model_args.model_revision, config)
+    shifts = load_shifts(data_args.whole, args.shift_splits or (), splits.class_names)
+    judged = {"test": splits.test, **shifts}
+    describe.groups_of(judged, args.group_column)  # is there such a column?
+    identity = _identity(args, model_args, data_args, config, splits, shifts)
     folder = Path(config.output_dir)
-    found = run_grid(grid, shop, splits, folder, identity, args.allow_fewer, say)
+    grid = Grid(
+        listed,
+        splits,
+        folder,
+        identity,
+        shifts,
+        args.allow_fewer,
+        skip_bad_images=config.on_bad_image == "skip",
+        say=say,
+    )
+    with Claims(folder / "claims").alone("data"):
+        data = _describe(folder, splits, judged, args, model_args, data_args)
+    left = len(grid.open_cells())
+    if first:
+        say(f"Comparing {len(args.methods)} methods on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
+        tested = "".join(f", {len(dataset):,} {name}" for name, dataset in judged.items())
+        rows = {
+            "classes": len(splits.class_names),
+            "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation{tested}",
+            "cells": f"{len(listed)}: {len(args.methods)} methods, shots {' '.join(data_args.shots)}, "
+            f"seeds {' '.join(map(str, args.seeds))}",
+            "output": config.output_dir,
+        }
+        table(rows)
+        for note in (*splits.notes, *_about_duplicates(data)):
+            say(f"\n  Note: {note}")
+        say()
+        if left < len(listed):
+            say(f"{len(listed) - left} of {len(listed)} cells are done already.")
+    shop = None
+    if left:
+        shop = Workshop(
+            model_args.model_name_or_path, model_args.model_revision, config, args.learning_rates, args.min_steps
+        )
+    found = grid.run(shop)
+    if not first:
+        return
     say(f"\nTest accuracy in %, mean over seeds, with 95 % interval over seeds\n\n{summary_table(found)}")
     say(f"\nEvery cell is a line of {folder / RESULTS_FILE}; which images each task had is in {folder / 'subsets'}.")
+    with grid.claims.alone("report"):
+        _write_report(folder)
     failed = sum(row["status"] == "failed" for row in found)
     if failed:
-        raise PartialResult(f"{failed} of {len(grid)} cells failed.", again=True)
+        raise PartialResult(f"{failed} of {len(listed)} cells failed.", again=True)
+
+
+def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
+    """What results depend on beside method, shots and seed."""
+    from ..benchmark.shifts import fingerprint_of
+    from ..cards import versions
+    from ..origins import origin
+    from ..run_folder import DECIDING, IDLE
+
+    plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
+    default = {f.name: f.default for f in fields(MMFTConfig)}
+    others = [k for k, v in plain.items() if k not in DECIDING and v != default.get(k) and not IDLE.fullmatch(k)]
+    known = versions() | {name: importlib.metadata.version(name) for name in ("peft", "scikit-learn")}
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    return {
+        "base_model": origin(model, revision, "model", local=True)["name"],
+        "base_model_revision": revision or _weights_of(Path(model)),
+        "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
+        "dataset_fingerprint": splits.fingerprint(),
+        "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
+        "settings": {
+            # A cell has its own seed, and is one process.
+            **{name: plain[name] for name in (*DECIDING, *others) if name not in ("seed", "world_size")},
+            "learning_rates": args.learning_rates,
+            "min_steps": args.min_steps,
+        },
+        "versions": {name: known[name] for name in VERSIONED},
+    }
+
+
+def _weights_of(folder: Path) -> str | None:
+    """16 hex digits of the weights in a folder, whose name alone would not tell them from others."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    digest = hashlib.sha256(b"".join(content_hash({"path": str(path)}) for path in files))
+    return digest.hexdigest()[:16] if files else None
+
+
+def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict:
+    """`data.json` of the grid: as it is there, or made where it is not, or of other data."""
+    from ..benchmark import describe
+    from ..benchmark.shifts import fingerprint_of
+    from ..origins import origin
+
+    key = {
+        "data": splits.fingerprint(),
+        "judged": {name: fingerprint_of(dataset) for name, dataset in judged.items()},
+        "group_column": args.group_column,
+    }
+    found = describe.read(folder / describe.DATA_FILE)
+    if isinstance(found, dict) and found.get("made_from") == key:
+        return found
+    names = {
+        "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
+        "model": origin(model_args.model_name_or_path, model_args.model_revision, "model", local=True)["name"],
+    }
+    found = {**names, **describe.describe(splits, judged, args.group_column), "made_from": key}
+    describe.write(folder / describe.DATA_FILE, found)
+    return found
+
+
+def _about_duplicates(data: dict) -> list[str]:
+    """What pictures in two splits mean, in a sentence."""
+    if not data["duplicates_count"]:
+        return []
+    some = "; ".join(
+        f"{images[0]} of {splits[0]} is {images[1]} of {splits[1]}"
+        for splits, images in ((d["splits"], d["images"]) for d in data["duplicates"][:3])
+    )
+    count = data["duplicates_count"]
+    return [
+        f"{count} {'pictures are' if count > 1 else 'picture is'} in two splits, byte for byte ({some}): what is learnt or chosen "
+        "on one is then measured on the other. They stay in; take them out of one split for a fair comparison."
+    ]
+
+
+def _write_report(folder: Path) -> None:
+    """Draws the report of a folder of results."""
+    try:
+        from ..benchmark.report import write_report
+    except ImportError:  # not there yet
+        return
+
+    say(f"Report: {write_report(folder)}")

@@ -1,0 +1,104 @@
+"""The file of results, one line of JSON per cell: several processes add to it, and a cut leaves no more than half a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import UserError
+
+RESULTS_FILE = "results.jsonl"
+
+
+class Results:
+    """Reads the rows of a file, and later those that were added meanwhile.
+
+    Args:
+        path: the file; need not exist.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict] = []
+        self._read = 0
+
+    def refresh(self) -> list[dict]:
+        """All rows. A last line without an end, which a cut left or another process is writing, is passed over.
+
+        Raises:
+            UserError: a line that is no row.
+        """
+        if not self.path.is_file():
+            return self.rows
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        for line in new.splitlines():
+            try:
+                row = json.loads(line)
+                row["identity"], row["method"], row["shots"], row["seed"], row["status"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}: expected a result in line {len(self.rows) + 1}, found {error!r}. Type another --output_dir."
+                ) from error
+            self.rows.append(row)
+        self._read += len(new)
+        return self.rows
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of a results file; none where there is no file."""
+    return Results(path).refresh()
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Adds a line, whole and on the disk before this returns. No other process may write meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        _cut_half_a_line(file)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_half_a_line(file) -> None:
+    """Takes away what a process that was cut left of a line."""
+    end = position = file.seek(0, os.SEEK_END)
+    while position:
+        start = max(0, position - 2**16)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            position = start + found + 1
+            break
+        position = start
+    if position < end:
+        file.truncate(position)
+
+
+def key_of(row: dict) -> tuple:
+    """Which cell a row is of."""
+    return row["method"], row["shots"], row["seed"]
+
+
+def check_identity(rows: Iterable[dict], identity: dict, folder: Path) -> None:
+    """Raises `UserError` where a row depends on other settings, data or versions than `identity`: both would be averaged."""
+    for row in rows:
+        if row["identity"] != identity:
+            differ = sorted(k for k in identity | row["identity"] if identity.get(k) != row["identity"].get(k))
+            details = "; ".join(_differences(k, row["identity"].get(k), identity.get(k)) for k in differ)
+            raise UserError(
+                f"--output_dir {folder}: expected results of the same {', '.join(differ)}, found others, which are not to be "
+                f"averaged with these ({details}). Type another --output_dir."
+            )
+
+
+def _differences(name: str, there, here) -> str:
+    """`learning_rate 0.001 there, 0.0001 here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = sorted(k for k in there | here if there.get(k) != here.get(k))
+        return ", ".join(_differences(k, there.get(k), here.get(k)) for k in names)
+    return f"{name} {there} there, {here} here"
