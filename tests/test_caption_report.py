@@ -184,6 +184,7 @@ def test_nothing_that_others_wrote_becomes_markup(tmp_path):
         "model": EVIL,
         "run_id": EVIL,
         "prompt_texts": {EVIL: EVIL},
+        "spent": {EVIL: EVIL},
         "last_run": {EVIL: EVIL, "failures": {EVIL: 1}},
     }
     dataset = captioned(records, names)

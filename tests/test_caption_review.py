@@ -26,7 +26,9 @@ from mmft_hf.captioning.limits import RetryPolicy
 from mmft_hf.captioning.pictures import sha256
 from mmft_hf.captioning.processes import Processes
 from mmft_hf.captioning.runs import CaptionRun
+from mmft_hf.captioning.spending import Spending
 from mmft_hf.captioning.types import Sampling, Transient
+from mmft_hf.cards.provenance import captioning_cost
 from mmft_hf.errors import UserError
 from mmft_hf.images import BadImage, original_bytes
 
@@ -368,12 +370,65 @@ def test_a_row_without_a_class_is_named_before_anything_is_asked(server, run):
 def test_the_record_of_a_run_counts_all_its_splits(command, server, tmp_path):
     for split, first in (("train", 0), ("test", 10)):
         image_folder(tmp_path / "both" / split, 4, first)
+    (tmp_path / "prices.yaml").write_text("models: {m: {input: 2, output: 10}}\n")
+    words = ("--split", "train", "test", "--prices", tmp_path / "prices.yaml")
     server.server.script = {"rules": [{"do": "quota", "from": 6, "to": 12}]}
-    code, text = command("--split", "train", "test", "--concurrency", "1", source=tmp_path / "both")
+    code, text = command(*words, "--concurrency", "1", source=tmp_path / "both")
     record = json.loads((tmp_path / "out" / "captions.json").read_text())
-    assert code == 3 and "quota left" in text and record["last_run"]["calls"] == 5
-    assert command("--split", "train", "test", source=tmp_path / "both")[0] == 3
+    assert code == 3 and "quota left" in text and record["last_run"]["calls"] == record["spent"]["calls"] == 5
+    assert command(*words, source=tmp_path / "both")[0] == 3
     server.server.script = {}
-    assert command("--split", "train", "test", source=tmp_path / "both")[0] == 0
+    assert command(*words, source=tmp_path / "both")[0] == 0
     record = json.loads((tmp_path / "out" / "captions.json").read_text())
     assert record["last_run"]["calls"] == 24 - 5
+    # What all runs took; the server counts 300 tokens in for each call.
+    found = captioning_cost(str(tmp_path / "out"))
+    records = [
+        r for split in ("train", "test") for row in written(tmp_path / "out", split) for r in row["caption_records"]
+    ]
+    tokens_out = sum(record["tokens_out"] for record in records)
+    assert (found["captioner"], found["calls"], found["tokens_in"]) == ("m", 24, 24 * 300) and tokens_out > 24
+    assert found["tokens_out"] == tokens_out
+    assert found["cost_usd"] == pytest.approx((2 * 24 * 300 + 10 * tokens_out) / 1e6, abs=1e-6)
+    assert record["last_run"]["seconds"] - 0.2 < found["seconds"] < 60
+    assert f"cost: {found['cost_usd']:.2f} USD" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_what_is_not_known_of_the_cost_of_captions_is_not_made_up(tmp_path):
+    row = {
+        "key": "a",
+        "call_id": None,
+        "raw_text": "x",
+        "error": None,
+        "attempts": 1,
+        "tokens_in": 10,
+        "tokens_out": 5,
+        "cost": 0.1,
+    }
+    row |= {"latency_ms": 2000, "run_id": "one", "updated_at": 100.0}
+    spent = Spending()
+    spent.add(row)
+    spent.add(row | {"key": "b", "call_id": "a", "tokens_in": None, "tokens_out": None, "cost": None})  # the same call
+    spent.add(
+        row | {"key": "c", "raw_text": None, "cost": None, "tokens_in": None, "attempts": 3, "updated_at": 104.0}
+    )  # no answer
+    spent.add(row | {"run_id": "two", "updated_at": 105.0})  # side by side for a second
+    one = {"calls": 2, "attempts": 5, "tokens_in": 20, "tokens_out": 10, "cost_usd": 0.2, "seconds": 7.0}
+    assert spent.summary() == one
+    spent.add(row | {"cost": None, "updated_at": 110.0})
+    assert spent.summary() == one | {
+        "calls": 3,
+        "attempts": 6,
+        "tokens_in": 30,
+        "tokens_out": 15,
+        "cost_usd": None,
+        "seconds": 12.0,
+    }
+    both = (spent + spent).summary()
+    assert (both["calls"], both["cost_usd"], both["seconds"]) == (6, None, 12.0)
+
+    nothing = dict.fromkeys(("calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
+    (tmp_path / "captions.json").write_text('{"made_from": {"captioner": {"backend": "columns"}}, "spent": 3}')
+    assert captioning_cost(str(tmp_path)) == {"captioner": "columns"} | nothing
+    (tmp_path / "captions.json").write_text("[]")
+    assert captioning_cost(str(tmp_path)) is None and captioning_cost("builtin/emoji-mini") is None

@@ -184,11 +184,13 @@ def _made_in_words(statistics: dict, details: Mapping, written: list[str]) -> st
         for name, value in settings.items()
         if value not in (None, {}, "")
     ]
-    run = details.get("last_run") or {}
+    spent, last = details.get("spent") or {}, details.get("last_run") or {}
     if statistics["tokens_in"] or statistics["tokens_out"]:
         lines.append(f"- tokens: {statistics['tokens_in']:,} in, {statistics['tokens_out']:,} out")
-    if run.get("cost_usd"):
-        lines.append(f"- cost of the last run: {run['cost_usd']:.2f} USD")
+    if spent.get("cost_usd"):
+        lines.append(f"- cost: {spent['cost_usd']:.2f} USD")
+    elif last.get("cost_usd"):
+        lines.append(f"- cost of the last run: {last['cost_usd']:.2f} USD")
     lines.append(f"- mmft_hf {__version__}" + (f", run {md(str(details['run_id']))}" if details.get("run_id") else ""))
     if not written:
         lines.insert(0, "- No model wrote any of the texts.")

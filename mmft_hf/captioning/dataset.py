@@ -21,6 +21,8 @@ from .checks import duplicate_key, duplicates
 from .journal import JournalReader, by_slot
 from .pictures import sha256
 from .plan import Keys, digests
+from .spending import COLUMNS as SPENT
+from .spending import Spending
 from .types import ACCEPTED, OPEN
 
 RECORD = {
@@ -252,35 +254,27 @@ def text_source(dataset: Dataset, captioner: Captioner, checker, run_id: str | N
 
 @dataclass(frozen=True)
 class Results:
-    """What a journal holds for a plan: a name of it all, texts that several pictures share, slots still open, statuses."""
+    """What a journal holds for a plan: a name of it all, texts that several pictures share, slots still open, statuses, and
+    what it all took."""
 
     digest: str
     repeated: frozenset[str]
     open: int
     statuses: Mapping[str, int]
+    spent: Spending
 
 
 def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset()) -> Results:
-    """Reads the results of a plan once, slot by slot; of `others`, what there is counts for the digest alone."""
-    columns = (
-        "key",
-        "slot",
-        "reask",
-        "pending",
-        "status",
-        "raw_text",
-        "text",
-        "image_sha256",
-        "updated_at",
-        "error_class",
-    )
-    lines, first, repeated, statuses = [], {}, set(), Counter()
-    for slot, rows in by_slot(folder, columns):
+    """Reads the results of a plan once, slot by slot; of `others`, what there is counts for digest and spending alone."""
+    columns = {"slot", "reask", "pending", "status", "text", "image_sha256", "error_class", *SPENT}
+    spent, lines, first, repeated, statuses = Spending(), [], {}, set(), Counter()
+    for slot, rows in by_slot(folder, tuple(columns)):
         if slot not in slots and slot not in others:
             continue
         for row in rows:
             said = sha256(f"{row['raw_text']}\0{row['error_class']}".encode())
             lines.append(f"{row['key']} {row['status']} {row['pending']} {said}")
+            spent.add(row)
         last = rows[-1]
         if slot in slots:
             statuses["not_run" if last["pending"] else last["status"]] += 1
@@ -290,7 +284,7 @@ def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset
                 repeated.add(name)
     statuses["not_run"] += len(slots) - sum(statuses.values())
     open_ = sum(count for status, count in statuses.items() if status in OPEN)
-    return Results(sha256("\n".join(lines).encode()), frozenset(repeated), open_, +statuses)
+    return Results(sha256("\n".join(lines).encode()), frozenset(repeated), open_, +statuses, spent)
 
 
 def file_name(image: Mapping | None) -> str | None:

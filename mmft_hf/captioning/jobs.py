@@ -26,6 +26,7 @@ from .prices import estimate_tokens, price_of
 from .processes import Processes
 from .report import caption_card, caption_report
 from .runs import CaptionRun, caption_with_texts, new_run_id
+from .spending import Spending
 from .summary import calls_line, many, money, next_line, print_folder, print_prompts, rate
 from .tally import CaptionTally
 from .tokens import load_counter
@@ -220,7 +221,8 @@ class CaptionJob:
             return
         processes = Processes(shared=self.captioner.backend == "transformers")
         self._headline("Captioning")
-        captioned, fingerprints, sources, totals, outcome = {}, {}, {}, Counter(), Outcome()
+        captioned, fingerprints, sources, totals = {}, {}, {}, Counter()
+        outcome, spent = Outcome(), Spending()
         for split in self.splits:
             with self.open(split, processes) as run:
                 for note in run.journal.notes:
@@ -236,6 +238,7 @@ class CaptionJob:
                 processes.wait(run.folder, split)
                 results = run.results(plan)
                 totals.update(results.statuses)
+                spent += results.spent
                 totals["unreadable"] += len(plan.unreadable)
                 kept = f"{sum(results.statuses.values()) - results.open:,} of {len(plan.slots):,} captions are in {run.folder}"
                 if outcome.stopped == "user":
@@ -254,7 +257,7 @@ class CaptionJob:
                 captioned[split] = run.read(plan, results)
                 sources.setdefault(split, run.source(plan, results))
         if is_main():
-            self._write(captioned, fingerprints, totals, outcome, sources[self.splits[0]])
+            self._write(captioned, fingerprints, totals, outcome, sources[self.splits[0]], spent)
 
     def _progress_line(self, split: str, run: CaptionRun, plan: Plan, processes: Processes) -> str:
         line = f"Split {split}: {many(plan.open, 'caption')} to ask for, {len(plan.slots):,} wanted in all"
@@ -297,7 +300,9 @@ class CaptionJob:
     def _all_fingerprints(self, fingerprints: dict[str, str]) -> dict[str, str]:
         return fingerprints | {n: d._fingerprint for n, d in self.data.items() if n not in self.splits}
 
-    def _write(self, captioned: dict, fingerprints: dict, totals: Counter, outcome: Outcome, source=None) -> None:
+    def _write(
+        self, captioned: dict, fingerprints: dict, totals: Counter, outcome: Outcome, source=None, spent=None
+    ) -> None:
         splits = {n: captioned.get(n) or without_captions(d, progress=False) for n, d in self.data.items()}
         prompts = self.captioner.prompts
         details = {
@@ -311,6 +316,7 @@ class CaptionJob:
         }
         if self.captioner.asks:
             details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}
+            details["spent"] = spent.summary()
             details["last_run"] = outcome.summary()
         statistics = write_folder(self.folder, splits, self.splits[0], details, source)
         if outcome.attempts:

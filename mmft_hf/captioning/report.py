@@ -40,7 +40,7 @@ def caption_report(
             read.
         folder: must exist.
         details: how the captions were made, as in `captions.json`; every entry may be missing. Read are `made_from`
-            (`dataset_name`, `split`), `model`, `run_id`, `prompt_texts` by aspect, `last_run`, `checks` and `complete`.
+            (`dataset_name`, `split`), `model`, `run_id`, `prompt_texts` by aspect, `spent`, `last_run`, `checks` and `complete`.
         unaccepted (*optional*): the text of an answer that was not accepted, which the data set does not hold, by its row and
             its place in `caption_records`.
 
@@ -221,12 +221,13 @@ def _made(statistics: dict, details: Mapping) -> str:
     spent = [("model", f"{name or 'unknown'}: {count:,} captions") for name, count in statistics["models"].items()]
     spent += [(name.replace("_", " "), f"{statistics[name]:,}") for name in ("tokens_in", "tokens_out", "attempts")
               if statistics[name]]  # fmt: skip
-    for name, value in (details.get("last_run") or {}).items():
+    runs = [("all runs", details.get("spent") or {}), ("last run", details.get("last_run") or {})]
+    for when, name, value in ((when, name, value) for when, found in runs for name, value in found.items()):
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {count}" for key, count in value.items())
         if value not in (None, "", []):
             value = f"{value:,}" if isinstance(value, (int, float)) else str(value)
-            spent.append((f"last run: {name.replace('_', ' ')}", value))
+            spent.append((f"{when}: {name.replace('_', ' ')}", value))
     rows = [[escape(name), f"<td class=words>{escape(value)}</td>"] for name, value in spent]
     prompts = "".join(
         f"<p>Prompt of <b>{escape(str(aspect))}</b>:</p><pre>{escape(str(text))}</pre>"

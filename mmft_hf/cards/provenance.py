@@ -13,7 +13,7 @@ from ..arguments import DataArguments, ModelArguments
 from ..captioning.types import ACCEPTED
 from ..configuration import MMFTConfig
 from ..data import Splits, captions_of, labels_of
-from ..markdown import public_name
+from ..markdown import one_line, public_name
 from ..origins import captioned_origin, origin, read_beside
 
 LONGEST_PROMPT = 4000
@@ -35,8 +35,8 @@ def sources(identity: dict, data_settings: dict, splits: Splits) -> dict:
     """
     data = origin(data_settings["dataset_name"], data_settings["dataset_revision"], "dataset")
     data |= {"config": data_settings["dataset_config_name"], "test_split": data_settings["test_split"]}
-    record = _record(data_settings)
-    made_from = record.get("made_from") if isinstance(record.get("made_from"), dict) else {}
+    record = _record(data_settings["dataset_name"], data_settings["dataset_revision"])
+    made_from = _part(record, "made_from")
     original = made_from.get("dataset_name")
     if isinstance(original, str) and original:
         data["captions_of"] = captioned_origin(original)
@@ -52,9 +52,40 @@ def sources(identity: dict, data_settings: dict, splits: Splits) -> dict:
     }
 
 
-def _record(data_settings: dict) -> dict:
+def captioning_cost(dataset_name: str, revision: str | None = None) -> dict | None:
+    """What it took to caption a data set, as `captions.json` beside it says.
+
+    Args:
+        dataset_name: what `--dataset_name` names, or `--captions_dataset` where the captions come from there.
+
+    Returns:
+        `captioner` (models, or how the texts came), `calls`, `cost_usd`, `tokens_in`, `tokens_out`, `seconds` (from the first
+        question of each run to its last answer), each None where it is not known: of texts that were there before
+        nothing is, class templates took no call. None: `mmft-hf caption` did not make this data set.
+    """
+    record = _record(dataset_name, revision)
+    made_from, statistics = _part(record, "made_from"), _part(record, "statistics")
+    if not made_from:
+        return None
+    backend = _part(made_from, "captioner").get("backend")
+    names = list(_part(statistics, "models")) or [record.get("model") or backend]
+    found = {"captioner": ", ".join(one_line(public_name(str(name))) for name in names if name) or None}
+    found |= dict.fromkeys(("calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
+    if backend == "template":
+        found |= {"calls": 0, "cost_usd": 0.0, "tokens_in": 0, "tokens_out": 0}
+    spent = _part(record, "spent")
+    found |= {name: spent[name] for name in found if isinstance(spent.get(name), (int, float))}
+    return found
+
+
+def _part(record: dict, name: str) -> dict:
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _record(name: str, revision: str | None) -> dict:
     """`captions.json` beside a captioned data set; empty where there is none."""
-    text = read_beside(data_settings["dataset_name"], "captions.json", data_settings["dataset_revision"], "dataset")
+    text = read_beside(name, "captions.json", revision, "dataset")
     try:
         found = json.loads(text) if text else {}
     except ValueError:
@@ -108,5 +139,7 @@ def _settings(identity: dict, data_settings: dict) -> dict:
     other = {k: v for k, v in identity.get("other_settings", {}).items() if v}
     found = {**identity, **other, **data_settings}
     # A default of nothing means that the machine decides; that it decided against something is not worth a line.
-    differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and (v or defaults[k] is not None)}
+    # But a number is one also where it is 0.
+    decided = {k: v or defaults[k] is not None or type(v) is float for k, v in found.items() if k in defaults}
+    differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and decided[k]}
     return {k: [v, defaults[k]] for k, v in differ.items() if k not in TOLD}
