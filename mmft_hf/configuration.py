@@ -36,6 +36,13 @@ class MMFTConfig(TrainingArguments):
     supcon_weight: float = field(
         default=0.1, metadata={"help": "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1."}
     )
+    supcon_weight_end: float | None = field(
+        default=None,
+        metadata={
+            "help": "w goes in a straight line, step by step, from supcon_weight to this, which it would reach after the last "
+            "step. Default: it stays."
+        },
+    )
     include_self: bool = field(
         default=False, metadata={"help": "UniCL form: the pair itself is a positive of the SupCon term, too."}
     )
@@ -197,9 +204,10 @@ class MMFTConfig(TrainingArguments):
         check_template(self.class_template)
         choice("prototypes", self.prototypes, PROTOTYPE_SOURCES)
         choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
-        for name in ("supcon_weight", "caption_dropout", "template_weight"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"--{name}: expected a number from 0 to 1, found {getattr(self, name)}.")
+        for name in ("supcon_weight", "supcon_weight_end", "caption_dropout", "template_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise UserError(f"--{name}: expected a number from 0 to 1, found {value}.")
         if self.template_weight and self.prototypes != "captions":
             raise UserError(
                 f"--template_weight: expected 0 with --prototypes {self.prototypes}, found {self.template_weight}: it mixes "
@@ -268,6 +276,12 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "
                 "evaluation. Leave it out."
             )
+
+    def supcon_weight_at(self, step: int, steps: int) -> float:
+        """w of the loss in the step that follows `step` of `steps`; nothing else decides it, so a resume changes nothing."""
+        if self.supcon_weight_end is None:
+            return self.supcon_weight
+        return self.supcon_weight + (self.supcon_weight_end - self.supcon_weight) * step / steps
 
 
 def _has_bf16() -> bool:

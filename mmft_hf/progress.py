@@ -62,7 +62,10 @@ class EpochLines(ProgressCallback):
         if not state.is_world_process_zero or not self.training:
             return
         if "loss" in logs:
-            self.losses = logs | {"w": args.supcon_weight}
+            # On its way to another value it is the mean of the steps, with which the sum is not quite the loss.
+            moves = args.supcon_weight_end is not None
+            w = float(f"{logs['supcon_weight']:.3g}") if moves else args.supcon_weight
+            self.losses = logs | {"w": w, "sign": "~" if moves else "="}
             if args.eval_strategy == "no":
                 self._print(self._line(self.losses, state, None))
         if "eval_accuracy" in logs:
@@ -74,7 +77,7 @@ class EpochLines(ProgressCallback):
         if logs:
             w = logs["w"]
             sum_ = f"{w:g} x supcon {logs['supcon_loss']:.3f} + {1 - w:g} x clip {logs['clip_loss']:.3f}"
-            parts.append(f"loss {logs['loss']:.3f} = {sum_}")
+            parts.append(f"loss {logs['loss']:.3f} {logs['sign']} {sum_}")
             parts.append(f"anchors with a positive {logs['anchors_with_positives']:.0%}")
             parts.append(f"captions cut {logs['captions_cut']:.1%}")
             if logs["skipped_images"]:

@@ -233,6 +233,7 @@ class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer)
             ("supcon_loss", losses["supcon"]),
             ("clip_loss", losses["clip"]),
             ("anchors_with_positives", losses["anchors_with_positives"]),
+            ("supcon_weight", torch.tensor(self.loss.supcon_weight)),
             ("batches", torch.ones(())),
             ("captions_cut", cut.sum()),
             ("images", (labels != IGNORED).sum()),
@@ -379,6 +380,9 @@ class _Beginnings(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.attention is not None:
             self.trainer.accelerator.unwrap_model(self.trainer.model).set_attn_implementation(self.attention)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.loss.supcon_weight = args.supcon_weight_at(state.global_step, state.max_steps)
 
     # Also where the loader is wrapped, as on a resume within an epoch of several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):

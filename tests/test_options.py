@@ -1,4 +1,4 @@
-"""What may help with few images, each an option: caption dropout, template weight."""
+"""What may help with few images, each an option: caption dropout, template weight, a weight of the loss that moves."""
 
 import contextlib
 import copy
@@ -139,8 +139,39 @@ def test_the_trainer_validates_with_mixed_prototypes(clip, tmp_path):
             MMFTConfig("somewhere", use_cpu=True, prototypes=source, template_weight=0.4)
 
 
+# -- a weight of SupCon that moves --------------------------------------------------------------------------------------
+def test_the_weight_of_each_step_lies_on_the_line_from_start_to_end(clip, tmp_path):
+    settings = {"supcon_weight": 0.8, "supcon_weight_end": 0.2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    trainer = make_trainer(clip, tmp_path, evaluate=False, per_device_train_batch_size=4, logging_strategy="steps", **settings)  # fmt: skip
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "supcon_loss" in log]
+    found = [log["supcon_weight"] for log in steps]
+    assert found == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3], abs=1e-6)  # both batches of a step alike
+    for log, w in zip(steps, found, strict=True):
+        assert log["loss"] == pytest.approx(w * log["supcon_loss"] + (1 - w) * log["clip_loss"], abs=1e-5)
+    assert max(abs(log["supcon_loss"] - log["clip_loss"]) for log in steps) > 1e-2  # so that the weight matters
+
+
+def test_an_epoch_logs_the_mean_of_its_weights_and_prints_it(clip, tmp_path, capsys):
+    trainer = make_trainer(clip, tmp_path, supcon_weight=0.6, supcon_weight_end=0.0)
+    trainer.train()
+    found = [log["supcon_weight"] for log in trainer.state.log_history if "supcon_loss" in log]
+    assert found == pytest.approx([0.5, 0.2], abs=1e-6)
+    printed = capsys.readouterr().out
+    assert "~ 0.5 x supcon" in printed and "~ 0.2 x supcon" in printed and "0.8 x clip" in printed
+
+
+def test_a_weight_that_ends_where_it_starts_is_one_that_stays(clip, tmp_path):
+    found = []
+    for end in (None, 0.1):
+        trainer = make_trainer(copy.deepcopy(clip), tmp_path, evaluate=False, supcon_weight_end=end)
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert not changed(*found)
+
+
 # -- values that cannot be ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["caption_dropout", "template_weight"])
+@pytest.mark.parametrize("name", ["caption_dropout", "template_weight", "supcon_weight_end"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_shares_lie_between_0_and_1(name, value):
     with pytest.raises(UserError, match=f"--{name}: expected a number from 0 to 1, found {value}"):
@@ -148,7 +179,7 @@ def test_shares_lie_between_0_and_1(name, value):
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-SETTINGS = {"caption_dropout": 0.4, "template_weight": 0.3}
+SETTINGS = {"caption_dropout": 0.4, "template_weight": 0.3, "supcon_weight_end": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +201,12 @@ def test_a_run_records_its_options_and_says_what_they_do(run, data_folder, capsy
     assert {name: identity[name] for name in SETTINGS} == SETTINGS
     assert "left out with probability 0.4" in printed
     assert "compared with captions and, with weight 0.3, the class template" in printed
+    assert "w SupCon + (1 - w) CLIP with w from 0.1 to 0, learning rate" in printed
     card = (folder / "README.md").read_text()
+    assert "with w from 0.1 at the start to 0 at the end, draws an image" in card
     assert "drawn towards its class template with weight 0.3" in card
     for name, value in SETTINGS.items():
-        assert f"| `{name}` | `{value}` |" in card, name
+        assert f"| `{name}` | `{value:g}` |" in card, name
     assert ClassPrototypes.from_pretrained(folder).template_weight == 0.3
     assert main(["evaluate", "--model_name_or_path", str(folder), "--dataset_name", str(data_folder)]) == 0
     assert "compared with captions and, with weight 0.3, the class template" in capsys.readouterr().out

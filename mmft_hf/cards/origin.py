@@ -46,7 +46,10 @@ def made(record: Mapping, results: Mapping, curves: str) -> str:
     captions = sources["captions"]
     parts = ["### Data", _data(identity, sources, record["notes"]), "### Captions"]
     parts.append(_captions(captions, sources["splits"]["train"]) if captions else _no_captions(identity))
-    w = identity["supcon_weight"]
+    w, end = identity["supcon_weight"], identity.get("supcon_weight_end")
+    weights_of_loss = f"{w:g} x SupCon + {1 - w:g} x CLIP"
+    if end is not None:
+        weights_of_loss = f"w x SupCon + (1 - w) x CLIP with w from {w:g} at the start to {end:g} at the end"
     how = {"full": "trained whole", "lora": "trained by LoRA", "frozen": "left as they were"}
     vision, text = (how[identity[f"{tower}_tower"]] for tower in ("vision", "text"))
     weights = (
@@ -57,7 +60,7 @@ def made(record: Mapping, results: Mapping, curves: str) -> str:
     batch, processes = identity["per_device_train_batch_size"], identity["world_size"]
     each = f", {batch} on each of {processes} processes" if processes > 1 else ""
     training = (
-        f"{weights}, in batches of {batch * processes} images{each}. The loss, {w:g} x SupCon + {1 - w:g} x CLIP, draws an image "
+        f"{weights}, in batches of {batch * processes} images{each}. The loss, {weights_of_loss}, draws an image "
         f"towards its own text and towards the texts of its class. Seed {identity['seed']}."
     )
     zero = results["zero_shot_won"] or not identity["load_best_model_at_end"]

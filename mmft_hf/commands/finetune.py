@@ -215,7 +215,10 @@ def _announce(model_args, data_args, config, splits, counts, zero_shot: float, m
     else:
         rows["captions"] = f'none: class template "{config.class_template}" alone'
     w = config.supcon_weight
-    rows["loss"] = f"{w:g} SupCon + {1 - w:g} CLIP, learning rate {config.learning_rate:g}, seed {config.seed}"
+    loss = f"{w:g} SupCon + {1 - w:g} CLIP"
+    if config.supcon_weight_end is not None:
+        loss = f"w SupCon + (1 - w) CLIP with w from {w:g} to {config.supcon_weight_end:g}"
+    rows["loss"] = f"{loss}, learning rate {config.learning_rate:g}, seed {config.seed}"
     rows["trained"] = ", ".join(
         f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
         + (f", {layers} layers)" if layers else ")")
