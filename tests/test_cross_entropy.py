@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import tiny_encoders
 import torch
 import torch.nn.functional as F
 from conftest import COLOURS, colour_dataset
@@ -11,14 +12,20 @@ from test_trainer import changed, weights
 from torch.func import functional_call
 from transformers import set_seed
 
-from mmft_hf import ClassPrototypes, MMFTConfig, MMFTTrainer, set_towers
+from mmft_hf import ClassPrototypes, MMFTConfig, MMFTTrainer, load_model, set_towers
 from mmft_hf.baselines import linear
-from mmft_hf.baselines.clip_lora import clip_lora
-from mmft_hf.baselines.cross_entropy import HeadTrainer, LinearHead, train_class_texts, train_head
+from mmft_hf.baselines.clip_lora import QUERY_KEY_VALUE, clip_lora
+from mmft_hf.baselines.cross_entropy import (
+    ClassTextsTrainer,
+    HeadTrainer,
+    LinearHead,
+    train_class_texts,
+    train_head,
+)
 from mmft_hf.errors import UserError
 from mmft_hf.evaluation import classify
 from mmft_hf.sampling import EpochSampler
-from mmft_hf.towers import lora_layers
+from mmft_hf.towers import TOWERS, lora_layers
 
 NAMES = list(COLOURS)
 TEMPLATE = "a photo of a {}."
@@ -183,6 +190,7 @@ def test_clip_lora_is_trained_as_a_plain_loop_does(clip, tmp_path):
 def test_only_the_image_tower_and_a_free_head_move(clip, tmp_path, monkeypatch, fixed):
     model, processor = clip
     before, start = weights(model), zero_shot_head(clip)
+    monkeypatch.setenv("MMFT_HF_CACHE", str(tmp_path / "cache"))  # where no text of another test is
     monkeypatch.setattr(type(model), "get_text_features", lambda *a, **k: pytest.fail("a text was encoded"))
     found, _ = train_head(
         model, processor, config(tmp_path, num_train_epochs=1, weight_decay=0.1), colour_dataset(8), start, fixed=fixed
@@ -203,6 +211,27 @@ def test_clip_lora_moves_queries_keys_and_values_alone(clip, tmp_path):
     assert all(name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) for name in moved)
     for name in moved:
         assert torch.linalg.matrix_rank(weights(model)[name] - before[name], rtol=1e-3) <= 2
+
+
+@pytest.mark.parametrize("kind", tiny_encoders.KINDS)
+def test_every_kind_of_dual_encoder_has_both(kind, tmp_path):
+    model, processor = load_model(str(tiny_encoders.save(kind, tmp_path / "model")))
+    plain, before, train = copy.deepcopy(model), weights(model), colour_dataset(8)
+    settings = config(tmp_path, max_steps=2, learning_rate=1e-2, weight_decay=0.1)
+    train_head(model, processor, settings, train, zero_shot_head((model, processor)))
+    moved = changed(before, weights(model))
+    vision = {n for n, p in plain.named_parameters() if p.requires_grad and n.startswith(TOWERS["vision"])}
+    assert moved == vision  # of ALIGN not the statistics of its batch norms
+
+    if kind == "align":
+        with pytest.raises(UserError, match="the vision tower has none of them"):
+            clip_lora(plain, processor, settings, train)
+        return
+    clip_lora(plain, processor, settings, train)
+    moved = changed(before, weights(plain))
+    assert {n.split(".")[-2] for n in moved} <= set(QUERY_KEY_VALUE)
+    assert {n.split(".")[0] for n in moved} == {"vision_model", "text_model"}
+    assert len(moved) == 3 * 2 * 2  # of two layers in each tower
 
 
 def test_pictures_and_crops_are_those_of_mmft(clip, tmp_path, monkeypatch):
@@ -263,6 +292,21 @@ def test_validation_restores_the_head_of_the_best_epoch(clip, tmp_path):
     assert trainer.evaluate()["eval_accuracy"] == accuracies[best]
     found = classify(model, processor, restored, validation, progress=False)
     assert found.report()["accuracy"] == accuracies[best]
+
+
+def test_validation_compares_with_the_class_texts_of_the_best_epoch(clip, tmp_path):
+    model, processor = clip
+    train, validation = colour_dataset(8), colour_dataset(4, seed=1, captions=False)
+    settings = config(tmp_path, num_train_epochs=2, learning_rate=1e-3)  # whose prototypes are of captions
+    trainer = ClassTextsTrainer(model, processor, settings, train, validation)
+    trainer.train()
+    assert settings.prototypes == "captions"  # as it was
+    trainer.evaluate()
+    expected = ClassPrototypes.from_templates(model, processor, NAMES, TEMPLATE)
+    torch.testing.assert_close(trainer.prototypes.embeddings, expected.embeddings)
+    assert trainer.prototypes.logit_scale == pytest.approx(expected.logit_scale)
+    found = classify(model, processor, expected, validation, progress=False).report()["accuracy"]
+    assert found == trainer.state.best_metric
 
 
 def test_it_learns_colours(clip, tmp_path):
