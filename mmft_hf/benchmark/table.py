@@ -1,23 +1,53 @@
-"""Results of several seeds put together."""
+"""Results of several seeds put together, as a table for the console."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 
 from scipy.stats import t
+
+FULL = "full"
 
 
 def interval(values: list[float]) -> float | None:
     """Half the 95 % interval of the mean of a few runs (Student's t); None for one run."""
     if len(values) < 2:
         return None
-    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def in_order(shots: Iterable) -> list:
+    """Numbers of shots from few to many, `full` last, each once."""
+    return sorted(set(shots), key=lambda n: (n == FULL, 0 if n == FULL else n))
+
+
+def shots_name(n) -> str:
+    """`1 shot`, `16 shots`, `all images`."""
+    return "all images" if n == FULL else "untuned" if n == 0 else f"{n} shot{'' if n == 1 else 's'}"
+
+
+def latest(rows: Iterable[dict]) -> list[dict]:
+    """One row per cell: what was done, or else how it failed last. A cell that failed is tried again by the next run."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["method"], row["shots"], row["seed"]
+        if row["status"] == "done" or found.get(key, row)["status"] != "done":
+            found[key] = row
+    return list(found.values())
+
+
+def seeds_text(counts: Iterable[int]) -> str:
+    """`5`, or `3 to 5` where cells of a method have different numbers of seeds."""
+    counts = set(counts)
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "0"
 
 
 def summary_table(rows: list[dict]) -> str:
     """Test accuracy in percent of each method at each number of shots, as Markdown: mean over seeds, ± half its interval."""
+    rows = latest(rows)
     values: dict[tuple, list[float]] = defaultdict(list)
     policies: dict[str, set] = defaultdict(set)
     for row in rows:
@@ -25,11 +55,9 @@ def summary_table(rows: list[dict]) -> str:
             values[row["method"], row["shots"]].append(100 * row["test_accuracy"])
             policies[row["method"]].add(row["selection_policy"])
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    shots = sorted({row["shots"] for row in rows}, key=lambda n: (isinstance(n, str), n if isinstance(n, int) else 0))
-    lines = [
-        "| method | selection | " + " | ".join(f"{n} shots" if n != "full" else "all images" for n in shots) + " |"
-    ]
-    lines.append("|---|---|" + "---|" * len(shots))
+    shots = in_order(row["shots"] for row in rows)
+    lines = ["| method | selection | seeds | " + " | ".join(map(shots_name, shots)) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(shots))
     for method in methods:
         cells = []
         for n in shots:
@@ -38,8 +66,11 @@ def summary_table(rows: list[dict]) -> str:
             cells.append(
                 "" if not found else f"{statistics.mean(found):.1f}" + ("" if half is None else f" ± {half:.1f}")
             )
-        lines.append(f"| {method} | {', '.join(sorted(policies[method]))} | " + " | ".join(cells) + " |")
+        seeds = seeds_text(len(values[method, n]) for n in shots if values.get((method, n)))
+        lines.append(f"| {method} | {', '.join(sorted(policies[method]))} | {seeds} | " + " | ".join(cells) + " |")
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
-        lines.append(f"\n{len(failed)} cells failed: " + "; ".join(f"{r['method']} ({r['error']})" for r in failed[:4]))
+        named = [f"{r['method']}, {shots_name(r['shots'])}, seed {r['seed']} ({r['error']})" for r in failed[:4]]
+        more = "; …" if len(failed) > len(named) else ""
+        lines.append(f"\n{len(failed)} cell{'s' if len(failed) > 1 else ''} failed: {'; '.join(named)}{more}")
     return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""What a benchmark was run on, and what to type for the same."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from html import escape
+
+import numpy as np
+
+from ..markdown import public_name
+from .report_page import folded, prose, safe, table
+from .report_statistics import Findings
+from .results import RESULTS_FILE
+
+
+def data_parts(results: Findings) -> Iterable[str]:
+    data, labels = results.data, results.data.get("labels") or {}
+    counts = data.get("train_images_per_class")
+    rows = []
+    if counts:
+        spread = f"{min(counts):,} to {max(counts):,} of a class"
+        rows.append(["train", f"{sum(counts):,}", spread])
+    if data.get("validation_images") is not None:
+        rows.append(["validation", f"{data['validation_images']:,}", ""])
+    for split, truth in labels.items():
+        groups = (data.get("groups") or {}).get(split)
+        rows.append(
+            [
+                safe(split, 40),
+                f"{len(truth):,}",
+                f"{len(set(map(str, groups))):,} groups that are drawn as one" if groups else "",
+            ]
+        )
+    if rows:
+        yield table(
+            ["split", "images", "<th class=words></th>"], [[a, b, f"<td class=words>{c}</td>"] for a, b, c in rows]
+        )
+    yield _duplicates(data)
+    if counts and results.class_names:
+        totals = {
+            split: np.bincount([y for y in truth if y >= 0], minlength=len(counts)) for split, truth in labels.items()
+        }
+        lines = [
+            [safe(name, 60), f"{counts[c]:,}", *(f"{total[c]:,}" for total in totals.values())]
+            for c, name in enumerate(results.class_names)
+        ]
+        yield folded("Images of each class", table(["class", "train", *(safe(s, 40) for s in totals)], lines))
+    yield folded("Model, data, settings and versions", _identity(results.identity))
+    yield prose(
+        f"Every cell is a line of {RESULTS_FILE}; which images a cell had is in subsets/. This runs the grid again, with any seed "
+        "added at its end; cells that are done are kept:"
+    )
+    yield f"<pre>{escape(command(results))}</pre>"
+
+
+def _duplicates(data: dict) -> str:
+    found = data.get("duplicates")
+    if found is None:
+        return ""
+    count = data.get("duplicates_count", len(found))
+    if not count:
+        return prose("No image is in two splits (by the hash of its pixels or its file).")
+    rows = [
+        [" and ".join(map(safe, entry["splits"])), f"<td class=words>{', '.join(map(safe, entry['images']))}</td>"]
+        for entry in found[:100]
+    ]
+    text = f"{count:,} image{'s are' if count > 1 else ' is'} in more than one split: accuracy on them says little."
+    return prose(text, "note") + folded("Which", table(["splits", "<th class=words>images</th>"], rows))
+
+
+def _flat(identity: dict, above: str = "") -> Iterable[tuple[str, object]]:
+    for key, value in identity.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", public_name(value) if isinstance(value, str) and "/" in value else value
+
+
+def _identity(identity: dict) -> str:
+    rows = [[safe(key), f"<td class=words>{safe(value, 300)}</td>"] for key, value in _flat(identity)]
+    return table(["setting", "<th class=words>value</th>"], rows) if rows else ""
+
+
+def command(results: Findings) -> str:
+    """What to type for the same grid: the command that was kept, or one made of what the rows say."""
+    kept = results.data.get("command")
+    if isinstance(kept, str) and kept:
+        return kept
+    identity = results.identity
+    seeds = sorted({row["seed"] for row in [*results.all_rows(), *results.failed] if row["shots"] != 0})
+    words = ["mmft-hf benchmark", "--methods", *results.methods]
+    words += ["--shots", *map(str, [n for n in results.shots if n != 0] or [0])] + (
+        ["--seeds", *map(str, seeds)] if seeds else []
+    )
+    for key, name in (
+        ("base_model", "model_name_or_path"),
+        ("base_model_revision", "model_revision"),
+        ("dataset", "dataset_name"),
+    ):
+        if identity.get(key):
+            words += [f"--{name}", shlex.quote(public_name(str(identity[key])))]
+    for key, value in (identity.get("settings") or {}).items():
+        if value not in (None, "None", ""):
+            plain = re.sub(r"^[A-Za-z]+\.([A-Z0-9_]+)$", lambda found: found[1].lower(), str(value))
+            words += [f"--{key}", shlex.quote(plain)]
+    return " ".join(words).replace(" --", " \\\n  --")

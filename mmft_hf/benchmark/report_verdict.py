@@ -1,0 +1,126 @@
+"""Did captions help? In words, computed from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..markdown import listed
+from .report_methods import family, reads_captions
+from .report_statistics import FEWEST_SEEDS, Difference, Findings, compare
+from .table import FULL, shots_name
+
+METHOD, CONTROL = "mmft", "mmft-no-captions"
+# What MMFT is held against first, and what each comparison means.
+RIVALS = {
+    CONTROL: "the same training without captions",
+    "flyp": "both towers on class templates, CLIP loss alone",
+    "zs-cap": "captions on the untuned model, no training",
+}
+BEST = "best without captions"
+
+
+def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dict]]]:
+    """A headline, sentences, and comparisons `(name, meaning, {shots: (other method, Difference)})`."""
+    done = [n for n in results.shots if results.rows(METHOD, n)]
+    if not done:
+        return *_without_mmft(results), []
+    comparisons = []
+    for other, meaning in RIVALS.items():
+        found = {n: (other, d) for n in done if (d := compare(results, METHOD, other, n))}
+        if found:
+            comparisons.append((other, meaning, found))
+    best = {}
+    for n in done:
+        name = results.best(n, baselines(results))
+        if name and (difference := compare(results, METHOD, name, n)):
+            best[n] = (name, difference)
+    if best:
+        comparisons.append((BEST, "chosen by its test accuracy, which favours it", best))
+    found = {name: rest for name, _, rest in comparisons}
+    control = CONTROL if CONTROL in found else "flyp" if "flyp" in found else None
+    if control is None:
+        headline = "Whether captions helped cannot be told: there is no control without them."
+        sentences = [f"Add {CONTROL} to --methods: the same training on class templates alone."]
+    else:
+        headline = in_words(found[control], "captions helped", "captions did harm")
+        headline = headline[:1].upper() + headline[1:] + "."
+        against = (
+            "the same training without them (mmft-no-captions)" if control == CONTROL else "flyp (on class templates)"
+        )
+        sentences = [f"MMFT against {against}: {figures(found[control])}."]
+        if control == "flyp":
+            sentences.append(f"The closer control, {CONTROL}, was not run.")
+    if best:
+        text = in_words(best, "it is ahead", "it is behind")
+        sentences.append(f"MMFT against the best method without captions: {text} ({figures(best, named=True)}).")
+    seeds = {d.seeds for rest in found.values() for _, d in rest.values()}
+    if seeds and min(seeds) < FEWEST_SEEDS:
+        sentences.append(
+            f"Some of this rests on {'one seed' if min(seeds) == 1 else f'{min(seeds)} seeds'}: too few to call a difference "
+            f"one. Type at least {FEWEST_SEEDS} --seeds."
+        )
+    return headline, sentences, comparisons
+
+
+def baselines(results: Findings) -> list[str]:
+    """Methods that read no caption and are no variant of MMFT."""
+    return [m for m in results.methods if not reads_captions(m) and family(m) != "ablation"]
+
+
+def _without_mmft(results: Findings) -> tuple[str, list[str]]:
+    leaders = [(n, results.best(n, results.methods)) for n in results.shots]
+    leaders = [f"{name} {'with ' if n != 0 else ''}{shots_name(n)}" for n, name in leaders if name]
+    headline = "Whether captions helped cannot be told: mmft is not among the results."
+    return headline, [f"Highest mean test accuracy: {listed(leaders)}."] if leaders else []
+
+
+def in_words(found: dict, better: str, worse: str) -> str:
+    """`with 1 and 4 shots, captions helped; with all images, no difference can be told from chance`"""
+    groups: dict[str, list] = {}
+    for n, (_, difference) in found.items():
+        groups.setdefault(difference.verdict, []).append(n)
+    words = {
+        "better": better,
+        "worse": worse,
+        "not distinguishable": "no difference can be told from chance",
+        "too few seeds": "there are too few seeds to say",
+    }
+    return "; ".join(f"with {shots_list(groups[key])}, {word}" for key, word in words.items() if key in groups)
+
+
+def shots_list(shots: Iterable) -> str:
+    """`1, 4 and 16 shots, and all images`."""
+    counts = [n for n in shots if n != FULL]
+    parts = [f"{listed(map(str, counts))} shots" if len(counts) > 1 else shots_name(counts[0])] if counts else []
+    parts += [shots_name(FULL)] if FULL in shots else []
+    return (", and " if len(counts) > 1 else " and ").join(parts)
+
+
+def figures(found: dict, named: bool = False) -> str:
+    """`+8.2 points with 1 shot, +4.4 with 4 shots`."""
+    texts = []
+    for i, (n, (other, difference)) in enumerate(found.items()):
+        name = f" against {other}" if named else ""
+        texts.append(f"{signed(difference.points)}{' points' if i == 0 else ''}{name} with {shots_name(n)}")
+    return ", ".join(texts)
+
+
+def signed(points: float) -> str:
+    """`+1.2`, `−0.3`, `0.0`."""
+    text = f"{abs(points):.1f}"
+    return text if float(text) == 0 else f"{'+' if points > 0 else '−'}{text}"
+
+
+def between(pair: tuple[float, float]) -> str:
+    """`−0.4 to +2.1`."""
+    return f"{signed(pair[0])} to {signed(pair[1])}"
+
+
+MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few seeds": "?"}
+KINDS = {"better": "better", "worse": "worse", "not distinguishable": "unclear", "too few seeds": "unclear"}
+
+
+def intervals(difference: Difference) -> list[str]:
+    """Its intervals in words."""
+    found = [f"seeds {between(difference.over_seeds)}" if difference.over_seeds else "one seed"]
+    return found + ([f"images {between(difference.over_images)}"] if difference.over_images else [])
