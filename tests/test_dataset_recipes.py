@@ -16,6 +16,8 @@ from PIL import Image as PILImage
 
 from mmft_hf import cli
 from mmft_hf.arguments import DataArguments
+from mmft_hf.benchmark.grid import parse_shots
+from mmft_hf.benchmark.methods import METHODS
 from mmft_hf.captioning.arguments import CaptionArguments
 from mmft_hf.data import labels_of, load_splits
 from mmft_hf.errors import UserError
@@ -151,9 +153,11 @@ def shas(dataset: Dataset) -> list[str]:
     return [hashlib.sha256(original_bytes(image)).hexdigest() for image in undecoded["image"]]
 
 
-def test_every_benchmark_has_both_recipes():
+def test_every_benchmark_has_its_recipes():
     for recipe in FAKES:
-        assert {"caption.yaml", "finetune.yaml"} <= {path.name for path in (RECIPES / recipe).iterdir()}
+        assert {"caption.yaml", "finetune.yaml", "benchmark.yaml"} == {
+            path.name for path in (RECIPES / recipe).iterdir()
+        }
 
 
 @pytest.mark.parametrize("recipe", FAKES)
@@ -215,6 +219,23 @@ def test_training_is_that_of_the_method(recipe):
     assert {key: values[key] for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("recipe", [*FAKES, "emoji", "openclipart", "quickstart"])
+def test_methods_are_compared_on_the_same_data(recipe):
+    data, filled = settings(recipe, "benchmark")
+    args, model, _, config = filled
+    methods = set(args.methods)
+    assert methods <= set(METHODS) and {"zs", "zs-cap", "lp", "gda", "tip-f", "lp++", "flyp", "mmft"} <= methods
+    parse_shots(data.shots)
+    assert len(set(args.seeds)) == len(args.seeds) >= 3
+    assert config.output_dir == f"outputs/{recipe}/benchmark"
+    if recipe in FAKES:
+        assert data.whole == settings(recipe, "finetune")[0]
+        few = [n for n in ("1", "2", "4", "8", "16") if recipe != "flowers" or n != "16"]  # it has 10 of each class
+        assert data.shots == [*few, "full"] and not args.allow_fewer
+        assert args.learning_rates == [3e-6, 1e-5, 3e-5] and {"ce", "ce-frozen", "clip-lora"} < methods
+        assert model.model_name_or_path == "openai/clip-vit-base-patch32"
+
+
 def test_caption_plan_then_training(tmp_path, clip_folder, capsys):
     data, run = tmp_path / "data", tmp_path / "run"
     write(FAKES["cifar100"], data)
@@ -234,6 +255,19 @@ def test_caption_plan_then_training(tmp_path, clip_folder, capsys):
     assert cli.main(["finetune", *config, *model, str(run), *words]) == 0, capsys.readouterr().err
     assert "Test accuracy on 9 images" in capsys.readouterr().out
     assert (run / "prototypes.safetensors").is_file()
+
+    words = (
+        "--image_column image --label_column label --methods zs-cap lp mmft --shots 2 --seeds 0 --learning_rates 1e-4"
+    )
+    words += " --num_train_epochs 1 --per_device_train_batch_size 8"
+    config[1], model[-1:] = str(RECIPES / "cifar100" / "benchmark.yaml"), ["--output_dir", str(tmp_path / "compared")]
+    assert cli.main(["benchmark", *config, *model, *words.split()]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "compared" / "results.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["method"], row["train_images"], row["test_images"]) for row in rows] == [
+        ("zs-cap", 6, 9),
+        ("lp", 6, 9),
+        ("mmft", 6, 9),
+    ]
 
 
 # -- what the recipes need of the data layer ---------------------------------------------------------------------------
@@ -266,18 +300,27 @@ def builder(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["emoji", "openclipart"])
-def test_local_folders_with_texts(recipe, tmp_path):
+def test_local_folders_with_texts(recipe, tmp_path, clip_folder, capsys):
     columns = {"label": [0, 1] * 4, "text": [["cat", "an animal"], ["boat"]] * 4}
     features = {"label": ClassLabel(names=["mammal", "boat"]), "text": List(Value("string")), "image": Image()}
+    columns["concept"] = columns["series"] = [f"thing {row // 2}" for row in range(8)]
+    features |= {"concept": Value("string"), "series": Value("string")}
     for seed, split in enumerate(("train", "validation", "test", "test_new_vendor", "test_monochrome")):
         pictures = [PILImage.new("RGB", (8, 8), (seed, row, 0)) for row in range(8)]
         data = Dataset.from_dict(columns | {"image": pictures}, features=Features(features))
-        data.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
-    folder = ["--dataset_name", str(tmp_path)]
+        data.to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    folder = ["--dataset_name", str(tmp_path / "set")]
     splits = load_splits(settings(recipe, "finetune", *folder)[0])
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [8, 8, 8]
     assert splits.notes == [] and splits.captions_per_image().tolist() == [2, 1] * 4
     assert cli.main(["caption", "--config", str(RECIPES / recipe / "caption.yaml"), *folder, "--dry_run", "true"]) == 0
+    words = ["--model_name_or_path", str(clip_folder), "--output_dir", str(tmp_path / "out"), "--methods", "zs"]
+    words = ["benchmark", "--config", str(RECIPES / recipe / "benchmark.yaml"), *folder, *words]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    (row,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines())
+    assert row["shift_accuracy"].keys() == ({"test_new_vendor", "test_monochrome"} if recipe == "emoji" else set())
+    groups = json.loads((tmp_path / "out" / "data.json").read_text("utf-8"))["groups"]
+    assert groups == dict.fromkeys(["test", *row["shift_accuracy"]], columns["concept"])
 
 
 def test_emoji_variants_of_a_concept_share_a_split(builder):
