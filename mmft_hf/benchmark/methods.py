@@ -7,12 +7,18 @@
 | `lp` | logistic regression on frozen image features, C from validation |
 | `gda`, `tip`, `tip-f` | see `baselines`, their parameters from validation |
 | `lp++`, `zs-lp`, `clap` | see `baselines`, without validation |
-| `flyp` | both towers, contrastive loss with class templates (w = 0), as in FLYP with one template |
+| `ce`, `ce-frozen` | image tower by cross-entropy, with a head of zero-shot weights, trained or fixed |
+| `lp-ft` | the same from the head of `lp` |
+| `clip-lora` | LoRA in both towers by cross-entropy over the class templates |
+| `flyp`, `flyp-ens` | both towers, contrastive loss (w = 0), with one class template, or 80 of them |
 | `mmft`, `mmft-lora` | the method, with whole towers, or with LoRA in both |
 | `mmft-w0`, `mmft-w1` | with the CLIP loss alone, or the SupCon loss alone |
 | `mmft-no-captions` | the loss of `mmft` on class templates, also at inference |
 | `mmft-train-captions`, `mmft-test-captions` | captions in training only, or at inference only |
 | `mmft-shuffle-within`, `mmft-shuffle-across` | captions shuffled among the images of a class, or among all |
+| `mmft-mixed` | `mmft`, with prototypes halfway between captions and class template |
+| `mmft-balanced` | `mmft` with four images of each class in a batch |
+| `mmft-dropout`, `mmft-schedule` | `mmft` with half of the captions dropped; with w from 0.5 to 0 |
 | `NAME+wise` | halfway between the untuned weights and those of NAME (a fine-tuned one), with prototypes of these |
 """
 
@@ -28,6 +34,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..baselines import clap, gda, linear, lp_plus_plus, tip_adapter
+from ..baselines.cross_entropy import LinearHead
 from ..configuration import MMFTConfig
 from ..data import labels_of
 from ..evaluation import classify
@@ -215,16 +222,17 @@ def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: 
 
 def prototypes_for(
     shop: Workshop, task: Task, trained: Trained, model: PreTrainedModel, inference: str, alpha: float
-) -> ClassPrototypes:
+) -> ClassPrototypes | LinearHead:
     """What `model`, made of `trained`, compares images with; see `fine_tune`."""
     template = shop.config.class_template
     if inference == "head":
-        return trained.head
+        return trained.head.interpolated(trained.first_head, alpha)
     if inference in ("template", "templates"):
         several = TEMPLATES if inference == "templates" else template
         return ClassPrototypes.from_templates(model, shop.processor, task.class_names, several)
     texts = task.train if inference == "captions" else trained.texts
-    return ClassPrototypes.from_captions(model, shop.processor, texts, template)
+    mixed = 0.5 if inference == "mixed" else 0.0
+    return ClassPrototypes.from_captions(model, shop.processor, texts, template, template_weight=mixed)
 
 
 FROZEN = {
@@ -238,11 +246,19 @@ FROZEN = {
 }
 # Name: the training (of `trainings.TRAININGS`), and what images are compared with (see `fine_tune`).
 FINE_TUNED = {
+    "ce": ("ce", "head"),
+    "ce-frozen": ("ce-frozen", "head"),
+    "lp-ft": ("lp-ft", "head"),
+    "clip-lora": ("clip-lora", "template"),
     "flyp": ("flyp", "template"),
     "flyp-ens": ("flyp-ens", "templates"),
     "mmft": ("mmft", "own"),
+    "mmft-mixed": ("mmft", "mixed"),
     "mmft-train-captions": ("mmft", "template"),
     "mmft-lora": ("mmft-lora", "own"),
+    "mmft-balanced": ("mmft-balanced", "own"),
+    "mmft-dropout": ("mmft-dropout", "own"),
+    "mmft-schedule": ("mmft-schedule", "own"),
     "mmft-w0": ("mmft-w0", "own"),
     "mmft-w1": ("mmft-w1", "own"),
     "mmft-no-captions": ("mmft-no-captions", "template"),

@@ -20,10 +20,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
+from ..baselines import linear
+from ..baselines.clip_lora import clip_lora
+from ..baselines.cross_entropy import LinearHead, train_head
 from ..configuration import MMFTConfig
 from ..data import labels_of
 from ..prompts import TEMPLATES
-from ..prototypes import ClassPrototypes
 from ..sampling import generator
 from ..towers import merge, set_towers
 from .protocol import FULL, Task
@@ -36,13 +38,17 @@ LORA_FACTOR = 10  # LoRA takes steps a decade larger than whole towers do
 
 @dataclass
 class Trained:
-    """What a training left: the model (LoRA merged), the texts it saw, steps and seconds; a head, if that classifies."""
+    """What a training left: the model (LoRA merged), the images with the texts it saw, steps and seconds.
+
+    A head, if that classifies, and the head it started from.
+    """
 
     model: PreTrainedModel
     texts: Dataset
     steps: int
     seconds: float
-    head: ClassPrototypes | None = None
+    head: LinearHead | None = None
+    first_head: LinearHead | None = None
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------------
@@ -138,11 +144,57 @@ def contrastive(
     return train
 
 
+def cross_entropy(start: str = "templates", fixed: bool = False) -> Callable[[Workshop, Task, float], Trained]:
+    """A training of the image tower and a linear head, see `baselines.cross_entropy`.
+
+    Args:
+        start: of the head: the averages of 80 `templates`, or `regression` on frozen features, its C chosen on validation.
+        fixed: the head stays.
+    """
+
+    def train(shop: Workshop, task: Task, learning_rate: float) -> Trained:
+        began = time.monotonic()
+        if start == "regression":
+            features = shop.features(task.train), labels_of(task.train)
+            choice = linear.choose(*features, shop.features(task.validation), labels_of(task.validation))
+            weights = [torch.from_numpy(part).float() for part in linear.head(*features, **choice.parameters)]
+            first = LinearHead(weights[0], task.class_names, weights[1])
+        else:
+            first = LinearHead.from_prototypes(shop.template_prototypes(task.class_names, several=True))
+        set_seed(task.seed)
+        model = copy.deepcopy(shop.model)
+        with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+            config = settings_for(shop, task, learning_rate, folder)
+            validation = task.validation if task.shots == FULL else None
+            head, steps = train_head(model, shop.processor, config, task.train, first, validation, fixed)
+        return Trained(model, task.train, steps, time.monotonic() - began, head, first)
+
+    return train
+
+
+def low_rank(shop: Workshop, task: Task, learning_rate: float) -> Trained:
+    """CLIP-LoRA, see `baselines.clip_lora`."""
+    start = time.monotonic()
+    set_seed(task.seed)
+    model = copy.deepcopy(shop.model)
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        config = settings_for(shop, task, LORA_FACTOR * learning_rate, folder)
+        steps = clip_lora(model, shop.processor, config, task.train, task.validation if task.shots == FULL else None)
+    return Trained(model, task.train, steps, time.monotonic() - start)
+
+
 TRAININGS: dict[str, Callable[..., Trained]] = {
+    "ce": cross_entropy(),
+    "ce-frozen": cross_entropy(fixed=True),
+    "lp-ft": cross_entropy("regression"),
+    "clip-lora": low_rank,
     "flyp": contrastive(without_captions, supcon_weight=0.0),
     "flyp-ens": contrastive(without_captions, templates=True, supcon_weight=0.0),
     "mmft": contrastive(),
     "mmft-lora": contrastive(towers="lora"),
+    "mmft-balanced": contrastive(samples_per_class=4),
+    "mmft-dropout": contrastive(caption_dropout=0.5),
+    "mmft-schedule": contrastive(supcon_weight=0.5, supcon_weight_end=0.0),
     "mmft-w0": contrastive(supcon_weight=0.0),
     "mmft-w1": contrastive(supcon_weight=1.0),
     "mmft-no-captions": contrastive(without_captions),
