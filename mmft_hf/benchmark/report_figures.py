@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ..markdown import one_line
 from .report_methods import FAMILIES, family
@@ -255,17 +256,11 @@ def maps_figure(maps: list[dict], titles: list[str], chosen: list[int], names: l
             handles.append(axes.scatter(*points[labels == c].T, s=22, color=colour, marker=marker, lw=0, alpha=0.85))
         for i, (c, (colour, _)) in enumerate(zip(chosen, kinds, strict=True), 1):
             if c < len(stars):
-                axes.scatter(*stars[c], s=300, color=colour, marker="*", edgecolor="white", linewidth=0.8, zorder=4)
-                axes.text(
-                    *stars[c],
-                    i,
-                    color="white",
-                    fontsize=6.5,
-                    weight="bold",
-                    ha="center",
-                    va="center_baseline",
-                    zorder=5,
+                axes.scatter(*stars[c], s=150, color=colour, marker="*", edgecolor=INK, linewidth=0.8, zorder=4)
+                text = axes.annotate(
+                    str(i), stars[c], xytext=(5, 4), textcoords="offset points", weight="bold", zorder=5
                 )
+                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         axes.set_title(title)
         axes.set_xticks([])
         axes.set_yticks([])

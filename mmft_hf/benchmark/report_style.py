@@ -79,7 +79,7 @@ class Style:
 
     @property
     def edge(self) -> dict:
-        return {"mfc": "white", "mec": self.colour} if self.hollow else {"mec": "white", "mew": 0.6}
+        return {"mfc": "white", "mec": self.colour} if self.hollow else {"mec": "white", "mew": 0.5}
 
 
 def styles(methods: list[str]) -> dict[str, Style]:
