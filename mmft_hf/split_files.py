@@ -49,8 +49,8 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
                     f"row {i})."
                 )
     pairs = sorted({(number, label) for rows in found.values() for _, number, label in rows})
-    if not len(pairs) == len({number for number, _ in pairs}) == len({label for _, label in pairs}):
-        twice = [p for p in pairs if sum(p[0] == q[0] or p[1] == q[1] for q in pairs) > 1]
+    numbers, labels = Counter(number for number, _ in pairs), Counter(label for _, label in pairs)
+    if twice := [pair for pair in pairs if numbers[pair[0]] > 1 or labels[pair[1]] > 1]:
         raise UserError(f"{what} one name for each class number, found {', '.join(map(str, twice[:4]))}.")
     root = _root(file, found["train"][0][0], image_root)
     paths = Counter(path for rows in found.values() for path, _, _ in rows)

@@ -433,11 +433,19 @@ def test_what_is_wrong_with_a_split_file_is_said(coop, tmp_path):
 
 
 @pytest.mark.usefixtures("coop")
-def test_image_root_is_for_paths(tmp_path):
+def test_image_root_is_for_paths(tmp_path, clip_folder, capsys):
     (tmp_path / "tables").mkdir()
     rows = ["image,label", *(f"class_{c}/{i}.png,{'ab'[c]}" for c in (0, 1) for i in range(6))]
     (tmp_path / "tables" / "train.csv").write_text("\n".join(rows))
-    splits = load_splits(DataArguments(str(tmp_path / "tables" / "train.csv"), image_root=str(tmp_path / "pictures")))
+    table, run = str(tmp_path / "tables" / "train.csv"), str(tmp_path / "run")
+    splits = load_splits(DataArguments(table, image_root=str(tmp_path / "pictures")))
     assert all(Path(path).is_file() for path in paths(splits.train))
+    # The held-out test images are found again where the pictures are now.
+    words = ["--model_name_or_path", str(clip_folder), "--output_dir", run, "--max_steps", "1"]
+    words += ["--dataset_name", table, "--image_root", str(tmp_path / "pictures")]
+    assert cli.main(["finetune", *words]) == 0, capsys.readouterr().err
+    (tmp_path / "pictures").rename(tmp_path / "elsewhere")
+    words = ["--model_name_or_path", run, "--dataset_name", table, "--image_root", str(tmp_path / "elsewhere")]
+    assert cli.main(["evaluate", *words]) == 0, capsys.readouterr().err
     with pytest.raises(UserError, match="--image_root: expected paths of images in column 'image', found Image"):
         load_splits(DataArguments("builtin/emoji-mini", image_root=str(tmp_path)))

@@ -59,6 +59,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if dataset is None:
         # As the training cut it, whatever the settings of this call are.
         again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
+        again["image_root"] = data_args.image_root or again.get("image_root")  # the images may lie elsewhere
         splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))
         if splits.fingerprint() != identity.get("dataset_fingerprint"):
             raise UserError(
