@@ -2,17 +2,22 @@
 
 import itertools
 import json
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from benchmark_tools import command
 from conftest import COLOURS, colour_dataset
 from datasets import Image
+from launch_tools import ROOT, end, start
 
 from mmft_hf.baselines import linear
 from mmft_hf.benchmark import grid, methods
 from mmft_hf.benchmark.grid import cells, parse_shots
 from mmft_hf.benchmark.methods import METHODS, NEEDS_CAPTIONS, Workshop
+from mmft_hf.benchmark.processes import number_of_process, work_alone
 from mmft_hf.benchmark.protocol import Cell, SealedTest, make_task
 from mmft_hf.benchmark.results import RESULTS_FILE, append_row, read_results
 from mmft_hf.benchmark.table import summary_table
@@ -22,12 +27,11 @@ from mmft_hf.data import labels_of
 from mmft_hf.errors import UserError
 
 
-def command(clip_folder, data_folder, out, *more) -> list[str]:
-    words = (
-        f"benchmark --model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {out} --use_cpu true"
-    )
-    words += " --max_steps 2 --per_device_train_batch_size 6 --learning_rate 1e-3"
-    return [*words.split(), *map(str, more)]
+def numbers(folder) -> list[dict]:
+    """The rows without times, in the order of their cells."""
+    times = ("fit_seconds", "test_seconds", "time")
+    rows = [{k: v for k, v in row.items() if k not in times} for row in read_results(folder / RESULTS_FILE)]
+    return sorted(rows, key=lambda row: (row["method"], row["shots"], row["seed"]))
 
 
 SMALL = ("--methods", "zs", "zs-cap", "lp", "gda", "lp++", "flyp", "mmft+wise", "--shots", 2, "--seeds", 0, 1)
@@ -49,10 +53,20 @@ def test_every_cell_is_a_row_with_what_it_depends_on(run):
         assert row["identity"]["versions"]["mmft_hf"] and row["identity"]["settings"]["learning_rate"] == 0.001
     policies = {row["method"]: row["selection_policy"] for row in rows}
     assert policies["lp"] == policies["gda"] == "val-k" and policies["lp++"] == policies["flyp"] == "last"
+    (drawn,) = json.loads((run / "maps.json").read_text())
+    assert (drawn["method"], len(drawn["points"]), len(drawn["prototypes"])) == ("zs", 12, 3)
     subset = json.loads((run / "subsets" / "shots-2_seed-1.json").read_text())
     assert len(subset["train"]["rows"]) == len(subset["train"]["images"]) == 6
     assert len(subset["validation"]["rows"]) == 6
     assert subset["train"] != json.loads((run / "subsets" / "shots-2_seed-0.json").read_text())["train"]
+
+
+def test_the_report_is_there_and_is_drawn_again(run, capsys):
+    page = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert main(["benchmark", "--report", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == page
+    assert capsys.readouterr().out == f"Report: {run / 'report.html'}\n"
 
 
 def test_a_second_run_changes_nothing_and_a_cut_one_goes_on_to_the_same_numbers(
@@ -68,11 +82,87 @@ def test_a_second_run_changes_nothing_and_a_cut_one_goes_on_to_the_same_numbers(
     (out / RESULTS_FILE).write_text("".join(lines[:-2]) + lines[-2][:100])  # in the middle of a line
     assert main(command(clip_folder, data_folder, out, *SMALL)) == 0
 
-    def numbers(path):
-        times = ("fit_seconds", "test_seconds", "time")
-        return [{k: v for k, v in row.items() if k not in times} for row in read_results(path / RESULTS_FILE)]
-
     assert numbers(out) == numbers(run)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+def test_the_processes_of_a_launcher_share_the_cells(run, clip_folder, data_folder, tmp_path):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "recipes" / "benchmark.py"]
+    printed, _ = end(start([*words, *command(clip_folder, data_folder, tmp_path / "out", *SMALL)[1:]]))
+    assert numbers(tmp_path / "out") == numbers(run)
+    assert printed.count("Comparing 7 methods") == printed.count("| method | selection |") == 1
+    assert sum("shots  seed" in line for line in printed.splitlines()) == 13
+
+
+HANGS_AT_GDA = """
+import sys, time
+from mmft_hf.benchmark import grid
+from mmft_hf.cli import main
+
+fit = grid.fit
+
+def hang(name, shop, task):
+    if name == "gda":
+        print("at gda", flush=True)
+        time.sleep(600)
+    return fit(name, shop, task)
+
+grid.fit = hang
+main(sys.argv[1:])
+"""
+
+
+def test_what_a_killed_process_was_at_is_taken_over(run, clip_folder, data_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = command(clip_folder, data_folder, out, *SMALL)
+    other = start(["-c", HANGS_AT_GDA, *words])
+    try:
+        assert any("at gda" in line for line in other.stdout)
+        seen = []
+
+        def kill_when_all_else_is_done():
+            while len(read_results(out / RESULTS_FILE)) < 12:
+                time.sleep(0.1)
+            time.sleep(1.5)  # longer than a look at what others have done
+            seen.append(len(read_results(out / RESULTS_FILE)))
+            other.kill()
+
+        thread = threading.Thread(target=kill_when_all_else_is_done, daemon=True)
+        thread.start()
+        assert main(words) == 0
+        thread.join()
+    finally:
+        other.kill()
+        other.communicate()
+    assert seen == [12]  # what a living process is at is left to it
+    assert numbers(out) == numbers(run)
+    assert main(words) == 0
+    assert "13 of 13 cells are done already" in capsys.readouterr().out
+
+
+def test_processes_of_a_launcher_are_alone_with_a_gpu_each():
+    launched = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    launched |= {"TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    for devices, own in (("4,7,9", "7"), ("GPU-1", "GPU-1"), ("", "")):  # three GPUs, fewer than processes, none
+        environment = {**launched, "CUDA_VISIBLE_DEVICES": devices, "HOME": "/"}
+        work_alone(environment)
+        assert number_of_process() == 5
+        assert environment == {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": own, "HOME": "/"}
+    work_alone({"CUDA_VISIBLE_DEVICES": ""})
+    assert number_of_process() == 0
+    with pytest.raises(UserError, match=r"several processes but started one.*torchrun"):
+        work_alone({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "a"})
+
+
+# -- other results in the folder -----------------------------------------------------------------------------------------
+def test_results_of_other_versions_are_not_mixed(run, clip_folder, data_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for row in read_results(run / RESULTS_FILE):
+        row["identity"]["versions"]["torch"] = "2.6.0"
+        append_row(out / RESULTS_FILE, row)
+    assert main(command(clip_folder, data_folder, out, *SMALL)) == 2
+    printed = capsys.readouterr().err
+    assert "expected results of the same versions, found others" in printed and "torch 2.6.0 there" in printed
 
 
 def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, capsys):

@@ -177,7 +177,9 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
 
     plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
     default = {f.name: f.default for f in fields(MMFTConfig)}
-    others = [k for k, v in plain.items() if k not in DECIDING and v != default.get(k) and not IDLE.fullmatch(k)]
+    # A cell has its own seed. What has its default is not named, so that results stay valid when an option comes along.
+    chosen = {k: v for k, v in plain.items() if v != default.get(k) and (k in DECIDING or not IDLE.fullmatch(k))}
+    chosen.pop("seed", None)
     known = versions() | {name: importlib.metadata.version(name) for name in ("peft", "scikit-learn")}
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
@@ -186,12 +188,7 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
         "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
         "dataset_fingerprint": splits.fingerprint(),
         "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
-        "settings": {
-            # A cell has its own seed, and is one process.
-            **{name: plain[name] for name in (*DECIDING, *others) if name not in ("seed", "world_size")},
-            "learning_rates": args.learning_rates,
-            "min_steps": args.min_steps,
-        },
+        "settings": {**chosen, "learning_rates": args.learning_rates, "min_steps": args.min_steps},
         "versions": {name: known[name] for name in VERSIONED},
     }
 
@@ -207,6 +204,7 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
     """`data.json` of the grid: as it is there, or made where it is not, or of other data."""
     from ..benchmark import describe
     from ..benchmark.shifts import fingerprint_of
+    from ..cards.provenance import captioning_cost
     from ..origins import origin
 
     key = {
@@ -222,6 +220,10 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
         "model": origin(model_args.model_name_or_path, model_args.model_revision, "model", local=True)["name"],
     }
     found = {**names, **describe.describe(splits, judged, args.group_column), "made_from": key}
+    if found["captions"]:
+        cost = captioning_cost(data_args.captions_dataset or data_args.dataset_name, data_args.dataset_revision)
+        unknown = dict.fromkeys(("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
+        found["captions"] |= cost or unknown
     describe.write(folder / describe.DATA_FILE, found)
     return found
 
@@ -243,9 +245,6 @@ def _about_duplicates(data: dict) -> list[str]:
 
 def _write_report(folder: Path) -> None:
     """Draws the report of a folder of results."""
-    try:
-        from ..benchmark.report import write_report
-    except ImportError:  # not there yet
-        return
+    from ..benchmark.report import write_report
 
     say(f"Report: {write_report(folder)}")
