@@ -63,17 +63,18 @@ def test_too_few_images_are_refused_before_anything_is_run(clip_folder, data_fol
 
 def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path, capsys):
     train, shift = colour_dataset(8), colour_dataset(2, 5)
+    shift = concatenate_datasets([shift, shift.select([0])])  # twice in one split, which tells no method anything
     test = concatenate_datasets([colour_dataset(6, 2), train.select([3, 4])])
     groups = [f"g{i // 2}" for i in range(len(test))]
     parts = {"train": train, "validation": colour_dataset(4, 1), "test": test, "sketch": shift}
-    concepts = {"train": ["b"] * 24, "validation": ["c"] * 12, "test": groups, "sketch": ["a", None] * 3}
+    concepts = {"train": ["b"] * 24, "validation": ["c"] * 12, "test": groups, "sketch": [*["a", None] * 3, "a"]}
     data = parts_of(
         tmp_path / "data", **{name: part.add_column("concept", concepts[name]) for name, part in parts.items()}
     )
     words = ("--methods", "lp", "--shots", 2, "--seeds", 0, "--shift_splits", "sketch", "--group_column", "concept")
     assert main(command(clip_folder, data, tmp_path / "out", *words)) == 0
     printed = capsys.readouterr().out
-    assert "20 test, 6 sketch" in printed
+    assert "20 test, 7 sketch" in printed
     assert "Note: 2 pictures are in two splits, byte for byte (row 3 of train is row 18 of test; " in printed
     described = json.loads((tmp_path / "out" / "data.json").read_text())
     assert described["duplicates_count"] == len(described["duplicates"]) == 2
