@@ -78,6 +78,13 @@ class MMFTConfig(TrainingArguments):
             "choices": PROTOTYPE_SOURCES,
         },
     )
+    weight_averaging: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay, below 1 (0.99, say), of an exponential moving average of the trained weights, which is what is "
+            "evaluated and saved; it takes memory for one more copy of them. 0: off."
+        },
+    )
     template_weight: float = field(
         default=0.0,
         metadata={
@@ -188,6 +195,12 @@ class MMFTConfig(TrainingArguments):
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+        if self.weight_averaging and (sharded or self.fsdp or self.deepspeed):
+            raise UserError(
+                f"--weight_averaging: expected 0 under FSDP and DeepSpeed, found {self.weight_averaging}: no process has all the "
+                "weights that it would average. Leave it out, or start without them."
+            )
         launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
         launch.check(self.world_size)
@@ -208,6 +221,8 @@ class MMFTConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise UserError(f"--{name}: expected a number from 0 to 1, found {value}.")
+        if not 0.0 <= self.weight_averaging < 1.0:
+            raise UserError(f"--weight_averaging: expected a decay from 0 to below 1, found {self.weight_averaging}.")
         if self.template_weight and self.prototypes != "captions":
             raise UserError(
                 f"--template_weight: expected 0 with --prototypes {self.prototypes}, found {self.template_weight}: it mixes "

@@ -22,17 +22,19 @@ FEW, MORE = 1, 3
 
 @dataclass
 class MemoryEstimate:
-    """Bytes of a training step in one process. Under autocast `weights` has the copies in half precision, too."""
+    """Bytes of a training step in one process. Under autocast `weights` has the copies in half precision, too; `average` is
+    that of the trained weights, where there is one."""
 
     weights: int
     gradients_and_optimizer: int
     activations_per_image: int
     pixels_per_image: int
+    average: int = 0
 
     def total(self, batch: int, chunk: int | None = None) -> int:
         """Bytes at B images, `chunk` of them encoded at a time."""
         at_once = min(batch, chunk or batch)
-        fixed = self.weights + self.gradients_and_optimizer
+        fixed = self.weights + self.gradients_and_optimizer + self.average
         return fixed + batch * self.pixels_per_image + at_once * self.activations_per_image
 
     def chunk_that_fits(self, batch: int, available: int) -> int | None:
@@ -48,12 +50,14 @@ def estimate_memory(
     processor: ProcessorMixin,
     texts: Sequence[str],
     autocast: AbstractContextManager | None = None,
+    averaging: bool = False,
 ) -> MemoryEstimate:
     """Measures what autograd keeps of one small forward, and adds weights, gradients and AdamW's two moments.
 
     Args:
         texts: some of the training texts; the longest of them stands for all, since it decides how a batch is padded.
         autocast: context of the training's precision.
+        averaging: whether there is an average of the trained weights beside them.
 
     What kernels need for themselves, and what PyTorch's allocator wastes, is not in it.
     """
@@ -74,6 +78,7 @@ def estimate_memory(
         gradients_and_optimizer=3 * 4 * trained,
         activations_per_image=per_image,
         pixels_per_image=4 * 3 * width * height,
+        average=4 * trained * averaging,
     )
 
 

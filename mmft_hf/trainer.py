@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from .averaging import WeightAveraging
 from .cache import check_short_side
 from .collator import MMFTDataCollator, input_size
 from .configuration import MMFTConfig
@@ -36,7 +37,7 @@ from .views import ImageView, TrainingView, check_dataset
 logger = logging.getLogger(__name__)
 
 
-class MMFTTrainer(TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer):
+class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer):
     """Fine-tunes a `CLIPModel` on images with labels and captions.
 
     Args:

@@ -39,6 +39,12 @@ CASES = {
     "UniCL": {"include_self": True, "supcon_weight": 1.0},
     "cross-entropy, head": {"trainer": "head"},
     "cross-entropy, class texts": {"trainer": "texts", "towers": ("lora", "lora"), "loss_chunk_size": 2},
+    "options for few images": {
+        "weight_averaging": 0.7,
+        "supcon_weight_end": 1.0,
+        "caption_dropout": 0.5,
+        "template_weight": 0.3,
+    },
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }

@@ -61,6 +61,7 @@ LAYERS = [
         "training_pushes",
         "training_checkpoints",
         "sharding",
+        "averaging",
     },
     {"cli", "commands", "__main__"},
 ]

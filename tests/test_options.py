@@ -179,7 +179,7 @@ def test_shares_lie_between_0_and_1(name, value):
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-SETTINGS = {"caption_dropout": 0.4, "template_weight": 0.3, "supcon_weight_end": 0.0}
+SETTINGS = {"caption_dropout": 0.4, "template_weight": 0.3, "supcon_weight_end": 0.0, "weight_averaging": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,7 @@ def test_a_run_records_its_options_and_says_what_they_do(run, data_folder, capsy
     assert "left out with probability 0.4" in printed
     assert "compared with captions and, with weight 0.3, the class template" in printed
     assert "w SupCon + (1 - w) CLIP with w from 0.1 to 0, learning rate" in printed
+    assert "weights averaged with decay 0.9" in printed and " averaged weights\n" in printed
     card = (folder / "README.md").read_text()
     assert "with w from 0.1 at the start to 0 at the end, draws an image" in card
     assert "drawn towards its class template with weight 0.3" in card

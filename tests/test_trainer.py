@@ -345,6 +345,7 @@ def test_every_private_hook_that_is_overridden_exists():
     parts = list(MMFTTrainer.__mro__[: MMFTTrainer.__mro__.index(Trainer)])
     own = {name for cls in parts for name, value in vars(cls).items() if callable(value) and name[:2] != "__"}
     added = {"build_prototypes", "current_prototypes", "forget_prototypes", "stop_at", "_class_metrics"}
+    added |= {"trained_parameters", "_averaged", "_exchange"}
     added |= {"_chunk_size", "_expect_finite_losses", "_write_model", "_unsharded"}
     assert added <= set(own)
     assert [name for name in own if name not in added and not hasattr(Trainer, name)] == []

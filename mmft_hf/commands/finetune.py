@@ -172,7 +172,7 @@ def _memory(model, processor, config, splits) -> str:
     ]
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     autocast = torch.autocast(config.device.type, half) if half else nullcontext()
-    estimate = estimate_memory(model, processor, texts, autocast)
+    estimate = estimate_memory(model, processor, texts, autocast, config.weight_averaging > 0)
     batch, chunk = config.per_device_train_batch_size, config.loss_chunk_size
     total, available = estimate.total(batch, chunk), available_memory(config.device)
     at_once = min(batch, chunk or batch)
@@ -182,6 +182,7 @@ def _memory(model, processor, config, splits) -> str:
         f"{less}{_gigabytes(total)} for a step, estimated: {_gigabytes(estimate.weights)} weights, "
         f"{_gigabytes(estimate.gradients_and_optimizer)} gradients and optimizer, "
         f"{_gigabytes(at_once * estimate.activations_per_image)} activations of {at_once} images"
+        + (f", {_gigabytes(estimate.average)} averaged weights" if estimate.average else "")
     )
     if available is not None and total > available and not less:
         fits = estimate.chunk_that_fits(batch, available)
@@ -229,6 +230,8 @@ def _announce(model_args, data_args, config, splits, counts, zero_shot: float, m
     rows["training"] = f"{length}, batches of {batch}" + (
         f" on each of {config.world_size} processes" if config.world_size > 1 else f" on {config.device}"
     )
+    if config.weight_averaging:
+        rows["training"] += f", weights averaged with decay {config.weight_averaging:g}"
     rows["memory"] = memory
     rows["zero-shot"] = f'{percent(zero_shot)} on validation, untuned, with "{config.class_template}"'
     rows["output"] = config.output_dir
