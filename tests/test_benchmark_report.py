@@ -27,7 +27,7 @@ IDENTITY = {
     "versions": {"mmft_hf": "0.1.0"},
 }
 HOSTILE = "<script>alert('1')</script>\"><img src=http://evil.example/x> $\\frac{1}$ | [a](b)\x1b[31m"
-NAMES = [HOSTILE, "_hidden", "класс", "クラス", "a" * 300]
+NAMES = [HOSTILE, "_hidden $\\frac$", "класс", "クラス", "a" * 300]
 TRUTH = np.repeat(np.arange(5), 12)
 
 
@@ -92,8 +92,10 @@ DATA = {
     "captions": {"images": 80, "captions": 240, "captioner": HOSTILE, "calls": 250, "cost_usd": 0.5, "seconds": 60.0},
     "duplicates": [{"splits": ["train", "test"], "images": [HOSTILE, "b"]}],
     "duplicates_count": 7,
-    "examples": {str(c): [{"image": a_picture(), "captions": [HOSTILE, "fine"]}] for c in range(5)}
-    | {"0": [{"image": '"><script>', "captions": []}]},
+    "examples": {
+        str(c): [{"image": a_picture(), "captions": [HOSTILE, "fine"]}, {"image": '"><script>', "captions": []}]
+        for c in range(5)
+    },
 }
 _points = np.random.default_rng(0).normal(size=(60, 2)).round(3).tolist()
 MAPS = [
@@ -153,6 +155,7 @@ def test_intervals_over_seeds_are_those_of_the_paired_t_test(tmp_path):
     rows = [row("mmft", 4, s, accuracy=x) for s, x in enumerate(a)] + [
         row("flyp", 4, s, accuracy=x) for s, x in enumerate(b)
     ]
+    rows.insert(0, rows.pop())  # in another order
     rows += [row("flyp", 4, 9, accuracy=0.0), row("zs", 0, 0, accuracy=0.45)]  # a seed that mmft does not have
     results = gather(rows, tmp_path)
     found = compare(results, "mmft", "flyp", 4)
@@ -246,7 +249,7 @@ def told(tmp_path, **methods):
 def test_the_verdict_follows_from_the_numbers(tmp_path):
     control = {"mmft_no_captions": [0.5, 0.51, 0.5]}
     headline, text, found = told(
-        tmp_path, mmft=[0.6, 0.62, 0.61], **control, lp=[0.7, 0.71, 0.72], flyp=[0.5, 0.6, 0.7]
+        tmp_path, mmft=[0.6, 0.62, 0.61], **control, lp=[0.7, 0.71, 0.72], flyp=[0.5, 0.6, 0.7], zs_cap=[0.9] * 3
     )
     assert headline == "With 4 shots, captions helped." and "+10.7 points with 4 shots" in text
     assert "it is behind (−10.0 points against lp with 4 shots)" in text
