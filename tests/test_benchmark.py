@@ -175,6 +175,11 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
 def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, capsys):
     assert main(command(clip_folder, data_folder, tmp_path / "out", "--vision_tower", "frozen")) == 2
     assert "--vision_tower: expected full, found frozen" in capsys.readouterr().err
+    for name, values in (("learning_rates", [1e-4, 0]), ("min_steps", [-1])):
+        assert main(command(clip_folder, data_folder, tmp_path / "out", f"--{name}", *values)) == 2
+        assert f"--{name}: expected" in capsys.readouterr().err
+    assert main(["benchmark", "--report", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "out") in capsys.readouterr().err
 
 
 def test_results_of_another_optimiser_are_not_mixed(run, clip_folder, data_folder, capsys):

@@ -48,7 +48,7 @@ class BenchmarkArguments:
     )
     min_steps: int = field(
         default=0,
-        metadata={"help": "Train few images for at least so many steps; default 0: num_train_epochs decides."},
+        metadata={"help": "Train few images for at least so many steps. Default: 0, num_train_epochs alone decides."},
     )
     shift_splits: list[str] | None = field(
         default=None,
