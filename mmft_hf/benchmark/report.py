@@ -157,7 +157,9 @@ def _shots(results: Findings, folder: Path) -> str:
         return ""
     path, left_out = drawn
     more = f" Left out, to keep it legible: {listed(map(safe, left_out))}." if left_out else ""
-    note = f"Bands are 95 % intervals over seeds; level lines are the untuned model.{more}"
+    note = (
+        f"Bands are 95 % intervals over seeds, where there are three or more; level lines are the untuned model.{more}"
+    )
     return section("shots", "Accuracy against shots", prose(note), picture(path, "Test accuracy against shots"))
 
 

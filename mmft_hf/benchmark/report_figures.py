@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from ..markdown import one_line
 from .report_methods import FAMILIES, family
-from .report_statistics import ClassGains, Difference, Findings, shown_classes
+from .report_statistics import FEWEST_SEEDS, ClassGains, Difference, Findings, shown_classes
 from .report_style import COLOURS, DOWN, GREY, INK, MAIN, UP, WIDTH, apart, label_points, legible, save, styles
 from .report_verdict import signed
 from .table import interval, shots_name
@@ -23,7 +24,7 @@ KEPT = ("mmft", "mmft-no-captions")  # whatever else is left out
 def shots_figure(results: Findings, path: Path) -> tuple[Path, list[str]] | None:
     """A panel for each family, mmft in all of them; untuned models as level lines. Also the methods that were left out."""
     shots = [n for n in results.shots if n != 0]
-    groups = {}
+    groups, span = {}, max(1, len(shots) - 1)
     for method in results.methods:
         if any(results.rows(method, n) for n in shots):
             groups.setdefault(family(method), []).append(method)
@@ -54,13 +55,12 @@ def shots_figure(results: Findings, path: Path) -> tuple[Path, list[str]] | None
                 continue
             x = [i for i, _ in found]
             y = np.array([np.mean(v) for _, v in found])
-            half = np.array([interval(v) or 0.0 for _, v in found])
+            half = np.array([interval(v) if len(v) >= FEWEST_SEEDS else 0.0 for _, v in found])
             main, colour = method == "mmft", look[method].colour
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18 if main else 0.08, lw=0)
-            size = {"ms": 5.5, "lw": 2.4, "zorder": 4} if main else {"ms": 4.5, "lw": 1.4, "zorder": 3}
-            axes.plot(x, y, **look[method].line | size)
+            axes.plot(x, y, lw=2.4 if main else 1.4, zorder=3 + main, **look[method].line)
             ends.append((x[-1], y[-1], method, colour))
-            low, high = min(low, y.min()), max(high, (y + half).max())
+            low, high = min(low, y.min()), max(high, y.max())
         for method in [m for m in ("zs", "zs-ens") if results.rows(m, 0)]:
             level = results.mean(method, 0)
             axes.axhline(level, color=GREY, ls=(0, (4, 3)) if method == "zs" else (0, (1, 2)), lw=1.2, zorder=1)
@@ -68,21 +68,21 @@ def shots_figure(results: Findings, path: Path) -> tuple[Path, list[str]] | None
             ends.append((len(shots) - 1, level, method, GREY))
         axes.set_title(FAMILIES[kind] if kind != "untuned" else "Methods")
         axes.set_xticks(range(len(shots)), [shots_name(n) for n in shots])
-        axes.set_xlim(-0.2, len(shots) - 1 + 0.15)
+        axes.set_xlim(-0.07 * span, len(shots) - 1 + 0.05 * span)
         axes.grid(axis="x", visible=False)
         every[axes] = ends
     for axes in list(grid.flat)[len(groups) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy, %")
-    room = max((high - low) * 0.04, 0.5)
+    room = max((high - low) * 0.08, 1.0)  # a wide band is cut, rather than that it presses the lines together
     for axes, ends in every.items():
         axes.set_ylim(low - room, high + room)
         places = apart([y for _, y, *_ in ends], (high - low + 2 * room) * 0.055, low - room / 2, high + room / 2)
         for (x, y, method, colour), place in zip(ends, places, strict=True):
             weight = "bold" if method == "mmft" else "normal"
-            end = len(shots) - 1 + 0.3
-            axes.plot([x + 0.06, end - 0.03], [y, place], color=colour, lw=0.6, alpha=0.7, clip_on=False)
+            end = len(shots) - 1 + 0.1 * span
+            axes.plot([x + 0.02 * span, end - 0.01 * span], [y, place], color=colour, lw=0.6, alpha=0.7, clip_on=False)
             axes.text(end, place, method, color=colour, va="center", fontsize=9, weight=weight)
     return save(figure, path), left_out
 
@@ -133,6 +133,7 @@ def differences_figure(found: dict, reference: str, shots: list, methods: list[s
             axes.axhspan(i - 0.5, i + 0.5, color="#f5f6f7", lw=0, zorder=0)
         axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     grid[0].set_yticks(range(len(methods)), methods)
     figure.supxlabel(f"points of test accuracy above (right) or below (left) {reference}", fontsize=9.5)
     return save(figure, path)

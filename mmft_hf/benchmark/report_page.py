@@ -31,6 +31,7 @@ POLICIES = {
     "none": "nothing to choose",
 }
 MOST_PAIRS, MOST_LISTED = 10, 12
+PAGE_SCALE = 0.64  # pixels of the page by pixels of a figure: sharp on fine screens and on paper
 
 
 def safe(text: object, limit: int = 120) -> str:
@@ -67,8 +68,10 @@ def picture(path: Path | None, alt: str) -> str:
     """A figure whose bytes are on the page."""
     if path is None:
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+    data = path.read_bytes()
+    width = round(int.from_bytes(data[16:20], "big") * PAGE_SCALE)  # of a PNG's header
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return f'<figure><img alt="{escape(alt)}" width="{width}" src="{source}"></figure>'
 
 
 def folded(summary: str, content: str) -> str:

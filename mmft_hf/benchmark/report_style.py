@@ -75,7 +75,8 @@ class Style:
     @property
     def line(self) -> dict:
         """For a line with marks."""
-        return self.edge | {"color": self.colour, "marker": self.marker, "ls": "--" if self.hollow else "-"}
+        size = {"^": 6, "*": 8.5}.get(self.marker, 5)
+        return self.edge | {"color": self.colour, "marker": self.marker, "ms": size, "ls": "--" if self.hollow else "-"}
 
     @property
     def edge(self) -> dict:

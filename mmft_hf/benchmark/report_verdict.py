@@ -42,7 +42,7 @@ def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dic
         headline = "Whether captions helped cannot be told: there is no control without them."
         sentences = [f"Add {CONTROL} to --methods: the same training on class templates alone."]
     else:
-        headline = in_words(found[control], "captions helped", "captions did harm")
+        headline = in_words(found[control], "captions helped", "captions did harm", " whether captions helped")
         headline = headline[:1].upper() + headline[1:] + "."
         against = (
             "the same training without them (mmft-no-captions)" if control == CONTROL else "flyp (on class templates)"
@@ -57,7 +57,7 @@ def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dic
     if seeds and min(seeds) < FEWEST_SEEDS:
         sentences.append(
             f"Some of this rests on {'one seed' if min(seeds) == 1 else f'{min(seeds)} seeds'}: too few to call a difference "
-            f"one. Type at least {FEWEST_SEEDS} --seeds."
+            f"one. Type {FEWEST_SEEDS} --seeds or more."
         )
     return headline, sentences, comparisons
 
@@ -74,7 +74,7 @@ def _without_mmft(results: Findings) -> tuple[str, list[str]]:
     return headline, [f"Highest mean test accuracy: {listed(leaders)}."] if leaders else []
 
 
-def in_words(found: dict, better: str, worse: str) -> str:
+def in_words(found: dict, better: str, worse: str, what: str = "") -> str:
     """`with 1 and 4 shots, captions helped; with all images, no difference can be told from chance`"""
     groups: dict[str, list] = {}
     for n, (_, difference) in found.items():
@@ -83,7 +83,7 @@ def in_words(found: dict, better: str, worse: str) -> str:
         "better": better,
         "worse": worse,
         "not distinguishable": "no difference can be told from chance",
-        "too few seeds": "there are too few seeds to say",
+        "too few seeds": f"there are too few seeds to say{what}",
     }
     return "; ".join(f"with {shots_list(groups[key])}, {word}" for key, word in words.items() if key in groups)
 
