@@ -185,6 +185,22 @@ def test_clip_lora_is_trained_as_a_plain_loop_does(clip, tmp_path):
     same(model.state_dict(), plain.state_dict() | adapted())
 
 
+@pytest.mark.parametrize(
+    ("settings", "atol"),
+    [({"loss_chunk_size": 3}, 1e-6), ({"gradient_checkpointing": True}, 1e-6), ({"bf16": True}, 0.02)],
+)
+def test_chunks_checkpointing_and_bfloat16_train_the_same(clip, _clip, tmp_path, settings, atol):
+    found = []
+    for more in ({}, settings):
+        model, processor = copy.deepcopy(_clip)
+        own = config(tmp_path / str(len(found)), **PLAIN, **more)
+        head, _ = train_head(model, processor, own, colour_dataset(8), zero_shot_head(clip))
+        train_class_texts(model, processor, own, colour_dataset(8))
+        found.append(weights(model) | {"head": head.weight})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=atol, rtol=0)
+
+
 # -- what moves --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fixed", [False, True])
 def test_only_the_image_tower_and_a_free_head_move(clip, tmp_path, monkeypatch, fixed):

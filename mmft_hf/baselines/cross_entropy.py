@@ -77,8 +77,8 @@ def train_head(
 
     The rows `ce`, `ce-frozen` and `lp-ft` of a benchmark: with the head of zero-shot weights, the same with a fixed head,
     and with the head of a logistic regression on frozen features (`linear.head`). As in WiSE-FT's code the scale of the
-    logits is folded into the head, whose entries are about 100 times those of unit-norm rows; so with AdamW, whose steps do
-    not depend on the size of a weight, the head moves little at a learning rate that suits the tower.
+    logits is folded into the head, so that its rows are as long as that (100 for CLIP); with AdamW, whose steps do not depend
+    on the size of a weight, the head moves little at a learning rate that suits the tower.
 
     Args:
         model: trained in place. What of the image tower is trained is left as it is; text tower and logit scale are frozen,
