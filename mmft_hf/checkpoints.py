@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 from safetensors import safe_open
@@ -93,3 +94,17 @@ def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
         f"{batch}), found {args.train_batch_size * args.world_size} ({args.world_size} x {args.train_batch_size}): the loss "
         f"would be another one. Type {hint}."
     )
+
+
+def rotate(folder: Path, limit: int, step: int, best: str | None) -> None:
+    """Deletes the oldest checkpoints of a run, so that `limit` are left; that of `step`, just saved, and the best one always stay.
+
+    Those beyond `step` are of a run that was gone back on, and count as the oldest.
+    """
+    steps = {
+        int(path.name.rpartition("-")[2]): path for path in folder.iterdir() if is_checkpoint(path) and path.is_dir()
+    }
+    oldest_first = sorted(steps, key=lambda n: (n <= step, n))
+    stay = {n for n in steps if n == step or (best and steps[n].name == Path(best).name)}
+    for n in [n for n in oldest_first if n not in stay][: max(0, len(steps) - max(limit, len(stay)))]:
+        shutil.rmtree(steps[n], ignore_errors=True)

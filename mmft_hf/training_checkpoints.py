@@ -14,6 +14,7 @@ from .checkpoints import (
     is_checkpoint,
     is_complete,
     last_complete_checkpoint,
+    rotate,
 )
 from .errors import UserError
 from .towers import checkpoint_state, lora_layers, merged_state
@@ -84,7 +85,14 @@ class TrainingCheckpoints:
 
     def _save_checkpoint(self, *args, **kwargs):
         self._expect_finite_losses()
-        super()._save_checkpoint(*args, **kwargs)
+        # The stock rotation deletes any folder called checkpoint-…, a user's own, too.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            rotate(Path(self.args.output_dir), limit, self.state.global_step, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, *args, **kwargs):
         super()._load_from_checkpoint(*args, **kwargs)

@@ -1,6 +1,7 @@
 """What the command line says, and which exit code it gives, when something is not as it should be."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -452,6 +453,7 @@ def test_overwriting_deletes_what_the_run_left_and_nothing_else(succeeds, finetu
     for name in own:
         (out / name).write_text(name)
     (out / "checkpoint-77").mkdir()
+    os.utime(out / "checkpoint-mine", (0, 0))  # by its date, it would be the first to be rotated away
     succeeds(finetune("--overwrite_output_dir", "true", "--learning_rate", "1e-3"))
     assert all((out / name).read_text() == name for name in own)
     assert not (out / "checkpoint-77").exists()
