@@ -19,6 +19,7 @@
 | `mmft-mixed` | `mmft`, with prototypes halfway between captions and class template |
 | `mmft-balanced` | `mmft` with four images of each class in a batch |
 | `mmft-dropout`, `mmft-schedule` | `mmft` with half of the captions dropped; with w from 0.5 to 0 |
+| `mmft-averaged` | `mmft` with the running average of the weights (decay 0.95) |
 | `NAME+wise` | halfway between the untuned weights and those of NAME (a fine-tuned one), with prototypes of these |
 """
 
@@ -259,6 +260,7 @@ FINE_TUNED = {
     "mmft-balanced": ("mmft-balanced", "own"),
     "mmft-dropout": ("mmft-dropout", "own"),
     "mmft-schedule": ("mmft-schedule", "own"),
+    "mmft-averaged": ("mmft-averaged", "own"),
     "mmft-w0": ("mmft-w0", "own"),
     "mmft-w1": ("mmft-w1", "own"),
     "mmft-no-captions": ("mmft-no-captions", "template"),

@@ -195,6 +195,7 @@ TRAININGS: dict[str, Callable[..., Trained]] = {
     "mmft-balanced": contrastive(samples_per_class=4),
     "mmft-dropout": contrastive(caption_dropout=0.5),
     "mmft-schedule": contrastive(supcon_weight=0.5, supcon_weight_end=0.0),
+    "mmft-averaged": contrastive(weight_averaging=0.95),
     "mmft-w0": contrastive(supcon_weight=0.0),
     "mmft-w1": contrastive(supcon_weight=1.0),
     "mmft-no-captions": contrastive(without_captions),
