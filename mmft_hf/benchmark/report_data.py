@@ -14,6 +14,8 @@ from .report_page import folded, prose, safe, table
 from .report_statistics import Findings
 from .results import RESULTS_FILE
 
+DIGEST = re.compile("[0-9a-f]{16}")
+
 
 def data_parts(results: Findings) -> Iterable[str]:
     data, labels = results.data, results.data.get("labels") or {}
@@ -94,15 +96,25 @@ def command(results: Findings) -> str:
     words += ["--shots", *map(str, [n for n in results.shots if n != 0] or [0])] + (
         ["--seeds", *map(str, seeds)] if seeds else []
     )
-    for key, name in (
-        ("base_model", "model_name_or_path"),
-        ("base_model_revision", "model_revision"),
-        ("dataset", "dataset_name"),
-    ):
-        if identity.get(key):
-            words += [f"--{name}", shlex.quote(public_name(str(identity[key])))]
-    for key, value in (identity.get("settings") or {}).items():
-        if value not in (None, "None", ""):
-            plain = re.sub(r"^[A-Za-z]+\.([A-Z0-9_]+)$", lambda found: found[1].lower(), str(value))
-            words += [f"--{key}", shlex.quote(plain)]
+    named = {
+        "model_name_or_path": identity.get("base_model"),
+        # Of a model in a folder, the hash of its weights stands there, which is no revision to ask for.
+        "model_revision": None
+        if DIGEST.fullmatch(str(identity.get("base_model_revision")))
+        else identity.get("base_model_revision"),
+        "dataset_name": identity.get("dataset"),
+        "shift_splits": list(identity.get("shift_splits") or {}),
+        "group_column": (results.data.get("made_from") or {}).get("group_column"),
+        **(identity.get("settings") or {}),
+    }
+    for name, value in named.items():
+        values = value if isinstance(value, list) else [value]
+        if any(v not in (None, "None", "") for v in values):
+            words += [f"--{name}", *(shlex.quote(_typed(v)) for v in values)]
     return " ".join(words).replace(" --", " \\\n  --")
+
+
+def _typed(value: object) -> str:
+    """A setting as it is typed: `true`, `adamw_torch`, and of a path the last part."""
+    text = str(value).lower() if isinstance(value, bool) else public_name(str(value))
+    return re.sub(r"^[A-Za-z]+\.([A-Z0-9_]+)$", lambda found: found[1].lower(), text)
