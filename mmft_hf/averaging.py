@@ -22,8 +22,8 @@ FILE_NAME = "unaveraged.safetensors"
 def share_of_step(decay: float, step: int) -> float:
     """What the weights after `step` (from 1 on) count for in the average that they enter: `(1 - decay) / (1 - decay ** step)`.
 
-    So the average after n steps is that of the weights after each of them, weighed by `decay ** (n - step)`: the untuned weights
-    have no part in it, and the first steps of a short run count almost as much as the last ones.
+    So the average after n steps is that of the weights after each of them, weighed by `decay ** (n - step)`, also where a run is
+    short: the untuned weights, with which an average without this correction begins, have no part in it.
 
     References: Kingma & Ba 2015, "Adam" (arXiv 1412.6980), section 3, for this correction of the start.
     """
@@ -119,7 +119,6 @@ class WeightAveraging:
         super()._load_best_model()
 
     def train(self, *args, **kwargs):
-        self._beside = None  # of a training before
         result = super().train(*args, **kwargs)
         if self._beside is not None:
             self._exchange()
@@ -135,7 +134,7 @@ class _Average(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0 or self.trainer._beside is None:  # otherwise it came from a checkpoint
+        if state.global_step == 0:  # otherwise it came from a checkpoint
             parameters = self.trainer.trained_parameters()
             self.trainer._beside = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 

@@ -63,7 +63,7 @@ class ClassPrototypes:
     def interpolate(self, templates: ClassPrototypes, weight: float) -> ClassPrototypes:
         """These prototypes of captions, drawn towards the class template: `normalise((1 - weight) * own + weight * template)`.
 
-        A class without captions, whose prototype is the template's already, stays as it is.
+        A class without captions has the template's embedding already, so that nothing changes for it.
 
         Args:
             templates: prototypes of the same classes by the same model, from the class template.
@@ -79,9 +79,7 @@ class ClassPrototypes:
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight: expected a number from 0 to 1, found {weight}.")
         mixed = F.normalize((1 - weight) * self.embeddings.double() + weight * templates.embeddings.double(), dim=1)
-        fallback = torch.tensor([name in self.fallback_classes for name in self.class_names])
-        embeddings = self.embeddings.where(fallback[:, None], mixed.float())
-        return replace(self, embeddings=embeddings, template_weight=weight)
+        return replace(self, embeddings=mixed.float(), template_weight=weight)
 
     @classmethod
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_lora import with_lora
 from test_trainer import StopAfter, changed, make_trainer, weights
 from transformers import TrainerCallback
 
-from mmft_hf import MMFTConfig, set_towers
+from mmft_hf import ClassPrototypes, MMFTConfig, load_model, set_towers
 from mmft_hf.checkpoints import last_complete_checkpoint
 from mmft_hf.errors import UserError
 
@@ -209,3 +210,16 @@ def test_a_save_within_training_has_the_average_and_nothing_beside(clip, tmp_pat
     saved = tmp_path / "saved"
     assert difference(load_file(saved / "model.safetensors"), average(steps.weights[:3])) < 1e-6
     assert {path.name for path in saved.glob("*.safetensors")} == {"model.safetensors"}
+
+
+def test_what_is_pushed_on_the_way_is_the_average_with_its_own_prototypes(clip, tmp_path):
+    trainer, steps = make_trainer(clip, tmp_path / "run", num_train_epochs=1, weight_averaging=DECAY), Steps()
+    trainer.add_callback(steps)
+    trainer.args.push_to_hub = True  # from here on, so that no Hub is asked
+    trainer._push_from_checkpoint = lambda folder: trainer._write_model(tmp_path / Path(folder).name)
+    trainer.train()
+    model, processor = load_model(str(tmp_path / "checkpoint-3"))
+    assert difference(weights(model), average(steps.weights)) < 1e-6
+    expected = ClassPrototypes.from_captions(model, processor, trainer.train_dataset).embeddings
+    found = ClassPrototypes.from_pretrained(tmp_path / "checkpoint-3").embeddings
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
