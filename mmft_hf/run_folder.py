@@ -75,7 +75,7 @@ class Run:
         self.config = config
         # Through JSON, as they will be read back (enums become text).
         plain = json.loads(json.dumps({**config.to_dict(), "world_size": config.world_size}, default=str))
-        default = {field.name: field.default for field in fields(MMFTConfig)}
+        self.defaults = default = {field.name: field.default for field in fields(MMFTConfig)}
         self.identity = {
             "base_model": model_args.model_name_or_path,
             "base_model_revision": model_args.model_revision,
@@ -113,12 +113,14 @@ class Run:
                     "Type another --output_dir."
                 )
             return resume
-        differ = [k for k, v in self.identity.items() if found["identity"].get(k) != v]
+        # An older make that had no such setting did what its default does.
+        before = {**self.defaults, **found["identity"]}
+        differ = [k for k, v in self.identity.items() if before.get(k) != v]
         # The order of the images and every draw depend on the images of a step, on however many processes they are.
         if _step_size(found["identity"]) == _step_size(self.identity):
             differ = [k for k in differ if k not in STEP]
         if resume and differ:
-            pairs = [f"{k} was {found['identity'].get(k)!r}, now {self.identity[k]!r}" for k in differ]
+            pairs = [f"{k} was {before.get(k)!r}, now {self.identity[k]!r}" for k in differ]
             raise UserError(
                 f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
                 f"same ones to go on with it, or another --output_dir.{self._other_processes(found['identity'])}"

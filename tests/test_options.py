@@ -213,6 +213,22 @@ def test_a_run_records_its_options_and_says_what_they_do(run, data_folder, capsy
     assert "compared with captions and, with weight 0.3, the class template" in capsys.readouterr().out
 
 
+def test_a_run_from_before_there_were_these_options_had_their_defaults(run, capsys):
+    words, folder, _ = run
+    path = folder / "mmft.json"
+    record = json.loads(path.read_text())
+    older = {k: v for k, v in record["identity"].items() if k not in SETTINGS}
+    path.write_text(json.dumps(record | {"identity": older}))
+    words = [*words, "--resume_from_checkpoint", "true"]
+    assert main(words) == 2
+    assert "template_weight was 0.0, now 0.3" in capsys.readouterr().err
+    default = [word for name in SETTINGS if name != "supcon_weight_end" for word in (f"--{name}", "0")]
+    at = words.index("--supcon_weight_end")
+    assert main([*words[:at], *words[at + 2 :], *default]) == 0
+    assert "holds this very run, complete" in capsys.readouterr().out
+    path.write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_resume_with_another_value_is_refused(run, name, capsys):
     words, _, _ = run
