@@ -306,7 +306,7 @@ def test_a_whole_report_has_every_part_and_nothing_from_elsewhere(whole):
             assert figure.width > 600 and base64.b64encode(path.read_bytes()).decode() in page.source
     assert page.text.count("captions helped") == 1 and "250 calls" in page.text and "$0.50" in page.text
     assert "7 images are in more than one split" in page.text and "fine" in page.text
-    assert "20 groups that are drawn as one" in page.text
+    assert "20 groups that are drawn as one" in page.text and "mmft − mmft-no-captions on" in page.text
     # nothing of others became markup
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form", "base"})
     assert HOSTILE[:27] in page.text

@@ -19,6 +19,7 @@ from .report_data import data_parts
 from .report_methods import family
 from .report_page import folded, picture, prose, safe, section
 from .report_statistics import (
+    PER_CLASS,
     TEST,
     ClassGains,
     Findings,
@@ -130,6 +131,7 @@ def _how_to_read(results: Findings) -> str:
 
 
 def _sections(results: Findings, folder: Path) -> Iterable[str]:
+    per_class = any(row.get("test_mean_per_class_accuracy") is not None for row in results.all_rows())
     yield section(
         "results",
         "Results",
@@ -138,6 +140,7 @@ def _sections(results: Findings, folder: Path) -> Iterable[str]:
         ),
         page.results_table(results),
         page.failures(results),
+        folded("With every class counting alike", page.results_table(results, PER_CLASS)) if per_class else "",
         page.choices(results),
     )
     yield _shots(results, folder)
@@ -197,6 +200,7 @@ def _robustness(results: Findings, folder: Path) -> str:
     splits = results.shift_splits
     if not splits:
         return ""
+    control = next((m for m in (CONTROL, "flyp", "zs") if {m, METHOD} <= set(results.methods)), None)
     path = robustness_figure(results, shots, folder / "robustness.png")
     note = (
         f"Images from elsewhere than the training images, {_with(shots)}. Dotted: as good there as in domain. Solid: as far below as "
@@ -208,6 +212,7 @@ def _robustness(results: Findings, folder: Path) -> str:
         "Robustness",
         prose(note),
         picture(path, "Accuracy on shifted images against accuracy in domain"),
+        page.shifts_table(results, METHOD, control) if control else "",
         page.robustness_table(results, shots),
         folded("Every number of shots", every),
     )
@@ -225,7 +230,10 @@ def _cost(results: Findings, folder: Path) -> str:
         return ""
     shown = list(dict.fromkeys([shots[(len(shots) - 1) // 2], shots[-1]]))
     path = cost_figure(results, shown, folder / "cost.png")
-    note = "Seconds that a fit took on the machine of the benchmark, choices on validation included; top left is best."
+    note = (
+        "Seconds that a fit took on the machine of the benchmark, choices on validation included; top left is best. Ablations are "
+        "in the table; a mark without a name is known by its colour and shape from the figures above."
+    )
     return section(
         "cost",
         "Cost against accuracy",

@@ -63,7 +63,7 @@ def _duplicates(data: dict) -> str:
         return ""
     count = data.get("duplicates_count", len(found))
     if not count:
-        return prose("No image is in two splits (by the hash of its pixels or its file).")
+        return prose("No picture is in two splits, byte for byte.")
     rows = [
         [" and ".join(map(safe, entry["splits"])), f"<td class=words>{', '.join(map(safe, entry['images']))}</td>"]
         for entry in found[:100]

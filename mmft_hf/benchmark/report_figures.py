@@ -97,7 +97,7 @@ def differences_figure(found: dict, reference: str, shots: list, methods: list[s
     height = 0.245 * len(methods) + 1.1
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(1, len(shots), sharey=True, sharex=True, squeeze=False)[0]
-    far = max(5.0, 1.8 * float(np.quantile([abs(d.points) for d in found.values()], 0.7)))
+    far = max(5.0, 2.5 * float(np.quantile([abs(d.points) for d in found.values()], 0.7)))
     ends = [x for d in found.values() for x in (d.points, *(d.over_seeds or ()), *(d.over_images or ()))]
     low, high = max(-far, min(ends) - 1), min(far, max(ends) + 1)
     low, high = min(low, -1.0), max(high, 1.0)
@@ -140,8 +140,10 @@ def differences_figure(found: dict, reference: str, shots: list, methods: list[s
 
 
 def compared(methods: list[str]) -> list[str]:
-    """The methods that are no ablation, and the control."""
-    return [m for m in methods if family(m) != "ablation" or m == "mmft-no-captions"]
+    """The methods that are no ablation, and the control; what is to be named first comes first."""
+    found = [m for m in methods if family(m) != "ablation" or m in KEPT]
+    first = (*KEPT, "zs", "flyp", "ce", "mmft+wise")
+    return sorted(found, key=lambda m: first.index(m) if m in first else len(first))
 
 
 # -- robustness and cost -------------------------------------------------------------------------------------------------
@@ -234,6 +236,8 @@ def classes_figure(gains: ClassGains, names: list[str], path: Path) -> Path:
         colour = UP if gain >= 0 else DOWN
         axes.barh(i, gain, height=0.68, color=colour, alpha=0.3 if low <= 0 <= high else 0.9, lw=0)
         axes.plot([low, high], [i, i], color=INK, lw=0.9)
+    if len(shown) < np.isfinite(gains.gain).sum():  # those between are left out
+        axes.axhline(len(shown) / 2 - 0.5, color=GREY, lw=1, ls=(0, (1, 3)))
     axes.axvline(0, color=INK, lw=0.9)
     axes.set_yticks(range(len(shown)), [f"{legible(names[c], c)}  ({gains.images[c]})" for c in shown.tolist()])
     axes.set_ylim(len(shown) - 0.4, -0.6)

@@ -37,6 +37,15 @@ def about(method: str) -> str:
     return f"Weights halfway to those of the untuned model. {text}".strip() if base != method else text
 
 
+# Those that are always there first: their place gives their colour, in every report.
+KNOWN = {
+    "features": ON_FEATURES,
+    "tuned": ("flyp", "ce", "clip-lora", "ce-frozen", "lp-ft", "flyp-ens"),
+    "mmft": tuple(VARIANTS),
+    "ablation": tuple(ABLATIONS),
+}
+
+
 def base_of(method: str) -> str:
     """The method that weights were interpolated from, without `+wise`."""
     return method.removesuffix(WISE)

@@ -19,6 +19,7 @@ from .report_statistics import (
     ClassGains,
     Difference,
     Findings,
+    compare,
     confusions,
 )
 from .report_verdict import KINDS, MARKS, intervals, signed
@@ -244,6 +245,23 @@ def robustness_table(results: Findings, shots) -> str:
     for split in (TEST, *splits):
         head += [safe("in domain" if split == TEST else split, 40), "over zs"]
     return table(head, by_family(results.methods, len(head), line))
+
+
+def shifts_table(results: Findings, method: str, other: str) -> str:
+    """One method minus another on each shift split, by shots."""
+    found = {
+        (split, n): difference
+        for split in results.shift_splits
+        for n in results.shots
+        if results.rows(method, n) and (difference := compare(results, method, other, n, split))
+    }
+    shots = [n for n in results.shots if any(n == k for _, k in found)]
+    rows = [
+        [safe(split, 40), *(difference_cell(found.get((split, n))) for n in shots)]
+        for split in results.shift_splits
+        if any(split == key for key, _ in found)
+    ]
+    return table([f"{safe(method)} − {safe(other)} on", *map(shots_name, shots)], rows) if rows else ""
 
 
 def cost_table(results: Findings, shots: list) -> str:

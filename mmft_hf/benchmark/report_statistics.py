@@ -24,7 +24,7 @@ from .table import in_order, interval, latest
 DRAWS, SEED = 2000, 0
 FEWEST_SEEDS = 3
 MOST_CLASSES = 40  # whose gains are drawn
-TEST = "test"
+TEST, PER_CLASS = "test", "mean per class"
 
 
 # -- results -------------------------------------------------------------------------------------------------------------
@@ -98,8 +98,12 @@ class Findings:
 
 
 def accuracy(row: dict, split: str = TEST) -> float | None:
-    """Accuracy of a row on the test split or on a shift split, 0 to 1."""
-    return row.get("test_accuracy") if split == TEST else (row.get("shift_accuracy") or {}).get(split)
+    """Accuracy of a row on the test split, there with every class counting alike, or on a shift split; 0 to 1."""
+    if split == TEST:
+        return row.get("test_accuracy")
+    if split == PER_CLASS:
+        return row.get("test_mean_per_class_accuracy")
+    return (row.get("shift_accuracy") or {}).get(split)
 
 
 def gather(rows: list[dict], folder: Path) -> Findings:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 from ..markdown import one_line
-from .report_methods import base_of, family
+from .report_methods import KNOWN, base_of, family
 
 WIDTH, DPI = 9.0, 170  # inches
 INK, GREY, FAINT = "#22262b", "#70767d", "#dfe2e6"
@@ -88,7 +88,7 @@ def styles(methods: list[str]) -> dict[str, Style]:
     found, seen = {}, {}
     for method in methods:
         base, kind = base_of(method), family(method)
-        own = seen.setdefault(kind, [])
+        own = seen.setdefault(kind, list(KNOWN.get(kind, ())))
         if base in OWN_COLOURS:
             colour = OWN_COLOURS[base]
         else:
@@ -131,33 +131,36 @@ def apart(places: list[float], gap: float, low: float, high: float) -> list[floa
 
 
 def label_points(axes, points: list[tuple[float, float, str, str]]) -> None:
-    """A name beside each point `(x, y, name, colour)`, moved until it covers neither a point nor another name."""
+    """A name beside each point `(x, y, name, colour)`, where it covers neither a point nor another name.
+
+    The first come first; a point that has no such place goes without a name, since its colour and marker tell it.
+    """
     figure = axes.figure
-    FigureCanvasAgg(figure).draw()
+    FigureCanvasAgg(figure).draw()  # the layout, without which places are not known
     renderer, place = figure.canvas.get_renderer(), axes.transData.transform
     scale = figure.dpi / 72
     dots = np.array([place((x, y)) for x, y, *_ in points])
     frame, taken = axes.get_window_extent(renderer), []
     for (x, y, name, colour), dot in zip(points, dots, strict=True):
         text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=colour)
-        box = text.get_window_extent(renderer)
-        width, height = box.width, box.height
-        for far, (dx, dy) in ((r, d) for r in (7, 13, 20, 28, 38, 50) for d in DIRECTIONS):
-            left = dot[0] + far * scale * dx - width * (dx < 0) - width / 2 * (dx == 0)
-            bottom = dot[1] + far * scale * dy - height * 0.35 - height * 0.3 * (dy < 0)
-            own = (left - 2, bottom - 1, left + width + 2, bottom + height * 0.9)
-            inside = frame.x0 <= own[0] and own[2] <= frame.x1 + 30 and frame.y0 <= own[1] and own[3] <= frame.y1
-            near = (dots > (own[0] - 4, own[1] - 4)) & (dots < (own[2] + 4, own[3] + 4))
-            if inside and not near.all(axis=1).any() and not any(overlap(own, other) for other in taken):
+        size = text.get_window_extent(renderer)
+        for far, (dx, dy) in ((r, d) for r in (7, 13, 20, 28) for d in DIRECTIONS):
+            left = dot[0] + far * scale * dx - size.width * {1: 0, 0: 0.5, -1: 1}[np.sign(dx)]
+            bottom = dot[1] + far * scale * dy - size.height * (0.65 if dy < 0 else 0.35)
+            box = (left - 2, bottom - 1, left + size.width + 2, bottom + size.height * 0.9)
+            inside = frame.x0 <= box[0] and box[2] <= frame.x1 + 30 and frame.y0 <= box[1] and box[3] <= frame.y1
+            near = (dots > (box[0] - 4, box[1] - 4)) & (dots < (box[2] + 4, box[3] + 4))
+            if inside and not near.all(axis=1).any() and not any(overlap(box, other) for other in taken):
                 break
-        taken.append(own)
+        else:
+            text.remove()
+            continue
+        taken.append(box)
         text.set_position(((left - dot[0]) / scale, (bottom - dot[1]) / scale))
         if far > 13:
-            text.arrow_patch = None
-            end = axes.transData.inverted().transform(
-                (left + width * (dx < 0) + width / 2 * (dx == 0), bottom + height / 3)
-            )
-            axes.plot([x, end[0]], [y, end[1]], color=colour, lw=0.5, alpha=0.6)
+            start = np.clip(dot[0], left, left + size.width), np.clip(dot[1], bottom, bottom + size.height * 0.8)
+            end = axes.transData.inverted().transform(start)
+            axes.plot([x, end[0]], [y, end[1]], color=colour, lw=0.6, alpha=0.6, zorder=2)
 
 
 DIRECTIONS = ((1, 0), (-1, 0), (0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8), (0, 1.2), (0, -1.2))
