@@ -23,6 +23,8 @@ MAIN, UP, DOWN = "#0067a5", "#0067a5", "#c4500c"
 # Okabe and Ito's colours, the light ones darkened to be read on white; blue is mmft's alone.
 COLOURS = ("#d55e00", "#007a5e", "#b5609a", "#b07d00", "#3d8fc4", "#5b4a9e", "#7f4a2a", "#5f6b2a")
 OWN_COLOURS = {"mmft": MAIN, "zs": GREY, "zs-ens": GREY, "zs-cap": INK}
+# Families begin elsewhere, so that those that matter most differ in colour, too.
+FIRST_COLOUR = {"ablation": 0, "tuned": 1, "features": 4, "mmft": 6}
 MARKERS = {"untuned": "*", "features": "s", "tuned": "^", "mmft": "o", "ablation": "D"}
 
 SETTINGS = {
@@ -94,7 +96,7 @@ def styles(methods: list[str]) -> dict[str, Style]:
         else:
             if base not in own:
                 own.append(base)
-            colour = COLOURS[own.index(base) % len(COLOURS)]
+            colour = COLOURS[(own.index(base) + FIRST_COLOUR.get(kind, 0)) % len(COLOURS)]
         found[method] = Style(colour, MARKERS[kind], hollow=base != method)
     return found
 
