@@ -365,25 +365,12 @@ class _Beginnings(TrainerCallback):
 
     def __init__(self, trainer: MMFTTrainer):
         self.trainer = trainer
-        self.attention: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A second training, or one that begins anew after memory ran out, counts its steps from 0 with other weights.
         self.trainer.forget_prototypes()
         self.trainer._sums.clear()
         self.trainer._unseen_losses.clear()
-        if args.bf16 and args.device.type == "cpu" and self.attention is None:
-            # There, the backward of the fused attention takes five times as long in bfloat16 as in float32.
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            self.attention = model.config._attn_implementation
-            model.set_attn_implementation("eager")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.attention is not None:
-            self.trainer.accelerator.unwrap_model(self.trainer.model).set_attn_implementation(self.attention)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.loss.supcon_weight = args.supcon_weight_at(state.global_step, state.max_steps)
 
     # Also where the loader is wrapped, as on a resume within an epoch of several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -16,6 +16,7 @@ from .checkpoints import (
     last_complete_checkpoint,
     rotate,
 )
+from .embedding import quick_attention
 from .errors import UserError
 from .towers import checkpoint_state, lora_layers, merged_state
 
@@ -134,6 +135,7 @@ class TrainingCheckpoints:
         if resume_from_checkpoint:
             check_same_model(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
             check_same_batches(Path(resume_from_checkpoint), self.args)
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with quick_attention(self.accelerator.unwrap_model(self.model), self.args.bf16):
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         self._expect_finite_losses()  # that of the last step, where nothing was evaluated or saved after it
         return result

@@ -232,7 +232,7 @@ def prototypes_for(
         several = TEMPLATES if inference == "templates" else template
         return ClassPrototypes.from_templates(model, shop.processor, task.class_names, several)
     texts = task.train if inference == "captions" else trained.texts
-    mixed = 0.5 if inference == "mixed" else 0.0
+    mixed = 0.5 if inference == "mixed" else shop.config.template_weight
     return ClassPrototypes.from_captions(model, shop.processor, texts, template, template_weight=mixed)
 
 
