@@ -23,6 +23,7 @@ from mmft_hf.errors import UserError
 IDENTITY = {
     "base_model": "some/clip",
     "dataset": "/home/me/things",
+    "note": "a/" + "b" * 300,  # too long for the name of a file
     "settings": {"learning_rate": "0.001", "optim": "OptimizerNames.ADAMW_TORCH", "bf16": "None"},
     "versions": {"mmft_hf": "0.1.0"},
 }

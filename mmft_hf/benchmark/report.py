@@ -12,12 +12,12 @@ from string import Template
 import numpy as np
 
 from ..errors import UserError
-from ..markdown import listed, public_name
+from ..markdown import listed
 from ..version import __version__
 from . import report_page as page
 from .report_data import data_parts
 from .report_methods import family
-from .report_page import folded, picture, prose, safe, section
+from .report_page import folded, picture, prose, safe, section, without_folder
 from .report_statistics import (
     PER_CLASS,
     TEST,
@@ -80,8 +80,8 @@ def write_report(folder: str | Path) -> Path:
 
 def _title(results: Findings) -> tuple[str, str]:
     identity, data = results.identity, results.data
-    dataset = public_name(str(data.get("dataset") or identity.get("dataset") or "unknown data"))
-    model = public_name(str(data.get("model") or identity.get("base_model") or "unknown model"))
+    dataset = without_folder(str(data.get("dataset") or identity.get("dataset") or "unknown data"))
+    model = without_folder(str(data.get("model") or identity.get("base_model") or "unknown model"))
     tests = {row["test_images"] for row in results.all_rows() if row.get("test_images")}
     seeds = {row["seed"] for row in results.all_rows() if row["shots"] != 0}
     shots = shots_list([n for n in results.shots if n != 0])

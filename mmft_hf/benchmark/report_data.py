@@ -9,8 +9,7 @@ from html import escape
 
 import numpy as np
 
-from ..markdown import public_name
-from .report_page import folded, prose, safe, table
+from .report_page import folded, prose, safe, table, without_folder
 from .report_statistics import Findings
 from .results import RESULTS_FILE
 
@@ -77,7 +76,7 @@ def _flat(identity: dict, above: str = "") -> Iterable[tuple[str, object]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{key}.")
         else:
-            yield f"{above}{key}", public_name(value) if isinstance(value, str) and "/" in value else value
+            yield f"{above}{key}", without_folder(value) if isinstance(value, str) and "/" in value else value
 
 
 def _identity(identity: dict) -> str:
@@ -116,5 +115,5 @@ def command(results: Findings) -> str:
 
 def _typed(value: object) -> str:
     """A setting as it is typed: `true`, `adamw_torch`, and of a path the last part."""
-    text = str(value).lower() if isinstance(value, bool) else public_name(str(value))
+    text = str(value).lower() if isinstance(value, bool) else without_folder(str(value))
     return re.sub(r"^[A-Za-z]+\.([A-Z0-9_]+)$", lambda found: found[1].lower(), text)

@@ -40,6 +40,11 @@ def safe(text: object, limit: int = 120) -> str:
     return escape(one_line(text, limit))
 
 
+def without_folder(name: object) -> str:
+    """Of an absolute path the last part, since paths are nobody's business; another name as it is."""
+    return Path(str(name)).name if Path(str(name)).is_absolute() else str(name)
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table of cells that are HTML already; a cell that begins with `<t` brings its own tags, and so does a row that is one."""
     top = "".join(cell if cell.startswith("<t") else f"<th>{cell}</th>" for cell in head)
