@@ -388,7 +388,12 @@ def test_without_matplotlib_it_says_what_to_type(tmp_path, monkeypatch):
 
 def test_the_command_repeats_the_grid(tmp_path):
     identity = IDENTITY | {"base_model_revision": "0123456789abcdef", "shift_splits": {"far": "x"}}
-    identity["settings"] = IDENTITY["settings"] | {"learning_rates": [0.1, 0.01], "min_steps": None}
+    identity["settings"] = IDENTITY["settings"] | {
+        "learning_rates": [0.1, 0.01],
+        "min_steps": None,
+        "bf16": False,
+        "greater_is_better": True,
+    }
     rows = [r | {"identity": identity} for r in some_rows({"lp": 0.5, "mmft": 0.9}, shots=[1, "full"], seeds=[3, 1])]
     words = command(gather(rows, tmp_path))
     assert "--methods zs lp mmft" in words and "--shots 1 full" in words and "--seeds 1 3" in words
@@ -396,9 +401,12 @@ def test_the_command_repeats_the_grid(tmp_path):
         "--learning_rate 0.001" in words
         and "--optim adamw_torch" in words
         and "bf16" not in words
+        and "greater" not in words
         and "min_steps" not in words
     )
     assert "--dataset_name things" in words and "--model_name_or_path some/clip" in words
     assert "revision" not in words and "--learning_rates 0.1 0.01" in words and "--shift_splits far" in words
-    (tmp_path / "data.json").write_text(json.dumps({"command": "mmft-hf benchmark --config mine.yaml"}))
-    assert command(gather(rows, tmp_path)) == "mmft-hf benchmark --config mine.yaml"
+    arguments = {"captions_column": "text", "allow_fewer": True}
+    (tmp_path / "data.json").write_text(json.dumps({"arguments": arguments}))
+    words = command(gather(rows, tmp_path))
+    assert "--captions_column text" in words and "--allow_fewer true" in words

@@ -85,11 +85,8 @@ def _identity(identity: dict) -> str:
 
 
 def command(results: Findings) -> str:
-    """What to type for the same grid: the command that was kept, or one made of what the rows say."""
-    kept = results.data.get("command")
-    if isinstance(kept, str) and kept:
-        return kept
-    identity = results.identity
+    """What to type for the same grid, made of what the rows say."""
+    identity, arguments = results.identity, results.data.get("arguments")
     seeds = sorted({row["seed"] for row in [*results.all_rows(), *results.failed] if row["shots"] != 0})
     words = ["mmft-hf benchmark", "--methods", *results.methods]
     words += ["--shots", *map(str, [n for n in results.shots if n != 0] or [0])] + (
@@ -104,8 +101,11 @@ def command(results: Findings) -> str:
         "dataset_name": identity.get("dataset"),
         "shift_splits": list(identity.get("shift_splits") or {}),
         "group_column": (results.data.get("made_from") or {}).get("group_column"),
+        **(arguments if isinstance(arguments, dict) else {}),
         **(identity.get("settings") or {}),
     }
+    named.pop("greater_is_better", None)  # both follow from others where nothing is typed
+    named = {name: value for name, value in named.items() if (name, value) != ("bf16", False)}
     for name, value in named.items():
         values = value if isinstance(value, list) else [value]
         if any(v not in (None, "None", "") for v in values):

@@ -219,9 +219,20 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
         "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
         "model": origin(model_args.model_name_or_path, model_args.model_revision, "model", local=True)["name"],
     }
-    found = {**names, **describe.describe(splits, judged, args.group_column), "made_from": key}
+    # What else is to be typed for the same data; a report puts it into its command.
+    others = {
+        f.name: getattr(data_args, f.name) for f in fields(DataArguments) if f.name not in ("dataset_name", "shots")
+    }
+    defaults = {f.name: f.default for f in fields(DataArguments)}
+    typed = {k: v for k, v in others.items() if v != defaults[k]} | ({"allow_fewer": True} if args.allow_fewer else {})
+    found = {**names, **describe.describe(splits, judged, args.group_column), "arguments": typed, "made_from": key}
     if found["captions"]:
-        cost = captioning_cost(data_args.captions_dataset or data_args.dataset_name, data_args.dataset_revision)
+        cost = None
+        if data_args.captions_column in (None, "captions"):  # others were not written by mmft-hf caption
+            name, revision = data_args.dataset_name, data_args.dataset_revision
+            cost = captioning_cost(
+                *((data_args.captions_dataset, None) if data_args.captions_dataset else (name, revision))
+            )
         unknown = dict.fromkeys(("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
         found["captions"] |= cost or unknown
     describe.write(folder / describe.DATA_FILE, found)
