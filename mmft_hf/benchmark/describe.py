@@ -104,7 +104,7 @@ def _name(dataset: Dataset, row: int) -> str:
 
 
 def examples(train: Dataset, classes: int) -> dict[str, list[dict]]:
-    """Small training images of each class as base64 JPEG, with some of their captions; those with captions first."""
+    """Small training images of each class as base64 JPEG, with some of their captions; those with captions first, and different ones."""
     each = 2 if classes <= MANY_CLASSES else 1
     rows = train.select_columns([c for c in ("image", "captions") if c in train.column_names])
     rows = rows.cast_column("image", Image(decode=False))
@@ -112,8 +112,9 @@ def examples(train: Dataset, classes: int) -> dict[str, list[dict]]:
     labels, found = labels_of(train), {}
     for label in range(classes):
         own = np.flatnonzero(labels == label).tolist()
-        if texts:
-            own.sort(key=lambda row: not texts[row])
+        if texts:  # those with texts of their own first: pictures of one thing may share theirs
+            once = {tuple(texts[row]): row for row in reversed(own) if texts[row]}
+            own.sort(key=lambda row: (once.get(tuple(texts[row])) != row, not texts[row]))
         shown = []
         for row in own:
             try:

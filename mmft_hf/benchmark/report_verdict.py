@@ -57,7 +57,7 @@ def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dic
     if seeds and min(seeds) < FEWEST_SEEDS:
         sentences.append(
             f"Some of this rests on {'one seed' if min(seeds) == 1 else f'{min(seeds)} seeds'}: too few to call a difference "
-            f"one. Type {FEWEST_SEEDS} --seeds or more."
+            f"one. Type --seeds with {FEWEST_SEEDS} numbers or more."
         )
     return headline, sentences, comparisons
 
