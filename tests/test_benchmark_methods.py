@@ -163,3 +163,12 @@ def test_there_are_80_templates_and_each_image_is_read_with_one_of_them():
     assert [view[len(data) + row]["text"] for row in range(len(data))] != texts  # another epoch
     one, several = TrainingView(data, names, "a {}.", seed=0), view
     assert all(one[row]["box"] == several[row]["box"] for row in range(len(data)))  # the crops stay
+
+
+def test_permuted_labels_leave_images_with_their_captions(task):
+    found = trainings.permuted_labels(task)
+    assert found["captions"][:] == task.train["captions"][:] and found.features == task.train.features
+    assert sorted(found["label"]) == sorted(task.train["label"]) and found["label"][:] != task.train["label"][:]
+    assert trainings.permuted_labels(task)["label"][:] == found["label"][:]
+    other = trainings.permuted_labels(dataclasses.replace(task, seed=1))
+    assert other["label"][:] != found["label"][:]

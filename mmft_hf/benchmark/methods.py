@@ -16,6 +16,7 @@
 | `mmft-no-captions` | the loss of `mmft` on class templates, also at inference |
 | `mmft-train-captions`, `mmft-test-captions` | captions in training only, or at inference only |
 | `mmft-shuffle-within`, `mmft-shuffle-across` | captions shuffled among the images of a class, or among all |
+| `mmft-permuted-labels` | labels shuffled among all images, a control that must fall to chance |
 | `mmft-mixed` | `mmft`, with prototypes halfway between captions and class template |
 | `mmft-balanced` | `mmft` with four images of each class in a batch |
 | `mmft-dropout`, `mmft-schedule` | `mmft` with half of the captions dropped; with w from 0.5 to 0 |
@@ -267,6 +268,7 @@ FINE_TUNED = {
     "mmft-test-captions": ("mmft-no-captions", "captions"),
     "mmft-shuffle-within": ("mmft-shuffle-within", "own"),
     "mmft-shuffle-across": ("mmft-shuffle-across", "own"),
+    "mmft-permuted-labels": ("mmft-permuted-labels", "own"),
 }
 METHODS = ("zs", "zs-ens", "zs-cap", *FROZEN, *FINE_TUNED, *(f"{name}{WISE}" for name in FINE_TUNED))
 # These read captions and mean nothing without.

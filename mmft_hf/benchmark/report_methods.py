@@ -21,6 +21,7 @@ ABLATIONS = {
     "mmft-w1": "w = 1, the SupCon loss alone: what the CLIP term brings.",
     "mmft-shuffle-within": "Captions shuffled among the images of a class: is it the text of the very image that helps?",
     "mmft-shuffle-across": "Captions shuffled among all images, a control that should lose: do captions have to be true?",
+    "mmft-permuted-labels": "Labels shuffled among all images, a control that must fall to chance.",
 }
 VARIANTS = {
     "mmft-lora": "LoRA in both towers in place of whole towers.",

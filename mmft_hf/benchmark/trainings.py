@@ -78,6 +78,13 @@ def shuffled_captions(dataset: Dataset, seed: int, within: bool) -> Dataset:
     return dataset.remove_columns("captions").add_column("captions", [captions[i] for i in order], feature=kind)
 
 
+def permuted_labels(task: Task) -> Dataset:
+    """The images with their captions and each other's labels: nothing is left to learn but by chance."""
+    kind = task.train.features["label"]
+    labels = generator(task.seed, 4).permutation(labels_of(task.train))
+    return task.train.remove_columns("label").add_column("label", labels.tolist(), feature=kind)
+
+
 # -- trainings -------------------------------------------------------------------------------------------------------------
 def settings_for(shop: Workshop, task: Task, learning_rate: float, folder: str, **settings) -> MMFTConfig:
     """The benchmark's settings for one training: equal budgets for all methods.
@@ -201,6 +208,7 @@ TRAININGS: dict[str, Callable[..., Trained]] = {
     "mmft-no-captions": contrastive(without_captions),
     "mmft-shuffle-within": contrastive(shuffled(True)),
     "mmft-shuffle-across": contrastive(shuffled(False)),
+    "mmft-permuted-labels": contrastive(permuted_labels),
 }
 
 
