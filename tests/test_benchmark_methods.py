@@ -8,7 +8,7 @@ import torch
 from conftest import colour_dataset
 
 from mmft_hf import MMFTConfig
-from mmft_hf.benchmark import methods
+from mmft_hf.benchmark import methods, trainings
 from mmft_hf.benchmark.methods import FINE_TUNED, METHODS, Workshop, fine_tune, fit, training_of
 from mmft_hf.benchmark.protocol import Task
 from mmft_hf.benchmark.trainings import TRAININGS, Trained, interpolated, settings_for
