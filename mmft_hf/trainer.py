@@ -361,7 +361,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
 
 class _Beginnings(TrainerCallback):
-    """What a training and an epoch begin with."""
+    """What a training, an epoch and a step begin with."""
 
     def __init__(self, trainer: MMFTTrainer):
         self.trainer = trainer
@@ -371,6 +371,9 @@ class _Beginnings(TrainerCallback):
         self.trainer.forget_prototypes()
         self.trainer._sums.clear()
         self.trainer._unseen_losses.clear()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.loss.supcon_weight = args.supcon_weight_at(state.global_step, state.max_steps)
 
     # Also where the loader is wrapped, as on a resume within an epoch of several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):
