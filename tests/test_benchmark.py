@@ -175,8 +175,10 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
 def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, capsys):
     assert main(command(clip_folder, data_folder, tmp_path / "out", "--vision_tower", "frozen")) == 2
     assert "--vision_tower: expected full, found frozen" in capsys.readouterr().err
-    for name, values in (("learning_rates", [1e-4, 0]), ("min_steps", [-1])):
-        assert main(command(clip_folder, data_folder, tmp_path / "out", f"--{name}", *values)) == 2
+    passed_over = [("push_to_hub", ["true"]), ("resume_from_checkpoint", ["checkpoint-3"]), ("shots", [0])]
+    for name, values in (("learning_rates", [1e-4, 0]), ("min_steps", [-1]), ("seeds", [-1]), *passed_over):
+        words = command(clip_folder, data_folder, tmp_path / "out", "--methods", "lp", f"--{name}", *values)
+        assert main(words) == 2
         assert f"--{name}: expected" in capsys.readouterr().err
     assert main(["benchmark", "--report", str(tmp_path / "out")]) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
@@ -305,8 +307,10 @@ def test_shots_that_a_class_does_not_have():
     assert np.bincount(labels_of(make_task(splits, 2, 0)[0].validation)).tolist() == [2, 2, 2]
     full, _ = make_task(splits, "full", 5)
     assert len(full.train) == 22 and len(full.validation) == 12 and full.policy == "val-full"
-    with pytest.raises(UserError, match="numbers of images per class, or full, found 'many'"):
-        parse_shots(["1", "many"])
+    for word in ("many", "-1", "²"):
+        with pytest.raises(UserError, match=f"numbers of images per class, or full, found {word!r}"):
+            parse_shots(["1", word])
+    assert cells(["zs", "lp"], parse_shots(["1", "01"]), [0, 0]) == [Cell("zs", 0, 0), Cell("lp", 1, 0)]
 
 
 def test_shuffled_captions_keep_images_and_labels():

@@ -26,18 +26,12 @@ WAIT_SECONDS = 1.0  # between two looks at what others have done
 
 
 def cells(methods: Iterable[str], shots: Iterable[Shots], seeds: Iterable[int]) -> list[Cell]:
-    """The grid, cheap methods first within each (shots, seed). What needs no images is done once, at 0 shots."""
+    """The grid, each cell once, in the order of `shots`, `seeds` and `methods`. What needs no images is done once, at 0 shots."""
     methods, found = list(methods), []
     free = [name for name in methods if name in WITHOUT_TRAINING]
     found += [Cell(name, 0, 0) for name in free]
-    found += [
-        Cell(name, n, seed)
-        for n in shots
-        for seed in seeds
-        for name in methods
-        if name not in free and n not in (0, "0")
-    ]
-    return found
+    found += [Cell(name, n, seed) for n in shots for seed in seeds for name in methods if name not in free and n != 0]
+    return list(dict.fromkeys(found))  # a seed may have been typed twice
 
 
 class Grid:
@@ -203,7 +197,7 @@ def parse_shots(words: Iterable[str]) -> list[Shots]:
     """
     found: list[Shots] = []
     for word in map(str, words):
-        if word != FULL and not word.isdigit():
+        if word != FULL and not (word.isascii() and word.isdigit()):
             raise UserError(f"--shots: expected numbers of images per class, or full, found {word!r}.")
         found.append(word if word == FULL else int(word))
     return found

@@ -65,6 +65,8 @@ class BenchmarkArguments:
     def __post_init__(self):
         if any(rate <= 0 for rate in self.learning_rates or ()):
             raise UserError(f"--learning_rates: expected numbers above 0, found {min(self.learning_rates):g}.")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise UserError(f"--seeds: expected numbers from 0 to {2**32 - 1}, found {wrong[0]}.")
         if self.min_steps < 0:
             raise UserError(f"--min_steps: expected 0 or more, found {self.min_steps}.")
 
@@ -114,7 +116,18 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
             raise UserError(
                 f"--{tower}: expected full, found {getattr(model_args, tower)}. A method says what it trains: --methods mmft-lora."
             )
+    for name in ("push_to_hub", "resume_from_checkpoint"):
+        if getattr(config, name):
+            raise UserError(
+                f"--{name}: expected nothing, found {getattr(config, name)}. A benchmark keeps and publishes no model, and goes on "
+                "where it stopped by itself. Leave it out."
+            )
     listed = cells(args.methods, parse_shots(data_args.shots), args.seeds)
+    if not listed:
+        raise UserError(
+            f"--shots: expected a number above 0 for {', '.join(args.methods)}, found {' '.join(data_args.shots)}. Type --shots 1 4, or "
+            "a method that needs no images: --methods zs."
+        )
     check_labels(data_args.whole, args.shift_splits or ())
     splits = load_splits(data_args.whole)
     shifts = load_shifts(data_args.whole, args.shift_splits or (), splits.class_names)
