@@ -353,6 +353,8 @@ def test_heads_are_interpolated_with_their_bias():
     assert end.interpolated(start, 0).bias.abs().max() == 0
     assert end.interpolated(start, 1).weight.min() == 1
     assert start.interpolated(start, 0.5).bias is None
+    elsewhere = LinearHead(end.weight.to("meta"), end.class_names, end.bias.to("meta"))  # trained on another device
+    assert elsewhere.interpolated(start, 0.5).weight.device.type == "meta"
 
 
 @pytest.mark.parametrize("classes", [2, 4])

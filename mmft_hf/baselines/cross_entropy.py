@@ -59,9 +59,12 @@ class LinearHead:
 
         References: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903), equation 1.
         """
+        device = self.weight.device  # a head that was trained is where its model is, and its start may be on the CPU
         biases = [torch.zeros(len(self.weight)) if head.bias is None else head.bias for head in (start, self)]
-        bias = None if start.bias is None and self.bias is None else torch.lerp(*biases, alpha)
-        return LinearHead(torch.lerp(start.weight, self.weight, alpha), self.class_names, bias)
+        bias = None
+        if start.bias is not None or self.bias is not None:
+            bias = torch.lerp(*(value.to(device) for value in biases), alpha)
+        return LinearHead(torch.lerp(start.weight.to(device), self.weight, alpha), self.class_names, bias)
 
 
 def train_head(
