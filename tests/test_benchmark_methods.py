@@ -1,6 +1,8 @@
 """The methods that train: what they share, how many steps they get, and what validation chooses."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -76,6 +78,36 @@ def test_methods_with_one_training_share_it_and_its_seconds(shop, task, monkeypa
     assert len(calls) == 2
     fit("mmft", shop, task)  # the last task alone is kept
     assert len(calls) == 3
+
+
+def test_a_training_is_gone_when_the_next_begins(shop, task, monkeypatch):
+    model = weakref.ref(shop.train("mmft", task, 1e-3).model)
+    monkeypatch.setitem(TRAININGS, "ce", lambda *args: model())
+    gc.disable()  # what is collected by chance is collected late
+    try:
+        assert shop.train("ce", task, 1e-3) is None
+    finally:
+        gc.enable()
+
+
+def test_what_validation_chose_for_a_head_makes_the_policy(shop, task):
+    found = fit("lp-ft", shop, task)  # with one learning rate
+    assert found.policy == "val-k" and found.chosen.keys() == {"C"}
+    assert fit("ce", shop, task).policy == "last"
+
+
+def test_a_benchmark_on_its_way_to_another_w_leaves_those_alone_that_stay(shop, task, monkeypatch):
+    shop.config.supcon_weight_end = 0.7
+    seen = []
+
+    def settings(*args, **more):
+        seen.append(settings_for(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(trainings, "settings_for", settings)
+    for name in ("mmft", "flyp", "mmft-w1"):
+        shop.train(name, task, 1e-3)
+    assert [(c.supcon_weight, c.supcon_weight_end) for c in seen] == [(0.1, 0.7), (0.0, None), (1.0, None)]
 
 
 def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_folder, task, tmp_path, monkeypatch):

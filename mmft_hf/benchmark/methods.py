@@ -41,6 +41,7 @@ from ..configuration import MMFTConfig
 from ..data import labels_of
 from ..evaluation import classify
 from ..features import image_features
+from ..memory import give_memory_back
 from ..modeling import load_model
 from ..modeling import logit_scale as scale_of
 from ..prompts import TEMPLATES
@@ -107,6 +108,7 @@ class Workshop:
         key = (*group, learning_rate)
         if key not in self._trained:
             self._trained = {k: v for k, v in self._trained.items() if k[:3] == group}
+            give_memory_back()
             self._trained[key] = TRAININGS[training](self, task, learning_rate)
         return self._trained[key]
 
@@ -213,9 +215,9 @@ def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: 
         found = accuracy(classifier, task.validation)
         seconds += trained.seconds + time.monotonic() - start
         if best is None or found > best.validation_accuracy:  # of equal ones the first
-            best = Fitted(classifier, "last", found, {}, shop.embedder(model), prototypes, steps=trained.steps)
-            if len(shop.learning_rates) > 1:
-                best.chosen = {"learning_rate": rate}
+            chosen = {"learning_rate": rate} if len(shop.learning_rates) > 1 else {}
+            chosen |= trained.chosen
+            best = Fitted(classifier, "last", found, chosen, shop.embedder(model), prototypes, steps=trained.steps)
     if best.chosen or task.shots == FULL:  # of rates, or of epochs
         best.policy = task.policy
     best.tried, best.seconds = len(shop.learning_rates), seconds

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ LORA_FACTOR = 10  # LoRA takes steps a decade larger than whole towers do
 class Trained:
     """What a training left: the model (LoRA merged), the images with the texts it saw, steps and seconds.
 
-    A head, if that classifies, and the head it started from.
+    A head, if that classifies, and the head it started from; what validation chose for that one.
     """
 
     model: PreTrainedModel
@@ -49,6 +49,7 @@ class Trained:
     seconds: float
     head: LinearHead | None = None
     first_head: LinearHead | None = None
+    chosen: dict = field(default_factory=dict)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------------
@@ -125,6 +126,8 @@ def contrastive(
         templates: each image is read with one of 80 class templates, drawn at random.
         settings: of `MMFTConfig`, in place of the benchmark's.
     """
+    if "supcon_weight" in settings:  # it stays there, wherever the benchmark's own is on its way to
+        settings = {"supcon_weight_end": None} | settings
 
     def train(shop: Workshop, task: Task, learning_rate: float) -> Trained:
         from ..trainer import MMFTTrainer
@@ -160,11 +163,12 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Callable[[Wo
     """
 
     def train(shop: Workshop, task: Task, learning_rate: float) -> Trained:
-        began = time.monotonic()
+        began, chosen = time.monotonic(), {}
         if start == "regression":
             features = shop.features(task.train), labels_of(task.train)
             choice = linear.choose(*features, shop.features(task.validation), labels_of(task.validation))
-            weights = [torch.from_numpy(part).float() for part in linear.head(*features, **choice.parameters)]
+            chosen = choice.parameters
+            weights = [torch.from_numpy(part).float() for part in linear.head(*features, **chosen)]
             first = LinearHead(weights[0], task.class_names, weights[1])
         else:
             first = LinearHead.from_prototypes(shop.template_prototypes(task.class_names, several=True))
@@ -174,7 +178,7 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Callable[[Wo
             config = settings_for(shop, task, learning_rate, folder)
             validation = task.validation if task.shots == FULL else None
             head, steps = train_head(model, shop.processor, config, task.train, first, validation, fixed)
-        return Trained(model, task.train, steps, time.monotonic() - began, head, first)
+        return Trained(model, task.train, steps, time.monotonic() - began, head, first, chosen)
 
     return train
 
