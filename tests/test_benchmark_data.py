@@ -11,8 +11,10 @@ from conftest import COLOURS, colour_dataset
 from datasets import Image, concatenate_datasets
 from PIL import Image as PILImage
 
+from mmft_hf import MMFTConfig
 from mmft_hf.benchmark.maps import MAPS_FILE, cells_to_show, draw_map, keep_map
-from mmft_hf.benchmark.protocol import Cell, SealedTest
+from mmft_hf.benchmark.methods import Workshop, fit
+from mmft_hf.benchmark.protocol import Cell, SealedTest, Task
 from mmft_hf.benchmark.results import RESULTS_FILE, read_results
 from mmft_hf.cli import main
 from mmft_hf.data import labels_of
@@ -97,11 +99,32 @@ def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path
         assert right == pytest.approx(row["test_accuracy"] if split == "test" else row["shift_accuracy"][split])
 
 
+def with_bad_picture(data, row):
+    content = [row["image"] for row in data.cast_column("image", Image(decode=False))]
+    content[row] = {"bytes": b"no picture", "path": None}
+    return data.remove_columns("image").add_column("image", content, feature=Image())
+
+
+def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):
+    train, validation = colour_dataset(4), colour_dataset(3, 1)
+    config = MMFTConfig(str(tmp_path), use_cpu=True, on_bad_image="skip")
+    shop = Workshop(str(clip_folder), None, config)
+    found = []
+    for parts in (
+        (with_bad_picture(train, 5), with_bad_picture(validation, 7)),
+        (train.select([i for i in range(12) if i != 5]), validation.select([i for i in range(9) if i != 7])),
+    ):
+        task = Task(*parts, train.features["label"].names, shots=4, seed=0, policy="val-k")
+        for name in ("gda", "lp++", "zs"):
+            fitted = fit(name, shop, task)
+            found.append((fitted.classifier(colour_dataset(4, 2)), fitted.chosen, fitted.validation_accuracy))
+    for one, other in zip(found[:3], found[3:], strict=True):
+        np.testing.assert_allclose(one[0], other[0], atol=1e-4)  # other batches round otherwise
+        assert one[1:] == other[1:]
+
+
 def test_unreadable_test_pictures_count_for_nothing():
-    data = colour_dataset(2).cast_column("image", Image(decode=False))
-    content = [row["image"] for row in data]
-    content[4] = {"bytes": b"no picture", "path": None}
-    data = data.remove_columns("image").add_column("image", content, feature=Image(decode=False))
+    data = with_bad_picture(colour_dataset(2), 4)
     sealed = SealedTest({"test": data}, list(COLOURS), skip_bad_images=True)
     scores = np.eye(3)[labels_of(data)]
     scores[4] = np.nan

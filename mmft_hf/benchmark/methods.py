@@ -41,12 +41,13 @@ from ..configuration import MMFTConfig
 from ..data import labels_of
 from ..evaluation import classify
 from ..features import image_features
+from ..losses import IGNORED
 from ..memory import give_memory_back
 from ..modeling import load_model
 from ..modeling import logit_scale as scale_of
 from ..prompts import TEMPLATES
 from ..prototypes import ClassPrototypes, image_embeddings
-from .protocol import FULL, Classifier, Task
+from .protocol import FULL, Classifier, Task, readable_rows
 from .trainings import TRAININGS, Trained, interpolated
 
 WISE = "+wise"
@@ -114,10 +115,21 @@ class Workshop:
 
     def features(self, dataset: Dataset) -> np.ndarray:
         """Image embeddings `(n, D)` of the untuned model: encoded once, then read from the cache."""
-        embeds, _ = image_features(
-            self.model, self.processor, dataset, self.config.per_device_eval_batch_size, self.config.on_bad_image
-        )
-        return embeds.double().numpy()
+        return self._encoded(dataset)[0].double().numpy()
+
+    def examples(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """The same and labels, of those images that can be read."""
+        embeds, labels = self._encoded(dataset)
+        return embeds[labels != IGNORED].double().numpy(), labels[labels != IGNORED].numpy()
+
+    def _encoded(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        size, bad = self.config.per_device_eval_batch_size, self.config.on_bad_image
+        return image_features(self.model, self.processor, dataset, size, bad)
+
+    def accuracy(self, classifier: Classifier, dataset: Dataset) -> float:
+        """Share of the images of a data set that are classified right; one that cannot be read counts for nothing."""
+        right = classifier(dataset).argmax(axis=1) == labels_of(dataset)
+        return float(right[readable_rows(dataset)].mean() if self.config.on_bad_image == "skip" else right.mean())
 
     def template_prototypes(self, class_names: list[str], several: bool = False) -> ClassPrototypes:
         """Zero-shot class weights of the untuned model."""
@@ -148,11 +160,6 @@ class Workshop:
         return embed
 
 
-def accuracy(classifier: Classifier, dataset: Dataset) -> float:
-    """Share of the images of a data set that are classified right."""
-    return float((classifier(dataset).argmax(axis=1) == labels_of(dataset)).mean())
-
-
 # -- without training ----------------------------------------------------------------------------------------------------
 def zero_shot(shop: Workshop, task: Task, several: bool = False) -> Fitted:
     """`zs`, `zs-ens`."""
@@ -168,7 +175,7 @@ def zero_shot_captions(shop: Workshop, task: Task) -> Fitted:
 def untuned(shop: Workshop, task: Task, prototypes: ClassPrototypes) -> Fitted:
     """The untuned model with these prototypes."""
     classifier = shop.by_prototypes(shop.model, prototypes)
-    found = accuracy(classifier, task.validation)
+    found = shop.accuracy(classifier, task.validation)
     return Fitted(classifier, "last", found, embed=shop.embedder(shop.model), prototypes=prototypes)
 
 
@@ -179,20 +186,20 @@ def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None
     Args:
         texts, scaled: whether it is given the class texts' embeddings, and the scale of the model's logits.
     """
-    train, more = (shop.features(task.train), labels_of(task.train)), {}
+    train, more = shop.examples(task.train), {}
     if scaled:
         more["scale"] = shop.scale
     if texts:
         more |= {"zero_shot": shop.template_prototypes(task.class_names, several=True).embeddings.double().numpy()}
     chosen, policy, found = {}, "last", None
     if choose is not None:
-        choice = choose(*train, shop.features(task.validation), labels_of(task.validation), **more)
+        choice = choose(*train, *shop.examples(task.validation), **more)
         chosen, policy, found = choice.parameters, task.policy, choice.accuracy
 
     def classifier(dataset: Dataset) -> np.ndarray:
         return method(*train, shop.features(dataset), **more, **chosen)
 
-    found = accuracy(classifier, task.validation) if found is None else found
+    found = shop.accuracy(classifier, task.validation) if found is None else found
     return Fitted(classifier, policy, found, chosen)
 
 
@@ -212,7 +219,7 @@ def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: 
         model = interpolated(trained, shop.model, alpha) if alpha < 1 else trained.model
         prototypes = prototypes_for(shop, task, trained, model, inference, alpha)
         classifier = shop.by_prototypes(model, prototypes)
-        found = accuracy(classifier, task.validation)
+        found = shop.accuracy(classifier, task.validation)
         seconds += trained.seconds + time.monotonic() - start
         if best is None or found > best.validation_accuracy:  # of equal ones the first
             chosen = {"learning_rate": rate} if len(shop.learning_rates) > 1 else {}

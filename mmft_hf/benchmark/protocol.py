@@ -164,8 +164,13 @@ class SealedTest:
         if not self._skip:
             return np.ones(len(dataset), dtype=bool)
         if name not in self._readable:
-            self._readable[name] = np.array([is_readable(row["image"]) for row in undecoded(dataset)], dtype=bool)
+            self._readable[name] = readable_rows(dataset)
         return self._readable[name]
+
+
+def readable_rows(dataset: Dataset) -> np.ndarray:
+    """Whether each image can be decoded, bool `(n,)`."""
+    return np.array([is_readable(row["image"]) for row in undecoded(dataset)], dtype=bool)
 
 
 def undecoded(dataset: Dataset) -> Dataset:

@@ -165,8 +165,8 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Callable[[Wo
     def train(shop: Workshop, task: Task, learning_rate: float) -> Trained:
         began, chosen = time.monotonic(), {}
         if start == "regression":
-            features = shop.features(task.train), labels_of(task.train)
-            choice = linear.choose(*features, shop.features(task.validation), labels_of(task.validation))
+            features = shop.examples(task.train)
+            choice = linear.choose(*features, *shop.examples(task.validation))
             chosen = choice.parameters
             weights = [torch.from_numpy(part).float() for part in linear.head(*features, **chosen)]
             first = LinearHead(weights[0], task.class_names, weights[1])
