@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from mmft_hf.benchmark import report
+from mmft_hf.benchmark import report, report_figures
 from mmft_hf.benchmark.report import write_report
-from mmft_hf.benchmark.report_data import command
+from mmft_hf.benchmark.report_data import command, has_gaps
 from mmft_hf.benchmark.report_methods import about, family, reads_captions
 from mmft_hf.benchmark.report_statistics import bootstrap, class_gains, compare, confusions, drawn, gather
 from mmft_hf.benchmark.report_style import apart
@@ -362,6 +362,17 @@ def test_with_less_there_is_less(tmp_path):
         assert "cannot be told" in page.text and "Results" in page.headings
 
 
+def test_the_map_after_training_is_that_of_most_shots_in_whatever_order_it_was_made(tmp_path, monkeypatch):
+    entries = [
+        MAPS[0],
+        *(MAPS[1] | {"shots": n, "seed": seed} for n, seed in ((16, 0), ("full", 3), ("full", 1), (4, 0))),
+    ]
+    told = []
+    monkeypatch.setattr(report_figures, "maps_figure", lambda panels, titles, *more: told.extend(titles))
+    write_report(a_folder(tmp_path, some_rows({"mmft": 0.9}, shots=[4], seeds=[0]), DATA, entries))
+    assert told == ["before: zs", "after: mmft, all images, seed 1"]
+
+
 def test_predictions_of_another_run_are_left_out(tmp_path):
     other = DATA | {"labels": {"test": [4] * 60, "shift": [1, 2]}}
     page = Page(write_report(a_folder(tmp_path, some_rows({"mmft": 0.9, "flyp": 0.4}, shots=[4]), other)))
@@ -408,5 +419,6 @@ def test_the_command_repeats_the_grid(tmp_path):
     assert "revision" not in words and "--learning_rates 0.1 0.01" in words and "--shift_splits far" in words
     arguments = {"captions_column": "text", "allow_fewer": True}
     (tmp_path / "data.json").write_text(json.dumps({"arguments": arguments}))
+    assert not has_gaps(gather(rows, tmp_path)) and has_gaps(gather(rows[:-1], tmp_path))
     words = command(gather(rows, tmp_path))
     assert "--captions_column text" in words and "--allow_fewer true" in words

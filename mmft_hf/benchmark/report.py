@@ -31,7 +31,7 @@ from .report_statistics import (
 )
 from .report_verdict import BEST, CONTROL, METHOD, shots_list, verdict
 from .results import RESULTS_FILE, read_results
-from .table import shots_name
+from .table import in_order, shots_name
 
 PAGE, FIGURES = "report.html", "report"
 DRAWN = ("shots", "differences", "robustness", "cost", "classes", "map")
@@ -304,7 +304,9 @@ def _maps(results: Findings, gains: ClassGains | None, folder: Path) -> str:
         if entry.get("points") and len(entry["points"]) == len(entry.get("labels") or [])
     ]
     before = next((e for e in maps if e.get("method") == "zs"), None)
-    after = next((e for e in reversed(maps) if e.get("method") == METHOD), None)
+    # Of most shots and, of these, the first seed, in whatever order the grid was made.
+    own = sorted((e for e in maps if e.get("method") == METHOD), key=lambda e: e.get("seed") or 0)
+    after = next((e for n in in_order(e.get("shots") for e in own)[::-1] for e in own if e.get("shots") == n), None)
     panels = [entry for entry in (before, after) if entry]
     if not panels:
         return ""
