@@ -4,7 +4,7 @@
 |---|---|
 | `zs`, `zs-ens` | the untuned model, with the class template, or with the average over 80 templates |
 | `zs-cap` | the untuned model, with class averages of the training captions |
-| `lp` | logistic regression on frozen image features, C from validation |
+| `lp` | logistic regression on frozen image embeddings, C from validation |
 | `gda`, `tip`, `tip-f` | see `baselines`, their parameters from validation |
 | `lp++`, `zs-lp`, `clap` | see `baselines`, without validation |
 | `ce`, `ce-frozen` | image tower by cross-entropy, with a head of zero-shot weights, trained or fixed |
@@ -22,6 +22,11 @@
 | `mmft-dropout`, `mmft-schedule` | `mmft` with half of the captions dropped; with w from 0.5 to 0 |
 | `mmft-averaged` | `mmft` with the running average of the weights (decay 0.95) |
 | `NAME+wise` | halfway between the untuned weights and those of NAME (a fine-tuned one), with prototypes of these |
+
+Where this is not what the papers do: methods on frozen features see each image once, without random crops (Tip-Adapter averages
+ten), as its unit-norm embedding in the common space (the linear probe of CLIP's paper takes what is before the projection). `flyp`
+trains and compares with one template; as in its paper, one of several drawn at each step, it is `flyp-ens`. Class texts of the
+methods on frozen features and first heads are averages over the 80 templates.
 """
 
 from __future__ import annotations
