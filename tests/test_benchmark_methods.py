@@ -144,6 +144,7 @@ def test_few_images_get_the_least_steps_and_all_images_their_epochs(clip_folder,
     def steps(shots, least=7):
         shop.min_steps = least
         found = settings_for(shop, dataclasses.replace(task, shots=shots), 1e-3, str(tmp_path))
+        assert found.save_only_model  # what is never resumed need not be written
         return found.max_steps, found.eval_strategy, found.load_best_model_at_end
 
     assert steps(4) == (7, "no", False)  # two batches, three epochs: six steps

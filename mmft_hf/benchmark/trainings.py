@@ -99,6 +99,7 @@ def settings_for(shop: Workshop, task: Task, learning_rate: float, folder: str, 
         "seed": task.seed,
         "disable_tqdm": True,
         "learning_rate": learning_rate,
+        "save_only_model": True,  # no training here is resumed, and the moments of Adam are twice the weights
     } | settings
     if task.shots != FULL:  # few images of validation select epochs badly
         settings |= {
