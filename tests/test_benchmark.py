@@ -369,6 +369,8 @@ def test_a_line_that_was_cut_is_replaced(tmp_path):
     assert read_results(path) == [first]
     append_row(path, second)
     assert read_results(path) == [first, second]
-    path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(UserError, match="expected a result in line 1"):
-        read_results(path)
+    whole = path.read_text()
+    for line in ("nonsense", json.dumps(first | {"shots": "<b>"}), json.dumps(first | {"seed": "0"}), "[]"):
+        path.write_text(f"{whole}{line}\n")
+        with pytest.raises(UserError, match="expected a result in line 3"):
+            read_results(path)

@@ -39,7 +39,7 @@ class Results:
         for line in new.splitlines():
             try:
                 row = json.loads(line)
-                row["identity"], row["method"], row["shots"], row["seed"], row["status"]
+                _check_row(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self.path}: expected a result in line {len(self.rows) + 1}, found {error!r}. Type another --output_dir."
@@ -47,6 +47,14 @@ class Results:
             self.rows.append(row)
         self._read += len(new)
         return self.rows
+
+
+def _check_row(row: dict) -> None:
+    """Raises an error unless a row says which cell it is of: what it says stands in tables and file names."""
+    number = type(row["shots"]) is int or row["shots"] == "full"
+    named = isinstance(row["method"], str) and isinstance(row["identity"], dict)
+    if not (number and named and type(row["seed"]) is int and row["status"] in ("done", "failed")):
+        raise TypeError("method, shots, seed, status or identity of another type")
 
 
 def read_results(path: Path) -> list[dict]:
