@@ -205,3 +205,8 @@ def test_permuted_labels_leave_images_with_their_captions(task):
     assert trainings.permuted_labels(task)["label"][:] == found["label"][:]
     other = trainings.permuted_labels(dataclasses.replace(task, seed=1))
     assert other["label"][:] != found["label"][:]
+
+
+def test_what_was_tried_on_validation_is_counted(shop, task):
+    tried = {name: fit(name, shop, task).tried for name in ("zs", "lp", "gda", "lp++", "flyp")}
+    assert tried == {"zs": 1, "lp": 96, "gda": 7, "lp++": 1, "flyp": 1}

@@ -65,7 +65,7 @@ class Fitted:
 
     Args:
         policy: what validation was used for: `last` (nothing), `val-k`, `val-full`.
-        chosen: what it chose; `tried`: among how many fits.
+        chosen: what it chose; `tried`: among how many candidates.
         embed: unit-norm embeddings `(n, D)` of the images of a data set, and `prototypes`: what they are compared with, if
             the method is such a one.
         steps: of the training that was kept.
@@ -196,16 +196,16 @@ def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None
         more["scale"] = shop.scale
     if texts:
         more |= {"zero_shot": shop.template_prototypes(task.class_names, several=True).embeddings.double().numpy()}
-    chosen, policy, found = {}, "last", None
+    chosen, policy, found, tried = {}, "last", None, 1
     if choose is not None:
         choice = choose(*train, *shop.examples(task.validation), **more)
-        chosen, policy, found = choice.parameters, task.policy, choice.accuracy
+        chosen, policy, found, tried = choice.parameters, task.policy, choice.accuracy, choice.tried
 
     def classifier(dataset: Dataset) -> np.ndarray:
         return method(*train, shop.features(dataset), **more, **chosen)
 
     found = shop.accuracy(classifier, task.validation) if found is None else found
-    return Fitted(classifier, policy, found, chosen)
+    return Fitted(classifier, policy, found, chosen, tried=tried)
 
 
 # -- fine-tuning -----------------------------------------------------------------------------------------------------------

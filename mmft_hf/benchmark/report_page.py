@@ -181,7 +181,7 @@ def choices(results: Findings) -> str:
             tried = max(row.get("tried") or 1 for row in cell.values())
             texts = "; ".join(f"{safe(what, 200)} ({count})" for what, count in found.most_common())
             rows.append([safe(method), shots_name(shots), f"<td class=words>{texts}</td>", safe(tried)])
-    head = ["method", "shots", "<th class=words>chosen (in how many seeds)</th>", "fits tried"]
+    head = ["method", "shots", "<th class=words>chosen (in how many seeds)</th>", "tried"]
     return folded("What validation chose", table(head, rows)) if rows else ""
 
 

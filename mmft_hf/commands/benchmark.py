@@ -29,7 +29,7 @@ class BenchmarkArguments:
     """Which methods, on how many images, how often."""
 
     methods: list[str] = field(
-        default_factory=lambda: ["zs", "zs-ens", "zs-cap", "lp", "gda", "tip-f", "lp++", "flyp", "mmft"],
+        default_factory=lambda: "zs zs-ens zs-cap lp gda tip-f lp++ flyp mmft mmft-no-captions".split(),
         metadata={"help": "Methods by name; an unknown one lists them all."},
     )
     seeds: list[int] = field(
