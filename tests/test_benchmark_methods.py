@@ -210,3 +210,15 @@ def test_permuted_labels_leave_images_with_their_captions(task):
 def test_what_was_tried_on_validation_is_counted(shop, task):
     tried = {name: fit(name, shop, task).tried for name in ("zs", "lp", "gda", "lp++", "flyp")}
     assert tried == {"zs": 1, "lp": 96, "gda": 7, "lp++": 1, "flyp": 1}
+
+
+def test_a_linear_probe_of_permuted_labels_falls_to_chance(shop, task):
+    task = dataclasses.replace(task, train=colour_dataset(16, seed=1))
+    test = colour_dataset(40, seed=3)
+    labels = np.array(test["label"])
+
+    def accuracy(name, seed):
+        return (fit(name, shop, dataclasses.replace(task, seed=seed)).classifier(test).argmax(axis=1) == labels).mean()
+
+    assert accuracy("lp", 0) > 0.9
+    assert 0.2 < np.mean([accuracy("lp-permuted-labels", seed) for seed in range(8)]) < 0.47

@@ -16,7 +16,8 @@
 | `mmft-no-captions` | the loss of `mmft` on class templates, also at inference |
 | `mmft-train-captions`, `mmft-test-captions` | captions in training only, or at inference only |
 | `mmft-shuffle-within`, `mmft-shuffle-across` | captions shuffled among the images of a class, or among all |
-| `mmft-permuted-labels` | labels shuffled among all images, a control that must fall to chance |
+| `lp-permuted-labels` | `lp` with labels shuffled among all images: a control that must fall to chance |
+| `mmft-permuted-labels` | `mmft` likewise; the class names in its texts may keep it above chance |
 | `mmft-mixed` | `mmft`, with prototypes halfway between captions and class template |
 | `mmft-balanced` | `mmft` with four images of each class in a batch |
 | `mmft-dropout`, `mmft-schedule` | `mmft` with half of the captions dropped; with w from 0.5 to 0 |
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ from ..modeling import logit_scale as scale_of
 from ..prompts import TEMPLATES
 from ..prototypes import ClassPrototypes, image_embeddings
 from .protocol import FULL, Classifier, Task, readable_rows
-from .trainings import TRAININGS, Trained, interpolated
+from .trainings import TRAININGS, Trained, interpolated, permuted_labels
 
 WISE = "+wise"
 ALPHA = 0.5  # WiSE-FT's recommendation where nothing is tuned
@@ -253,6 +254,7 @@ def prototypes_for(
 
 FROZEN = {
     "lp": (linear.logistic_regression, linear.choose, False, False),
+    "lp-permuted-labels": (linear.logistic_regression, linear.choose, False, False),
     "gda": (gda.gda, gda.choose, True, True),
     "tip": (tip_adapter.tip, tip_adapter.choose, True, True),
     "tip-f": (tip_adapter.tip_f, tip_adapter.choose_f, True, True),
@@ -310,6 +312,8 @@ def fit(name: str, shop: Workshop, task: Task) -> Fitted:
     elif base == "zs-cap":
         fitted = zero_shot_captions(shop, task)
     else:
+        if name == "lp-permuted-labels":
+            task = replace(task, train=permuted_labels(task))
         fitted = frozen(shop, task, *FROZEN[base])
     fitted.seconds = time.monotonic() - start
     return fitted

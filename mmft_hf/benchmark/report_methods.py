@@ -5,7 +5,7 @@ from __future__ import annotations
 # Which methods belong together on the page. A name that is not here is put beside its relatives by its beginning.
 WISE = "+wise"
 UNTUNED = ("zs", "zs-ens", "zs-cap", "zs-cupl")
-ON_FEATURES = ("lp", "gda", "tip", "tip-f", "lp++", "zs-lp", "clap")
+ON_FEATURES = ("lp", "gda", "tip", "tip-f", "lp++", "zs-lp", "clap", "lp-permuted-labels")
 FAMILIES = {
     "untuned": "Untuned model",
     "features": "On frozen features",
@@ -21,7 +21,7 @@ ABLATIONS = {
     "mmft-w1": "w = 1, the SupCon loss alone: what the CLIP term brings.",
     "mmft-shuffle-within": "Captions shuffled among the images of a class: is it the text of the very image that helps?",
     "mmft-shuffle-across": "Captions shuffled among all images, a control that should lose: do captions have to be true?",
-    "mmft-permuted-labels": "Labels shuffled among all images, a control that must fall to chance.",
+    "mmft-permuted-labels": "Labels shuffled among all images, a control that should lose: class names in the texts alone are left.",
 }
 VARIANTS = {
     "mmft-lora": "LoRA in both towers in place of whole towers.",

@@ -80,7 +80,7 @@ def shuffled_captions(dataset: Dataset, seed: int, within: bool) -> Dataset:
 
 
 def permuted_labels(task: Task) -> Dataset:
-    """The images with their captions and each other's labels: nothing is left to learn but by chance."""
+    """The images with their captions and each other's labels."""
     kind = task.train.features["label"]
     labels = generator(task.seed, 4).permutation(labels_of(task.train))
     return task.train.remove_columns("label").add_column("label", labels.tolist(), feature=kind)
