@@ -168,18 +168,23 @@ STEP = """
         optimizer.step()
         optimizer.zero_grad()
 
-    import os
+    import os, re
     rss = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     weights = sum(p.numel() * 4 for p in model.parameters())
+    open("/proc/self/clear_refs", "w").write("5")  # the peak of the imports is forgotten
     step(batch)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
     print(json.dumps({"estimate": estimate, "used": peak - rss + weights}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_chunks_is_that_of_one_chunk_and_the_estimate_is_near(tmp_path):
-    found = {sizes: in_a_process(tmp_path, STEP, *sizes) for sizes in [(32, 0), (256, 0), (256, 32)]}
+    # The peak is the process' own, and what threads and allocators add to it differs from run to run: the least of two.
+    found = {
+        sizes: min((in_a_process(tmp_path, STEP, *sizes) for _ in range(2)), key=lambda measured: measured["used"])
+        for sizes in [(32, 0), (256, 0), (256, 32)]
+    }
     assert found[256, 32]["used"] < 1.3 * found[32, 0]["used"]
     assert found[256, 0]["used"] > 3 * found[256, 32]["used"]
     for sizes, measured in found.items():
