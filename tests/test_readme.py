@@ -40,4 +40,6 @@ def test_settings_of_the_readme_exist():
             fields |= set(dataclass.__dataclass_fields__)
     captions = (ROOT / "recipes" / "captions" / "README.md").read_text()
     named = set(re.findall(r"--([a-z_0-9]+)", README + captions))
-    assert named - {"num_processes", "nproc_per_node", "data", "limit", "async"} <= fields  # of accelerate, torchrun, vLLM
+    assert (
+        named - {"num_processes", "nproc_per_node", "data", "limit", "async"} <= fields
+    )  # of accelerate, torchrun, vLLM
