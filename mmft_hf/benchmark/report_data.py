@@ -18,6 +18,7 @@ DIGEST = re.compile("[0-9a-f]{16}")
 
 
 def data_parts(results: Findings) -> Iterable[str]:
+    """The section on data: splits, duplicates, images per class, versions and settings, and how to repeat the grid."""
     data, labels = results.data, results.data.get("labels") or {}
     counts = data.get("train_images_per_class")
     rows = []
