@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from tempfile import TemporaryDirectory
@@ -116,6 +116,18 @@ def settings_for(shop: Workshop, task: Task, learning_rate: float, folder: str, 
     return config
 
 
+@contextmanager
+def set_up(
+    shop: Workshop, task: Task, learning_rate: float, **settings
+) -> Iterator[tuple[PreTrainedModel, MMFTConfig, Dataset | None]]:
+    """A copy of the untuned model, the settings of `settings_for`, and what selects the epoch, if anything does."""
+    set_seed(task.seed)
+    model = copy.deepcopy(shop.model)
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        config = settings_for(shop, task, learning_rate, folder, **settings)
+        yield model, config, task.validation if task.shots == FULL else None
+
+
 def contrastive(
     texts: Callable[[Task], Dataset] = own_captions, towers: str = "full", templates: bool = False, **settings
 ) -> Callable[[Workshop, Task, float], Trained]:
@@ -135,14 +147,10 @@ def contrastive(
 
         images = texts(task)
         start = time.monotonic()
-        set_seed(task.seed)
-        model = copy.deepcopy(shop.model)
-        if towers == "lora":
-            set_towers(model, "lora", "lora")
-            learning_rate = LORA_FACTOR * learning_rate
-        with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-            config = settings_for(shop, task, learning_rate, folder, **settings)
-            validation = task.validation if task.shots == FULL else None
+        rate = LORA_FACTOR * learning_rate if towers == "lora" else learning_rate
+        with set_up(shop, task, rate, **settings) as (model, config, validation):
+            if towers == "lora":
+                set_towers(model, "lora", "lora")
             trainer = MMFTTrainer(model, config, images, validation, shop.processor)
             if templates:
                 trainer.training_templates = TEMPLATES
@@ -173,11 +181,7 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Callable[[Wo
             first = LinearHead(weights[0], task.class_names, weights[1])
         else:
             first = LinearHead.from_prototypes(shop.template_prototypes(task.class_names, several=True))
-        set_seed(task.seed)
-        model = copy.deepcopy(shop.model)
-        with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-            config = settings_for(shop, task, learning_rate, folder)
-            validation = task.validation if task.shots == FULL else None
+        with set_up(shop, task, learning_rate) as (model, config, validation):
             head, steps = train_head(model, shop.processor, config, task.train, first, validation, fixed)
         return Trained(model, task.train, steps, time.monotonic() - began, head, first, chosen)
 
@@ -187,11 +191,8 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Callable[[Wo
 def low_rank(shop: Workshop, task: Task, learning_rate: float) -> Trained:
     """CLIP-LoRA, see `baselines.clip_lora`."""
     start = time.monotonic()
-    set_seed(task.seed)
-    model = copy.deepcopy(shop.model)
-    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        config = settings_for(shop, task, LORA_FACTOR * learning_rate, folder)
-        steps = clip_lora(model, shop.processor, config, task.train, task.validation if task.shots == FULL else None)
+    with set_up(shop, task, LORA_FACTOR * learning_rate) as (model, config, validation):
+        steps = clip_lora(model, shop.processor, config, task.train, validation)
     return Trained(model, task.train, steps, time.monotonic() - start)
 
 
