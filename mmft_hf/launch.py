@@ -141,8 +141,9 @@ def together(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
             raise PartialResult(message(what)) from error
         dist.destroy_process_group()
     if rank:
-        # On a busy machine about one end of an interpreter in thirty was an abort in a thread of torch ("terminate called"),
-        # on which the launcher ends process 0 while that still writes results. The others have nothing left to tidy up.
+        # A thread of gloo that still holds a tensor asks for the interpreter's lock while the interpreter ends, and aborts
+        # (pytorch#190489; on a busy machine about one end in thirty). On that the launcher ends process 0 while it still
+        # writes results. The others have nothing left to tidy up.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

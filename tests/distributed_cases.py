@@ -121,6 +121,7 @@ def main(folder: Path) -> None:
             save_file({n: v.contiguous() for n, v in tensors.items()}, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(numbers))
     torch.distributed.destroy_process_group()
+    os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/launch.py
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 WORKER = textwrap.dedent(
     """
-    import json, sys
+    import json, os, sys
     import torch
     import torch.distributed as dist
     from mmft_hf import MMFTLoss
@@ -46,7 +46,8 @@ WORKER = textwrap.dedent(
     worst = max((a - b).abs().max().item() for a, b in zip(grads, expected))
     assert max(g.abs().max().item() for g in expected) > 1e-3
     if rank == 0:
-        print(json.dumps({"world": world, "loss": abs(loss.item() - expected_loss.item()), "gradient": worst}))
+        print(json.dumps({"world": world, "loss": abs(loss.item() - expected_loss.item()), "gradient": worst}), flush=True)
+    os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/launch.py
     """
 )
 

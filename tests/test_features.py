@@ -290,6 +290,7 @@ WORKER = textwrap.dedent(
     with open(f"{sys.argv[2]}/rank{rank}.json", "w") as file:
         json.dump({"made": made, "hit": hit, "refused": refused}, file)
     dist.destroy_process_group()
+    os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/launch.py
     """
 )
 
