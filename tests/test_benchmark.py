@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -170,6 +171,12 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
     words[words.index("--learning_rate") + 1] = "1e-4"
     assert main(words) == 2
     assert "expected results of the same settings, found others" in capsys.readouterr().err
+
+
+def test_data_that_were_moved_are_the_same_data(run, clip_folder, data_folder, tmp_path, capsys):
+    shutil.copytree(data_folder, tmp_path / "moved")
+    assert main(command(clip_folder, tmp_path / "moved", run, *SMALL)) == 0
+    assert "13 of 13 cells are done already" in capsys.readouterr().out
 
 
 def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, capsys):

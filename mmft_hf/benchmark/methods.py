@@ -12,6 +12,7 @@
 | `clip-lora` | LoRA in both towers by cross-entropy over the class templates |
 | `flyp`, `flyp-ens` | both towers, contrastive loss (w = 0), with one class template, or 80 of them |
 | `mmft`, `mmft-lora` | the method, with whole towers, or with LoRA in both |
+| `mmft-frozen-text`, `mmft-frozen-vision` | `mmft` with one tower alone trained |
 | `mmft-w0`, `mmft-w1` | with the CLIP loss alone, or the SupCon loss alone |
 | `mmft-no-captions` | the loss of `mmft` on class templates, also at inference |
 | `mmft-train-captions`, `mmft-test-captions` | captions in training only, or at inference only |
@@ -274,6 +275,8 @@ FINE_TUNED = {
     "mmft-mixed": ("mmft", "mixed"),
     "mmft-train-captions": ("mmft", "template"),
     "mmft-lora": ("mmft-lora", "own"),
+    "mmft-frozen-text": ("mmft-frozen-text", "own"),
+    "mmft-frozen-vision": ("mmft-frozen-vision", "own"),
     "mmft-balanced": ("mmft-balanced", "own"),
     "mmft-dropout": ("mmft-dropout", "own"),
     "mmft-schedule": ("mmft-schedule", "own"),

@@ -30,6 +30,8 @@ VARIANTS = {
     "mmft-schedule": "w falls from 0.5 to 0 in the course of training: classes first, then single images.",
     "mmft-averaged": "The running average of the weights (decay 0.95) in place of the last ones.",
     "mmft-dropout": "Half of the captions dropped in training: do class templates among them help?",
+    "mmft-frozen-text": "The image tower alone is trained.",
+    "mmft-frozen-vision": "The text tower alone is trained.",
 }
 
 

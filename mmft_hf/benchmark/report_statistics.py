@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from .report_methods import FAMILIES, family
+from .results import differences
 from .table import in_order, interval, latest
 
 DRAWS, SEED = 2000, 0
@@ -119,11 +120,11 @@ def gather(rows: list[dict], folder: Path) -> Findings:
         )
     identity = rows[0].get("identity") or {}
     for row in rows:
-        different = differences(identity, row.get("identity") or {})
-        if different:
+        if different := differences(identity, row.get("identity") or {}):
+            listed = "; ".join(f"{name} ({a}, {b})" for name, a, b in different)
             raise UserError(
                 f"{folder}: expected results of one model, data set, settings and versions, found rows that differ in "
-                f"{'; '.join(different)}. These must not be averaged: run them into folders of their own."
+                f"{listed}. These must not be averaged: run them into folders of their own."
             )
     cells: dict[tuple, dict[int, dict]] = {}
     failed = []
@@ -137,18 +138,6 @@ def gather(rows: list[dict], folder: Path) -> Findings:
     results = Findings(cells, failed, identity, data, beside(folder / "maps.json", list, notes), notes)
     drop_foreign_predictions(results)
     return results
-
-
-def differences(one: dict, other: dict, above: str = "") -> list[str]:
-    """What differs between two identities: `settings.learning_rate (0.001, 0.0001)`."""
-    found = []
-    for key in sorted({*one, *other}):
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{above}{key}.")
-        elif a != b:
-            found.append(f"{above}{key} ({a}, {b})")
-    return found
 
 
 def beside(path: Path, kind: type, notes: list[str]):

@@ -95,18 +95,25 @@ def key_of(row: dict) -> tuple:
 def check_identity(rows: Iterable[dict], identity: dict, folder: Path) -> None:
     """Raises `UserError` where a row depends on other settings, data or versions than `identity`: both would be averaged."""
     for row in rows:
-        if row["identity"] != identity:
-            differ = sorted(k for k in identity | row["identity"] if identity.get(k) != row["identity"].get(k))
-            details = "; ".join(_differences(k, row["identity"].get(k), identity.get(k)) for k in differ)
+        if found := differences(row["identity"], identity):
+            what = ", ".join(dict.fromkeys(name.split(".")[0] for name, *_ in found))
+            details = "; ".join(f"{name.split('.')[-1]} {there} there, {here} here" for name, there, here in found)
             raise UserError(
-                f"--output_dir {folder}: expected results of the same {', '.join(differ)}, found others, which are not to be "
-                f"averaged with these ({details}). Type another --output_dir."
+                f"--output_dir {folder}: expected results of the same {what}, found others, which are not to be averaged with "
+                f"these ({details}). Type another --output_dir."
             )
 
 
-def _differences(name: str, there, here) -> str:
-    """`learning_rate 0.001 there, 0.0001 here`."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = sorted(k for k in there | here if there.get(k) != here.get(k))
-        return ", ".join(_differences(k, there.get(k), here.get(k)) for k in names)
-    return f"{name} {there} there, {here} here"
+def differences(one: dict, other: dict, above: str = "") -> list[tuple[str, object, object]]:
+    """What differs between two identities: `("settings.learning_rate", 0.001, 0.0001)`.
+
+    Not the name of the data, which their fingerprint tells better: a folder may have been moved.
+    """
+    found = []
+    for key in sorted({*one, *other} - {"dataset"}):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{above}{key}.")
+        elif a != b:
+            found.append((f"{above}{key}", a, b))
+    return found

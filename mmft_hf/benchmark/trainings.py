@@ -129,13 +129,17 @@ def set_up(
 
 
 def contrastive(
-    texts: Callable[[Task], Dataset] = own_captions, towers: str = "full", templates: bool = False, **settings
+    texts: Callable[[Task], Dataset] = own_captions,
+    vision_tower: str = "full",
+    text_tower: str = "full",
+    templates: bool = False,
+    **settings,
 ) -> Callable[[Workshop, Task, float], Trained]:
     """A training by `MMFTTrainer`.
 
     Args:
         texts: what the images of a task are trained with.
-        towers: `full` or `lora`, both alike.
+        vision_tower, text_tower: `full`, `lora` or `frozen`.
         templates: each image is read with one of 80 class templates, drawn at random.
         settings: of `MMFTConfig`, in place of the benchmark's.
     """
@@ -147,16 +151,17 @@ def contrastive(
 
         images = texts(task)
         start = time.monotonic()
-        rate = LORA_FACTOR * learning_rate if towers == "lora" else learning_rate
+        lora = "lora" in (vision_tower, text_tower)
+        rate = LORA_FACTOR * learning_rate if lora else learning_rate
         with set_up(shop, task, rate, **settings) as (model, config, validation):
-            if towers == "lora":
-                set_towers(model, "lora", "lora")
+            if (vision_tower, text_tower) != ("full", "full"):
+                set_towers(model, vision_tower, text_tower)
             trainer = MMFTTrainer(model, config, images, validation, shop.processor)
             if templates:
                 trainer.training_templates = TEMPLATES
             trainer.train()
         tuned = trainer.accelerator.unwrap_model(trainer.model)
-        if towers == "lora":
+        if lora:
             merge(tuned)
         return Trained(tuned, images, trainer.state.global_step, time.monotonic() - start)
 
@@ -204,7 +209,9 @@ TRAININGS: dict[str, Callable[..., Trained]] = {
     "flyp": contrastive(without_captions, supcon_weight=0.0),
     "flyp-ens": contrastive(without_captions, templates=True, supcon_weight=0.0),
     "mmft": contrastive(),
-    "mmft-lora": contrastive(towers="lora"),
+    "mmft-lora": contrastive(vision_tower="lora", text_tower="lora"),
+    "mmft-frozen-text": contrastive(text_tower="frozen"),
+    "mmft-frozen-vision": contrastive(vision_tower="frozen"),
     "mmft-balanced": contrastive(samples_per_class=4),
     "mmft-dropout": contrastive(caption_dropout=0.5),
     "mmft-schedule": contrastive(supcon_weight=0.5, supcon_weight_end=0.0),
