@@ -151,6 +151,22 @@ def test_two_processes(hub, published, picture, tmp_path, name, towers):
     assert predictions(hub.folder / name, picture) == predictions(tmp_path / name, picture)
 
 
+def test_a_benchmark_tells_the_weights_of_a_repository_that_changes(hub, alice, clip_folder, tmp_path):
+    hub.put("alice/changing", {path.name: path.read_bytes() for path in clip_folder.iterdir()})
+    words = ["benchmark", "--model_name_or_path", "alice/changing", "--dataset_name", str(pictures(tmp_path / "data", 8))]
+    words += ["--methods", "zs", "lp", "--shots", "1", "--seeds", "0", "--use_cpu", "true"]
+    words += ["--output_dir", str(tmp_path / "out")]
+    code, said = alice.mmft(*words)
+    assert code == 0, said
+    row = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[0])
+    assert row["identity"]["base_model_revision"] == hub.commits("alice/changing")[0].sha
+    code, said = alice.mmft(*words)
+    assert code == 0 and "2 of 2 cells are done already" in said, said
+    hub.put("alice/changing", {"README.md": b"# Changed\n"})
+    code, said = alice.mmft(*words)
+    assert code == 2 and "expected results of the same base_model_revision" in said, said
+
+
 REVISIONS = """
 import transformers, mmft_hf
 from mmft_hf import ClassPrototypes

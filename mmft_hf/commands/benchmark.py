@@ -197,7 +197,7 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
         "base_model": origin(model, revision, "model", local=True)["name"],
-        "base_model_revision": revision or _weights_of(Path(model)),
+        "base_model_revision": _weights_of(model, revision),
         "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
         "dataset_fingerprint": splits.fingerprint(),
         "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
@@ -206,11 +206,21 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     }
 
 
-def _weights_of(folder: Path) -> str | None:
-    """16 hex digits of the weights in a folder, whose name alone would not tell them from others."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    digest = hashlib.sha256(b"".join(content_hash({"path": str(path)}) for path in files))
-    return digest.hexdigest()[:16] if files else None
+def _weights_of(model: str, revision: str | None) -> str | None:
+    """What tells weights that a name does not: of a folder 16 hex digits of their hash, on the Hub the commit."""
+    folder = Path(model)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        digest = hashlib.sha256(b"".join(content_hash({"path": str(path)}) for path in files))
+        return digest.hexdigest()[:16] if files else None
+    if model.startswith("builtin/"):
+        return None  # of this version of the package
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision)).parent.name
+    except Exception:  # what is wrong with it is said where it is loaded
+        return revision
 
 
 def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict:
