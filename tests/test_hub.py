@@ -153,7 +153,13 @@ def test_two_processes(hub, published, picture, tmp_path, name, towers):
 
 def test_a_benchmark_tells_the_weights_of_a_repository_that_changes(hub, alice, clip_folder, tmp_path):
     hub.put("alice/changing", {path.name: path.read_bytes() for path in clip_folder.iterdir()})
-    words = ["benchmark", "--model_name_or_path", "alice/changing", "--dataset_name", str(pictures(tmp_path / "data", 8))]
+    words = [
+        "benchmark",
+        "--model_name_or_path",
+        "alice/changing",
+        "--dataset_name",
+        str(pictures(tmp_path / "data", 8)),
+    ]
     words += ["--methods", "zs", "lp", "--shots", "1", "--seeds", "0", "--use_cpu", "true"]
     words += ["--output_dir", str(tmp_path / "out")]
     code, said = alice.mmft(*words)
