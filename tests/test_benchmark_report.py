@@ -15,9 +15,11 @@ from mmft_hf.benchmark import report, report_figures
 from mmft_hf.benchmark.report import write_report
 from mmft_hf.benchmark.report_data import command, has_gaps
 from mmft_hf.benchmark.report_methods import about, family, reads_captions
+from mmft_hf.benchmark.report_page import results_table
 from mmft_hf.benchmark.report_statistics import bootstrap, class_gains, compare, confusions, drawn, gather
 from mmft_hf.benchmark.report_style import apart
 from mmft_hf.benchmark.report_verdict import shots_list, verdict
+from mmft_hf.benchmark.table import summary_table
 from mmft_hf.errors import UserError
 
 IDENTITY = {
@@ -266,6 +268,27 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     assert "mmft is not among the results" in headline and "lp with 4 shots" in text and not found
     text = told(tmp_path, mmft=[0.6, 0.6, 0.61], flyp=[0.5, 0.5, 0.5])[1]
     assert "The closer control, mmft-no-captions, was not run" in text
+
+
+def test_a_method_that_failed_on_a_hard_seed_gains_nothing_by_it(tmp_path):
+    values = {"mmft": [0.6, 0.6, 0.3], "lp": [0.58, 0.58], "gda": [0.7], "ce": [0.62, 0.62, 0.33]}
+    rows = [row(m, 1, s, accuracy=x) for m, accuracies in values.items() for s, x in enumerate(accuracies)]
+    rows += [failed("lp", 1, 2), row("zs", 0, 0, accuracy=0.4)]
+    results = gather(rows, tmp_path)
+    assert results.mean("lp", 1) > results.mean("ce", 1)
+    _, sentences, comparisons = verdict(results)
+    name, difference = comparisons[-1][2][1]
+    assert name == "ce" and difference.seeds == 3 and "it is behind" in sentences[-1]
+    # gda, too: that it is ahead in one seed says less than three seeds do
+    table = summary_table(rows)
+    assert "58.0 ± 0.0 (2 seeds) |" in table and "| 70.0 (1 seed) |" in table and table.count("seed)") == 1
+    cells = re.split("<tr", results_table(results))
+    cells = {m: next(line for line in cells if f"<th>{m}</th>" in line) for m in values}
+    assert "<b>52.3</b>" in cells["ce"] and not any("<b>" in cells[m] for m in ("mmft", "lp", "gda"))
+    assert "(2 seeds)" in cells["lp"] and "(1 seed)" in cells["gda"] and "seeds)" not in cells["ce"] + cells["mmft"]
+    # and without mmft
+    rows = [r for r in rows if r["method"] != "mmft"]
+    assert "the same seeds: zs untuned and ce with 1 shot" in verdict(gather(rows, tmp_path))[1][0]
 
 
 def test_a_difference_must_stand_against_both_kinds_of_chance(tmp_path):

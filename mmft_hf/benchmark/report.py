@@ -136,7 +136,7 @@ def _sections(results: Findings, folder: Path) -> Iterable[str]:
         "results",
         "Results",
         prose(
-            f"Test accuracy in %, mean over seeds ± half its 95 % interval; best of a column in bold. {page.policies_note(results)}"
+            f"Test accuracy in %, mean over seeds ± half its 95 % interval; in bold the best of a column on the same seeds. {page.policies_note(results)}"
         ),
         page.results_table(results),
         page.failures(results),

@@ -23,7 +23,7 @@ from .report_statistics import (
     confusions,
 )
 from .report_verdict import KINDS, MARKS, intervals, signed
-from .table import interval, seeds_text, shots_name
+from .table import fewer_seeds, interval, seeds_text, shots_name
 
 POLICIES = {
     "last": "the last step, no validation",
@@ -101,10 +101,9 @@ def by_family(methods: Iterable[str], columns: int, line) -> list:
 
 
 def results_table(results: Findings, split: str = TEST, shots: list | None = None) -> str:
-    """Methods by shots: mean, half the interval over seeds, the highest mean of a column in bold."""
+    """Methods by shots: mean, half the interval over seeds, the best of a column on the same seeds in bold."""
     shots = shots or results.shots
-    means = {(m, n): results.mean(m, n, split) for m in results.methods for n in shots}
-    best = {n: max((v for (_, k), v in means.items() if k == n and v is not None), default=None) for n in shots}
+    best = {n: results.best(n, [m for m in results.methods if results.rows(m, n)], split=split) for n in shots}
     lost = Counter((row["method"], row["shots"]) for row in results.failed)
     place = {name: i for i, name in enumerate(POLICIES)}
 
@@ -118,23 +117,24 @@ def results_table(results: Findings, split: str = TEST, shots: list | None = Non
         )
         cells = [safe(method), f"<td class=policy>{safe(', '.join(policies)) or '–'}</td>", seeds_text(counts)]
         for n in shots:
-            mean, failed = means[method, n], lost[method, n]
+            values, failed = results.values(method, n, split), lost[method, n]
             text = f'<small class="worse below">{failed} failed</small>' if failed and split == TEST else ""
-            if mean is None:
-                cells.append(f"<td>{text}</td>")
-                continue
-            values = results.values(method, n, split)
-            half = interval(values)
-            figure = f"{mean:.1f}" + ("" if half is None else f" <small>± {half:.1f}</small>")
-            if mean >= best[n] - 1e-9:
-                figure = f"<b>{mean:.1f}</b>" + ("" if half is None else f" <small>± {half:.1f}</small>")
-            if len(values) != max(counts):
-                text = f"<small class=below>{len(values)} seed{'s' if len(values) > 1 else ''}</small>" + text
+            figure = mean_text(values, results.most_seeds(n), bold=method in best[n])
             cells.append(f"<td>{figure}{text}</td>")
         return cells
 
     head = ["method", "<th class=words>selection</th>", "seeds", *(shots_name(n) for n in shots)]
     return table(head, by_family(results.methods, len(head), line))
+
+
+def mean_text(values: list[float], most: int, bold: bool = False) -> str:
+    """Mean, half its interval over seeds, and how many seeds where others have more; nothing without values."""
+    if not values:
+        return ""
+    mean, half = f"{statistics.mean(values):.1f}", interval(values)
+    text = (f"<b>{mean}</b>" if bold else mean) + ("" if half is None else f" <small>± {half:.1f}</small>")
+    few = fewer_seeds(len(values), most).strip()
+    return text + (f"<small class=below>{few}</small>" if few else "")
 
 
 def policies_note(results: Findings) -> str:
@@ -240,10 +240,9 @@ def robustness_table(results: Findings, shots) -> str:
         cells = [safe(method)]
         for split in (TEST, *splits):
             mean = results.mean(method, n, split)
-            half = interval(results.values(method, n, split))
             gain = "" if zero[split] is None or mean is None or method == "zs" else signed(mean - zero[split])
-            text = "–" if mean is None else f"{mean:.1f}" + ("" if half is None else f" <small>± {half:.1f}</small>")
-            cells += [text, gain]
+            text = mean_text(results.values(method, n, split), results.most_seeds(n))
+            cells += [text or "–", gain]
         return cells
 
     head = ["method"]

@@ -87,10 +87,27 @@ class Findings:
         """The largest number of shots at which all of these methods have results; None without any."""
         return next((n for n in reversed(self.shots) if all(self.nearest(m, n) for m in methods)), None)
 
-    def best(self, shots, methods) -> str | None:
-        """That of the methods with the highest mean test accuracy."""
-        found = {m: self.mean(m, shots if self.rows(m, shots) else 0) for m in methods if self.nearest(m, shots)}
-        return max(found, key=found.get) if found else None
+    def most_seeds(self, shots) -> int:
+        """Seeds of the method that has most."""
+        return max(len(self.rows(m, shots)) for m in self.methods)
+
+    def best(self, shots, methods, reference: str | None = None, split: str = TEST) -> list[str]:
+        """Which of the methods are ahead on the same seeds; several if level, none without results.
+
+        Ranked are differences to a reference within each seed, and not means, by which a method that failed on a hard seed
+        would win. Those with fewer than three seeds come after the others.
+
+        Args:
+            reference (*optional*): by default that of the methods with most seeds.
+        """
+        if reference is None:
+            reference = max(methods, key=lambda m: len(self.rows(m, shots)), default=None)
+        rank = {}
+        for method in methods:
+            if found := paired(self, method, reference, shots, split):
+                points = statistics.mean(accuracy(a, split) - accuracy(b, split) for a, b in found)
+                rank[method] = (min(len(found), FEWEST_SEEDS), round(points, 9))
+        return [method for method in rank if rank[method] == max(rank.values())]
 
     @property
     def class_names(self) -> list[str]:
@@ -219,10 +236,15 @@ def pairs(a: dict[int, dict], b: dict[int, dict]) -> list[tuple[dict, dict]]:
     return [(a[seed], b[seed]) for seed in a if seed in b]
 
 
+def paired(results: Findings, method: str, other: str, shots, split: str = TEST) -> list[tuple[dict, dict]]:
+    """Rows of both methods that have an accuracy on this split."""
+    found = pairs(results.nearest(method, shots), results.nearest(other, shots))
+    return [(a, b) for a, b in found if accuracy(a, split) is not None and accuracy(b, split) is not None]
+
+
 def compare(results: Findings, method: str, other: str, shots, split: str = TEST) -> Difference | None:
     """`method` minus `other`, in points; None without a common seed."""
-    found = pairs(results.nearest(method, shots), results.nearest(other, shots))
-    found = [(a, b) for a, b in found if accuracy(a, split) is not None and accuracy(b, split) is not None]
+    found = paired(results, method, other, shots, split)
     if not found:
         return None
     points = [100 * (accuracy(a, split) - accuracy(b, split)) for a, b in found]

@@ -31,9 +31,8 @@ def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dic
             comparisons.append((other, meaning, found))
     best = {}
     for n in done:
-        name = results.best(n, baselines(results))
-        if name and (difference := compare(results, METHOD, name, n)):
-            best[n] = (name, difference)
+        for name in results.best(n, baselines(results), METHOD)[:1]:
+            best[n] = (name, compare(results, METHOD, name, n))
     if best:
         comparisons.append((BEST, "chosen by its test accuracy, which favours it", best))
     found = {name: rest for name, _, rest in comparisons}
@@ -69,9 +68,9 @@ def baselines(results: Findings) -> list[str]:
 
 def _without_mmft(results: Findings) -> tuple[str, list[str]]:
     leaders = [(n, results.best(n, results.methods)) for n in results.shots]
-    leaders = [f"{name} {'with ' if n != 0 else ''}{shots_name(n)}" for n, name in leaders if name]
+    leaders = [f"{listed(names)} {'with ' if n != 0 else ''}{shots_name(n)}" for n, names in leaders if names]
     headline = "Whether captions helped cannot be told: mmft is not among the results."
-    return headline, [f"Highest mean test accuracy: {listed(leaders)}."] if leaders else []
+    return headline, [f"Highest test accuracy on the same seeds: {listed(leaders)}."] if leaders else []
 
 
 def in_words(found: dict, better: str, worse: str, what: str = "") -> str:

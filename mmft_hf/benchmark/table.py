@@ -45,6 +45,11 @@ def seeds_text(counts: Iterable[int]) -> str:
     return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "0"
 
 
+def fewer_seeds(count: int, most: int) -> str:
+    """` (2 seeds)` behind a mean that must not be read beside those over more seeds; else nothing."""
+    return f" ({count} seed{'' if count == 1 else 's'})" if count < most else ""
+
+
 def summary_table(rows: list[dict]) -> str:
     """Test accuracy in percent of each method at each number of shots, as Markdown: mean over seeds, ± half its interval."""
     rows = latest(rows)
@@ -56,6 +61,7 @@ def summary_table(rows: list[dict]) -> str:
             policies[row["method"]].add(row["selection_policy"])
     methods = list(dict.fromkeys(row["method"] for row in rows))
     shots = in_order(row["shots"] for row in rows)
+    most = {n: max((len(found) for (_, k), found in values.items() if k == n), default=0) for n in shots}
     lines = ["| method | selection | seeds | " + " | ".join(map(shots_name, shots)) + " |"]
     lines.append("|---|---|---|" + "---|" * len(shots))
     for method in methods:
@@ -63,9 +69,8 @@ def summary_table(rows: list[dict]) -> str:
         for n in shots:
             found = values.get((method, n))
             half = interval(found) if found else None
-            cells.append(
-                "" if not found else f"{statistics.mean(found):.1f}" + ("" if half is None else f" ± {half:.1f}")
-            )
+            text = "" if not found else f"{statistics.mean(found):.1f}" + ("" if half is None else f" ± {half:.1f}")
+            cells.append(text + (fewer_seeds(len(found), most[n]) if found else ""))
         seeds = seeds_text(len(values[method, n]) for n in shots if values.get((method, n)))
         lines.append(f"| {method} | {', '.join(sorted(policies[method]))} | {seeds} | " + " | ".join(cells) + " |")
     failed = [row for row in rows if row["status"] == "failed"]
