@@ -14,6 +14,7 @@ from mmft_hf.benchmark import methods, trainings
 from mmft_hf.benchmark.methods import FINE_TUNED, METHODS, Workshop, fine_tune, fit, training_of
 from mmft_hf.benchmark.protocol import Task
 from mmft_hf.benchmark.trainings import TRAININGS, Trained, interpolated, settings_for
+from mmft_hf.errors import UserError
 from mmft_hf.prompts import TEMPLATES, check_template
 from mmft_hf.views import TrainingView
 
@@ -56,7 +57,9 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
     # A row of the table that were another row's training under a new name would show here. The captions of these images are
     # alike within a class, so shuffling them there changes little, and LoRA leaves the projection as it is.
     different = [
-        v for k, v in trained.items() if k not in ("mmft-lora", "clip-lora", "ce", "ce-frozen", "mmft-shuffle-within")
+        v
+        for k, v in trained.items()
+        if k not in ("mmft-lora", "mmft-lora-all", "clip-lora", "ce", "ce-frozen", "mmft-shuffle-within")
     ]
     for i, one in enumerate(different):
         assert not any(torch.equal(one, other) for other in different[:i])
@@ -136,6 +139,16 @@ def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_fold
     assert seen == [1e-5, 2e-5, 3e-5] and found.tried == 3
     assert found.chosen == {"learning_rate": 2e-5} and found.policy == "val-k" and found.steps == 2
     assert found.validation_accuracy == pytest.approx(7 / 9) and found.seconds >= 3
+
+
+def test_a_rate_that_diverges_is_out_of_the_choice(clip_folder, task, tmp_path):
+    config = MMFTConfig(str(tmp_path), max_steps=2, use_cpu=True)
+    alone, both, wild = (Workshop(str(clip_folder), None, config, rates) for rates in ((1e-4,), (1e9, 1e-4), (1e9,)))
+    found, expected = (fine_tune(shop, task, "mmft", "own") for shop in (both, alone))
+    assert found.chosen == {"learning_rate": 1e-4, "failed_rates": "1e+09"} and found.tried == 2
+    assert np.array_equal(found.classifier(task.validation), expected.classifier(task.validation))
+    with pytest.raises(UserError, match="became"):
+        fine_tune(wild, task, "mmft", "own")
 
 
 def test_few_images_get_the_least_steps_and_all_images_their_epochs(clip_folder, task, tmp_path):

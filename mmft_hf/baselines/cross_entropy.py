@@ -7,6 +7,7 @@ see the same pictures in the same steps as MMFT does. Shapes: `B` images, `C` cl
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from types import MethodType
 
@@ -79,9 +80,10 @@ def train_head(
     """Fine-tunes the image tower, and a linear head on its unit-norm embeddings, by cross-entropy.
 
     The rows `ce`, `ce-frozen` and `lp-ft` of a benchmark: with the head of zero-shot weights, the same with a fixed head,
-    and with the head of a logistic regression on frozen features (`linear.head`). As in WiSE-FT's code the scale of the
-    logits is folded into the head, so that its rows are as long as that (100 for CLIP); with AdamW, whose steps do not depend
-    on the size of a weight, the head moves little at a learning rate that suits the tower.
+    and with the head of a logistic regression on frozen features (`linear.head`). What the optimiser sees of the head are rows
+    of about unit length; a fixed factor, the scale of the logits, is beside them. Where it is folded into the rows, as in
+    WiSE-FT's code, they are 100 times as long for CLIP, and AdamW, whose steps do not depend on the size of a weight, leaves
+    the head where it was, unless there are thousands of steps.
 
     Args:
         model: trained in place. What of the image tower is trained is left as it is; text tower and logit scale are frozen,
@@ -179,19 +181,23 @@ class HeadTrainer(CrossEntropyTrainer):
             if name.startswith(TOWERS["text"]):
                 parameter.requires_grad_(False)
         scale_parameter(model).requires_grad_(False)
+        # The length of the head's rows, as a power of two, so that nothing is rounded.
+        length = head.weight.norm(dim=1).mean().item()
+        self.head_scale = 2.0 ** round(math.log2(length)) if 0 < length < math.inf else 1.0
         for name, value in (("class_weight", head.weight), ("class_bias", head.bias)):
-            value = None if value is None else nn.Parameter(value.detach().clone().float(), requires_grad=not fixed)
+            if value is not None:
+                value = nn.Parameter(value.detach().float() / self.head_scale, requires_grad=not fixed)
             model.register_parameter(name, value)
         super().__init__(model, processor, config, train, validation, _Images(processor))
         model.forward = MethodType(_forward_with_head, model)
 
     def class_logits(self, image_embeds, outputs, inputs):
-        return F.linear(image_embeds, outputs["class_weight"], outputs.get("class_bias"))
+        return self.head_scale * F.linear(image_embeds, outputs["class_weight"], outputs.get("class_bias"))
 
     def current_prototypes(self) -> LinearHead:
         """The head of now, which validation uses."""
         model = self.accelerator.unwrap_model(self.model)
-        values = [None if v is None else v.detach().clone() for v in (model.class_weight, model.class_bias)]
+        values = [None if v is None else self.head_scale * v.detach() for v in (model.class_weight, model.class_bias)]
         self.prototypes = LinearHead(values[0], self.class_names, values[1])
         return self.prototypes
 

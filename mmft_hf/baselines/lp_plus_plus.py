@@ -10,15 +10,15 @@ from torch import Tensor
 from .inputs import Inputs, check, positive
 
 
-def lp_plus_plus(train_x, train_y, test_x, zero_shot, iterations: int = 300) -> np.ndarray:
+def lp_plus_plus(train_x, train_y, test_x, zero_shot, scale: float = 100.0, iterations: int = 300) -> np.ndarray:
     """Scores `(N, C)`: `f·v_c + a_c (f·w_c)`, with v and a trained by cross-entropy, step sizes taken from the data.
 
     Full-batch descent with the gradients in closed form; no randomness, no validation, no augmentation, the last iterate.
     With `Z = F Wᵀ` `(n, C)` of the training features F:
 
     - v starts at the class means; every iteration steps by `4n / λ_max(FᵀF)`, with momentum 0.9;
-    - a starts, for all classes alike, at 250 times the mean over classes of the mean of f·w_c over the examples of c; every
-      tenth iteration steps by `n / (4 max_c Σ_i Z_ic²)`, without momentum.
+    - a starts, for all classes alike, at 2.5 `scale` times the mean over classes of the mean of f·w_c over the examples of c
+      (250 times it in the paper, whose models have the scale 100); every tenth iteration steps by `n / (4 max_c Σ_i Z_ic²)`, without momentum.
 
     The authors' paper and code differ, or leave open, in these points, and this is what is done:
 
@@ -31,6 +31,7 @@ def lp_plus_plus(train_x, train_y, test_x, zero_shot, iterations: int = 300) -> 
     Args:
         train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows. The start of `a` supposes
             cosines as CLIP's, of 0.2 to 0.4 between an image and its text.
+        scale: of the model's logits.
 
     Computed in float64.
 
@@ -40,20 +41,22 @@ def lp_plus_plus(train_x, train_y, test_x, zero_shot, iterations: int = 300) -> 
     References: Huang et al. 2024, "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP" (arXiv 2404.02285).
     """
     inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True)
-    positive(iterations=iterations)
-    prototypes, blend, _ = fit(inputs, iterations)
+    positive(scale=scale, iterations=iterations)
+    prototypes, blend, _ = fit(inputs, scale, iterations)
     return (inputs.test_x @ prototypes.T + blend * (inputs.test_x @ inputs.zero_shot.T)).cpu().numpy()
 
 
-def fit(inputs: Inputs, iterations: int = 300, momentum: float = 0.9) -> tuple[Tensor, Tensor, list[Tensor]]:
+def fit(
+    inputs: Inputs, scale: float = 100.0, iterations: int = 300, momentum: float = 0.9
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Visual prototypes v `(C, D)`, blending a `(C,)`, and the losses before each iteration."""
     x, n = inputs.train_x, len(inputs.train_x)
     texts = x @ inputs.zero_shot.T
-    step_v = 4 * n / torch.linalg.matrix_norm(x, 2) ** 2
+    step_v = 4 * n / torch.linalg.eigvalsh(x.T @ x).max()  # n × D would be decomposed whole for the same number
     step_a = n / (4 * texts.square().sum(dim=0).max())
     v = inputs.class_means(x)
     own = inputs.class_means(texts.gather(1, inputs.train_y[:, None]))[:, 0]
-    a = (250 * own[inputs.counts > 0].mean()).expand(inputs.classes).clone()
+    a = (2.5 * scale * own[inputs.counts > 0].mean()).expand(inputs.classes).clone()
     speed = torch.zeros_like(v)
     losses = []
     for iteration in range(iterations):

@@ -11,7 +11,8 @@
 | `lp-ft` | the same from the head of `lp` |
 | `clip-lora` | LoRA in both towers by cross-entropy over the class templates |
 | `flyp`, `flyp-ens` | both towers, contrastive loss (w = 0), with one class template, or 80 of them |
-| `mmft`, `mmft-lora` | the method, with whole towers, or with LoRA in both |
+| `mmft`, `mmft-lora` | the method, with whole towers, or with the LoRA of `clip-lora` |
+| `mmft-lora-all` | with the LoRA of `mmft-hf finetune`: rank 8, in all linear layers of both towers |
 | `mmft-frozen-text`, `mmft-frozen-vision` | `mmft` with one tower alone trained |
 | `mmft-w0`, `mmft-w1` | with the CLIP loss alone, or the SupCon loss alone |
 | `mmft-no-captions` | the loss of `mmft` on class templates, also at inference |
@@ -29,6 +30,9 @@ Where this is not what the papers do: methods on frozen features see each image 
 ten), as its unit-norm embedding in the common space (the linear probe of CLIP's paper takes what is before the projection). `flyp`
 trains and compares with one template; as in its paper, one of several drawn at each step, it is `flyp-ens`. Class texts of the
 methods on frozen features and first heads are averages over the 80 templates.
+
+With all images validation selects the epoch of a training, with what that training compares images with: methods that share one
+(`mmft-train-captions` and `mmft-mixed` that of `mmft`, `mmft-test-captions` that of `mmft-no-captions`) are judged at that epoch.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +51,7 @@ from ..baselines import clap, gda, linear, lp_plus_plus, tip_adapter
 from ..baselines.cross_entropy import LinearHead
 from ..configuration import MMFTConfig
 from ..data import labels_of
+from ..errors import UserError
 from ..evaluation import classify
 from ..features import image_features
 from ..losses import IGNORED
@@ -175,8 +181,9 @@ def zero_shot(shop: Workshop, task: Task, several: bool = False) -> Fitted:
 
 def zero_shot_captions(shop: Workshop, task: Task) -> Fitted:
     """`zs-cap`."""
-    template = shop.config.class_template
-    return untuned(shop, task, ClassPrototypes.from_captions(shop.model, shop.processor, task.train, template))
+    template, weight = shop.config.class_template, shop.config.template_weight
+    texts = ClassPrototypes.from_captions(shop.model, shop.processor, task.train, template, template_weight=weight)
+    return untuned(shop, task, texts)
 
 
 def untuned(shop: Workshop, task: Task, prototypes: ClassPrototypes) -> Fitted:
@@ -187,24 +194,37 @@ def untuned(shop: Workshop, task: Task, prototypes: ClassPrototypes) -> Fitted:
 
 
 # -- on frozen features ----------------------------------------------------------------------------------------------------
-def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None, texts: bool, scaled: bool) -> Fitted:
-    """A method of `baselines` on the features of the untuned model; `choose` picks its parameters on validation.
+class OnFeatures(NamedTuple):
+    """A method of `baselines` on the features of the untuned model.
 
     Args:
-        texts, scaled: whether it is given the class texts' embeddings, and the scale of the model's logits.
+        method, choose: gives scores; picks its parameters on validation, where there are any to pick.
+        texts, scaled, seeded: whether it is given the class texts' embeddings, the scale of the model's logits, a seed.
     """
+
+    method: Callable[..., np.ndarray]
+    choose: Callable | None = None
+    texts: bool = True
+    scaled: bool = True
+    seeded: bool = False
+
+
+def frozen(shop: Workshop, task: Task, of: OnFeatures) -> Fitted:
+    """A method on frozen features."""
     train, more = shop.examples(task.train), {}
-    if scaled:
+    if of.scaled:
         more["scale"] = shop.scale
-    if texts:
-        more |= {"zero_shot": shop.template_prototypes(task.class_names, several=True).embeddings.double().numpy()}
+    if of.texts:
+        more["zero_shot"] = shop.template_prototypes(task.class_names, several=True).embeddings.double().numpy()
+    if of.seeded:
+        more["seed"] = task.seed
     chosen, policy, found, tried = {}, "last", None, 1
-    if choose is not None:
-        choice = choose(*train, *shop.examples(task.validation), **more)
+    if of.choose is not None:
+        choice = of.choose(*train, *shop.examples(task.validation), **more)
         chosen, policy, found, tried = choice.parameters, task.policy, choice.accuracy, choice.tried
 
     def classifier(dataset: Dataset) -> np.ndarray:
-        return method(*train, shop.features(dataset), **more, **chosen)
+        return of.method(*train, shop.features(dataset), **more, **chosen)
 
     found = shop.accuracy(classifier, task.validation) if found is None else found
     return Fitted(classifier, policy, found, chosen, tried=tried)
@@ -214,14 +234,22 @@ def frozen(shop: Workshop, task: Task, method: Callable, choose: Callable | None
 def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: float = 1.0) -> Fitted:
     """A training of `trainings`, by prototypes of its weights; validation chooses among the learning rates, if there are several.
 
+    A rate at which training fails is out of the choice; where all fail, the first error is raised.
+
     Args:
         inference: prototypes of the texts it was trained on (`own`), of the task's `captions`, of the class `template`, of
             80 `templates`, halfway between captions and template (`mixed`), or the trained `head`.
         alpha: weights are `(1 - alpha) * untuned + alpha * tuned`.
     """
-    best, seconds = None, 0.0
+    best, seconds, failed = None, 0.0, {}
     for rate in shop.learning_rates:
-        trained = shop.train(training, task, rate)
+        start = time.monotonic()
+        try:
+            trained = shop.train(training, task, rate)
+        except UserError as error:  # a loss that is no number, say: another rate may do
+            failed[rate] = error
+            seconds += time.monotonic() - start
+            continue
         start = time.monotonic()
         model = interpolated(trained, shop.model, alpha) if alpha < 1 else trained.model
         prototypes = prototypes_for(shop, task, trained, model, inference, alpha)
@@ -232,6 +260,10 @@ def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: 
             chosen = {"learning_rate": rate} if len(shop.learning_rates) > 1 else {}
             chosen |= trained.chosen
             best = Fitted(classifier, "last", found, chosen, shop.embedder(model), prototypes, steps=trained.steps)
+    if best is None:
+        raise next(iter(failed.values()))
+    if failed:
+        best.chosen["failed_rates"] = " ".join(f"{rate:g}" for rate in failed)
     if best.chosen or task.shots == FULL:  # of rates, or of epochs
         best.policy = task.policy
     best.tried, best.seconds = len(shop.learning_rates), seconds
@@ -254,14 +286,14 @@ def prototypes_for(
 
 
 FROZEN = {
-    "lp": (linear.logistic_regression, linear.choose, False, False),
-    "lp-permuted-labels": (linear.logistic_regression, linear.choose, False, False),
-    "gda": (gda.gda, gda.choose, True, True),
-    "tip": (tip_adapter.tip, tip_adapter.choose, True, True),
-    "tip-f": (tip_adapter.tip_f, tip_adapter.choose_f, True, True),
-    "lp++": (lp_plus_plus.lp_plus_plus, None, True, False),
-    "zs-lp": (clap.zs_lp, None, True, True),
-    "clap": (clap.clap, None, True, True),
+    "lp": OnFeatures(linear.logistic_regression, linear.choose, texts=False, scaled=False),
+    "lp-permuted-labels": OnFeatures(linear.logistic_regression, linear.choose, texts=False, scaled=False),
+    "gda": OnFeatures(gda.gda, gda.choose),
+    "tip": OnFeatures(tip_adapter.tip, tip_adapter.choose),
+    "tip-f": OnFeatures(tip_adapter.tip_f, tip_adapter.choose_f, seeded=True),
+    "lp++": OnFeatures(lp_plus_plus.lp_plus_plus),
+    "zs-lp": OnFeatures(clap.zs_lp, seeded=True),
+    "clap": OnFeatures(clap.clap, seeded=True),
 }
 # Name: the training (of `trainings.TRAININGS`), and what images are compared with (see `fine_tune`).
 FINE_TUNED = {
@@ -275,6 +307,7 @@ FINE_TUNED = {
     "mmft-mixed": ("mmft", "mixed"),
     "mmft-train-captions": ("mmft", "template"),
     "mmft-lora": ("mmft-lora", "own"),
+    "mmft-lora-all": ("mmft-lora-all", "own"),
     "mmft-frozen-text": ("mmft-frozen-text", "own"),
     "mmft-frozen-vision": ("mmft-frozen-vision", "own"),
     "mmft-balanced": ("mmft-balanced", "own"),
@@ -317,6 +350,6 @@ def fit(name: str, shop: Workshop, task: Task) -> Fitted:
     else:
         if name == "lp-permuted-labels":
             task = replace(task, train=permuted_labels(task))
-        fitted = frozen(shop, task, *FROZEN[base])
+        fitted = frozen(shop, task, FROZEN[base])
     fitted.seconds = time.monotonic() - start
     return fitted

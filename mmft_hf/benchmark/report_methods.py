@@ -24,12 +24,13 @@ ABLATIONS = {
     "mmft-permuted-labels": "Labels shuffled among all images, a control that should lose: class names in the texts alone are left.",
 }
 VARIANTS = {
-    "mmft-lora": "LoRA in both towers in place of whole towers.",
+    "mmft-lora": "The LoRA of clip-lora in both towers in place of whole towers.",
     "mmft-mixed": "Compared with prototypes halfway between captions and class template.",
     "mmft-balanced": "Four images of each class in a batch: more positives for the SupCon term.",
     "mmft-schedule": "w falls from 0.5 to 0 in the course of training: classes first, then single images.",
     "mmft-averaged": "The running average of the weights (decay 0.95) in place of the last ones.",
     "mmft-dropout": "Half of the captions dropped in training: do class templates among them help?",
+    "mmft-lora-all": "LoRA of rank 8 in all layers of both towers in place of whole towers.",
     "mmft-frozen-text": "The image tower alone is trained.",
     "mmft-frozen-vision": "The text tower alone is trained.",
 }

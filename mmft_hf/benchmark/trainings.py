@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from ..baselines import linear
-from ..baselines.clip_lora import clip_lora
+from ..baselines.clip_lora import ALPHA, DROPOUT, RANK, attention_inputs, clip_lora
 from ..baselines.cross_entropy import LinearHead, train_head
 from ..configuration import MMFTConfig
 from ..data import labels_of
@@ -132,6 +132,7 @@ def contrastive(
     texts: Callable[[Task], Dataset] = own_captions,
     vision_tower: str = "full",
     text_tower: str = "full",
+    small_lora: bool = False,
     templates: bool = False,
     **settings,
 ) -> Callable[[Workshop, Task, float], Trained]:
@@ -140,6 +141,7 @@ def contrastive(
     Args:
         texts: what the images of a task are trained with.
         vision_tower, text_tower: `full`, `lora` or `frozen`.
+        small_lora: the LoRA of a tower is that of `clip_lora`.
         templates: each image is read with one of 80 class templates, drawn at random.
         settings: of `MMFTConfig`, in place of the benchmark's.
     """
@@ -155,7 +157,8 @@ def contrastive(
         rate = LORA_FACTOR * learning_rate if lora else learning_rate
         with set_up(shop, task, rate, **settings) as (model, config, validation):
             if (vision_tower, text_tower) != ("full", "full"):
-                set_towers(model, vision_tower, text_tower)
+                where = (RANK, ALPHA, DROPOUT, attention_inputs(model)) if small_lora else ()
+                set_towers(model, vision_tower, text_tower, *where)
             trainer = MMFTTrainer(model, config, images, validation, shop.processor)
             if templates:
                 trainer.training_templates = TEMPLATES
@@ -207,9 +210,10 @@ TRAININGS: dict[str, Callable[..., Trained]] = {
     "lp-ft": cross_entropy("regression"),
     "clip-lora": low_rank,
     "flyp": contrastive(without_captions, supcon_weight=0.0),
-    "flyp-ens": contrastive(without_captions, templates=True, supcon_weight=0.0),
+    "flyp-ens": contrastive(without_captions, templates=True, supcon_weight=0.0, prototypes="templates"),
     "mmft": contrastive(),
-    "mmft-lora": contrastive(vision_tower="lora", text_tower="lora"),
+    "mmft-lora": contrastive(vision_tower="lora", text_tower="lora", small_lora=True),
+    "mmft-lora-all": contrastive(vision_tower="lora", text_tower="lora"),
     "mmft-frozen-text": contrastive(text_tower="frozen"),
     "mmft-frozen-vision": contrastive(vision_tower="frozen"),
     "mmft-balanced": contrastive(samples_per_class=4),
