@@ -281,7 +281,7 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
         return np.full((len(test_x), 3), np.nan)
 
     with monkeypatch.context() as patch:
-        patch.setitem(methods.FROZEN, "lp", (not_numbers, None, False, False))
+        patch.setitem(methods.FROZEN, "lp", methods.OnFeatures(not_numbers, texts=False, scaled=False))
         words = command(
             clip_folder, data_folder, tmp_path / "out", "--methods", "lp", "zs-cap", "--shots", 2, "--seeds", 0
         )
