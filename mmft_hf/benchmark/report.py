@@ -115,7 +115,8 @@ def _verdict(results: Findings) -> str:
 def _how_to_read(results: Findings) -> str:
     both = any(row["predictions"] for row in results.all_rows())
     text = (
-        "▲ better, ▼ worse: neither 95 % interval contains 0. ≈ not distinguishable: one does. <b>Seeds</b>: had the training "
+        "▲ better, ▼ worse: neither 95 % interval contains 0. ≈ not distinguishable: one does. ? fewer than three seeds, or all "
+        "give the same. <b>Seeds</b>: had the training "
         "images been others (Student's t on differences within a seed). <b>Images</b>: had the test images been others "
         "(bootstrap, averaged over seeds"
         + (
@@ -125,7 +126,7 @@ def _how_to_read(results: Findings) -> str:
         )
         if both
         else "▲ better, ▼ worse: the 95 % interval over seeds (Student's t on differences within a seed) does not contain 0. "
-        "≈ not distinguishable: it does. The chance of the test images is not counted: there are no predictions with labels."
+        "≈ not distinguishable: it does. ? fewer than three seeds, or all give the same. The chance of the test images is not counted: there are no predictions with labels."
     )
     return prose(f"<small>{text} One in twenty intervals misses by chance.</small>")
 
@@ -136,7 +137,8 @@ def _sections(results: Findings, folder: Path) -> Iterable[str]:
         "results",
         "Results",
         prose(
-            f"Test accuracy in %, mean over seeds ± half its 95 % interval; in bold the best of a column on the same seeds. {page.policies_note(results)}"
+            "Test accuracy in %, mean over seeds ± half its 95 % interval, where seeds differ; in bold the best of a column on the "
+            f"same seeds. {page.policies_note(results)}"
         ),
         page.results_table(results),
         page.failures(results),

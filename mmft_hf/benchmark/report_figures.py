@@ -55,7 +55,7 @@ def shots_figure(results: Findings, path: Path) -> tuple[Path, list[str]] | None
                 continue
             x = [i for i, _ in found]
             y = np.array([np.mean(v) for _, v in found])
-            half = np.array([interval(v) if len(v) >= FEWEST_SEEDS else 0.0 for _, v in found])
+            half = np.array([(interval(v) or 0.0) if len(v) >= FEWEST_SEEDS else 0.0 for _, v in found])
             main, colour = method == "mmft", look[method].colour
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18 if main else 0.08, lw=0)
             axes.plot(x, y, lw=2.4 if main else 1.4, zorder=3 + main, **look[method].line)

@@ -22,7 +22,7 @@ from .report_statistics import (
     compare,
     confusions,
 )
-from .report_verdict import KINDS, MARKS, intervals, signed
+from .report_verdict import MARKS, intervals, signed
 from .table import fewer_seeds, interval, seeds_text, shots_name
 
 POLICIES = {
@@ -191,7 +191,8 @@ def difference_cell(difference: Difference | None, other: str = "") -> str:
         return "<td></td>"
     below = "".join(f"<small class=below>{text}</small>" for text in intervals(difference))
     name = f"<small class=below>against {safe(other)}</small>" if other else ""
-    kind, mark = KINDS[difference.verdict], MARKS[difference.verdict]
+    verdict, mark = difference.verdict, MARKS[difference.verdict]
+    kind = verdict if verdict in ("better", "worse") else "unclear"
     return f'<td class="{kind}"><b>{mark} {signed(difference.points)}</b>{name}{below}</td>'
 
 

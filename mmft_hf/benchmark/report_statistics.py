@@ -207,7 +207,7 @@ class Difference:
     Args:
         points: mean over seeds.
         seeds: number of seeds that both have; a method without training is paired with each.
-        over_seeds: 95 % interval over seeds; None for one.
+        over_seeds: 95 % interval over seeds; None for one, and where all seeds give the same, as without chance in either.
         over_images: 95 % interval over test images; None without predictions.
     """
 
@@ -218,12 +218,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `not distinguishable` or `too few seeds`."""
+        """`better`, `worse`, `not distinguishable`, `too few seeds` or `same for every seed`."""
         known = [pair for pair in (self.over_seeds, self.over_images) if pair]
         if any(low <= 0 <= high for low, high in known):
             return "not distinguishable"
-        if self.over_seeds is None or self.seeds < FEWEST_SEEDS:
+        if self.seeds < FEWEST_SEEDS:
             return "too few seeds"
+        if self.over_seeds is None:
+            return "same for every seed"
         return "better" if self.points > 0 else "worse"
 
 

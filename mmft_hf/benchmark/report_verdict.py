@@ -83,6 +83,7 @@ def in_words(found: dict, better: str, worse: str, what: str = "") -> str:
         "worse": worse,
         "not distinguishable": "no difference can be told from chance",
         "too few seeds": f"there are too few seeds to say{what}",
+        "same for every seed": f"all seeds give the same, too little to say{what}",
     }
     return "; ".join(f"with {shots_list(groups[key])}, {word}" for key, word in words.items() if key in groups)
 
@@ -115,11 +116,11 @@ def between(pair: tuple[float, float]) -> str:
     return f"{signed(pair[0])} to {signed(pair[1])}"
 
 
-MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few seeds": "?"}
-KINDS = {"better": "better", "worse": "worse", "not distinguishable": "unclear", "too few seeds": "unclear"}
+MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few seeds": "?", "same for every seed": "?"}
 
 
 def intervals(difference: Difference) -> list[str]:
     """Its intervals in words."""
-    found = [f"seeds {between(difference.over_seeds)}" if difference.over_seeds else "one seed"]
+    without = "one seed" if difference.seeds == 1 else "the same for every seed"
+    found = [f"seeds {between(difference.over_seeds)}" if difference.over_seeds else without]
     return found + ([f"images {between(difference.over_images)}"] if difference.over_images else [])

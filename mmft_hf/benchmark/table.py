@@ -13,8 +13,11 @@ FULL = "full"
 
 
 def interval(values: list[float]) -> float | None:
-    """Half the 95 % interval of the mean of a few runs (Student's t); None for one run."""
-    if len(values) < 2:
+    """Half the 95 % interval of the mean of a few runs (Student's t).
+
+    None for one run, and where all runs give the same: what has no chance in it, or shows none, tells nothing of other seeds.
+    """
+    if len(values) < 2 or max(values) - min(values) < 1e-9:
         return None
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
