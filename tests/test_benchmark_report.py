@@ -270,6 +270,15 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     assert "The closer control, mmft-no-captions, was not run" in text
 
 
+def test_training_without_captions_may_be_the_best_without(tmp_path):
+    values = {"mmft": [0.6, 0.61, 0.6], "mmft-no-captions+wise": [0.65, 0.66, 0.66], "flyp": [0.5, 0.5, 0.51]}
+    # what reads captions, and a control of chance, are no such method
+    values |= {"lp-permuted-labels": [0.9] * 3, "mmft+wise": [0.9] * 3, "zs-cap": [0.9] * 3, "mmft-w0+wise": [0.9] * 3}
+    rows = [row(m, 4, s, accuracy=x) for m, accuracies in values.items() for s, x in enumerate(accuracies)]
+    text = " ".join(verdict(gather(rows, tmp_path))[1])
+    assert "it is behind (−5.3 points against mmft-no-captions+wise with 4 shots)" in text
+
+
 def test_what_is_the_same_for_every_seed_is_sure_of_nothing(tmp_path):
     """Without chance and with all images, seeds are copies of one result."""
     better, base = some_predictions(0.9, 1), some_predictions(0.3, 2)
