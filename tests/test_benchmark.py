@@ -26,6 +26,7 @@ from mmft_hf.benchmark.trainings import shuffled_captions
 from mmft_hf.cli import main
 from mmft_hf.data import labels_of
 from mmft_hf.errors import UserError
+from mmft_hf.features import image_features
 
 
 def numbers(folder) -> list[dict]:
@@ -272,6 +273,26 @@ def test_a_cell_is_judged_once():
     assert found["predictions"] == {"test": labels_of(data).tolist(), "shift": labels_of(data).tolist()}
     with pytest.raises(ValueError, match="read once"):
         sealed.judge(Cell("a", 1, 0), lambda dataset: right)
+
+
+def test_a_classifier_is_shown_pictures_and_no_answers(clip, tmp_path):
+    data = colour_dataset(2).add_column("source_row", range(6)).add_column("image_id", [f"red {i}" for i in range(6)])
+    splits, shown = {"test": data, "shift": data.select([5, 0, 1, 4])}, []
+
+    def copies_labels(dataset):
+        shown.append(dataset)
+        return np.eye(3)[labels_of(dataset)]
+
+    found = SealedTest(splits, list(COLOURS)).judge(Cell("a", 1, 0), copies_labels)
+    assert (found["test_accuracy"], found["shift_accuracy"]["shift"]) == (2 / 6, 1 / 4)
+    for seen, split in zip(shown, splits.values(), strict=True):
+        assert seen.column_names == ["image", "source_row", "label"]
+        assert seen.features["label"] == split.features["label"] and seen["source_row"][:] == split["source_row"][:]
+        assert seen["image"][:] == split.cast_column("image", Image(decode=False))["image"][:]
+    # Whoever reads these pictures from the cache afterwards has their own labels.
+    for dataset in (shown[0], data):
+        _, labels = image_features(*clip, dataset, folder=tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1 and labels.tolist() == labels_of(dataset).tolist()
 
 
 def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(

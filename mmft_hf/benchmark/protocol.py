@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +108,13 @@ def write_rows(folder: Path, task: Task, rows: dict[str, list[int]], splits: Spl
 
 # Scores `(n, C)` of the images of a data set: what a method leaves behind.
 Classifier = Callable[[Dataset], np.ndarray]
+# All that a classifier needs to know of a test image: the picture, and its row's number for messages.
+OF_AN_IMAGE = ("image", "source_row")
 
 
 class SealedTest:
     """The test split, and its shifts. Methods are given a `Task`, which has none of them; what they return is judged here,
-    once per cell.
+    once per cell, and is shown pictures alone: labels and captions stay here.
 
     Args:
         splits: the test split, as `test`, and further ones by name: other images of the same classes.
@@ -125,6 +127,7 @@ class SealedTest:
         self._class_names = class_names
         self._skip = skip_bad_images
         self._readable: dict[str, np.ndarray] = {}
+        self._shown: dict[str, Dataset] = {}
         self._judged: set[Cell] = set()
 
     def judge(self, cell: Cell, classifier: Classifier) -> dict:
@@ -142,7 +145,9 @@ class SealedTest:
         self._judged.add(cell)
         reports, predictions, start = {}, {}, time.monotonic()
         for name, dataset in self.__splits.items():
-            scores = np.asarray(classifier(dataset))
+            if name not in self._shown:
+                self._shown[name] = without_answers(dataset)
+            scores = np.asarray(classifier(self._shown[name]))
             if scores.shape != (len(dataset), len(self._class_names)):
                 raise ValueError(f"expected {len(dataset)} x {len(self._class_names)} scores, found {scores.shape}")
             readable = self._readable_rows(name, dataset)
@@ -173,9 +178,19 @@ def readable_rows(dataset: Dataset) -> np.ndarray:
     return np.array([is_readable(row["image"]) for row in undecoded(dataset)], dtype=bool)
 
 
-def undecoded(dataset: Dataset) -> Dataset:
-    """The images alone, as they are stored."""
-    return dataset.select_columns("image").cast_column("image", Image(decode=False))
+def without_answers(dataset: Dataset) -> Dataset:
+    """The same pictures without captions or anything else that tells what they show, and all of them labelled 0.
+
+    There is a label since all that reads images expects one.
+    """
+    columns = [name for name in OF_AN_IMAGE if name in dataset.column_names]
+    zeros = np.zeros(len(dataset), dtype=np.int64)
+    return undecoded(dataset, columns).add_column("label", zeros, feature=dataset.features["label"])
+
+
+def undecoded(dataset: Dataset, columns: Sequence[str] = ("image",)) -> Dataset:
+    """The images (or these columns, if they are among them) alone, as they are stored."""
+    return dataset.select_columns(list(columns)).cast_column("image", Image(decode=False))
 
 
 def is_readable(image: dict) -> bool:
