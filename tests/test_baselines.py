@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmft_hf
 from mmft_hf.baselines import clap, gda, inputs, linear, lp_plus_plus, tip_adapter
@@ -165,6 +166,36 @@ def test_tip_in_parts_is_tip_at_once():
         np.concatenate([tip_adapter.tip(x, y, t[i : i + 1], w) for i in (0, 1023, 1024, 1499)]),
         whole[[0, 1023, 1024, 1499]],
     )
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is computed within."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.found = max(self.found, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("most", [None, 7 * 600])
+def test_tip_holds_few_similarities_at_once_and_finds_the_same(most, monkeypatch):
+    x, y, t, test_y, w = planted((200,) * 3, size=3, noise=0.7, text_noise=0.9, test=400)  # 600 keys, 1,200 images
+
+    def tip(alpha, beta):
+        return 20 * t @ w.T + alpha * np.exp(-beta * (1 - t @ x.T)) @ np.eye(3)[y]
+
+    if most:
+        monkeypatch.setattr(tip_adapter, "MOST_SIMILARITIES", most, raising=False)
+    with Largest() as largest:
+        scores = tip_adapter.tip(x, y, t, w, 2.0, 3.0, scale=20)
+        choice = tip_adapter.choose(x, y, t, test_y, w, scale=20)
+    assert largest.found <= (most or 1024 * 600)
+    np.testing.assert_allclose(scores, tip(2.0, 3.0))
+    grid = [accuracy(tip(alpha, beta), test_y) for alpha in tip_adapter.ALPHAS for beta in tip_adapter.BETAS]
+    assert choice.accuracy == max(grid) == accuracy(tip(**choice.parameters), test_y) > min(grid)
 
 
 def test_a_step_of_tip_f_is_the_first_step_of_adam():

@@ -13,6 +13,8 @@ ALPHA, BETA = 1.0, 5.5
 # 13 x 7 pairs, about as many as there are strengths of a linear probe.
 ALPHAS = tuple(10.0 ** (k / 4) for k in range(-4, 9))
 BETAS = tuple(BETA * 2.0**k for k in range(-3, 4))
+# Similarities that are held at once, at most: 128 MiB in float64, and a few temporaries as large.
+MOST_SIMILARITIES = 2**24
 
 
 def tip(
@@ -100,8 +102,13 @@ def _keys(inputs: Inputs) -> Tensor:
     return F.normalize(x.mean(dim=1), dim=1) if x.ndim == 3 else x
 
 
-def _cache(features: Tensor, keys: Tensor, values: Tensor, beta: float) -> Tensor:
-    return torch.exp(-beta * (1 - features @ keys.T)) @ values
+def _cache(similarities: Tensor, values: Tensor, beta: float) -> Tensor:
+    return torch.exp(-beta * (1 - similarities)) @ values
+
+
+def _parts(features: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+    """The rows in parts, so that memory does not grow with the product of their number and that of the keys."""
+    return features.split(max(1, min(1024, MOST_SIMILARITIES // len(keys))))
 
 
 def _values(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -110,18 +117,22 @@ def _values(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 def _scores(inputs: Inputs, keys: Tensor, alpha: float, beta: float, scale: float) -> np.ndarray:
     values = _values(inputs, keys.dtype)
-    # In parts, so that memory does not grow with the product of training and test examples.
     return np.concatenate(
         [
-            (scale * part @ inputs.zero_shot.T + alpha * _cache(part, keys, values, beta)).cpu().numpy()
-            for part in inputs.test_x.split(1024)
+            (scale * part @ inputs.zero_shot.T + alpha * _cache(part @ keys.T, values, beta)).cpu().numpy()
+            for part in _parts(inputs.test_x, keys)
         ]
     )
 
 
 def _choose(inputs: Inputs, keys: Tensor, val_y, scale: float) -> Choice:
     texts, values = scale * inputs.test_x @ inputs.zero_shot.T, _values(inputs, keys.dtype)
-    caches = {beta: _cache(inputs.test_x, keys, values, beta) for beta in BETAS}
+    parts = {beta: [] for beta in BETAS}
+    for part in _parts(inputs.test_x, keys):
+        similarities = part @ keys.T
+        for beta in BETAS:
+            parts[beta].append(_cache(similarities, values, beta))
+    caches = {beta: torch.cat(found) for beta, found in parts.items()}
     return best(
         {"alpha": ALPHA, "beta": BETA},
         [{"alpha": alpha, "beta": beta} for beta in BETAS for alpha in ALPHAS],
@@ -137,7 +148,7 @@ def _train_keys(inputs: Inputs, scale: float, epochs: int, learning_rate: float,
     keys = _keys(inputs).float().requires_grad_()
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(scale * features @ texts.T + ALPHA * _cache(features, keys, values, BETA), labels)
+        return F.cross_entropy(scale * features @ texts.T + ALPHA * _cache(features @ keys.T, values, BETA), labels)
 
     train(inputs, loss, torch.optim.AdamW([keys], learning_rate, eps=1e-4), epochs, batch_size, seed)
     return keys.detach().to(inputs.train_x.dtype)
