@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Image
 
-from ..data import Splits, labels_of
+from ..data import Splits, captions_of, labels_of
 from ..errors import UserError
 from ..images import BadImage, read_image
 from ..losses import IGNORED
@@ -60,8 +60,8 @@ class Task:
 
     @property
     def has_captions(self) -> bool:
-        """Whether any training image has a caption."""
-        return "captions" in self.train.column_names and any(self.train["captions"])
+        """Whether any training image has a caption that is not blank."""
+        return "captions" in self.train.column_names and any(map(captions_of, self.train["captions"]))
 
 
 def make_task(splits: Splits, shots: Shots, seed: int, allow_fewer: bool = False) -> tuple[Task, dict[str, list[int]]]:
