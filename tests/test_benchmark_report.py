@@ -19,6 +19,7 @@ from mmft_hf.benchmark.report_page import difference_cell, results_table
 from mmft_hf.benchmark.report_statistics import bootstrap, class_gains, compare, confusions, drawn, gather
 from mmft_hf.benchmark.report_style import apart
 from mmft_hf.benchmark.report_verdict import intervals, shots_list, verdict
+from mmft_hf.benchmark.results import read_results
 from mmft_hf.benchmark.table import summary_table
 from mmft_hf.errors import UserError
 
@@ -224,6 +225,34 @@ def test_over_images_averages_over_seeds_and_leaves_out_unreadable_images(tmp_pa
     gain[unread] = 0
     read = np.isin(np.arange(60), seen)
     assert compare(results, "mmft", "lp", 4).over_images == pytest.approx(tuple(100 * bootstrap(gain, read)))
+
+
+def test_few_groups_give_no_interval_over_images(tmp_path):
+
+    def gathered(name, **data):
+        rows = some_rows({"mmft": 0.9, "mmft-no-captions": 0.3}, shots=[4])
+        folder = a_folder(tmp_path / name, rows, DATA | data)
+        return gather(read_results(folder / "results.jsonl"), folder)
+
+    for count in (1, 9, 10):
+        groups = {"test": [i % count for i in range(60)], "shift": [i % 2 for i in range(60)]}
+        results = gathered(str(count), groups=groups)
+        found = compare(results, "mmft", "mmft-no-captions", 4)
+        assert (found.over_images is None) == (count < 10)
+        assert compare(results, "mmft", "mmft-no-captions", 4, "shift").over_images is None
+        gains = class_gains(results, "mmft", "mmft-no-captions")
+        assert np.isfinite(gains.low).all() == np.isfinite(gains.high).all() == (count == 10)
+    page = Page(write_report(tmp_path / "9"))
+    why = "they are of 9 groups, too few for an interval over images"
+    assert f"The chance of the test images is not counted: {why}" in page.text
+    assert (
+        "shift: they are of 2 groups, too few" in page.text and "9 groups, too few" in page.text.split("Data, and")[-1]
+    )
+    page = Page(write_report(tmp_path / "10"))
+    assert "had the test images been others" in page.text and "10 groups that are drawn as one" in page.text
+    # images that stand alone are groups of their own
+    results = gathered("alone", groups=None, labels={"test": [0] * 9, "shift": [0] * 10})
+    assert (results.few_groups(), results.few_groups("shift")) == (9, 0)
 
 
 def test_gains_of_classes_and_confusions(tmp_path):

@@ -113,21 +113,22 @@ def _verdict(results: Findings) -> str:
 
 
 def _how_to_read(results: Findings) -> str:
-    both = any(row["predictions"] for row in results.all_rows())
-    text = (
-        "▲ better, ▼ worse: neither 95 % interval contains 0. ≈ not distinguishable: one does. ? fewer than three seeds, or all "
-        "give the same. <b>Seeds</b>: had the training "
-        "images been others (Student's t on differences within a seed). <b>Images</b>: had the test images been others "
-        "(bootstrap, averaged over seeds"
-        + (
-            ", groups of images that belong together drawn as one)."
-            if (results.data.get("groups") or {}).get(TEST)
-            else ")."
+    few, known = results.few_groups(), any(TEST in row["predictions"] for row in results.all_rows())
+    paired = "Student's t on differences within a seed"
+    unsure = "? fewer than three seeds, or all give the same."
+    if known and not few:
+        drawn = ", groups of images that belong together drawn as one" if results.groups() else ""
+        text = (
+            f"▲ better, ▼ worse: neither 95 % interval contains 0. ≈ not distinguishable: one does. {unsure} <b>Seeds</b>: had the "
+            f"training images been others ({paired}). <b>Images</b>: had the test images been others (bootstrap, averaged over "
+            f"seeds{drawn})."
         )
-        if both
-        else "▲ better, ▼ worse: the 95 % interval over seeds (Student's t on differences within a seed) does not contain 0. "
-        "≈ not distinguishable: it does. ? fewer than three seeds, or all give the same. The chance of the test images is not counted: there are no predictions with labels."
-    )
+    else:
+        why = page.too_few_groups(few) if known else "there are no predictions with labels"
+        text = (
+            f"▲ better, ▼ worse: the 95 % interval over seeds ({paired}) does not contain 0. ≈ not distinguishable: it does. {unsure} "
+            f"The chance of the test images is not counted: {why}."
+        )
     return prose(f"<small>{text} One in twenty intervals misses by chance.</small>")
 
 
@@ -215,6 +216,7 @@ def _robustness(results: Findings, folder: Path) -> str:
         prose(note),
         picture(path, "Accuracy on shifted images against accuracy in domain"),
         page.shifts_table(results, METHOD, control) if control else "",
+        *(prose(f"{safe(s)}: {page.too_few_groups(few)}.") for s in splits if (few := results.few_groups(s))),
         page.robustness_table(results, shots),
         folded("Every number of shots", every),
     )
@@ -271,7 +273,7 @@ def _classes(results: Findings, folder: Path) -> Iterable[str]:
         few = f"; of {len(gains.gain):,} classes, those at the two ends" if len(order) < len(gains.gain) else ""
         note = (
             f"Recall of mmft minus that of {safe(control)}, {_with(shots)}, mean over seeds{few}. In brackets: test images. Lines: 95 % "
-            "intervals over test images; pale where they contain 0. With so many classes some will be far out by chance."
+            "intervals over test images, too narrow for classes with few images; pale where they contain 0. With so many classes some will be far out by chance."
         )
         yield section(
             "classes",

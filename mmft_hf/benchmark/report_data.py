@@ -28,12 +28,13 @@ def data_parts(results: Findings) -> Iterable[str]:
     if data.get("validation_images") is not None:
         rows.append(["validation", f"{data['validation_images']:,}", ""])
     for split, truth in labels.items():
-        groups = (data.get("groups") or {}).get(split)
+        groups, few = results.groups(split), results.few_groups(split)
+        drawn = "groups, too few for an interval over images" if few else "groups that are drawn as one"
         rows.append(
             [
                 safe(split, 40),
                 f"{len(truth):,}",
-                f"{len(set(map(str, groups))):,} groups that are drawn as one" if groups else "",
+                f"{len(set(map(str, groups))):,} {drawn}" if groups else "",
             ]
         )
     if rows:

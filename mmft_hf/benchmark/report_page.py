@@ -196,6 +196,11 @@ def difference_cell(difference: Difference | None, other: str = "") -> str:
     return f'<td class="{kind}"><b>{mark} {signed(difference.points)}</b>{name}{below}</td>'
 
 
+def too_few_groups(count: int) -> str:
+    """Why there is no interval over images."""
+    return f"they are of {count} group{'s' if count > 1 else ''}, too few for an interval over images"
+
+
 def verdict_table(comparisons: list, best: str) -> str:
     """Comparisons by shots."""
     shots = list(dict.fromkeys(n for *_, found in comparisons for n in found))

@@ -24,6 +24,7 @@ from .table import in_order, interval, latest
 
 DRAWS, SEED = 2000, 0
 FEWEST_SEEDS = 3
+FEWEST_GROUPS = 10  # of test images: of fewer, a bootstrap is much too sure
 MOST_CLASSES = 40  # whose gains are drawn
 TEST, PER_CLASS = "test", "mean per class"
 
@@ -108,6 +109,17 @@ class Findings:
                 points = statistics.mean(accuracy(a, split) - accuracy(b, split) for a, b in found)
                 rank[method] = (min(len(found), FEWEST_SEEDS), round(points, 9))
         return [method for method in rank if rank[method] == max(rank.values())]
+
+    def groups(self, split: str = TEST) -> list | None:
+        """`(n,)` ids of groups of test images that belong together; None where each stands alone."""
+        return (self.data.get("groups") or {}).get(split)
+
+    def few_groups(self, split: str = TEST) -> int:
+        """How many groups its images are of, if that is too few to draw from; else 0."""
+        truth = np.asarray((self.data.get("labels") or {}).get(split) or [])
+        groups = self.groups(split) or range(len(truth))
+        count = len({str(group) for group, label in zip(groups, truth, strict=False) if label >= 0})
+        return count if count < FEWEST_GROUPS else 0
 
     @property
     def class_names(self) -> list[str]:
@@ -208,7 +220,7 @@ class Difference:
         points: mean over seeds.
         seeds: number of seeds that both have; a method without training is paired with each.
         over_seeds: 95 % interval over seeds; None for one, and where all seeds give the same, as without chance in either.
-        over_images: 95 % interval over test images; None without predictions.
+        over_images: 95 % interval over test images; None without predictions or with fewer than `FEWEST_GROUPS` groups.
     """
 
     points: float
@@ -253,9 +265,10 @@ def compare(results: Findings, method: str, other: str, shots, split: str = TEST
     mean, half = statistics.mean(points), interval(points)
     truth = (results.data.get("labels") or {}).get(split)
     images = None
-    if truth is not None and all(split in a["predictions"] and split in b["predictions"] for a, b in found):
+    predicted = all(split in a["predictions"] and split in b["predictions"] for a, b in found)
+    if truth is not None and predicted and not results.few_groups(split):
         gain, read = gains(found, truth, split)
-        low, high = bootstrap(gain, read, (results.data.get("groups") or {}).get(split))
+        low, high = bootstrap(gain, read, results.groups(split))
         images = (100 * float(low), 100 * float(high))
     return Difference(mean, len(points), None if half is None else (mean - half, mean + half), images)
 
@@ -309,7 +322,8 @@ class ClassGains:
     """Recall of each class by one method minus that by another, in points, mean over seeds; `(C,)`, NaN without test images.
 
     Args:
-        low, high: 95 % interval over test images, of the classes that gain or lose most; NaN of others.
+        low, high: 95 % interval over test images, of the classes that gain or lose most; NaN of others. Without ends where the
+            images are of too few groups.
     """
 
     method: str
@@ -344,8 +358,10 @@ def class_gains(results: Findings, method: str, other: str) -> ClassGains | None
         mean = (gain[:, None] * own).sum(axis=0) / images
     extremes, ends = shown_classes(mean), np.full((2, len(names)), np.nan)
     own = own[:, extremes]
-    if len(extremes):
-        ends[:, extremes] = bootstrap(gain[:, None] * own, own, (results.data.get("groups") or {}).get(TEST))
+    if results.few_groups():
+        ends[0, extremes], ends[1, extremes] = -np.inf, np.inf
+    elif len(extremes):
+        ends[:, extremes] = bootstrap(gain[:, None] * own, own, results.groups())
     return ClassGains(method, other, shots, 100 * mean, 100 * ends[0], 100 * ends[1], images)
 
 
