@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from benchmark_tools import command
 from conftest import COLOURS, colour_dataset
-from datasets import Image
+from datasets import Image, List, Value
 from launch_tools import ROOT, end, start
 
 from mmft_hf.baselines import linear
@@ -315,12 +315,15 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
     assert [(row["method"], row["status"]) for row in rows] == [("lp", "failed"), ("zs-cap", "done"), ("lp", "done")]
 
 
-def test_methods_that_need_captions_fail_without_any(clip_folder, tmp_path):
-    splits = some_splits(train=colour_dataset(8, captions=False))
+@pytest.mark.parametrize("blank", [None, [""], [None, " \n"]])
+def test_methods_that_need_captions_fail_without_any(clip_folder, tmp_path, blank):
+    train = colour_dataset(8, captions=False)
+    if blank is not None:
+        train = train.add_column("captions", [blank] * len(train), feature=List(Value("string")))
     shop = a_workshop(clip_folder, tmp_path)
-    rows = a_grid(cells(["zs-cap", "lp"], [2], [0]), splits, tmp_path).run(shop)
-    assert [row["status"] for row in rows] == ["failed", "done"]
-    assert "it needs captions" in rows[0]["error"]
+    rows = a_grid(cells(["zs-cap", "lp", "mmft"], [2], [0]), some_splits(train=train), tmp_path).run(shop)
+    assert [row["status"] for row in rows] == ["failed", "done", "failed"]
+    assert all("it needs captions" in row["error"] for row in rows[::2])
     assert {"zs-cap", "mmft", "mmft+wise"} <= NEEDS_CAPTIONS and not {"flyp", "mmft-no-captions"} & NEEDS_CAPTIONS
 
 
