@@ -184,6 +184,7 @@ def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, t
     assert main(command(clip_folder, data_folder, tmp_path / "out", "--vision_tower", "frozen")) == 2
     assert "--vision_tower: expected full, found frozen" in capsys.readouterr().err
     passed_over = [("push_to_hub", ["true"]), ("resume_from_checkpoint", ["checkpoint-3"]), ("shots", [0])]
+    passed_over += [("data_seed", [0]), ("prototypes", ["template"]), ("prototypes", ["images"])]
     for name, values in (("learning_rates", [1e-4, 0]), ("min_steps", [-1]), ("seeds", [-1]), *passed_over):
         words = command(clip_folder, data_folder, tmp_path / "out", "--methods", "lp", f"--{name}", *values)
         assert main(words) == 2

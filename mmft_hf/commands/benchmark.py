@@ -122,6 +122,16 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
                 f"--{name}: expected nothing, found {getattr(config, name)}. A benchmark keeps and publishes no model, and goes on "
                 "where it stopped by itself. Leave it out."
             )
+    if config.data_seed is not None:
+        raise UserError(
+            f"--data_seed: expected nothing, found {config.data_seed}. Each of --seeds draws order, crops and captions of its own. "
+            "Leave it out."
+        )
+    if config.prototypes != "captions":  # with others an epoch would be selected by what is not judged
+        raise UserError(
+            f"--prototypes: expected captions, found {config.prototypes}. A method says what images are compared with: --methods "
+            "mmft-train-captions for the class template, flyp-ens for several. Leave it out."
+        )
     listed = cells(args.methods, parse_shots(data_args.shots), args.seeds)
     if not listed:
         raise UserError(
