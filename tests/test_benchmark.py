@@ -24,6 +24,7 @@ from mmft_hf.benchmark.results import RESULTS_FILE, append_row, read_results
 from mmft_hf.benchmark.table import summary_table
 from mmft_hf.benchmark.trainings import shuffled_captions
 from mmft_hf.cli import main
+from mmft_hf.commands import benchmark
 from mmft_hf.data import labels_of
 from mmft_hf.errors import UserError
 from mmft_hf.features import image_features
@@ -191,6 +192,22 @@ def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, t
         assert f"--{name}: expected" in capsys.readouterr().err
     assert main(["benchmark", "--report", str(tmp_path / "out")]) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
+
+
+def test_a_folder_is_told_by_what_a_model_is_read_from(clip_folder, tmp_path):
+    def content(**changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(clip_folder, folder)
+        for name, text in changes.items():
+            (folder / name).write_text(text)
+        return benchmark._content_of(str(folder), None)
+
+    whole = content()
+    more = {"README.md": "of", "all_results.json": "a run", "training_args.bin": "too"}
+    assert whole == content(**more) and len(whole) == 16
+    changed = [{name: "{}"} for name in ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors")]
+    changed += [{name: "{}"} for name in ("preprocessor_config.json", "merges.txt")]  # which were not there
+    assert len({whole, *(content(**change) for change in changed)}) == 1 + len(changed)
 
 
 def test_results_of_another_optimiser_are_not_mixed(run, clip_folder, data_folder, capsys):

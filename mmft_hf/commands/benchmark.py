@@ -13,13 +13,18 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..arguments import DataArguments, ModelArguments, choice
-from ..benchmark.processes import Claims, number_of_process
+from ..arguments import DataArguments, ModelArguments
+from ..benchmark.processes import Claims, count_of_processes, number_of_process
 from ..configuration import MMFTConfig
 from ..console import say, table
-from ..errors import PartialResult, UserError
+from ..errors import PartialResult, UserError, nearest
 from ..images import content_hash
 
+# What a model's folder is read from, beside *.safetensors (weights in other formats are not).
+MODEL_FILES = (
+    "config.json adapter_config.json preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model"
+).split()
 # Beside the settings, what numbers depend on.
 VERSIONED = ("mmft_hf", "torch", "transformers", "peft", "scikit-learn")
 
@@ -207,7 +212,7 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
         "base_model": origin(model, revision, "model", local=True)["name"],
-        "base_model_revision": _weights_of(model, revision),
+        "base_model_revision": _content_of(model, revision),
         "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
         "dataset_fingerprint": splits.fingerprint(),
         "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
@@ -216,13 +221,13 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     }
 
 
-def _weights_of(model: str, revision: str | None) -> str | None:
-    """What tells weights that a name does not: of a folder 16 hex digits of their hash, on the Hub the commit."""
+def _content_of(model: str, revision: str | None) -> str | None:
+    """What tells a model that a name does not: of a folder 16 hex digits of its files' hash, on the Hub the commit."""
     folder = Path(model)
     if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        digest = hashlib.sha256(b"".join(content_hash({"path": str(path)}) for path in files))
-        return digest.hexdigest()[:16] if files else None
+        files = sorted([*folder.glob("*.safetensors"), *(folder / name for name in MODEL_FILES)])
+        contents = {path.name: content_hash({"path": str(path)}).hex() for path in files if path.is_file()}
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
     if model.startswith("builtin/"):
         return None  # of this version of the package
     from huggingface_hub import hf_hub_download
