@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..arguments import DataArguments, ModelArguments
-from ..benchmark.processes import Claims, count_of_processes, number_of_process
+from ..arguments import DataArguments, ModelArguments, choice
+from ..benchmark.processes import Claims, number_of_process
 from ..configuration import MMFTConfig
 from ..console import say, table
-from ..errors import PartialResult, UserError, nearest
+from ..errors import PartialResult, UserError
 from ..images import content_hash
 
 # What a model's folder is read from, beside *.safetensors (weights in other formats are not).
