@@ -21,17 +21,12 @@ from .arguments import DataArguments
 from .builtin import builtin
 from .errors import UserError, nearest
 from .joining import join_captions
-from .opening import empty_split, load_raw
+from .opening import SPLIT_NAMES, empty_split, load_raw, what_was_read
 from .prompts import clean_class_name
 from .sampling import few_shot_split, hold_out
 
 logger = logging.getLogger(__name__)
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
 TEXT = (Value("string"), Value("large_string"))
 NOTHING = (Value("null"),)  # what a column of JSON is read as if no row has a value
 
@@ -129,6 +124,10 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
             )
         if dataset.features["image"] in TEXT:
             paths = [str(base / p) if p else None for p in dataset["image"]]
+            if not any(paths):
+                raise UserError(
+                    f"split {split!r}: expected paths of images in column {args.image_column!r}, found none."
+                )
             dataset = dataset.remove_columns("image").add_column("image", paths)
         kind = dataset.features["image"]
         if not isinstance(kind, Image) and kind not in (*TEXT, Value("binary")):
@@ -238,7 +237,7 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]
             raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
         train = next(iter(raw))
     data, has_captions = _map_columns(raw, args)
-    notes = []
+    notes = what_was_read(args.dataset_name)
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
         if set(data[split]["label"][:]) <= {None, -1}:  # as in the test split of a challenge
             del data[split]

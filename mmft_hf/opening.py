@@ -6,13 +6,21 @@ import os
 import re
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.fingerprint import Hasher
 
 from .builtin import builtin
 from .errors import UserError
 from .split_files import read_split_file
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+NOTHING = Value("null")  # the type of a column of JSON in which no row has a value
+KINDS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def _cache_of(folder: Path) -> str | None:
@@ -25,10 +33,42 @@ def _cache_of(folder: Path) -> str | None:
     return str(Path(HF_DATASETS_CACHE) / "folders" / Hasher.hash(files))
 
 
+def files_beside(path: Path) -> dict[str, Path]:
+    """Where a file is called `train.csv` or the like: the files of other splits beside it, by their own name."""
+    if path.stem.lower() not in SPLIT_NAMES["train"]:
+        return {}
+    names = (*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"])
+    return {name: file for name in names if (file := path.with_name(name + path.suffix)).is_file()}
+
+
+def _alike(parts: dict[str, Dataset]) -> DatasetDict:
+    """The columns of all parts in each of them, of one type: captions, say, may be in the file of training alone."""
+    features: dict = {}
+    for rows in parts.values():
+        features |= {c: kind for c, kind in rows.features.items() if features.get(c, NOTHING) == NOTHING}
+    alike = DatasetDict()
+    for split, rows in parts.items():
+        for column, kind in features.items():
+            if column not in rows.features:
+                rows = rows.add_column(column, [None] * len(rows), feature=kind)
+            elif rows.features[column] != kind:
+                try:
+                    rows = rows.cast_column(column, kind)
+                except (TypeError, ValueError, NotImplementedError) as error:
+                    raise UserError(
+                        f"column {column!r}, split {split!r}: expected {kind} as in split {next(iter(parts))!r}, found "
+                        f"{rows.features[column]}. Write it alike in both files."
+                    ) from error
+        alike[split] = rows.select_columns(list(features))
+    return alike
+
+
 def load_raw(
     name: str, config: str | None = None, revision: str | None = None, image_root: str | None = None
 ) -> DatasetDict:
     """Opens a Hub id, a local folder (parquet, or images in class folders), a CSV/JSONL file or a split file of CoOp.
+
+    Beside a file called `train.…`, those called `validation.…` and `test.…` (same suffix) are further splits.
 
     Raises:
         UserError: nothing there, or nothing that `datasets` can open.
@@ -36,7 +76,7 @@ def load_raw(
     path = Path(builtin(name))
     try:
         if path.is_file():
-            kind = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix.lower())
+            kind = KINDS.get(path.suffix.lower())
             if kind is None:
                 pickle = (
                     " A pickle can run anything when it is opened: type --dataset_name split_zhou_X.json --shots 16."
@@ -47,7 +87,8 @@ def load_raw(
                 )
             if path.suffix.lower() == ".json" and (splits := read_split_file(name, image_root)):
                 return splits
-            return load_dataset(kind, data_files={"train": str(path)})
+            files = {"train": path} | files_beside(path)
+            return _alike({s: load_dataset(kind, data_files={s: str(file)})[s] for s, file in files.items()})
         if path.is_dir() and not any(path.rglob("*.*")):
             raise UserError(
                 f"data set {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
@@ -68,6 +109,17 @@ def load_raw(
             f"data set {name!r}: expected a Hub id, a folder of parquet files, a folder with one subfolder of images per "
             f"class, a CSV/JSONL file or a split file of CoOp; it could not be opened ({reason[0].rstrip('.')})."
         ) from error
+
+
+def what_was_read(name: str) -> list[str]:
+    """Sentences on files that a user may think are read, or are not, of what `load_raw` opened."""
+    path = Path(builtin(name))
+    beside = [file.name for file in files_beside(path).values()] if path.is_file() else []
+    if beside and path.suffix.lower() in KINDS:
+        return [
+            f"Beside {path.name}, {' and '.join(beside)} {'are' if len(beside) > 1 else 'is'} read as further splits."
+        ]
+    return []
 
 
 def empty_split(name: str, split: str) -> str:

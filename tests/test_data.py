@@ -175,6 +175,43 @@ def test_folder_of_csv_files_is_one_split_per_file(pictures, tmp_path):
     assert [splits.class_names[c] for c in labels_of(splits.test)] == [row["label"] for row in rows[12:][::-1]]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_files_beside_train_are_its_other_splits(kind, pictures, tmp_path):
+    folder, rows = pictures
+    names = {"red thing": "7", "green thing": "8", "blue thing": "nine"}  # numbers alone in one file are names, too
+    rows = [{**row, "image": str(folder / row["image"]), "label": names[row["label"]]} for row in rows]
+    lean = [{"label": row["label"], "image": row["image"]} for row in rows]  # no captions there, other order of columns
+    write = write_csv if kind == "csv" else write_jsonl
+    path = write(tmp_path / f"train.{kind}", [{**row, "text": row["captions"]} for row in rows[:9]])
+    write(tmp_path / f"val.{kind}", [row for row in lean[9:15] if row["label"] != "nine"])
+    write(tmp_path / f"test.{kind}", lean[12:][::-1])
+    write_csv(tmp_path / "dev.txt", lean)
+    splits = splits_of(path, captions_column="text")
+    assert splits.notes == [f"Beside train.{kind}, val.{kind} and test.{kind} are read as further splits."]
+    assert splits.class_names == ["7", "8", "nine"] and splits.captions_per_image().tolist() == [1] * 9
+    for split, expected in (
+        (splits.validation, [r for r in rows[9:15] if r["label"] != "nine"]),
+        (splits.test, rows[12:][::-1]),
+    ):
+        assert paths_of(split) == [row["image"] for row in expected]
+        assert [splits.class_names[c] for c in labels_of(split)] == [row["label"] for row in expected]
+    known = load_test_split(DataArguments(dataset_name=str(path)), splits.class_names)
+    assert paths_of(known) == paths_of(splits.test)
+    assert splits.train.features == splits.test.features  # as parquet files of one data set have to have
+    # A list without labels judges nothing; one of another name stands for itself.
+    write(tmp_path / f"test.{kind}", [{"image": row["image"]} for row in rows[12:]])
+    assert "Split 'test' has no labels and is left out." in splits_of(path).notes
+    write(tmp_path / f"test.{kind}", [{"picture": row["image"]} for row in rows[12:]])
+    with pytest.raises(UserError, match="split 'test': expected paths of images in column 'image', found none"):
+        splits_of(path)
+    write(tmp_path / f"train.{kind}", [{**row, "year": 1999} for row in rows])
+    write(tmp_path / f"test.{kind}", [{**row, "year": "unknown"} for row in rows])
+    with pytest.raises(UserError, match=r"column 'year', split 'test': expected .*int64.* as in split 'train'"):
+        splits_of(path)
+    alone = splits_of(write(tmp_path / f"all.{kind}", rows))
+    assert len(alone.train) + len(alone.validation) + len(alone.test) == 18
+
+
 def test_text_labels_are_numbered_alike_in_every_split(tmp_path):
     dataset = colour_dataset(4)
     text = [NAMES[c] for c in dataset["label"]]
