@@ -273,7 +273,8 @@ def _classes(results: Findings, folder: Path) -> Iterable[str]:
         few = f"; of {len(gains.gain):,} classes, those at the two ends" if len(order) < len(gains.gain) else ""
         note = (
             f"Recall of mmft minus that of {safe(control)}, {_with(shots)}, mean over seeds{few}. In brackets: test images. Lines: 95 % "
-            "intervals over test images, too narrow for classes with few images; pale where they contain 0. With so many classes some will be far out by chance."
+            "intervals over test images, too narrow for classes with few images; pale where they contain 0. With so many classes "
+            "some will be far out by chance."
         )
         yield section(
             "classes",
