@@ -237,7 +237,7 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]
             raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
         train = next(iter(raw))
     data, has_captions = _map_columns(raw, args)
-    notes = what_was_read(args.dataset_name)
+    notes = what_was_read(args.dataset_name, raw)
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
         if set(data[split]["label"][:]) <= {None, -1}:  # as in the test split of a challenge
             del data[split]
@@ -336,7 +336,7 @@ def load_splits(args: DataArguments) -> Splits:
         notes.append(f"Few-shot: {len(train)} images, at most {args.shots} of each class (seed {args.shots_seed}).")
         notes.append("Validation stays at full size (selection policy val-full).")
     if not has_captions:
-        text = text_columns(train)
+        text = text_columns(train) or [c for c in ("text", "caption") if is_text(train.features.get(c))]
         hint = (
             f" It has texts in {', '.join(text)}: type --captions_column {text[0]} to train with them." if text else ""
         )

@@ -6,9 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, DatasetDict, Image, Value, load_dataset, load_dataset_builder
 from datasets.config import HF_DATASETS_CACHE
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .builtin import builtin
 from .errors import UserError
@@ -19,6 +20,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+NO_ROWS = re.compile(r'Instruction "(.*)" corresponds to no data')  # what `datasets` says of an empty split
 NOTHING = Value("null")  # the type of a column of JSON in which no row has a value
 KINDS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -63,6 +65,43 @@ def _alike(parts: dict[str, Dataset]) -> DatasetDict:
     return alike
 
 
+def _of_pictures(data: DatasetDict) -> bool:
+    """Whether `datasets` opened pictures that lie in folders."""
+    return all(rows.info.builder_name == "imagefolder" for rows in data.values())
+
+
+def _open_folder(folder: str, config: str | None, cache: str | None) -> DatasetDict:
+    """`load_dataset`; beside metadata.jsonl, pictures may have their labels from folders, as they have without one.
+
+    `datasets` gives no labels there, and hides the pictures of a split without metadata where another split has some.
+    """
+    metadata = any(Path(folder).rglob("metadata.*"))
+    try:
+        data = load_dataset(folder, config, cache_dir=cache)
+    except ValueError as error:
+        if not NO_ROWS.search(str(error)) or not metadata:
+            raise
+        pictures = load_dataset("imagefolder", data_dir=folder, drop_metadata=True, cache_dir=cache)
+        builder = load_dataset_builder(folder, config, cache_dir=cache)
+        builder.download_and_prepare()
+        data = DatasetDict()
+        for split, info in builder.info.splits.items():
+            if not info.num_examples and split not in pictures:
+                raise
+            data[split] = builder.as_dataset(split) if info.num_examples else pictures[split].select_columns("image")
+    if not metadata or not _of_pictures(data):
+        return data
+    return _alike({split: _labelled(rows) for split, rows in data.items()})
+
+
+def _labelled(rows: Dataset) -> Dataset:
+    """Pictures of several folders with the folders' names as labels, where they have no other."""
+    paths = [Path(image["path"] or "") for image in rows.cast_column("image", Image(decode=False))["image"]]
+    if "label" in rows.column_names or len({path.parent for path in paths}) < 2:
+        return rows
+    return rows.add_column("label", [path.parent.name for path in paths])
+
+
 def load_raw(
     name: str, config: str | None = None, revision: str | None = None, image_root: str | None = None
 ) -> DatasetDict:
@@ -94,13 +133,13 @@ def load_raw(
                 f"data set {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
             )
         if path.is_dir():
-            # Not `.`, which has no name to be cached by.
-            return load_dataset(os.path.abspath(path), config, cache_dir=_cache_of(path))
+            folder, cache = os.path.abspath(path), _cache_of(path)  # not `.`, which has no name to be cached by
+            return _open_folder(folder, config, cache)
         return load_dataset(name, config, revision=revision)
     except UserError:
         raise
     except Exception as error:  # datasets raises a different class for each builder
-        empty = re.search(r'Instruction "(.*)" corresponds to no data', str(error))
+        empty = NO_ROWS.search(str(error))
         if empty:
             raise UserError(empty_split(name, empty[1])) from error
         # Around the reason, a builder wraps "An error occurred while generating the dataset".
@@ -111,15 +150,40 @@ def load_raw(
         ) from error
 
 
-def what_was_read(name: str) -> list[str]:
-    """Sentences on files that a user may think are read, or are not, of what `load_raw` opened."""
+def what_was_read(name: str, data: DatasetDict) -> list[str]:
+    """Sentences on files that a user may think are read, or are not, of the `data` that `load_raw` opened."""
     path = Path(builtin(name))
+    if path.is_dir() and _of_pictures(data):
+        return _lists_and_metadata(path, data)
     beside = [file.name for file in files_beside(path).values()] if path.is_file() else []
     if beside and path.suffix.lower() in KINDS:
         return [
             f"Beside {path.name}, {' and '.join(beside)} {'are' if len(beside) > 1 else 'is'} read as further splits."
         ]
     return []
+
+
+def _lists_and_metadata(folder: Path, data: DatasetDict) -> list[str]:
+    """The same for a folder of pictures."""
+    notes, pictures, metadata = [], 0, False
+    for file in folder.rglob("*.*"):
+        pictures += file.suffix.lower() in ImageFolder.EXTENSIONS
+        metadata |= file.name in ImageFolder.METADATA_FILENAMES
+    rows = sum(map(len, data.values()))
+    if metadata and rows < pictures:
+        notes.append(f"{pictures - rows:,} of {pictures:,} pictures are in no metadata file, and are left out.")
+    lists = [
+        p for p in (*folder.glob("*.*"), *folder.glob("*/*.*")) if p.suffix.lower() in (".csv", ".jsonl", ".parquet")
+    ]
+    lists = sorted(p for p in lists if p.name not in ImageFolder.METADATA_FILENAMES)
+    if lists:
+        best = next((p for p in lists if p.stem in SPLIT_NAMES["train"]), lists[0])
+        more = f" and {len(lists) - 3:,} more" if len(lists) > 3 else ""
+        notes.append(
+            f"Pictures and labels were read from folders; not read: {', '.join(str(p.relative_to(folder)) for p in lists[:3])}"
+            f"{more}. To train on such a list, with its captions, type --dataset_name {best}."
+        )
+    return notes
 
 
 def empty_split(name: str, split: str) -> str:

@@ -140,6 +140,33 @@ def test_image_folder_with_captions_in_metadata(tmp_path):
         assert captions == [f"text of {path.rsplit('/', 1)[1]}"]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_metadata_of_training_pictures_alone(labelled, tmp_path):
+    for seed, split in enumerate(("train", "validation", "test")):
+        save_pictures(tmp_path / split, 3, seed)
+    files = sorted((tmp_path / "train").rglob("*.png"))
+    rows = [{"file_name": str(p.relative_to(tmp_path / "train")), "text": f"text of {p.parent.name}"} for p in files]
+    if labelled:
+        rows = [{**row, "label": row["text"][8:]} for row in rows]
+    write_jsonl(tmp_path / "train" / "metadata.jsonl", rows[1:])
+    splits = splits_of(tmp_path, captions_column="text")
+    assert splits.class_names == sorted(NAMES) and len(splits.train) == 8
+    for split in (splits.train, splits.validation, splits.test):
+        assert [splits.class_names[c] for c in labels_of(split)] == [path.split("/")[-2] for path in paths_of(split)]
+    assert [len(splits.validation), len(splits.test)] == [9, 9]
+    assert splits.train["captions"][:] == [row["text"] for row in rows[1:]]
+    assert splits.notes == ["1 of 27 pictures are in no metadata file, and are left out."]
+    assert "type --captions_column text" in splits_of(tmp_path).notes[-1]
+
+
+def test_lists_beside_class_folders_are_told(tmp_path):
+    for split in ("train", "test"):
+        save_pictures(tmp_path / split, 3)
+        write_csv(tmp_path / f"{split}.csv", [{"image": f"{split}/red thing/000.png", "label": "red thing"}])
+    note = splits_of(tmp_path).notes[0]
+    assert "not read: test.csv, train.csv. " in note and note.endswith(f"type --dataset_name {tmp_path / 'train.csv'}.")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_list_of_paths_and_names(kind, pictures, tmp_path_factory, monkeypatch):
     folder, rows = pictures
