@@ -243,10 +243,11 @@ def test_few_groups_give_no_interval_over_images(tmp_path):
         gains = class_gains(results, "mmft", "mmft-no-captions")
         assert np.isfinite(gains.low).all() == np.isfinite(gains.high).all() == (count == 10)
     page = Page(write_report(tmp_path / "9"))
-    why = "they are of 9 groups, too few for an interval over images"
+    why = "the images are of 9 groups, too few for an interval over them"
     assert f"The chance of the test images is not counted: {why}" in page.text
     assert (
-        "shift: they are of 2 groups, too few" in page.text and "9 groups, too few" in page.text.split("Data, and")[-1]
+        "shift: the images are of 2 groups, too few" in page.text
+        and "9 groups, too few" in page.text.split("Data, and")[-1]
     )
     page = Page(write_report(tmp_path / "10"))
     assert "had the test images been others" in page.text and "10 groups that are drawn as one" in page.text

@@ -198,7 +198,7 @@ def difference_cell(difference: Difference | None, other: str = "") -> str:
 
 def too_few_groups(count: int) -> str:
     """Why there is no interval over images."""
-    return f"they are of {count} group{'s' if count > 1 else ''}, too few for an interval over images"
+    return f"the images are of {count} group{'s' if count > 1 else ''}, too few for an interval over them"
 
 
 def verdict_table(comparisons: list, best: str) -> str:
