@@ -94,7 +94,9 @@ def test_the_processes_of_a_launcher_share_the_cells(run, clip_folder, data_fold
     printed, _ = end(start([*words, *command(clip_folder, data_folder, tmp_path / "out", *SMALL)[1:]]))
     assert numbers(tmp_path / "out") == numbers(run)
     assert printed.count("Comparing 7 methods") == printed.count("| method | selection |") == 1
-    assert sum("shots  seed" in line for line in printed.splitlines()) == 13
+    lines = [line.split() for line in printed.splitlines() if "  seed " in line]
+    assert len(lines) == 13 and all(line[-1] == "s" and float(line[-2]) >= 0 for line in lines)
+    assert {" ".join(line[2:-6]) for line in lines} == {"untuned", "2 shots"}
 
 
 HANGS_AT_GDA = """

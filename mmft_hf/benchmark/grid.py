@@ -21,6 +21,7 @@ from .methods import NEEDS_CAPTIONS, WITHOUT_TRAINING, Fitted, Workshop, fit, tr
 from .processes import Claims
 from .protocol import FULL, Cell, SealedTest, Shots, Task, make_task, write_rows
 from .results import RESULTS_FILE, Results, append_row, check_identity, key_of
+from .table import shots_name
 
 WAIT_SECONDS = 1.0  # between two looks at what others have done
 
@@ -127,9 +128,12 @@ class Grid:
         }
         with self.claims.alone("results"):
             append_row(self.folder / RESULTS_FILE, row)
-        result = f"{100 * row['test_accuracy']:5.1f} %" if row["status"] == "done" else f"failed: {row['error']}"
+        if row["status"] == "done":
+            result = f"{100 * row['test_accuracy']:5.1f} %  {row['fit_seconds'] + row['test_seconds']:.1f} s"
+        else:
+            result = f"failed: {row['error']}"
         count = f"{len(self.cells) - len(self.open_cells())}/{len(self.cells)}"
-        self.say(f"{count:>9}  {cell.method:<22} {cell.shots:>4} shots  seed {cell.seed}  {result}")
+        self.say(f"{count:>9}  {cell.method:<22} {shots_name(cell.shots):>10}  seed {cell.seed}  {result}")
         if cell in self._shown and fitted is not None and fitted.embed is not None and fitted.prototypes is not None:
             self._draw(cell, fitted)
 
