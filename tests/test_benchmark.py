@@ -192,6 +192,8 @@ def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, t
         words = command(clip_folder, data_folder, tmp_path / "out", "--methods", "lp", f"--{name}", *values)
         assert main(words) == 2
         assert f"--{name}: expected" in capsys.readouterr().err
+    assert main(command(clip_folder, data_folder, tmp_path / "out", "--methods", "lp", "mmtf")) == 2
+    assert "--methods: found 'mmtf'. Did you mean 'mmft'? Expected one of zs, " in capsys.readouterr().err
     assert main(["benchmark", "--report", str(tmp_path / "out")]) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
 

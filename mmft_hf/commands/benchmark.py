@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..arguments import DataArguments, ModelArguments, choice
+from ..arguments import DataArguments, ModelArguments
 from ..benchmark.processes import Claims, number_of_process
 from ..configuration import MMFTConfig
 from ..console import say, table
-from ..errors import PartialResult, UserError
+from ..errors import PartialResult, UserError, nearest
 from ..images import content_hash
 
 # What a model's folder is read from, beside *.safetensors (weights in other formats are not).
@@ -115,7 +115,8 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     from ..data import load_splits
 
     for name in args.methods:
-        choice("methods", name, METHODS)
+        if name not in METHODS:
+            raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
     for tower in ("vision_tower", "text_tower"):
         if getattr(model_args, tower) != "full":
             raise UserError(
