@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         argv.remove("--debug")
     # Bars for what takes longer than a second, none for the rest. tqdm reads this when it is first imported.
     os.environ.setdefault("TQDM_DELAY", "1")
+    arguments: tuple = ()
     try:
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r}: expected one of {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
@@ -79,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(2, error, debug)
     except PartialResult as error:
-        return _fail(3, f"{error} To go on, type: {_again(_without_retry(argv))}" if error.again else error, debug)
+        return _fail(3, f"{error} To go on, type: {_again(_without_retry(argv), arguments)}" if error.again else error, debug)
     except KeyboardInterrupt:
-        return _fail(3, f"stopped by you. To go on, type: {_again(argv)}", debug)
+        return _fail(3, f"stopped by you. To go on, type: {_again(argv, arguments)}", debug)
     except BrokenPipeError:  # `mmft-hf … | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -106,13 +107,15 @@ def _without_retry(argv: list[str]) -> list[str]:
     return ["caption", *argv[end:]]
 
 
-def _again(argv: list[str]) -> str:
+def _again(argv: list[str], arguments: tuple) -> str:
     """The command that continues, without a token that was typed."""
     argv = [
         re.sub("(?<=^--hub_token=).+", "YOUR_TOKEN", word) if before != "--hub_token" else "YOUR_TOKEN"
         for before, word in zip(["", *argv], argv, strict=False)
     ]
     more = ["--resume_from_checkpoint", "true"] * (argv[0] == "finetune" and "--resume_from_checkpoint" not in argv)
+    if argv[0] == "benchmark" and any(getattr(found, "overwrite_output_dir", False) for found in arguments):
+        more += ["--overwrite_output_dir", "false"]  # the last one counts, also against a --config file
     if argv[0] in ("caption", "finetune") and os.environ.get("WORLD_SIZE", "1") != "1":
         world = os.environ["WORLD_SIZE"]
         recipe = f"recipes/{argv[0]}.py"

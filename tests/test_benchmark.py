@@ -18,9 +18,9 @@ from mmft_hf.baselines import linear
 from mmft_hf.benchmark import grid, methods
 from mmft_hf.benchmark.grid import cells, parse_shots
 from mmft_hf.benchmark.methods import METHODS, NEEDS_CAPTIONS, Workshop
-from mmft_hf.benchmark.processes import number_of_process, work_alone
+from mmft_hf.benchmark.processes import count_of_processes, number_of_process, work_alone
 from mmft_hf.benchmark.protocol import Cell, SealedTest, make_task
-from mmft_hf.benchmark.results import RESULTS_FILE, append_row, read_results
+from mmft_hf.benchmark.results import RESULTS_FILE, append_row, check_identity, read_results
 from mmft_hf.benchmark.table import summary_table
 from mmft_hf.benchmark.trainings import shuffled_captions
 from mmft_hf.cli import main
@@ -151,10 +151,10 @@ def test_processes_of_a_launcher_are_alone_with_a_gpu_each():
     for devices, own in (("4,7,9", "7"), ("GPU-1", "GPU-1"), ("", "")):  # three GPUs, fewer than processes, none
         environment = {**launched, "CUDA_VISIBLE_DEVICES": devices, "HOME": "/"}
         work_alone(environment)
-        assert number_of_process() == 5
+        assert number_of_process() == 5 and count_of_processes() == 8
         assert environment == {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": own, "HOME": "/"}
     work_alone({"CUDA_VISIBLE_DEVICES": ""})
-    assert number_of_process() == 0
+    assert number_of_process() == 0 and count_of_processes() == 1
     with pytest.raises(UserError, match=r"several processes but started one.*torchrun"):
         work_alone({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "a"})
 
@@ -175,6 +175,34 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
     words[words.index("--learning_rate") + 1] = "1e-4"
     assert main(words) == 2
     assert "expected results of the same settings, found others" in capsys.readouterr().err
+
+
+def test_what_failed_with_other_data_binds_nothing_and_what_is_done_does(tmp_path):
+    """Pictures that were repaired are other data: all cells that failed at them must not stand in the way."""
+    cell, path = Cell("lp", 2, 0), tmp_path / RESULTS_FILE
+    row = {"method": "lp", "shots": 2, "seed": 0, "status": "failed", "identity": {"dataset_fingerprint": "0a1b"}}
+    append_row(path, row)
+    assert read_results(path) == [row]
+    found = a_grid([cell], some_splits(), tmp_path)
+    assert found.open_cells() == [cell] and found.rows() == []
+    now = row | {"identity": {}}
+    append_row(path, now | {"status": "done"})
+    append_row(path, row)
+    assert found.open_cells() == [] and found.rows() == read_results(path) == [now | {"status": "done"}]
+    for identity, expected in (
+        (
+            {"dataset_fingerprint": "0a1b"},
+            r"same dataset_fingerprint.*\(the pictures, labels or captions have changed since\)",
+        ),
+        (
+            {"shift_splits": {"far": "1", "new": "2"}},
+            r"\(--shift_splits far there alone; --shift_splits new there alone\)",
+        ),
+        ({"settings": {"max_grad_norm": 1.0}}, r"\(max_grad_norm 1.0 there, 0.0 here\)"),
+    ):
+        other = row | {"status": "done", "identity": {"shift_splits": {}, "settings": {}} | identity}
+        with pytest.raises(UserError, match=expected + ".*Type another --output_dir, or, to delete them, --overwrite"):
+            check_identity([other], {"shift_splits": {}, "settings": {}}, tmp_path)
 
 
 def test_data_that_were_moved_are_the_same_data(run, clip_folder, data_folder, tmp_path, capsys):

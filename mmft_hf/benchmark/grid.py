@@ -20,7 +20,7 @@ from .maps import cells_to_show, draw_map, keep_map
 from .methods import NEEDS_CAPTIONS, WITHOUT_TRAINING, Fitted, Workshop, fit, training_of
 from .processes import Claims
 from .protocol import FULL, Cell, SealedTest, Shots, Task, make_task, write_rows
-from .results import RESULTS_FILE, Results, append_row, check_identity, key_of
+from .results import CLAIMS, RESULTS_FILE, SUBSETS, Results, append_row, binding, check_identity, key_of
 from .table import shots_name
 
 WAIT_SECONDS = 1.0  # between two looks at what others have done
@@ -69,7 +69,7 @@ class Grid:
         self._before = len(self._all_rows())
         for cell in {cell.shots: cell for cell in reversed(self.cells)}.values():
             make_task(splits, cell.shots, cell.seed, allow_fewer)  # now, not after hours
-        self.claims = Claims(folder / "claims")
+        self.claims = Claims(folder / CLAIMS)
         self.sealed = SealedTest({"test": splits.test, **(shifts or {})}, splits.class_names, skip_bad_images)
         self._shown = cells_to_show(self.cells)
         self._task: tuple[tuple, Task] | None = None
@@ -78,7 +78,7 @@ class Grid:
         known = len(self.results.rows)
         rows = self.results.refresh()
         check_identity(rows[known:], self.identity, self.folder)
-        return rows
+        return binding(rows, self.identity)
 
     def rows(self) -> list[dict]:
         """The row of each cell that has one; of several, the last that is done, else the last."""
@@ -152,7 +152,7 @@ class Grid:
         if self._task is None or self._task[0] != key:  # the last one alone: they come in order
             task, rows = make_task(self.splits, cell.shots, cell.seed, self.allow_fewer)
             with self.claims.alone("subsets"):
-                write_rows(self.folder / "subsets", task, rows, self.splits)
+                write_rows(self.folder / SUBSETS, task, rows, self.splits)
             self._task = key, task
         return self._task[1]
 

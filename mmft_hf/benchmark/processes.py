@@ -23,12 +23,17 @@ OTHERS = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
 PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "PARALLELISM_CONFIG_")
 KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")  # where to compute is no matter of the others
 
-_number = 0
+_number, _count = 0, 1
 
 
 def number_of_process() -> int:
     """The number that `work_alone` found; 0 without a launcher."""
     return _number
+
+
+def count_of_processes() -> int:
+    """How many a launcher started, as `work_alone` found; 1 without a launcher."""
+    return _count
 
 
 def work_alone(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -45,10 +50,12 @@ def work_alone(environment: MutableMapping[str, str] = os.environ) -> None:
             "accelerate launch was asked for several processes but started one, as it does with --cpu, or without --multi_gpu "
             "and a second GPU. Type torchrun --nproc_per_node N recipes/benchmark.py …, or unset MASTER_ADDR for one."
         )
-    global _number
-    _number, local = (
-        next((int(environment[name]) for name in names if name in environment), 0) for names in (RANKS, LOCAL_RANKS)
+    global _number, _count
+    _number, local, count = (
+        next((int(environment[name]) for name in names if name in environment), 0)
+        for names in (RANKS, LOCAL_RANKS, SIZES)
     )
+    _count = max(1, count)
     for name in list(environment):
         if name in (*RANKS, *LOCAL_RANKS, *SIZES, *OTHERS) or (name.startswith(PREFIXES) and name not in KEPT):
             del environment[name]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from ..errors import UserError
 
 RESULTS_FILE = "results.jsonl"
+CLAIMS, SUBSETS = "claims", "subsets"  # folders beside it: locks, and which images each task had
 
 
 class Results:
@@ -58,8 +60,10 @@ def _check_row(row: dict) -> None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of a results file; none where there is no file."""
-    return Results(path).refresh()
+    """The rows of a results file, but for those that failed under another identity than its results; none where there is no file."""
+    rows = Results(path).refresh()
+    done = [row for row in rows if row["status"] == "done"]
+    return binding(rows, (done or rows)[-1]["identity"]) if rows else []
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -92,16 +96,38 @@ def key_of(row: dict) -> tuple:
     return row["method"], row["shots"], row["seed"]
 
 
+def binding(rows: Iterable[dict], identity: dict) -> list[dict]:
+    """The rows without those that failed under another identity: there is nothing in them that could be averaged."""
+    return [row for row in rows if row["status"] == "done" or not differences(row["identity"], identity)]
+
+
 def check_identity(rows: Iterable[dict], identity: dict, folder: Path) -> None:
-    """Raises `UserError` where a row depends on other settings, data or versions than `identity`: both would be averaged."""
-    for row in rows:
+    """Raises `UserError` where a result depends on other settings, data or versions than `identity`: both would be averaged."""
+    for row in binding(rows, identity):
         if found := differences(row["identity"], identity):
             what = ", ".join(dict.fromkeys(name.split(".")[0] for name, *_ in found))
-            details = "; ".join(f"{name.split('.')[-1]} {there} there, {here} here" for name, there, here in found)
+            details = "; ".join(_difference(*difference) for difference in found)
             raise UserError(
                 f"--output_dir {folder}: expected results of the same {what}, found others, which are not to be averaged with "
-                f"these ({details}). Type another --output_dir."
+                f"these ({details}). Type another --output_dir, or, to delete them, --overwrite_output_dir true."
             )
+
+
+def _difference(name: str, there: object, here: object) -> str:
+    """One entry of `differences` in words. A setting that is not named has its default, and no hash is shown."""
+    last = name.split(".")[-1]
+    if name == "dataset_fingerprint":
+        return "the pictures, labels or captions have changed since"
+    if name.startswith("shift_splits.") and None not in (there, here):
+        return f"the pictures or labels of split {last} have changed since"
+    if name.startswith("shift_splits."):
+        return f"--shift_splits {last} {'there' if here is None else 'here'} alone"
+    if name.startswith("settings."):
+        from ..configuration import MMFTConfig  # which takes a while
+
+        default = {f.name: getattr(f.default, "value", f.default) for f in fields(MMFTConfig)}.get(last)
+        there, here = (default if value is None else value for value in (there, here))
+    return f"{last} {there} there, {here} here"
 
 
 def differences(one: dict, other: dict, above: str = "") -> list[tuple[str, object, object]]:

@@ -109,7 +109,9 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     from ..benchmark import describe
     from ..benchmark.grid import Grid, cells, parse_shots
     from ..benchmark.methods import METHODS, Workshop
-    from ..benchmark.results import RESULTS_FILE
+    from ..benchmark.deletion import delete_benchmark
+    from ..benchmark.protocol import make_task
+    from ..benchmark.results import CLAIMS, RESULTS_FILE, SUBSETS
     from ..benchmark.shifts import check_labels, load_shifts
     from ..benchmark.table import summary_table
     from ..data import load_splits
@@ -151,6 +153,10 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     describe.groups_of(judged, args.group_column)  # is there such a column?
     identity = _identity(args, model_args, data_args, config, splits, shifts)
     folder = Path(config.output_dir)
+    if config.overwrite_output_dir:
+        for n in {cell.shots for cell in listed}:
+            make_task(splits, n, 0, args.allow_fewer)  # what cannot be run deletes nothing
+        delete_benchmark(folder)
     grid = Grid(
         listed,
         splits,
@@ -161,7 +167,7 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
         skip_bad_images=config.on_bad_image == "skip",
         say=say,
     )
-    with Claims(folder / "claims").alone("data"):
+    with Claims(folder / CLAIMS).alone("data"):
         data = _describe(folder, splits, judged, args, model_args, data_args)
     left = len(grid.open_cells())
     if first:
@@ -189,7 +195,7 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     if not first:
         return
     say(f"\nTest accuracy in %, mean over seeds, with 95 % interval over seeds\n\n{summary_table(found)}")
-    say(f"\nEvery cell is a line of {folder / RESULTS_FILE}; which images each task had is in {folder / 'subsets'}.")
+    say(f"\nEvery cell is a line of {folder / RESULTS_FILE}; which images each task had is in {folder / SUBSETS}.")
     with grid.claims.alone("report"):
         _write_report(folder)
     failed = sum(row["status"] == "failed" for row in found)
