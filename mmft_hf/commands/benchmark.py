@@ -107,9 +107,10 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
             _write_report(Path(args.report))
         return
     from ..benchmark import describe
+    from ..benchmark.checks import notes_on, unreadable, with_what_they_need
+    from ..benchmark.deletion import delete_benchmark
     from ..benchmark.grid import Grid, cells, parse_shots
     from ..benchmark.methods import METHODS, Workshop
-    from ..benchmark.deletion import delete_benchmark
     from ..benchmark.protocol import make_task
     from ..benchmark.results import CLAIMS, RESULTS_FILE, SUBSETS
     from ..benchmark.shifts import check_labels, load_shifts
@@ -148,11 +149,13 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
         )
     check_labels(data_args.whole, args.shift_splits or ())
     splits = load_splits(data_args.whole)
+    methods, left_out = with_what_they_need(args.methods, splits, data_args.dataset_name)
+    listed = cells(methods, parse_shots(data_args.shots), args.seeds)
     shifts = load_shifts(data_args.whole, args.shift_splits or (), splits.class_names)
     judged = {"test": splits.test, **shifts}
     describe.groups_of(judged, args.group_column)  # is there such a column?
     identity = _identity(args, model_args, data_args, config, splits, shifts)
-    folder = Path(config.output_dir)
+    folder, skip = Path(config.output_dir), config.on_bad_image == "skip"
     if config.overwrite_output_dir:
         for n in {cell.shots for cell in listed}:
             make_task(splits, n, 0, args.allow_fewer)  # what cannot be run deletes nothing
@@ -164,28 +167,33 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
         identity,
         shifts,
         args.allow_fewer,
-        skip_bad_images=config.on_bad_image == "skip",
+        skip_bad_images=skip,
         say=say,
     )
+    left = grid.open_cells()
     with Claims(folder / CLAIMS).alone("data"):
         data = _describe(folder, splits, judged, args, model_args, data_args)
-    left = len(grid.open_cells())
+        if not skip:
+            _read_pictures(folder, data, left, splits, judged, args.allow_fewer)
     if first:
-        say(f"Comparing {len(args.methods)} methods on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
+        count = f"{len(methods)} method{'' if len(methods) == 1 else 's'}"
+        say(f"Comparing {count} on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
         tested = "".join(f", {len(dataset):,} {name}" for name, dataset in judged.items())
         rows = {
             "classes": len(splits.class_names),
             "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation{tested}",
-            "cells": f"{len(listed)}: {len(args.methods)} methods, shots {' '.join(data_args.shots)}, "
+            "cells": f"{len(listed)}: {count}, shots {' '.join(data_args.shots)}, "
             f"seeds {' '.join(map(str, args.seeds))}",
             "output": config.output_dir,
         }
         table(rows)
-        for note in (*splits.notes, *_about_duplicates(data)):
+        passed_over = {name: unreadable(name, dataset) for name, dataset in judged.items()} if skip and left else {}
+        notes = notes_on(splits, judged, {cell.shots for cell in listed}, passed_over)
+        for note in (*left_out, *notes, *_about_duplicates(data)):
             say(f"\n  Note: {note}")
         say()
-        if left < len(listed):
-            say(f"{len(listed) - left} of {len(listed)} cells are done already.")
+        if len(left) < len(listed):
+            say(f"{len(listed) - len(left)} of {len(listed)} cells are done already.")
     shop = None
     if left:
         shop = Workshop(
@@ -282,6 +290,17 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
         found["captions"] |= cost or unknown
     describe.write(folder / describe.DATA_FILE, found)
     return found
+
+
+def _read_pictures(folder: Path, data: dict, left, splits, judged, allow_fewer: bool) -> None:
+    """Refuses pictures that cannot be read, of all that the cells left will need; once, and `data.json` says for which."""
+    from ..benchmark import describe
+    from ..benchmark.checks import refuse_unreadable
+
+    wanted, seen = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}, set(data.get("pictures_read_for", ()))
+    if not wanted <= seen:
+        refuse_unreadable(splits, judged, left, allow_fewer)
+        describe.write(folder / describe.DATA_FILE, data | {"pictures_read_for": sorted(wanted | seen)})
 
 
 def _about_duplicates(data: dict) -> list[str]:
