@@ -12,12 +12,14 @@ from datasets import Image, concatenate_datasets
 from PIL import Image as PILImage
 
 from mmft_hf import MMFTConfig
+from mmft_hf.arguments import DataArguments
+from mmft_hf.benchmark.describe import find_duplicates
 from mmft_hf.benchmark.maps import MAPS_FILE, cells_to_show, draw_map, keep_map
 from mmft_hf.benchmark.methods import Workshop, fit
 from mmft_hf.benchmark.protocol import Cell, SealedTest, Task
 from mmft_hf.benchmark.results import RESULTS_FILE, read_results
 from mmft_hf.cli import main
-from mmft_hf.data import labels_of
+from mmft_hf.data import labels_of, load_splits
 
 
 def parts_of(folder, **more):
@@ -97,6 +99,25 @@ def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path
     for split, labels in described["labels"].items():
         right = np.mean(np.array(row["predictions"][split]) == labels)
         assert right == pytest.approx(row["test_accuracy"] if split == "test" else row["shift_accuracy"][split])
+
+
+def test_files_of_two_splits_are_told_with_their_folders(tmp_path):
+    for split in ("train", "validation", "test"):
+        for label, (name, colour) in enumerate(COLOURS.items()):
+            for i in range(2):  # every class has a 0.png; the same one twice in blue alone
+                same = name == "blue thing" and i == 0 and split != "validation"
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                size = (9, 9) if same else (10 + i, 10 + len(split) + label)
+                PILImage.new("RGB", size, colour).save(tmp_path / split / name / f"{i}.png")
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path)))
+    before = splits.fingerprint()
+    (found,) = find_duplicates({"train": splits.train, "test": splits.test})
+    assert found == {"splits": ["train", "test"], "images": ["blue thing/0.png"] * 2}
+    assert splits.fingerprint() == before
+    packed = splits.train.select([0]).remove_columns("image")
+    inside = {"bytes": b"x", "path": "zip://bird/1.png::/home/me/birds.zip"}
+    packed = packed.add_column("image", [inside], feature=Image(decode=False))
+    assert find_duplicates({"a": packed, "b": packed})[0]["images"] == ["bird/1.png"] * 2
 
 
 def with_bad_picture(data, row):

@@ -96,11 +96,14 @@ def find_duplicates(splits: Mapping[str, Dataset]) -> list[dict]:
 
 
 def _name(dataset: Dataset, row: int) -> str:
-    """What an image is called: its own id, its file, or its row."""
-    if "id" in dataset.column_names:
-        return str(dataset[row : row + 1]["id"][0])
-    file = dataset[row : row + 1]["image_id"][0].rsplit(":", 1)[0]
-    return file or f"row {dataset[row : row + 1]['source_row'][0] if 'source_row' in dataset.column_names else row}"
+    """What an image is called: its own id, its file with the folder, which every class may have one of, or its row."""
+    known = [name for name in ("id", "source_row", "image") if name in dataset.column_names]
+    found = dataset.select([row]).select_columns(known).cast_column("image", Image(decode=False))[0]
+    if "id" in found:
+        return str(found["id"])
+    path = (found["image"] or {}).get("path") or ""
+    # What is in an archive is called `zip://bird/1.png::/home/me/birds.zip`.
+    return "/".join(Path(path.split("::")[0]).parts[-2:]).lstrip("/") or f"row {found.get('source_row', row)}"
 
 
 def examples(train: Dataset, classes: int) -> dict[str, list[dict]]:
