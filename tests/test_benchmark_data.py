@@ -17,6 +17,7 @@ from mmft_hf.benchmark.describe import find_duplicates
 from mmft_hf.benchmark.maps import MAPS_FILE, cells_to_show, draw_map, keep_map
 from mmft_hf.benchmark.methods import Workshop, fit
 from mmft_hf.benchmark.protocol import Cell, SealedTest, Task
+from mmft_hf.benchmark.report_figures import compared
 from mmft_hf.benchmark.results import RESULTS_FILE, read_results
 from mmft_hf.cli import main
 from mmft_hf.data import labels_of, load_splits
@@ -118,6 +119,11 @@ def test_files_of_two_splits_are_told_with_their_folders(tmp_path):
     inside = {"bytes": b"x", "path": "zip://bird/1.png::/home/me/birds.zip"}
     packed = packed.add_column("image", [inside], feature=Image(decode=False))
     assert find_duplicates({"a": packed, "b": packed})[0]["images"] == ["bird/1.png"] * 2
+
+
+def test_a_control_at_chance_does_not_set_the_axes():
+    methods = ["zs", "lp", "lp-permuted-labels", "mmft", "mmft-no-captions", "mmft-permuted-labels", "mmft-w0"]
+    assert compared(methods) == ["mmft", "mmft-no-captions", "zs", "lp"]
 
 
 def with_bad_picture(data, row):
