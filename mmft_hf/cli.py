@@ -80,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(2, error, debug)
     except PartialResult as error:
-        return _fail(3, f"{error} To go on, type: {_again(_without_retry(argv), arguments)}" if error.again else error, debug)
+        return _fail(
+            3, f"{error} To go on, type: {_again(_without_retry(argv), arguments)}" if error.again else error, debug
+        )
     except KeyboardInterrupt:
         return _fail(3, f"stopped by you. To go on, type: {_again(argv, arguments)}", debug)
     except BrokenPipeError:  # `mmft-hf … | head` has read enough
