@@ -473,9 +473,28 @@ def test_rows_of_differing_identities_are_refused(tmp_path):
     rows[2]["identity"] = IDENTITY | {"settings": IDENTITY["settings"] | {"learning_rate": "0.1"}}
     with pytest.raises(UserError, match=r"rows that differ in settings.learning_rate \(0.001, 0.1\)"):
         write_report(a_folder(tmp_path, rows))
-    with pytest.raises(UserError, match="found no row"):
-        write_report(tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
+    # what failed under another identity has no number that could be averaged
+    rows[2] |= {"status": "failed", "error": "it broke"}
+    assert "failed" not in Page(write_report(a_folder(tmp_path, [rows[2], *rows]))).text
+
+
+def test_a_folder_without_results_is_not_to_be_filled_with_some(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name, found in (
+        ("nothing", "no such folder"),
+        ("pictures", "none in it"),
+        ("pictures/report.html", "none in it"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"results.jsonl, found {found}\. Type: mmft-hf benchmark --report "
+        ) as told:
+            write_report(tmp_path / name)
+        assert "--output_dir " not in str(told.value).replace("the --output_dir of", "")
+    assert {path.name for path in tmp_path.rglob("*")} == {"pictures"}
+    # its own files stand for the folder
+    folder = a_folder(tmp_path / "out", [row("lp", 4, 0, accuracy=0.5)])
+    for name in ("", "results.jsonl", "report.html"):
+        assert write_report(folder / name) == folder / "report.html"
 
 
 def test_without_matplotlib_it_says_what_to_type(tmp_path, monkeypatch):

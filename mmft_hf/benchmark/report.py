@@ -43,20 +43,23 @@ def write_report(folder: str | Path) -> Path:
     """Writes `report.html`, one page without scripts or outside resources, and its figures as `report/*.png`.
 
     Args:
-        folder: the `--output_dir` of a benchmark. Read are `results.jsonl`, and `data.json` and `maps.json` where there are
-            any: without them, the parts that need them are left out. The same files give the same bytes.
+        folder: the `--output_dir` of a benchmark, or its page or results in it. Read are `results.jsonl`, and `data.json` and
+            `maps.json` where there are any: without them, the parts that need them are left out. The same files give the same
+            bytes.
 
     Returns:
         The page.
 
     Raises:
-        UserError: there are no results, they are of differing identities, or matplotlib is missing.
+        UserError: there is no such folder or no result in it, they are of differing identities, or matplotlib is missing.
     """
     if find_spec("matplotlib") is None:
         raise UserError("report: expected matplotlib, found none. Type: pip install 'mmft_hf[benchmark]'")
     from .report_style import drawing
 
     folder = Path(folder)
+    if folder.name in (PAGE, RESULTS_FILE):
+        folder = folder.parent
     results = gather(read_results(folder / RESULTS_FILE), folder)
     figures = folder / FIGURES
     figures.mkdir(exist_ok=True)

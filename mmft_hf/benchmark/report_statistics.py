@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import UserError
 from .report_methods import FAMILIES, family
-from .results import differences
+from .results import RESULTS_FILE, differences
 from .table import in_order, interval, latest
 
 DRAWS, SEED = 2000, 0
@@ -143,9 +143,10 @@ def gather(rows: list[dict], folder: Path) -> Findings:
         UserError: there are no rows, or rows of differing identities, whose means would mean nothing.
     """
     if not rows:
+        found = "no such folder" if not folder.is_dir() else "none in it"
         raise UserError(
-            f"{folder}: expected a folder with the results of a benchmark (results.jsonl), found no row. "
-            "Type: mmft-hf benchmark --output_dir " + str(folder)
+            f"--report {folder}: expected the --output_dir of a benchmark, with results in {RESULTS_FILE}, found {found}. "
+            "Type: mmft-hf benchmark --report outputs/mmft"
         )
     identity = rows[0].get("identity") or {}
     for row in rows:
