@@ -528,3 +528,4 @@ def test_the_command_repeats_the_grid(tmp_path):
     assert not has_gaps(gather(rows, tmp_path)) and has_gaps(gather(rows[:-1], tmp_path))
     words = command(gather(rows, tmp_path))
     assert "--captions_column text" in words and "--allow_fewer true" in words
+    assert words.endswith(f"--output_dir {tmp_path.name}")  # without it nothing would be kept

@@ -54,8 +54,8 @@ def data_parts(results: Findings) -> Iterable[str]:
     yield folded("Model, data, settings and versions", _identity(results.identity))
     gaps = ", also cells that are missing in it" if has_gaps(results) else ""
     yield prose(
-        f"Every cell is a line of {RESULTS_FILE}; which images a cell had is in subsets/. This runs the grid again{gaps}, with any "
-        "seed added at its end; cells that are done are kept:"
+        f"Every cell is a line of {RESULTS_FILE}; which images a cell had is in subsets/. This runs the grid again{gaps}; seeds may be "
+        "added. In place of names of folders type their paths; cells that are done are kept in the folder given as --output_dir."
     )
     yield f"<pre>{escape(command(results))}</pre>"
 
@@ -121,6 +121,8 @@ def command(results: Findings) -> str:
         values = value if isinstance(value, list) else [value]
         if any(v not in (None, "None", "") for v in values):
             words += [f"--{name}", *(shlex.quote(_typed(v)) for v in values)]
+    if results.folder:
+        words += ["--output_dir", shlex.quote(results.folder)]
     return " ".join(words).replace(" --", " \\\n  --")
 
 

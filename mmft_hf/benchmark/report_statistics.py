@@ -40,6 +40,7 @@ class Findings:
         data: content of `data.json`, or nothing.
         maps: content of `maps.json`, or nothing.
         notes: what a reader of the page must know about missing parts.
+        folder: name of the folder that all this is from.
     """
 
     cells: dict[tuple, dict[int, dict]]
@@ -48,6 +49,7 @@ class Findings:
     data: dict = field(default_factory=dict)
     maps: list = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    folder: str = ""
 
     def __post_init__(self):
         keys = [*self.cells, *((row["method"], row["shots"]) for row in self.failed)]
@@ -165,7 +167,9 @@ def gather(rows: list[dict], folder: Path) -> Findings:
             failed.append(row)
     notes: list[str] = []
     data = beside(folder / "data.json", dict, notes)
-    results = Findings(cells, failed, identity, data, beside(folder / "maps.json", list, notes), notes)
+    results = Findings(
+        cells, failed, identity, data, beside(folder / "maps.json", list, notes), notes, folder.resolve().name
+    )
     drop_foreign_predictions(results)
     return results
 
