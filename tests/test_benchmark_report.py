@@ -288,7 +288,9 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     assert "it is behind (−10.0 points against lp with 4 shots)" in text
     assert found["best without captions"][0] == "lp" and found["flyp"][1].verdict == "not distinguishable"
     assert told(tmp_path, mmft=[0.4, 0.41, 0.42], **control)[0] == "With 4 shots, captions did harm."
-    assert "no difference can be told from chance" in told(tmp_path, mmft=[0.4, 0.6, 0.52], **control)[0]
+    headline, text, _ = told(tmp_path, mmft=[0.4, 0.6, 0.52], **control)
+    assert headline == "With 4 shots, captions made no difference that can be told from chance."
+    assert "MMFT against the same training without captions (mmft-no-captions)" in text
     headline, text, _ = told(tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52])
     assert "too few seeds to say" in headline and "rests on 2 seeds" in text
     headline, text, _ = told(tmp_path, mmft=[0.6], mmft_no_captions=[0.5])
@@ -296,8 +298,25 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     assert "there is no control" in told(tmp_path, mmft=[0.6], lp=[0.5])[0]
     headline, text, found = told(tmp_path, lp=[0.6, 0.5], zs=[0.5])
     assert "mmft is not among the results" in headline and "lp with 4 shots" in text and not found
+    zs = [
+        row("zs", 0, 0, accuracy=0.708),
+        row("lp", 1, 0, accuracy=0.6),
+        row("lp", 4, 0, accuracy=0.8),
+        failed("lp", 16, 0),
+    ]
+    text = verdict(gather(zs, tmp_path))[1][0]
+    assert text.endswith(" seeds: zs untuned, none above zs (70.8) with 1 shot and lp with 4 shots.")
     text = told(tmp_path, mmft=[0.6, 0.6, 0.61], flyp=[0.5, 0.5, 0.5])[1]
     assert "The closer control, mmft-no-captions, was not run" in text
+
+
+def test_what_the_verdict_lacks_is_named(tmp_path):
+    rows = [row("lp", 4, 0, accuracy=0.6), failed("mmft", 4, 0, "out of memory"), failed("mmft", 4, 1, "out of memory")]
+    assert verdict(gather(rows, tmp_path))[0].endswith("told: every cell of mmft failed (out of memory).")
+    for captions in (None, {"images": 0, "captions": 0}):
+        results = gather(rows[:1], a_folder(tmp_path, rows, {"captions": captions}))
+        assert verdict(results)[0].endswith("told: the training images have no captions.")
+    assert "not among" in verdict(gather(rows[:1], a_folder(tmp_path, rows, DATA)))[0]
 
 
 def test_training_without_captions_may_be_the_best_without(tmp_path):

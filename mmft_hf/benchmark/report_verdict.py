@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
-from ..markdown import listed
+from ..markdown import listed, one_line
 from .report_methods import base_of, reads_captions
 from .report_statistics import FEWEST_SEEDS, Difference, Findings, compare
 from .table import FULL, shots_name
@@ -41,16 +42,19 @@ def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dic
         headline = "Whether captions helped cannot be told: there is no control without them."
         sentences = [f"Add {CONTROL} to --methods: the same training on class templates alone."]
     else:
-        headline = in_words(found[control], "captions helped", "captions did harm", " whether captions helped")
+        level = "captions made no difference that can be told from chance"
+        headline = in_words(found[control], "captions helped", "captions did harm", level, " whether captions helped")
         headline = headline[:1].upper() + headline[1:] + "."
         against = (
-            "the same training without them (mmft-no-captions)" if control == CONTROL else "flyp (on class templates)"
+            "the same training without captions (mmft-no-captions)"
+            if control == CONTROL
+            else "flyp (on class templates)"
         )
         sentences = [f"MMFT against {against}: {figures(found[control])}."]
         if control == "flyp":
             sentences.append(f"The closer control, {CONTROL}, was not run.")
     if best:
-        text = in_words(best, "it is ahead", "it is behind")
+        text = in_words(best, "it is ahead", "it is behind", "no difference can be told from chance")
         sentences.append(f"MMFT against the best method without captions: {text} ({figures(best, named=True)}).")
     seeds = {d.seeds for rest in found.values() for _, d in rest.values()}
     if seeds and min(seeds) < FEWEST_SEEDS:
@@ -67,21 +71,36 @@ def baselines(results: Findings) -> list[str]:
 
 
 def _without_mmft(results: Findings) -> tuple[str, list[str]]:
-    leaders = [(n, results.best(n, results.methods)) for n in results.shots]
-    leaders = [f"{listed(names)} {'with ' if n != 0 else ''}{shots_name(n)}" for n, names in leaders if names]
-    headline = "Whether captions helped cannot be told: mmft is not among the results."
-    return headline, [f"Highest test accuracy on the same seeds: {listed(leaders)}."] if leaders else []
+    leaders = [text for n in results.shots if (text := _leader(results, n))]
+    errors = Counter(str(row.get("error")) for row in results.failed if row["method"] == METHOD)
+    if "captions" in results.data and (results.data["captions"] or {"images": 0}).get("images") == 0:
+        why = "the training images have no captions."
+    elif errors:
+        why = f"every cell of mmft failed ({one_line(errors.most_common(1)[0][0], 200)})."
+    else:
+        why = "mmft is not among the results."
+    highest = [f"Highest test accuracy on the same seeds: {listed(leaders)}."] if leaders else []
+    return f"Whether captions helped cannot be told: {why}", highest
 
 
-def in_words(found: dict, better: str, worse: str, what: str = "") -> str:
-    """`with 1 and 4 shots, captions helped; with all images, no difference can be told from chance`"""
+def _leader(results: Findings, shots) -> str:
+    """`lp with 1 shot`, or `none above zs (70.8) with 1 shot`, since an untuned model has no shots; nothing without results."""
+    names = results.best(shots, results.methods) if results.most_seeds(shots) else []
+    where = shots_name(shots) if shots == 0 else f"with {shots_name(shots)}"
+    if untuned := [name for name in names if not results.rows(name, shots)]:
+        return f"none above {untuned[0]} ({results.mean(untuned[0], 0):.1f}) {where}"
+    return f"{listed(names)} {where}" if names else ""
+
+
+def in_words(found: dict, better: str, worse: str, level: str, what: str = "") -> str:
+    """`with 1 and 4 shots, captions helped; with all images, captions made no difference that can be told from chance`"""
     groups: dict[str, list] = {}
     for n, (_, difference) in found.items():
         groups.setdefault(difference.verdict, []).append(n)
     words = {
         "better": better,
         "worse": worse,
-        "not distinguishable": "no difference can be told from chance",
+        "not distinguishable": level,
         "too few seeds": f"there are too few seeds to say{what}",
         "same for every seed": f"all seeds give the same, too little to say{what}",
     }
