@@ -20,7 +20,7 @@ from mmft_hf.benchmark.report_statistics import bootstrap, class_gains, compare,
 from mmft_hf.benchmark.report_style import apart
 from mmft_hf.benchmark.report_verdict import intervals, shots_list, verdict
 from mmft_hf.benchmark.results import read_results
-from mmft_hf.benchmark.table import summary_table
+from mmft_hf.benchmark.table import image_note, interval, summary_table
 from mmft_hf.errors import UserError
 
 IDENTITY = {
@@ -359,7 +359,7 @@ def test_a_method_that_failed_on_a_hard_seed_gains_nothing_by_it(tmp_path):
     assert results.mean("lp", 1) > results.mean("ce", 1)
     _, sentences, comparisons = verdict(results)
     name, difference = comparisons[-1][2][1]
-    assert name == "ce" and difference.seeds == 3 and "it is behind" in sentences[-1]
+    assert name == "ce" and difference.seeds == 3 and "it is behind" in " ".join(sentences)
     # gda, too: that it is ahead in one seed says less than three seeds do
     table = summary_table(rows)
     assert "58.0 (2 seeds) |" in table and "| 70.0 (1 seed) |" in table and table.count("seed)") == 1
@@ -383,6 +383,24 @@ def test_a_difference_must_stand_against_both_kinds_of_chance(tmp_path):
     found = compare(results, "mmft", "mmft-no-captions", 4)
     assert found.over_seeds[0] > 0 and found.over_images[0] == 0
     assert found.verdict == "not distinguishable" and "no difference" in verdict(results)[0]
+
+
+def test_two_seeds_give_no_interval_and_few_images_are_named(tmp_path):
+    assert interval([93.0, 94.0]) is None
+    values = [93.0, 94.0, 97.0]
+    assert interval(values) == pytest.approx(stats.t.interval(0.95, 2, scale=stats.sem(values))[1])
+    # 7 of 8 right: Wilson's interval, and not that of a normal distribution, which of 8 of 8 is nothing
+    rows = [row(m, 4, s, accuracy=x, test_images=8) for m, x in (("mmft", 7 / 8), ("flyp", 0.5)) for s in range(2)]
+    found = stats.binomtest(7, 8).proportion_ci(method="wilson")
+    points = f"±{50 * (found.high - found.low):.1f} points"
+    assert image_note(rows) == f"No ± above counts the chance of the test images: with 8 of them, about {points}."
+    assert "of 3 groups, ±" in image_note(rows, 3) and image_note([failed("mmft", 4, 0)]) == ""
+    page = Page(write_report(a_folder(tmp_path, rows)))
+    top, box = page.text.split("With 4 shots, there are too few seeds")
+    assert "8 test images are few" in top and "one image is 12.5 points" in box.split("Results")[0]
+    assert points in page.text and "two seeds" in page.text and "87.5 <small>±" not in page.source
+    rows = [r | {"test_images": 100} for r in rows]
+    assert "images are few" not in (text := Page(write_report(a_folder(tmp_path, rows))).text) and "a trial" not in text
 
 
 def test_names_of_methods_and_shots():

@@ -29,9 +29,9 @@ from .report_statistics import (
     shown_classes,
     with_predictions,
 )
-from .report_verdict import BEST, CONTROL, METHOD, shots_list, verdict
+from .report_verdict import BEST, CONTROL, METHOD, few_images, shots_list, verdict
 from .results import RESULTS_FILE, read_results
-from .table import in_order, shots_name
+from .table import image_note, in_order, shots_name
 
 PAGE, FIGURES = "report.html", "report"
 DRAWN = ("shots", "differences", "robustness", "cost", "classes", "map")
@@ -112,7 +112,15 @@ def _verdict(results: Findings) -> str:
     how = _how_to_read(results) if comparisons else ""
     notes = "".join(prose(safe(note, 400), "note") for note in results.notes)
     board = page.verdict_table(comparisons, BEST)
-    return f"<div class=verdict><b class=main>{safe(headline, 400)}</b>{text}{board}{how}</div>{notes}"
+    few = few_images(results)
+    top = (
+        f"{few[0]} test images are few: chance in them alone is about ±{few[1]:.0f} points of any accuracy."
+        if few
+        else ""
+    )
+    return (
+        f"{prose(top, 'note')}<div class=verdict><b class=main>{safe(headline, 400)}</b>{text}{board}{how}</div>{notes}"
+    )
 
 
 def _how_to_read(results: Findings) -> str:
@@ -145,6 +153,7 @@ def _sections(results: Findings, folder: Path) -> Iterable[str]:
             f"same seeds. {page.policies_note(results)}"
         ),
         page.results_table(results),
+        prose(image_note(results.all_rows(), len(set(results.groups() or ())))),
         page.failures(results),
         folded("With every class counting alike", page.results_table(results, PER_CLASS)) if per_class else "",
         page.choices(results),

@@ -20,10 +20,9 @@ import numpy as np
 from ..errors import UserError
 from .report_methods import FAMILIES, family
 from .results import RESULTS_FILE, differences
-from .table import in_order, interval, latest
+from .table import FEWEST_SEEDS, in_order, interval, latest
 
 DRAWS, SEED = 2000, 0
-FEWEST_SEEDS = 3
 FEWEST_GROUPS = 10  # of test images: of fewer, a bootstrap is much too sure
 MOST_CLASSES = 40  # whose gains are drawn
 TEST, PER_CLASS = "test", "mean per class"
@@ -224,7 +223,7 @@ class Difference:
     Args:
         points: mean over seeds.
         seeds: number of seeds that both have; a method without training is paired with each.
-        over_seeds: 95 % interval over seeds; None for one, and where all seeds give the same, as without chance in either.
+        over_seeds: 95 % interval over seeds; None for fewer than `FEWEST_SEEDS`, and where all give the same.
         over_images: 95 % interval over test images; None without predictions or with fewer than `FEWEST_GROUPS` groups.
     """
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from ..markdown import listed, one_line
 from .report_methods import base_of, reads_captions
-from .report_statistics import FEWEST_SEEDS, Difference, Findings, compare
-from .table import FULL, shots_name
+from .report_statistics import Difference, Findings, compare
+from .table import FEWEST_SEEDS, FULL, image_chance, shots_name
 
 METHOD, CONTROL = "mmft", "mmft-no-captions"
 # What MMFT is held against first, and what each comparison means.
@@ -18,10 +18,28 @@ RIVALS = {
     "zs-cap": "captions on the untuned model, no training",
 }
 BEST = "best without captions"
+FEWEST_IMAGES = 100  # of the test split
 
 
 def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dict]]]:
     """A headline, sentences, and comparisons `(name, meaning, {shots: (other method, Difference)})`."""
+    headline, sentences, comparisons = _compared(results)
+    images = few_images(results)
+    if images:
+        count = images[0]
+        sentences.append(
+            f"With {count} test images this is a trial, not a result: one image is {100 / count:.1f} points."
+        )
+    return headline, sentences, comparisons
+
+
+def few_images(results: Findings) -> tuple[int, float] | None:
+    """Number of test images and what chance in them comes to, in points, if they are too few to say much; else None."""
+    found = image_chance(results.all_rows())
+    return found if found and found[0] < FEWEST_IMAGES else None
+
+
+def _compared(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dict]]]:
     done = [n for n in results.shots if results.rows(METHOD, n)]
     if not done:
         return *_without_mmft(results), []
@@ -140,6 +158,7 @@ MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few
 
 def intervals(difference: Difference) -> list[str]:
     """Its intervals in words."""
-    without = "one seed" if difference.seeds == 1 else "the same for every seed"
+    few = {1: "one seed", 2: "two seeds"}
+    without = few.get(difference.seeds, "the same for every seed")
     found = [f"seeds {between(difference.over_seeds)}" if difference.over_seeds else without]
     return found + ([f"images {between(difference.over_images)}"] if difference.over_images else [])

@@ -10,14 +10,16 @@ from collections.abc import Iterable
 from scipy.stats import t
 
 FULL = "full"
+FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that nothing is outside of
 
 
 def interval(values: list[float]) -> float | None:
     """Half the 95 % interval of the mean of a few runs (Student's t).
 
-    None for one run, and where all runs give the same: what has no chance in it, or shows none, tells nothing of other seeds.
+    None for fewer than `FEWEST_SEEDS`, and where all give the same: what has no chance in it, or shows none, tells nothing of
+    other seeds.
     """
-    if len(values) < 2 or max(values) - min(values) < 1e-9:
+    if len(values) < FEWEST_SEEDS or max(values) - min(values) < 1e-9:
         return None
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -51,6 +53,36 @@ def seeds_text(counts: Iterable[int]) -> str:
 def fewer_seeds(count: int, most: int) -> str:
     """` (2 seeds)` behind a mean that must not be read beside those over more seeds; else nothing."""
     return f" ({count} seed{'' if count == 1 else 's'})" if count < most else ""
+
+
+def image_chance(rows: Iterable[dict]) -> tuple[int, float] | None:
+    """Number of test images, and half the 95 % interval (Wilson) over them of the highest mean, in points; None without results."""
+    from ..metrics import wilson_interval  # whose library takes a while
+
+    cells: dict[tuple, list[float]] = defaultdict(list)
+    images = 0
+    for row in latest(rows):
+        if row["status"] == "done" and row.get("test_images"):
+            cells[row["method"], row["shots"]].append(row["test_accuracy"])
+            images = max(images, row["test_images"])
+    if not images:
+        return None
+    low, high = wilson_interval(round(images * max(map(statistics.mean, cells.values()))), images)
+    return images, 50 * (high - low)
+
+
+def image_note(rows: Iterable[dict], groups: int = 0) -> str:
+    """What is to be said below a table of means; nothing without results.
+
+    Args:
+        groups: of test images that belong together, which makes fewer of them; 0 where each stands alone.
+    """
+    found = image_chance(rows)
+    if found is None:
+        return ""
+    images, points = found
+    size = f"of {groups:,} groups, ±{points:.1f} points or more" if groups else f"about ±{points:.1f} points"
+    return f"No ± above counts the chance of the test images: with {images:,} of them, {size}."
 
 
 def summary_table(rows: list[dict]) -> str:
