@@ -13,7 +13,7 @@ from scipy import stats
 
 from mmft_hf.benchmark import report, report_figures
 from mmft_hf.benchmark.report import write_report
-from mmft_hf.benchmark.report_data import command, has_gaps
+from mmft_hf.benchmark.report_data import command, fewer_than_thought, has_gaps
 from mmft_hf.benchmark.report_methods import about, family, reads_captions
 from mmft_hf.benchmark.report_page import difference_cell, results_table
 from mmft_hf.benchmark.report_statistics import bootstrap, class_gains, compare, confusions, drawn, gather
@@ -538,6 +538,20 @@ def test_without_matplotlib_it_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mmft_hf\[benchmark\]'"):
         write_report(a_folder(tmp_path, some_rows()))
+
+
+def test_classes_with_fewer_images_than_shots_or_without_any_are_named(tmp_path):
+    rows = some_rows({"mmft": 0.9}, shots=[1, 4, 16, "full"], seeds=[0])
+    counts = {"train_images_per_class": [2, 20, 9, 4, 16]}
+    data = DATA | counts | {"labels": {"test": TRUTH.tolist(), "shift": np.where(TRUTH == 3, 2, TRUTH).tolist()}}
+    page = Page(write_report(a_folder(tmp_path, rows, data)))
+    results = page.text.split("Accuracy against shots")[1]
+    assert "16 shots: 3 of 5 classes have fewer training images (2 to 9); all of them were taken." in results
+    assert "4 shots: 1 of 5 classes has fewer training images (2); all" in results
+    assert "1 of 5 classes has no shift image: クラス. Accuracy is over the others." in results
+    assert "1 shot: " not in results and "all images: " not in results and "no test image" not in page.text
+    without = gather(rows, a_folder(tmp_path / "without", rows))
+    assert fewer_than_thought(without) == []
 
 
 def test_the_command_repeats_the_grid(tmp_path):

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..markdown import listed
 from ..version import __version__
 from . import report_page as page
-from .report_data import data_parts
+from .report_data import data_parts, fewer_than_thought
 from .report_methods import family
 from .report_page import folded, picture, prose, safe, section, without_folder
 from .report_statistics import (
@@ -154,6 +154,7 @@ def _sections(results: Findings, folder: Path) -> Iterable[str]:
         ),
         page.results_table(results),
         prose(image_note(results.all_rows(), len(set(results.groups() or ())))),
+        *(prose(safe(text, 600)) for text in fewer_than_thought(results)),
         page.failures(results),
         folded("With every class counting alike", page.results_table(results, PER_CLASS)) if per_class else "",
         page.choices(results),

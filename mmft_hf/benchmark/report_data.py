@@ -10,11 +10,14 @@ from html import escape
 
 import numpy as np
 
+from ..markdown import one_line
 from .report_page import folded, prose, safe, table, without_folder
 from .report_statistics import Findings
 from .results import RESULTS_FILE
+from .table import FULL, shots_name
 
 DIGEST = re.compile("[0-9a-f]{16}")
+MOST_NAMED = 8
 
 
 def data_parts(results: Findings) -> Iterable[str]:
@@ -65,6 +68,29 @@ def has_gaps(results: Findings) -> bool:
     rows = [row for row in [*results.all_rows(), *results.failed] if row["shots"] != 0]
     found = [{row[key] for row in rows} for key in ("method", "shots", "seed")]
     return len(rows) < math.prod(map(len, found))
+
+
+def fewer_than_thought(results: Findings) -> list[str]:
+    """Sentences on classes with fewer training images than shots, and on those without images to be judged on."""
+    names, counts, found = results.class_names, results.data.get("train_images_per_class") or [], []
+    for n in results.shots:
+        few = [count for count in counts if n != FULL and count < n]
+        if few:
+            span = f"{min(few)} to {max(few)}" if min(few) < max(few) else f"{few[0]}"
+            found.append(
+                f"{shots_name(n)}: {len(few)} of {len(counts)} classes {'have' if len(few) > 1 else 'has'} fewer training images "
+                f"({span}); all of them were taken."
+            )
+    for split, truth in (results.data.get("labels") or {}).items():
+        present = set(truth)
+        missing = [name for c, name in enumerate(names) if c not in present]
+        if missing:
+            more = ", …" if len(missing) > MOST_NAMED else ""
+            found.append(
+                f"{len(missing)} of {len(names)} classes {'have' if len(missing) > 1 else 'has'} no {one_line(split, 40)} image: "
+                f"{', '.join(one_line(name, 40) for name in missing[:MOST_NAMED])}{more}. Accuracy is over the others."
+            )
+    return found
 
 
 def _duplicates(data: dict) -> str:
