@@ -213,7 +213,7 @@ def cost_figure(results: Findings, shots: list, path: Path) -> Path | None:
     figure = Figure(figsize=(WIDTH if len(panels) > 1 else WIDTH * 0.66, 4.0), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (n, found) in zip(grid, panels, strict=True):
-        for x, y, method in found:
+        for x, y, method in reversed(found):  # what is named first lies on top
             axes.plot(x, y, **look[method].dot)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda x, place: f"{x:g}")
