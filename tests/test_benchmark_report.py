@@ -13,7 +13,7 @@ from scipy import stats
 
 from mmft_hf.benchmark import report, report_figures
 from mmft_hf.benchmark.report import write_report
-from mmft_hf.benchmark.report_data import command, fewer_than_thought, has_gaps
+from mmft_hf.benchmark.report_data import command, fewer_than_thought
 from mmft_hf.benchmark.report_methods import about, family, reads_captions
 from mmft_hf.benchmark.report_page import difference_cell, results_table
 from mmft_hf.benchmark.report_statistics import bootstrap, class_gains, compare, confusions, drawn, gather
@@ -293,6 +293,10 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     assert "MMFT against the same training without captions (mmft-no-captions)" in text
     headline, text, _ = told(tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52])
     assert "too few seeds to say" in headline and "rests on 2 seeds" in text
+    assert "Type --seeds with 3 numbers or more" in text and "missing" not in text
+    headline, text, _ = told(tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52], lp=[0.4, 0.4, 0.4])  # it was cut
+    assert "one. 2 cells are missing: the grid is not finished. Type the same command to go on." in text
+    assert "1 cell is missing: the grid is" in told(tmp_path, lp=[0.6, 0.62, 0.6], ce=[0.6, 0.62])[1]
     headline, text, _ = told(tmp_path, mmft=[0.6], mmft_no_captions=[0.5])
     assert "too few seeds to say" in headline and "one seed" in text
     assert "there is no control" in told(tmp_path, mmft=[0.6], lp=[0.5])[0]
@@ -401,6 +405,19 @@ def test_two_seeds_give_no_interval_and_few_images_are_named(tmp_path):
     assert points in page.text and "two seeds" in page.text and "87.5 <small>±" not in page.source
     rows = [r | {"test_images": 100} for r in rows]
     assert "images are few" not in (text := Page(write_report(a_folder(tmp_path, rows))).text) and "a trial" not in text
+
+
+def test_marks_are_explained_once_and_nothing_else_stands_above_nothing(tmp_path):
+    with_verdict = some_rows({"mmft": 0.9, "flyp": 0.5}, shots=[4], seeds=[0, 1])
+    # ablations of other seeds than mmft's cannot be held against it
+    with_verdict += [row("mmft-w0", 4, 7, accuracy=0.5)]
+    without = some_rows({"lp": 0.5, "gda": 0.4}, shots=[4], seeds=[0, 1])
+    for name, rows in (("with", with_verdict), ("without", without)):
+        page = Page(write_report(a_folder(tmp_path / name, rows, DATA)))
+        assert (
+            page.text.count("? fewer than three seeds, or all give the same.") == 1 and "Ablations" not in page.headings
+        )
+    assert "not distinguishable: one does" in page.text.split("The figures")[1].split("Robustness")[0]
 
 
 def test_names_of_methods_and_shots():
@@ -576,7 +593,7 @@ def test_the_command_repeats_the_grid(tmp_path):
     assert "revision" not in words and "--learning_rates 0.1 0.01" in words and "--shift_splits far" in words
     arguments = {"captions_column": "text", "allow_fewer": True}
     (tmp_path / "data.json").write_text(json.dumps({"arguments": arguments}))
-    assert not has_gaps(gather(rows, tmp_path)) and has_gaps(gather(rows[:-1], tmp_path))
+    assert (gather(rows, tmp_path).missing(), gather(rows[:-1], tmp_path).missing()) == (0, 1)
     words = command(gather(rows, tmp_path))
     assert "--captions_column text" in words and "--allow_fewer true" in words
     assert words.endswith(f"--output_dir {tmp_path.name}")  # without it nothing would be kept

@@ -65,15 +65,17 @@ def write_report(folder: str | Path) -> Path:
     figures.mkdir(exist_ok=True)
     for name in DRAWN:  # what cannot be drawn now must not stay
         (figures / f"{name}.png").unlink(missing_ok=True)
+    found = verdict(results)
     with drawing():
-        parts = [part for part in _sections(results, figures) if part]
+        legend = "" if found[-1] else _how_to_read(results)  # which otherwise stands in the verdict
+        parts = [part for part in _sections(results, figures, legend) if part]
     names = re.findall(r'<section id="(\w+)">\n<h2>(.*?)</h2>', "\n".join(parts))
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in names)
     title, subtitle = _title(results)
     html = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=title,
         subtitle=subtitle,
-        body="\n".join([_verdict(results), f"<nav>{links}</nav>", *parts]),
+        body="\n".join([_verdict(results, found), f"<nav>{links}</nav>", *parts]),
         footer=f"mmft_hf {escape(__version__)} · {_when(results)}",
     )
     path = folder / PAGE
@@ -106,8 +108,8 @@ def _when(results: Findings) -> str:
 
 
 # -- the page, from top to bottom ----------------------------------------------------------------------------------------
-def _verdict(results: Findings) -> str:
-    headline, sentences, comparisons = verdict(results)
+def _verdict(results: Findings, found: tuple) -> str:
+    headline, sentences, comparisons = found
     text = "".join(f"<p>{safe(sentence, 400)}</p>" for sentence in sentences)
     how = _how_to_read(results) if comparisons else ""
     notes = "".join(prose(safe(note, 400), "note") for note in results.notes)
@@ -143,7 +145,7 @@ def _how_to_read(results: Findings) -> str:
     return prose(f"<small>{text} One in twenty intervals misses by chance.</small>")
 
 
-def _sections(results: Findings, folder: Path) -> Iterable[str]:
+def _sections(results: Findings, folder: Path, legend: str) -> Iterable[str]:
     per_class = any(row.get("test_mean_per_class_accuracy") is not None for row in results.all_rows())
     yield section(
         "results",
@@ -160,7 +162,7 @@ def _sections(results: Findings, folder: Path) -> Iterable[str]:
         page.choices(results),
     )
     yield _shots(results, folder)
-    yield _differences(results, folder)
+    yield _differences(results, folder, legend)
     yield _robustness(results, folder)
     yield _cost(results, folder)
     yield _ablations(results)
@@ -182,7 +184,7 @@ def _shots(results: Findings, folder: Path) -> str:
     return section("shots", "Accuracy against shots", prose(note), picture(path, "Test accuracy against shots"))
 
 
-def _differences(results: Findings, folder: Path) -> str:
+def _differences(results: Findings, folder: Path, legend: str) -> str:
     from .report_figures import differences_figure
 
     shots = [n for n in results.shots if n != 0] or results.shots
@@ -204,7 +206,7 @@ def _differences(results: Findings, folder: Path) -> str:
         f"Differences to {safe(reference)}",
         prose(note),
         picture(path, f"Differences to {reference}"),
-        folded("The figures", page.differences_table(found, results, shots, methods)),
+        folded("The figures", page.differences_table(found, results, shots, methods) + legend),
     )
 
 
@@ -268,6 +270,8 @@ def _ablations(results: Findings) -> str:
     shots = [n for n in results.shots if results.rows(METHOD, n)]
     found = {(m, n): d for m in methods for n in shots if (d := compare(results, m, METHOD, n))}
     methods = sorted((m for m in methods if any((m, n) in found for n in shots)), key=lambda m: family(m) == "mmft")
+    if not methods:
+        return ""
     note = "Each row changes one thing of mmft. ▼ means that mmft is better without that change."
     return section("ablations", "Ablations", prose(note), page.ablations_table(found, shots, methods))
 

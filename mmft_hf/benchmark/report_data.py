@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Iterable
@@ -55,19 +54,12 @@ def data_parts(results: Findings) -> Iterable[str]:
         ]
         yield folded("Images of each class", table(["class", "train", *(safe(s, 40) for s in totals)], lines))
     yield folded("Model, data, settings and versions", _identity(results.identity))
-    gaps = ", also cells that are missing in it" if has_gaps(results) else ""
+    gaps = ", also cells that are missing in it" if results.missing() else ""
     yield prose(
         f"Every cell is a line of {RESULTS_FILE}; which images a cell had is in subsets/. This runs the grid again{gaps}; seeds may be "
         "added. In place of names of folders type their paths; cells that are done are kept in the folder given as --output_dir."
     )
     yield f"<pre>{escape(command(results))}</pre>"
-
-
-def has_gaps(results: Findings) -> bool:
-    """Whether some methods were not run at all shots and seeds that others were, as `command` would run them."""
-    rows = [row for row in [*results.all_rows(), *results.failed] if row["shots"] != 0]
-    found = [{row[key] for row in rows} for key in ("method", "shots", "seed")]
-    return len(rows) < math.prod(map(len, found))
 
 
 def fewer_than_thought(results: Findings) -> list[str]:

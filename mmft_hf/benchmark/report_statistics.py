@@ -10,6 +10,7 @@ Shapes: `n` test images, `G` groups of them, `S` seeds, `C` classes.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -110,6 +111,11 @@ class Findings:
                 points = statistics.mean(accuracy(a, split) - accuracy(b, split) for a, b in found)
                 rank[method] = (min(len(found), FEWEST_SEEDS), round(points, 9))
         return [method for method in rank if rank[method] == max(rank.values())]
+
+    def missing(self) -> int:
+        """How many cells there are not, if all methods were to be run at all shots and seeds that some were."""
+        rows = [row for row in [*self.all_rows(), *self.failed] if row["shots"] != 0]
+        return math.prod(len({row[key] for row in rows}) for key in ("method", "shots", "seed")) - len(rows)
 
     def groups(self, split: str = TEST) -> list | None:
         """`(n,)` ids of groups of test images that belong together; None where each stands alone."""

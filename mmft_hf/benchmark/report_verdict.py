@@ -76,11 +76,26 @@ def _compared(results: Findings) -> tuple[str, list[str], list[tuple[str, str, d
         sentences.append(f"MMFT against the best method without captions: {text} ({figures(best, named=True)}).")
     seeds = {d.seeds for rest in found.values() for _, d in rest.values()}
     if seeds and min(seeds) < FEWEST_SEEDS:
-        sentences.append(
-            f"Some of this rests on {'one seed' if min(seeds) == 1 else f'{min(seeds)} seeds'}: too few to call a difference "
-            f"one. Type --seeds with {FEWEST_SEEDS} numbers or more."
-        )
+        count = "one seed" if min(seeds) == 1 else f"{min(seeds)} seeds"
+        sentences.append(f"Some of this rests on {count}: too few to call a difference one. {_more_seeds(results)}")
     return headline, sentences, comparisons
+
+
+def _more_seeds(results: Findings) -> str:
+    """What to type for more: enough may have been typed, and the grid be cut. Which were typed, results do not say."""
+    rows = [*results.all_rows(), *results.failed]
+    if len({row["seed"] for row in rows if row["shots"] != 0}) < FEWEST_SEEDS:
+        return f"Type --seeds with {FEWEST_SEEDS} numbers or more."
+    return _unfinished(results)
+
+
+def _unfinished(results: Findings) -> str:
+    """What is not there yet, as far as cells that are there tell; nothing where none is missing or failed."""
+    missing, failed = results.missing(), len(results.failed)
+    what = [
+        f"{n} cell{'s are' if n > 1 else ' is'} {word}" for n, word in ((missing, "missing"), (failed, "failed")) if n
+    ]
+    return f"{listed(what)}: the grid is not finished. Type the same command to go on." if what else ""
 
 
 def baselines(results: Findings) -> list[str]:
@@ -97,8 +112,9 @@ def _without_mmft(results: Findings) -> tuple[str, list[str]]:
         why = f"every cell of mmft failed ({one_line(errors.most_common(1)[0][0], 200)})."
     else:
         why = "mmft is not among the results."
-    highest = [f"Highest test accuracy on the same seeds: {listed(leaders)}."] if leaders else []
-    return f"Whether captions helped cannot be told: {why}", highest
+    highest = f"Highest test accuracy on the same seeds: {listed(leaders)}." if leaders else ""
+    rest = _unfinished(results) if results.missing() else ""
+    return f"Whether captions helped cannot be told: {why}", [text for text in (highest, rest) if text]
 
 
 def _leader(results: Findings, shots) -> str:
