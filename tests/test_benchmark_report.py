@@ -297,6 +297,8 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     headline, text, _ = told(tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52], lp=[0.4, 0.4, 0.4])  # it was cut
     assert "one. 2 cells are missing: the grid is not finished. Type the same command to go on." in text
     assert "1 cell is missing: the grid is" in told(tmp_path, lp=[0.6, 0.62, 0.6], ce=[0.6, 0.62])[1]
+    rows = [row("lp", 4, s, accuracy=0.5) for s in range(3)] + [row("ce", 4, 0, accuracy=0.5), failed("ce", 4, 1)]
+    assert "1 cell is missing and 1 cell failed: the" in " ".join(verdict(gather(rows, tmp_path))[1])
     headline, text, _ = told(tmp_path, mmft=[0.6], mmft_no_captions=[0.5])
     assert "too few seeds to say" in headline and "one seed" in text
     assert "there is no control" in told(tmp_path, mmft=[0.6], lp=[0.5])[0]
@@ -315,7 +317,11 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
 
 
 def test_what_the_verdict_lacks_is_named(tmp_path):
-    rows = [row("lp", 4, 0, accuracy=0.6), failed("mmft", 4, 0, "out of memory"), failed("mmft", 4, 1, "out of memory")]
+    rows = [
+        row("lp", 4, 0, accuracy=0.6),
+        failed("mmft", 4, 0, "out of memory."),
+        failed("mmft", 4, 1, "out of memory."),
+    ]
     assert verdict(gather(rows, tmp_path))[0].endswith("told: every cell of mmft failed (out of memory).")
     for captions in (None, {"images": 0, "captions": 0}):
         results = gather(rows[:1], a_folder(tmp_path, rows, {"captions": captions}))

@@ -151,8 +151,8 @@ def _sections(results: Findings, folder: Path, legend: str) -> Iterable[str]:
         "results",
         "Results",
         prose(
-            "Test accuracy in %, mean over seeds ± half its 95 % interval, where seeds differ; in bold the best of a column on the "
-            f"same seeds. {page.policies_note(results)}"
+            "Test accuracy in %, mean over seeds ± half its 95 % interval, where three seeds or more differ; in bold the best of a "
+            f"column on the same seeds. {page.policies_note(results)}"
         ),
         page.results_table(results),
         prose(image_note(results.all_rows(), len(set(results.groups() or ())))),

@@ -92,9 +92,8 @@ def _more_seeds(results: Findings) -> str:
 def _unfinished(results: Findings) -> str:
     """What is not there yet, as far as cells that are there tell; nothing where none is missing or failed."""
     missing, failed = results.missing(), len(results.failed)
-    what = [
-        f"{n} cell{'s are' if n > 1 else ' is'} {word}" for n, word in ((missing, "missing"), (failed, "failed")) if n
-    ]
+    what = [f"{missing} cell{'s are' if missing > 1 else ' is'} missing"] if missing else []
+    what += [f"{failed} cell{'s' if failed > 1 else ''} failed"] if failed else []
     return f"{listed(what)}: the grid is not finished. Type the same command to go on." if what else ""
 
 
@@ -109,7 +108,7 @@ def _without_mmft(results: Findings) -> tuple[str, list[str]]:
     if "captions" in results.data and (results.data["captions"] or {"images": 0}).get("images") == 0:
         why = "the training images have no captions."
     elif errors:
-        why = f"every cell of mmft failed ({one_line(errors.most_common(1)[0][0], 200)})."
+        why = f"every cell of mmft failed ({one_line(errors.most_common(1)[0][0], 200).rstrip('.')})."
     else:
         why = "mmft is not among the results."
     highest = f"Highest test accuracy on the same seeds: {listed(leaders)}." if leaders else ""
