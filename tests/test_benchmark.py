@@ -93,6 +93,7 @@ def test_the_processes_of_a_launcher_share_the_cells(run, clip_folder, data_fold
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "recipes" / "benchmark.py"]
     printed, _ = end(start([*words, *command(clip_folder, data_folder, tmp_path / "out", *SMALL)[1:]]))
     assert numbers(tmp_path / "out") == numbers(run)
+    assert "No ± above counts the chance of the test images: with 18 of them" in printed
     assert printed.count("Comparing 7 methods") == printed.count("| method | selection |") == 1
     lines = [line.split() for line in printed.splitlines() if "  seed " in line]
     assert len(lines) == 13 and all(line[-1] == "s" and float(line[-2]) >= 0 for line in lines)

@@ -114,7 +114,7 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     from ..benchmark.protocol import make_task
     from ..benchmark.results import CLAIMS, RESULTS_FILE, SUBSETS
     from ..benchmark.shifts import check_labels, load_shifts
-    from ..benchmark.table import summary_table
+    from ..benchmark.table import image_note, summary_table
     from ..data import load_splits
 
     for name in args.methods:
@@ -203,6 +203,8 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     if not first:
         return
     say(f"\nTest accuracy in %, mean over seeds, with 95 % interval over seeds\n\n{summary_table(found)}")
+    if note := image_note(found, groups=len(set((data["groups"] or {}).get("test", ())))):
+        say(f"\n{note}")
     say(f"\nEvery cell is a line of {folder / RESULTS_FILE}; which images each task had is in {folder / SUBSETS}.")
     with grid.claims.alone("report"):
         _write_report(folder)
