@@ -18,7 +18,8 @@ def lp_plus_plus(train_x, train_y, test_x, zero_shot, scale: float = 100.0, iter
 
     - v starts at the class means; every iteration steps by `4n / λ_max(FᵀF)`, with momentum 0.9;
     - a starts, for all classes alike, at 2.5 `scale` times the mean over classes of the mean of f·w_c over the examples of c
-      (250 times it in the paper, whose models have the scale 100); every tenth iteration steps by `n / (4 max_c Σ_i Z_ic²)`, without momentum.
+      (250 times it in the paper, whose models have the scale 100); every tenth iteration steps by
+      `n / (4 max_c Σ_i Z_ic²)`, without momentum.
 
     The authors' paper and code differ, or leave open, in these points, and this is what is done:
 
