@@ -11,25 +11,25 @@ import sys
 from .version import __version__
 
 _PUBLIC = {
-    "ClassBalancedSampler": "sampling",
-    "ClassPrototypes": "prototypes",
-    "ClassificationReport": "metrics",
+    "ClassBalancedSampler": "data.sampling",
+    "ClassPrototypes": "predict.heads.prototypes",
+    "ClassificationReport": "predict.metrics",
     "Captioner": "captioning",
-    "MMFTConfig": "configuration",
-    "MMFTDataCollator": "collator",
-    "MMFTImageClassificationPipeline": "pipeline",
-    "MMFTLoss": "losses",
-    "MMFTTrainer": "trainer",
-    "PromptSet": "prompts",
+    "MMFTConfig": "train.config",
+    "MMFTDataCollator": "model.collator",
+    "MMFTImageClassificationPipeline": "predict.pipeline",
+    "MMFTLoss": "model.losses",
+    "MMFTTrainer": "train.trainer",
+    "PromptSet": "data.texts",
     "caption_dataset": "captioning",
-    "clip_loss": "losses",
-    "few_shot_split": "sampling",
-    "load_captioned_dataset": "data",
-    "load_model": "modeling",
-    "set_towers": "towers",
-    "push_captioned_dataset": "publish",
-    "push_model": "publish",
-    "supcon_loss": "losses",
+    "clip_loss": "model.losses",
+    "few_shot_split": "data.sampling",
+    "load_captioned_dataset": "data.splits",
+    "load_model": "model.loading",
+    "set_towers": "model.towers",
+    "push_captioned_dataset": "hub.publish",
+    "push_model": "hub.publish",
+    "supcon_loss": "model.losses",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -51,7 +51,7 @@ _PIPELINES = "transformers.pipelines"
 
 
 def _register_pipeline() -> None:
-    from .pipeline import register
+    from .predict.pipeline import register
 
     register()
 

@@ -16,9 +16,9 @@ import shlex
 import sys
 import traceback
 
-from .benchmark.processes import work_alone
-from .console import is_main
-from .errors import PartialResult, UserError, nearest
+from .benchmark.run.processes import work_alone
+from .core.console import is_main
+from .core.errors import PartialResult, UserError, nearest
 from .version import __version__
 
 VERBS = {

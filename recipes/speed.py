@@ -40,12 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, TrainerCallback
 
 from mmft_hf import ClassPrototypes, MMFTConfig, MMFTDataCollator, MMFTTrainer, load_model
-from mmft_hf.collator import tokenize
-from mmft_hf.embedding import add_embedding_forward, embedding_forward
-from mmft_hf.losses import MMFTLoss
-from mmft_hf.modeling import default_device, encode_texts
-from mmft_hf.prompts import training_text
-from mmft_hf.views import ImageView
+from mmft_hf.data.texts import training_text
+from mmft_hf.data.views import ImageView
+from mmft_hf.model.collator import tokenize
+from mmft_hf.model.embedding import add_embedding_forward, embedding_forward
+from mmft_hf.model.loading import default_device, encode_texts
+from mmft_hf.model.losses import MMFTLoss
 
 GEOMETRIES = {"ViT-B/32": 32, "ViT-B/16": 16, "tiny-clip": None}
 CLASSES = 37  # as in Oxford Pets

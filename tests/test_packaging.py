@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mmft_hf
-from mmft_hf.builtin import ASSETS
+from mmft_hf.core.builtin import ASSETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,11 @@ def test_the_wheel_holds_assets_templates_and_licences(tmp_path):
     subprocess.run([*command, "--wheel-dir", str(tmp_path)], check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    tracked = {str(p.relative_to(ROOT)) for p in ASSETS.rglob("*") if p.is_file()} | {"mmft_hf/templates/model_card.md"}
+    tracked = {str(p.relative_to(ROOT)) for p in ASSETS.rglob("*") if p.is_file()} | {
+        "mmft_hf/hub/templates/model_card.md",
+        "mmft_hf/captioning/templates/captions.html",
+        "mmft_hf/benchmark/report/templates/benchmark.html",
+    }
     assert tracked <= set(names)
     assert any(name.endswith("/LICENSE") for name in names)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()

@@ -6,8 +6,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..configuration import MMFTConfig
-from ..towers import merge, set_towers
+from ..model.towers import merge, set_towers
+from ..train.config import MMFTConfig
 from .cross_entropy import train_class_texts
 
 RANK, ALPHA, DROPOUT = 2, 1, 0.25

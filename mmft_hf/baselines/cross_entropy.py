@@ -17,18 +17,18 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..collator import MMFTDataCollator
-from ..configuration import MMFTConfig
-from ..distributed import gather
-from ..embedding import embedding_forward
-from ..errors import UserError
-from ..losses import IGNORED
-from ..modeling import embedding_size, scale_parameter
-from ..progress import EpochLines
-from ..prompts import class_prompt
-from ..prototypes import ClassPrototypes
-from ..towers import TOWERS
-from ..trainer import MMFTTrainer
+from ..core.distributed import gather
+from ..core.errors import UserError
+from ..data.sampling import IGNORED
+from ..data.texts import class_prompt
+from ..model.collator import MMFTDataCollator
+from ..model.embedding import embedding_forward
+from ..model.loading import embedding_size, scale_parameter
+from ..model.towers import TOWERS
+from ..predict.heads.prototypes import ClassPrototypes
+from ..train.config import MMFTConfig
+from ..train.progress import EpochLines
+from ..train.trainer import MMFTTrainer
 
 
 @dataclass

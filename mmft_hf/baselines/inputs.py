@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 # Half precision rounds a norm of 1 by less.
 UNIT_NORM_TOLERANCE = 0.02

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .inputs import Choice, Inputs, best, check, positive
 
 # The sweep of the CLIP paper, appendix A.3: 96 values from 1e-6 to 1e6.

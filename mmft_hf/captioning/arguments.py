@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from ..errors import UserError
-from ..prompts import DEFAULT_TEMPLATE, PROMPT, PromptSet
+from ..core.errors import UserError
+from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
 from .captioner import Captioner
 from .pictures import PicturePolicy
 from .types import Sampling

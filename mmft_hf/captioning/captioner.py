@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import UserError, nearest
-from ..prompts import DEFAULT_TEMPLATE, PromptSet, check_template
+from ..core.errors import UserError, nearest
+from ..data.texts import DEFAULT_TEMPLATE, PromptSet, check_template
 from .pictures import PicturePolicy
 from .types import Backend, Sampling
 

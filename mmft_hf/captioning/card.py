@@ -10,13 +10,13 @@ from string import Template
 
 from datasets import Dataset
 
-from ..console import percent
-from ..markdown import code, fenced, front_matter, listed, md, one_line
-from ..origins import captioned_origin
+from ..core.console import percent
+from ..core.markdown import code, fenced, front_matter, listed, md, one_line
+from ..core.repositories import captioned_origin
 from ..version import __version__
 from .checks import MEANING
 
-TEMPLATES = Path(__file__).parents[1] / "templates"  # not by way of `cards`, which needs torch
+TEMPLATES = Path(__file__).parent / "templates"
 CLASS_MARK = "[class name]"  # stands for the name in the prompts of a card
 PAGE, PICTURE, CARD = "captions.html", "captions.png", "README.md"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")

@@ -11,11 +11,11 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import Hasher
 
-from ..cards import public_name
-from ..data import captions_of
-from ..errors import UserError
-from ..images import BadImage, original_bytes
-from ..prompts import class_prompt
+from ..core.errors import UserError
+from ..core.markdown import public_name
+from ..data.images import BadImage, original_bytes
+from ..data.splits import captions_of
+from ..data.texts import class_prompt
 from .captioner import Captioner
 from .checks import duplicate_key, duplicates
 from .journal import JournalReader, by_slot

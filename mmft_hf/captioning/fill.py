@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from ..images import BadImage, stored_bytes
+from ..data.images import BadImage, stored_bytes
 from .calls import Calls, Limits, Outcome, Stopped
 from .captioner import Captioner
 from .journal import Journal, JournalError, JournalReader, unsettled_slots

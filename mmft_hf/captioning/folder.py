@@ -14,8 +14,8 @@ from textwrap import shorten
 
 from datasets import Dataset, Image
 
-from ..console import printable_text
-from ..errors import UserError
+from ..core.console import printable_text
+from ..core.errors import UserError
 from ..version import __version__
 
 RECORD_FILE = "captions.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from datasets import Dataset, Image
 
-from ..errors import UserError, nearest
-from ..prompts import clean_class_name
+from ..core.errors import UserError, nearest
+from ..data.texts import clean_class_name
 from .checks import CaptionChecker, duplicate_key, duplicates
 from .dataset import CAPTION_FEATURES, RECORD
 from .tables import CaptionTable, few, nfc, put_beside, record_key, texts_of

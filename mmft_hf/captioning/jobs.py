@@ -7,12 +7,12 @@ from functools import cached_property
 
 from datasets import Dataset
 
-from ..arguments import DataArguments
-from ..cards import public_name
-from ..console import is_main, say, table
-from ..data import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
-from ..errors import PartialResult, UserError, nearest
-from ..prompts import ASPECTS
+from ..core.arguments import DataArguments
+from ..core.console import is_main, say, table
+from ..core.errors import PartialResult, UserError, nearest
+from ..core.markdown import public_name
+from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
+from ..data.texts import ASPECTS
 from .arguments import CaptionArguments
 from .calls import Limits, Outcome
 from .captioner import Captioner

@@ -18,7 +18,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .types import STATUSES, TERMINAL
 
 try:

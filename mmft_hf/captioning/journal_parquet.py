@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .journal import COLUMNS, Journal, by_slot, journal_files
 from .types import STATUSES, TERMINAL
 

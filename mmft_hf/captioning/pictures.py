@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from PIL import Image
 
-from ..images import open_image, reading, upright_rgb
+from ..data.images import open_image, reading, upright_rgb
 from .types import Picture
 
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every provider reads

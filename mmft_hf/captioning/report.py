@@ -13,8 +13,8 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from ..images import BadImage, read_image
-from ..prompts import clean_class_name, printable
+from ..data.images import BadImage, read_image
+from ..data.texts import clean_class_name, printable
 from ..version import __version__
 from .card import PAGE, PICTURE, TEMPLATES, caption_card, figures, origin, share, spread, title, with_all
 from .checks import CHECKS, MEANING

@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
-from ..errors import UserError
-from ..images import BadImage, original_bytes
+from ..core.errors import UserError
+from ..data.images import BadImage, original_bytes
 from .calls import Limits, Outcome
 from .captioner import Captioner
 from .checks import CaptionChecker

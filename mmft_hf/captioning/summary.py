@@ -8,7 +8,7 @@ from textwrap import indent, shorten
 
 from datasets import Dataset, Image
 
-from ..console import printable_text, say, table
+from ..core.console import printable_text, say, table
 from .calls import Outcome
 from .card import PAGE
 from .plan import Job

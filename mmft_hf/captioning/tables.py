@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets
 from datasets.fingerprint import Hasher
 
-from ..data import captions_of
-from ..errors import UserError
-from ..images import BadImage, original_bytes
+from ..core.errors import UserError
+from ..data.images import BadImage, original_bytes
+from ..data.splits import captions_of
 from .dataset import CAPTION_FEATURES, RECORD
 from .pictures import sha256
 from .types import ACCEPTED

@@ -10,11 +10,11 @@ from statistics import median
 
 import pyarrow.parquet as pq
 
-from ..arguments import DataArguments
-from ..cards import public_name
-from ..console import is_main, printable_text, say, table
-from ..data import load_captioned_dataset
-from ..errors import UserError, nearest
+from ..core.arguments import DataArguments
+from ..core.console import is_main, printable_text, say, table
+from ..core.errors import UserError, nearest
+from ..core.markdown import public_name
+from ..data.splits import load_captioned_dataset
 from .arguments import CaptionArguments
 from .calls import Limits
 from .checks import CaptionChecker, parse_actions

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..arguments import DataArguments, ModelArguments
-from ..benchmark.processes import Claims, number_of_process
-from ..configuration import MMFTConfig
-from ..console import say, table
-from ..errors import PartialResult, UserError, nearest
-from ..images import content_hash
+from ..benchmark.run.processes import Claims, number_of_process
+from ..core.arguments import DataArguments, ModelArguments
+from ..core.console import say, table
+from ..core.errors import PartialResult, UserError, nearest
+from ..data.images import content_hash
+from ..train.config import MMFTConfig
 
 # What a model's folder is read from, beside *.safetensors (weights in other formats are not).
 MODEL_FILES = (
@@ -106,16 +106,16 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
         if first:
             _write_report(Path(args.report))
         return
-    from ..benchmark import describe
-    from ..benchmark.checks import notes_on, unreadable, with_what_they_need
-    from ..benchmark.deletion import delete_benchmark
-    from ..benchmark.grid import Grid, cells, parse_shots
-    from ..benchmark.methods import METHODS, Workshop
-    from ..benchmark.protocol import make_task
-    from ..benchmark.results import CLAIMS, RESULTS_FILE, SUBSETS
-    from ..benchmark.shifts import check_labels, load_shifts
-    from ..benchmark.table import image_note, summary_table
-    from ..data import load_splits
+    from ..benchmark.run import describe
+    from ..benchmark.run.checks import notes_on, unreadable, with_what_they_need
+    from ..benchmark.run.deletion import delete_benchmark
+    from ..benchmark.run.grid import Grid, cells, parse_shots
+    from ..benchmark.run.methods import METHODS, Workshop
+    from ..benchmark.run.protocol import make_task
+    from ..benchmark.run.results import CLAIMS, RESULTS_FILE, SUBSETS
+    from ..benchmark.run.shifts import check_labels, load_shifts
+    from ..benchmark.run.table import image_note, summary_table
+    from ..data.splits import load_splits
 
     for name in args.methods:
         if name not in METHODS:
@@ -215,10 +215,10 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
 
 def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     """What results depend on beside method, shots and seed."""
-    from ..benchmark.shifts import fingerprint_of
-    from ..cards import versions
-    from ..origins import origin
-    from ..run_folder import DECIDING, IDLE
+    from ..benchmark.run.shifts import fingerprint_of
+    from ..core.repositories import origin
+    from ..hub.cards import versions
+    from ..train.run_folder import DECIDING, IDLE
 
     plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
     default = {f.name: f.default for f in fields(MMFTConfig)}
@@ -257,10 +257,10 @@ def _content_of(model: str, revision: str | None) -> str | None:
 
 def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict:
     """`data.json` of the grid: as it is there, or made where it is not, or of other data."""
-    from ..benchmark import describe
-    from ..benchmark.shifts import fingerprint_of
-    from ..cards.provenance import captioning_cost
-    from ..origins import origin
+    from ..benchmark.run import describe
+    from ..benchmark.run.shifts import fingerprint_of
+    from ..core.repositories import origin
+    from ..hub.cards.provenance import captioning_cost
 
     key = {
         "data": splits.fingerprint(),
@@ -296,8 +296,8 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
 
 def _read_pictures(folder: Path, data: dict, left, splits, judged, allow_fewer: bool) -> None:
     """Refuses pictures that cannot be read, of all that the cells left will need; once, and `data.json` says for which."""
-    from ..benchmark import describe
-    from ..benchmark.checks import refuse_unreadable
+    from ..benchmark.run import describe
+    from ..benchmark.run.checks import refuse_unreadable
 
     wanted, seen = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}, set(data.get("pictures_read_for", ()))
     if not wanted <= seen:
@@ -322,6 +322,6 @@ def _about_duplicates(data: dict) -> list[str]:
 
 def _write_report(folder: Path) -> None:
     """Draws the report of a folder of results."""
-    from ..benchmark.report import write_report
+    from ..benchmark.report.report import write_report
 
     say(f"Report: {write_report(folder)}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..arguments import DataArguments
 from ..captioning.arguments import CaptionArguments
-from ..console import is_main
-from ..errors import UserError, nearest
+from ..core.arguments import DataArguments
+from ..core.console import is_main
+from ..core.errors import UserError, nearest
 
 POSITIONAL = (
     "action",

@@ -16,7 +16,7 @@ def run() -> None:
     """Prints one `name: value` a line."""
     import torch
 
-    from ..cache import cache_folder, folder_size
+    from ..data.cache import cache_folder, folder_size
 
     versions = {"mmft_hf": __version__, "python": platform.python_version()}
     for name in (*PACKAGES, "safetensors", "tokenizers", "numpy", "torchvision"):

@@ -7,10 +7,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import DataArguments
-from ..console import percent, say, table
-from ..errors import UserError
-from ..run_folder import RUN_FILE
+from ..core.arguments import DataArguments
+from ..core.console import percent, say, table
+from ..core.errors import UserError
+from ..train.run_folder import RUN_FILE
 
 
 @dataclass
@@ -38,10 +38,10 @@ ARGUMENTS = (DataArguments, EvaluateArguments)
 
 def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints accuracy, its interval, the baseline and a table per class."""
-    from ..data import load_splits, load_test_split
-    from ..evaluation import classify
-    from ..modeling import default_device, load_model
-    from ..prototypes import ClassPrototypes
+    from ..data.splits import load_splits, load_test_split
+    from ..model.loading import default_device, load_model
+    from ..predict.evaluation import classify
+    from ..predict.heads.prototypes import ClassPrototypes
 
     for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
         if getattr(args, name) < least:

@@ -7,14 +7,14 @@ import os
 import shlex
 from pathlib import Path
 
-from ..arguments import DataArguments, ModelArguments, choice
-from ..checkpoints import last_complete_checkpoint
-from ..configuration import MMFTConfig
-from ..console import is_main, percent, say, table
-from ..errors import PartialResult, UserError
-from ..hub import check_access, check_name, make_repo
-from ..launch import together
-from ..run_folder import RUN_FILE, Run
+from ..core.arguments import DataArguments, ModelArguments, choice
+from ..core.console import is_main, percent, say, table
+from ..core.errors import PartialResult, UserError
+from ..core.launch import together
+from ..hub.client import check_access, check_name, make_repo
+from ..train.checkpoints import last_complete_checkpoint
+from ..train.config import MMFTConfig
+from ..train.run_folder import RUN_FILE, Run
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
 
@@ -29,12 +29,12 @@ def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfi
     import numpy as np
     from transformers import set_seed
 
-    from ..data import load_splits
-    from ..evaluation import classify
-    from ..modeling import load_model
-    from ..prototypes import ClassPrototypes
-    from ..towers import Adapter, merge, parameter_counts, set_towers
-    from ..trainer import MMFTTrainer
+    from ..data.splits import load_splits
+    from ..model.loading import load_model
+    from ..model.towers import Adapter, merge, parameter_counts, set_towers
+    from ..predict.evaluation import classify
+    from ..predict.heads.prototypes import ClassPrototypes
+    from ..train.trainer import MMFTTrainer
 
     metrics = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
     choice("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), metrics)
@@ -139,7 +139,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfi
 
 def _push(path: Path, config: MMFTConfig) -> None:
     """Publishes what is in the folder: the weights that were chosen, with their results and card."""
-    from ..publish import push_model
+    from ..hub.publish import push_model
 
     say(f"\nPushing {path} to {config.hub_model_id}")
     options = {"private": config.hub_private_repo, "revision": config.hub_revision, "token": config.hub_token}
@@ -159,9 +159,9 @@ def _memory(model, processor, config, splits) -> str:
 
     import torch
 
-    from ..data import captions_of
-    from ..memory import available_memory, estimate_memory
-    from ..prompts import training_text
+    from ..data.splits import captions_of
+    from ..data.texts import training_text
+    from ..model.memory import available_memory, estimate_memory
 
     # A few hundred rows tell how long texts are.
     some = splits.train.select(range(0, len(splits.train), 1 + len(splits.train) // 256)).remove_columns("image")

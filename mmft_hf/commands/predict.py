@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import PartialResult, UserError
+from ..core.errors import PartialResult, UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -37,9 +37,9 @@ def run(args: PredictArguments, images: list[str]) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from ..images import BadImage, read_image
-    from ..modeling import default_device, encode_images, load_model
-    from ..prototypes import ClassPrototypes
+    from ..data.images import BadImage, read_image
+    from ..model.loading import default_device, encode_images, load_model
+    from ..predict.heads.prototypes import ClassPrototypes
 
     files = find_images(images)
     for name in ("top_k", "batch_size"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..console import say
-from ..errors import UserError
+from ..core.console import say
+from ..core.errors import UserError
 
 POSITIONAL = ("folder", "The --output_dir of mmft-hf finetune, or of mmft-hf caption.")
 
@@ -46,7 +46,7 @@ ARGUMENTS = (PushArguments,)
 
 def run(args: PushArguments, folders: list[str]) -> None:
     """Checks the folder and the access, then pushes."""
-    from ..publish import push_captioned_dataset, push_model
+    from ..hub.publish import push_captioned_dataset, push_model
 
     if len(folders) != 1:
         raise UserError(

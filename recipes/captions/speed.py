@@ -34,7 +34,7 @@ from mmft_hf.captioning.calls import Limits
 from mmft_hf.captioning.journal import Journal
 from mmft_hf.captioning.plan import Keys
 from mmft_hf.captioning.runs import CaptionRun, make_checker
-from mmft_hf.prompts import PromptSet
+from mmft_hf.data.texts import PromptSet
 
 LATENCY_S, IN_FLIGHT = 0.2, 64
 ANSWER = json.dumps(

@@ -5,7 +5,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from mmft_hf.console import percent
+from mmft_hf.core.console import percent
 
 if __name__ == "__main__":
     runs = [json.loads((Path(folder) / "all_results.json").read_text()) for folder in sys.argv[1:]]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...console import printable_text
-from ...errors import UserError
+from ...core.console import printable_text
+from ...core.errors import UserError
 from ..types import BUDGETS, Answer, Request, Sampling, Transient
 from .transport import Transport, check_url
 

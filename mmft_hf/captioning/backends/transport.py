@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from ...errors import UserError
+from ...core.errors import UserError
 from ..types import CallError, Fatal, Transient
 from .failures import failure, redact
 

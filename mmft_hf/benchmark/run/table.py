@@ -1,0 +1,116 @@
+"""Results of several seeds put together, as a table for the console."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+
+from scipy.stats import t
+
+FULL = "full"
+FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that nothing is outside of
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the 95 % interval of the mean of a few runs (Student's t).
+
+    None for fewer than `FEWEST_SEEDS`, and where all give the same: what has no chance in it, or shows none, tells nothing of
+    other seeds.
+    """
+    if len(values) < FEWEST_SEEDS or max(values) - min(values) < 1e-9:
+        return None
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def in_order(shots: Iterable) -> list:
+    """Numbers of shots from few to many, `full` last, each once."""
+    return sorted(set(shots), key=lambda n: (n == FULL, 0 if n == FULL else n))
+
+
+def shots_name(n) -> str:
+    """`1 shot`, `16 shots`, `all images`."""
+    return "all images" if n == FULL else "untuned" if n == 0 else f"{n} shot{'' if n == 1 else 's'}"
+
+
+def latest(rows: Iterable[dict]) -> list[dict]:
+    """One row per cell: what was done, or else how it failed last. A cell that failed is tried again by the next run."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["method"], row["shots"], row["seed"]
+        if row["status"] == "done" or found.get(key, row)["status"] != "done":
+            found[key] = row
+    return list(found.values())
+
+
+def seeds_text(counts: Iterable[int]) -> str:
+    """`5`, or `3 to 5` where cells of a method have different numbers of seeds."""
+    counts = set(counts)
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "0"
+
+
+def fewer_seeds(count: int, most: int) -> str:
+    """` (2 seeds)` behind a mean that must not be read beside those over more seeds; else nothing."""
+    return f" ({count} seed{'' if count == 1 else 's'})" if count < most else ""
+
+
+def image_chance(rows: Iterable[dict]) -> tuple[int, float] | None:
+    """Number of test images, and half the 95 % interval (Wilson) over them of the highest mean, in points; None without results."""
+    from ...predict.metrics import wilson_interval  # whose library takes a while
+
+    cells: dict[tuple, list[float]] = defaultdict(list)
+    images = 0
+    for row in latest(rows):
+        if row["status"] == "done" and row.get("test_images"):
+            cells[row["method"], row["shots"]].append(row["test_accuracy"])
+            images = max(images, row["test_images"])
+    if not images:
+        return None
+    low, high = wilson_interval(round(images * max(map(statistics.mean, cells.values()))), images)
+    return images, 50 * (high - low)
+
+
+def image_note(rows: Iterable[dict], groups: int = 0) -> str:
+    """What is to be said below a table of means; nothing without results.
+
+    Args:
+        groups: of test images that belong together, which makes fewer of them; 0 where each stands alone.
+    """
+    found = image_chance(rows)
+    if found is None:
+        return ""
+    images, points = found
+    size = f"of {groups:,} groups, ±{points:.1f} points or more" if groups else f"about ±{points:.1f} points"
+    return f"No ± above counts the chance of the test images: with {images:,} of them, {size}."
+
+
+def summary_table(rows: list[dict]) -> str:
+    """Test accuracy in percent of each method at each number of shots, as Markdown: mean over seeds, ± half its interval."""
+    rows = latest(rows)
+    values: dict[tuple, list[float]] = defaultdict(list)
+    policies: dict[str, set] = defaultdict(set)
+    for row in rows:
+        if row["status"] == "done":
+            values[row["method"], row["shots"]].append(100 * row["test_accuracy"])
+            policies[row["method"]].add(row["selection_policy"])
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shots = in_order(row["shots"] for row in rows)
+    most = {n: max((len(found) for (_, k), found in values.items() if k == n), default=0) for n in shots}
+    lines = ["| method | selection | seeds | " + " | ".join(map(shots_name, shots)) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(shots))
+    for method in methods:
+        cells = []
+        for n in shots:
+            found = values.get((method, n))
+            half = interval(found) if found else None
+            text = "" if not found else f"{statistics.mean(found):.1f}" + ("" if half is None else f" ± {half:.1f}")
+            cells.append(text + (fewer_seeds(len(found), most[n]) if found else ""))
+        seeds = seeds_text(len(values[method, n]) for n in shots if values.get((method, n)))
+        lines.append(f"| {method} | {', '.join(sorted(policies[method]))} | {seeds} | " + " | ".join(cells) + " |")
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
+        named = [f"{r['method']}, {shots_name(r['shots'])}, seed {r['seed']} ({r['error']})" for r in failed[:4]]
+        more = "; …" if len(failed) > len(named) else ""
+        lines.append(f"\n{len(failed)} cell{'s' if len(failed) > 1 else ''} failed: {'; '.join(named)}{more}")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""The folder of what is made once and kept: features of frozen towers, decoded pictures.
+
+Everything in it is named by its content and can be made again: the folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import uuid
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+
+from ..core.errors import UserError
+from .images import BadImage, read_image, stored_bytes
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "MMFT_HF_CACHE"
+
+
+def cache_folder(kind: str = "") -> Path:
+    """The folder of one kind of content (`features`, `pictures`): in `$MMFT_HF_CACHE`, else in `$HF_HOME/mmft_hf`."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get(VARIABLE) or Path(HF_HOME) / "mmft_hf", kind)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder and below; 0 where there is none."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += os.path.getsize(os.path.join(place, name))
+            except OSError:  # deleted in between
+                continue
+    return size
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> bool:
+    """Lets `write` make a file beside `path` and moves it there, so that nobody ever sees half of it.
+
+    Returns:
+        False where it could not be written (a full disk, no permission): it is said once, and the run goes on.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors has one of its own for what is an OSError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        _cannot_write(path.parent, str(error).splitlines()[0])
+        return False
+    return True
+
+
+@cache
+def _cannot_write(folder: Path, reason: str) -> None:
+    logger.warning(
+        "Nothing is kept in %s: %s. It is made again when it is needed. Another folder: set %s.",
+        folder,
+        reason,
+        VARIABLE,
+    )
+
+
+def check_short_side(short_side: int, size: tuple[int, int] | None) -> None:
+    """Raises `UserError` if kept pictures would be smaller than what the model sees (`size`, None where it has none)."""
+    if size and short_side < min(size):
+        raise UserError(
+            f"--decode_cache: expected at least {min(size)}, the side in pixels of what the model sees, found {short_side}."
+        )
+
+
+class DecodedPictures:
+    """Pictures as decoded and made smaller once, kept as uint8 `(height, width, 3)`, one file each.
+
+    Not bit-equal to the picture: what is cropped and resized later starts from a smaller one. A file's name is the
+    sha256 of the picture's bytes; a damaged one is made again; several processes may write at once. Uncompressed,
+    since reading one is then faster than decoding any JPEG of the same size.
+
+    Args:
+        short_side: in pixels, at least 1. Smaller pictures keep their size.
+        folder: default `pictures` of the cache.
+    """
+
+    def __init__(self, short_side: int, folder: Path | None = None):
+        self.short_side = short_side
+        # 1: the version of what is stored.
+        self.folder = (folder or cache_folder("pictures")) / f"1-{short_side}"
+
+    def read(self, source: dict | None) -> Image.Image:
+        """The picture of an undecoded `datasets.Image`.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        try:
+            content = stored_bytes(source)
+        except BadImage:  # none, or too large to be held twice: as without this cache
+            return read_image(source)
+        name = hashlib.sha256(content).hexdigest()
+        path = self.folder / name[:2] / f"{name}.npy"
+        found = self._load(path)
+        if found is not None:
+            return found
+        image = read_image(content)
+        scale = self.short_side / min(image.size)
+        if scale < 1:
+            size = [max(self.short_side, round(side * scale)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        write_atomically(path, lambda file: file.write_bytes(_packed(np.asarray(image))))
+        return image
+
+    def _load(self, path: Path) -> Image.Image | None:
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        try:
+            if zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
+                raise ValueError("its checksum is another")
+            return Image.fromarray(np.load(io.BytesIO(data), allow_pickle=False))
+        except (ValueError, EOFError, TypeError) as error:
+            logger.warning("%s is damaged (%s) and made again.", path, error)
+            return None
+
+
+def _packed(pixels: np.ndarray) -> bytes:
+    """The bytes of a `.npy` file with its checksum after it."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(pixels), allow_pickle=False)
+    return buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(4, "little")

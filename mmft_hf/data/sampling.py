@@ -1,0 +1,175 @@
+"""Which examples are drawn when: few-shot subsets and the order of an epoch, as functions of seeds alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A random generator that depends on the whole numbers given (a seed, an epoch, a row) and on nothing else.
+
+    So the draws are the same for any number of workers or processes, and after a resume.
+    """
+    return np.random.default_rng(np.random.SeedSequence([int(k) for k in key]))
+
+
+def few_shot_split(labels: Sequence[int], shots: int, seed: int = 0) -> list[int]:
+    """Row numbers of `min(shots, n)` examples of each class, drawn without replacement, in ascending order.
+
+    Args:
+        labels: Class of each row (`C` classes).
+        shots: Examples per class, at least 1. A class with fewer gives all it has.
+        seed: The only source of chance.
+
+    Raises:
+        ValueError: `shots` is below 1.
+    """
+    if shots < 1:
+        raise ValueError(f"shots: expected 1 or more examples per class, found {shots}.")
+    labels = np.asarray(labels)
+    chosen: list[int] = []
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        # One generator per class: adding a class does not change what the others draw.
+        chosen += generator(seed, c).permutation(rows)[:shots].tolist()
+    return sorted(chosen)
+
+
+def hold_out(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Splits row numbers into (rest, held out), `fraction` of every class (at least one of a class of two or more)."""
+    labels = np.asarray(labels)
+    held: list[int] = []
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        n = min(len(rows) - 1, max(1, round(fraction * len(rows))))
+        held += generator(seed, c).permutation(rows)[:n].tolist()
+    rest = sorted(set(range(len(labels))) - set(held))
+    return rest, sorted(held)
+
+
+# A number that stands for no row: it fills up the last step where several processes share it.
+PADDING = -1
+# Label of a row that is no example: an image that could not be read, or one that fills up a batch. Losses and metrics
+# leave it out.
+IGNORED = -100
+
+
+class EpochSampler:
+    """Shuffled row numbers that carry their epoch: it yields `epoch * length + row`.
+
+    A data set then knows the epoch of each read without any state that workers, processes or a resume would have to
+    share: see `TrainingView`. The Trainer calls `set_epoch`; accelerate gives every W-th batch of the stream to each of W
+    processes. To a `DataLoader` anything with a length that yields row numbers is a sampler; so this module needs no torch.
+
+    Args:
+        length: rows of the data set, `n`.
+        seed: of the order.
+        processes, batch_size: W and B, with which the rows that are left for the last step are dealt evenly to the
+            processes, and each fills its batch with `PADDING`: a step then has the same rows for any W with the same
+            W * B. Without a batch size nothing is filled up.
+    """
+
+    def __init__(self, length: int, seed: int = 0, processes: int = 1, batch_size: int | None = None):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+        self.processes = processes
+        self.batch_size = batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.length // self._step) * self._step
+
+    @property
+    def _step(self) -> int:
+        return self.processes * self.batch_size if self.batch_size else 1
+
+    def rows(self) -> list[int]:
+        """The epoch's stream of `n` numbers `epoch * length + row`, before it is dealt out."""
+        order = generator(self.seed, self.epoch).permutation(self.length)
+        return (self.epoch * self.length + order).tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        rows = self.rows()
+        last = len(rows) - len(rows) % self._step
+        yield from rows[:last]
+        for process in range(self.processes if last < len(rows) else 0):
+            own = rows[last + process :: self.processes]
+            yield from own
+            yield from [PADDING] * (self.batch_size - len(own))
+
+
+class ClassBalancedSampler(EpochSampler):
+    """Batches in which every class has the same number of images, so that SupCon has its positives.
+
+    The classes come in shuffled rounds, each with its next `samples_per_class` images, and a class begins anew when its
+    images are used up: rare classes are seen more often than others. No image is twice in a batch; a class with fewer
+    images gives all it has. An epoch is as long as without balancing, `n` images.
+
+    Args:
+        labels: Class of each row (`C` classes), length `n`.
+        step_size: images of a step in all processes, W * B; a batch has about `step_size / samples_per_class` classes.
+        samples_per_class: images of each class in a batch, 2 or more.
+        seed, processes, batch_size: as in `EpochSampler`.
+
+    Yields `visit * n + row`, where a row's visits have numbers of their own, so that each has its own crop and caption.
+
+    Raises:
+        ValueError: `samples_per_class` is below 2, or more than a batch holds.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        step_size: int,
+        samples_per_class: int = 2,
+        seed: int = 0,
+        processes: int = 1,
+        batch_size: int | None = None,
+    ):
+        super().__init__(len(labels), seed, processes, batch_size)
+        if not 2 <= samples_per_class <= step_size:
+            raise ValueError(
+                f"samples_per_class: expected 2 to {step_size} (a batch of all processes), found {samples_per_class}."
+            )
+        self.labels = np.asarray(labels)
+        self.step_size = step_size
+        self.samples_per_class = samples_per_class
+
+    def rows(self) -> list[int]:
+        """As in `EpochSampler`, in batches of `step_size` that are balanced."""
+        rng = generator(self.seed, self.epoch, 2)  # 2: a stream of its own
+        classes = np.unique(self.labels)
+        images = {c: np.flatnonzero(self.labels == c) for c in classes.tolist()}
+        decks = {c: _deck(own, rng) for c, own in images.items()}
+        rounds = _deck(classes, rng)
+        visits = np.zeros(self.length, dtype=np.int64)
+        stream: list[int] = []
+        while len(stream) < self.length:
+            size = min(self.step_size, self.length - len(stream))
+            batch: set[int] = set()
+            of_class: Counter[int] = Counter()
+            while len(batch) < size:
+                c = next(rounds)
+                until = min(of_class[c] + self.samples_per_class, len(images[c]), of_class[c] + size - len(batch))
+                while of_class[c] < until:
+                    row = next(decks[c])
+                    if row not in batch:
+                        batch.add(row)
+                        of_class[c] += 1
+                        # Beyond any number of epochs, so that no other epoch has it.
+                        stream.append((self.epoch + (int(visits[row]) << 32)) * self.length + row)
+                        visits[row] += 1
+        return stream
+
+
+def _deck(values: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    """The values in shuffled order, again and again, shuffled anew each time."""
+    while True:
+        yield from rng.permutation(values).tolist()

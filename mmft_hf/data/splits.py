@@ -1,0 +1,344 @@
+"""The data contract: load, map columns by name, validate, split. No image is opened here.
+
+Columns after loading: `image`, `label` (a `ClassLabel` whose names are the class names) and, where there are captions,
+`captions` (text or list of texts per image; none and empty are allowed). Other columns stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
+
+from ..core.arguments import DataArguments
+from ..core.builtin import builtin
+from ..core.errors import UserError, nearest
+from .join import join_captions
+from .sampling import few_shot_split, hold_out
+from .sources import SPLIT_NAMES, empty_split, load_raw, what_was_read
+from .texts import clean_class_name
+
+logger = logging.getLogger(__name__)
+
+TEXT = (Value("string"), Value("large_string"))
+NOTHING = (Value("null"),)  # what a column of JSON is read as if no row has a value
+
+
+@dataclass
+class Splits:
+    """What a run works on. `notes` says in sentences what was decided for the user."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    class_names: list[str]
+    has_captions: bool
+    notes: list[str] = field(default_factory=list)
+
+    def captions_per_image(self) -> np.ndarray:
+        """Number of captions of each training image, `(rows,)`."""
+        return np.array([len(captions_of(value)) for value in self.train["captions"][:]])
+
+    def fingerprint(self) -> str:
+        """16 hex digits of class names and, for each split, labels, picture files and (training) captions.
+
+        Pictures are told apart by file name and size, so none is opened; the folder that holds them does not count.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(labels_of(split).astype("<i8").tobytes())
+            digest.update(json.dumps(split["image_id"][:]).encode())
+            if self.has_captions and split is self.train:
+                digest.update(json.dumps([captions_of(c) for c in split["captions"]]).encode())
+        return digest.hexdigest()[:16]
+
+
+def _add_source(dataset: Dataset) -> Dataset:
+    """Adds `source_row`, to name a bad picture after splits were cut, and `image_id`, to tell pictures apart unopened."""
+    ids = []
+    for chunk in dataset.data.column("image").chunks:
+        content, paths = chunk.field("bytes"), chunk.field("path")
+        for size, path in zip(pc.binary_length(content).to_pylist(), paths.to_pylist(), strict=True):
+            if size is None and path:
+                size = os.path.getsize(path) if os.path.exists(path) else -1
+            ids.append(f"{Path(path).name if path else ''}:{size}")
+    own = [name for name in ("source_row", "image_id") if name in dataset.column_names]
+    return dataset.remove_columns(own).add_column("source_row", np.arange(len(dataset))).add_column("image_id", ids)
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """The labels `(rows,)`, read without touching any other column."""
+    return np.asarray(dataset["label"][:], dtype=np.int64)
+
+
+def captions_of(value: str | list | None) -> list[str]:
+    """The captions of one row: nothing, one text or a list become a list of texts that are not blank."""
+    texts = [value] if isinstance(value, str) else value or []
+    return [text.strip() for text in texts if text and text.strip()]
+
+
+def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bool]:
+    """Renames the three columns, checks their types and makes image paths absolute."""
+    path = Path(builtin(args.dataset_name))
+    base = Path(args.image_root or (path.parent if path.is_file() else path))
+    features = next(iter(raw.values())).features
+    wanted = {"image": args.image_column, "label": args.label_column}
+    captions = args.captions_column or ("captions" if "captions" in features else None)
+    if captions:
+        wanted["captions"] = captions
+    if list(features) == ["image"] and path.is_dir():
+        raise UserError(
+            f"data set {args.dataset_name!r}: expected one subfolder of images per class, and two classes or more; found "
+            "images without a class. Move them, or type --dataset_name FILE.csv with columns image and label."
+        )
+    for role, column in wanted.items():
+        if column not in features:
+            lists = [name for name, kind in features.items() if role == "captions" and is_text(kind)]
+            raise UserError(
+                f"column {column!r} for the {role} is missing: found {', '.join(features)}."
+                + (f" Columns of text: {', '.join(lists)}." if lists else "")
+                + (nearest(column, features) or f" Type --{role}_column NAME.")
+            )
+    if captions and not is_text(features[captions], *NOTHING):
+        raise UserError(
+            f"column {captions!r}: expected text or a list of texts as captions, found {features[captions]}. "
+            "Type --captions_column NAME, or leave it out to train with class templates alone."
+        )
+    mapped = DatasetDict()
+    for split, dataset in raw.items():
+        # A column that already has a contract's name without playing that role makes way.
+        in_the_way = [role for role, column in wanted.items() if role != column and role in dataset.column_names]
+        dataset = dataset.remove_columns(in_the_way)
+        dataset = dataset.rename_columns({column: role for role, column in wanted.items() if role != column})
+        if args.image_root and dataset.features["image"] not in TEXT:
+            raise UserError(
+                f"--image_root: expected paths of images in column {args.image_column!r}, found {dataset.features['image']}. "
+                "Leave it out."
+            )
+        if dataset.features["image"] in TEXT:
+            paths = [str(base / p) if p else None for p in dataset["image"]]
+            if not any(paths):
+                raise UserError(
+                    f"split {split!r}: expected paths of images in column {args.image_column!r}, found none."
+                )
+            dataset = dataset.remove_columns("image").add_column("image", paths)
+        kind = dataset.features["image"]
+        if not isinstance(kind, Image) and kind not in (*TEXT, Value("binary")):
+            raise UserError(f"column {args.image_column!r}: expected images or their paths, found {kind}.")
+        mapped[split] = dataset.cast_column("image", Image(decode=False))
+    return mapped, bool(captions)
+
+
+def is_text(kind, *others) -> bool:
+    """Whether a column's type is text or a list of texts (or one of `others`)."""
+    return (kind.feature if isinstance(kind, List) else kind) in (*TEXT, *others)
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """Names of the columns that hold a list of texts per row, which could serve as captions."""
+    return [name for name, kind in dataset.features.items() if isinstance(kind, List) and is_text(kind)]
+
+
+def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str]:
+    kind = data[train].features["label"]
+    if args.class_names:
+        names = list(args.class_names)
+    elif isinstance(kind, ClassLabel):
+        names = list(kind.names)
+    elif kind in TEXT:
+        names = sorted({str(v) for v in data[train]["label"] if v is not None})
+    elif isinstance(kind, Value) and kind.dtype.startswith(("int", "uint")):
+        count = len(set(data[train]["label"]))
+        raise UserError(
+            f"column {args.label_column!r}: expected class names, found bare numbers ({count} different ones), from "
+            "which no prompt can be made. Type --class_names NAME_OF_0 NAME_OF_1 …"
+        )
+    else:
+        raise UserError(f"column {args.label_column!r}: expected class names or numbers, found {kind}.")
+    seen: dict[str, str] = {}
+    for name in names:
+        key = clean_class_name(name).casefold()
+        if key in seen:
+            raise UserError(
+                f"two classes have the same name, {seen[key]!r} and {name!r}: no prompt can tell them apart. Give one "
+                "of them another name (rename its folder, or type --class_names with all names in order)."
+            )
+        seen[key] = name
+    return names
+
+
+def _encode_labels(dataset: Dataset, split: str, names: list[str], column: str) -> Dataset:
+    """Labels as `ClassLabel` over `names`; text is looked up, numbers are checked."""
+    values = dataset["label"][:]
+    if isinstance(dataset.features["label"], ClassLabel) and dataset.features["label"].names != names:
+        own = dataset.features["label"].names
+        values = [own[v] if v is not None and 0 <= v < len(own) else v for v in values]
+    lookup = {name: i for i, name in enumerate(names)}
+    labels = [lookup.get(v, -1) if isinstance(v, str) else v for v in values]
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < len(names):
+            raise UserError(
+                f"column {column!r}, split {split!r}, row {row}: label {values[row]!r} is outside the class list "
+                f"({len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}). "
+                "Correct the row, or leave the split out."
+            )
+    if isinstance(dataset.features["label"], ClassLabel) and dataset.features["label"].names == names:
+        return dataset
+    dataset = dataset.remove_columns("label").add_column("label", labels)
+    return dataset.cast_column("label", ClassLabel(names=names))
+
+
+def _find_split(data: DatasetDict, role: str, name: str | None) -> str | None:
+    if name is not None:
+        if name not in data:
+            raise UserError(
+                f"split {name!r} is missing: found {', '.join(data)}.{nearest(name, data) or ''} Type --{role}_split NAME."
+            )
+        return name
+    return next((alias for alias in SPLIT_NAMES[role] if alias in data), None)
+
+
+def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None = None, **options) -> DatasetDict:
+    """Loads labelled images, with captions where there are any, under the contract's column names.
+
+    Args:
+        name: Hub id, folder of parquet files, folder of images in class folders, CSV/JSONL file, split file of CoOp, or
+            `builtin/emoji-mini`.
+        config: configuration of a Hub data set.
+        options: any field of `DataArguments`, e.g. `captions_column="text"`.
+
+    Returns:
+        All splits, each with `image` (decoded on access), `label` (`ClassLabel`) and perhaps `captions`.
+
+    Raises:
+        UserError: nothing there, a missing column, a wrong type, a label outside the class list, two equal class names.
+    """
+    data, _, _, notes = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
+    for note in notes:
+        logger.warning(note)
+    return DatasetDict({split: dataset.cast_column("image", Image()) for split, dataset in data.items()})
+
+
+def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]:
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+    empty = [split for split, dataset in raw.items() if len(dataset) == 0]
+    if empty:
+        raise UserError(empty_split(args.dataset_name, empty[0]))
+    train = _find_split(raw, "train", args.train_split)
+    if train is None:
+        if len(raw) > 1:
+            raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
+        train = next(iter(raw))
+    data, has_captions = _map_columns(raw, args)
+    notes = what_was_read(args.dataset_name, raw)
+    for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
+        if set(data[split]["label"][:]) <= {None, -1}:  # as in the test split of a challenge
+            del data[split]
+            notes.append(f"Split {split!r} has no labels and is left out.")
+    names = _class_names(data, train, args)
+    if args.class_names:
+        # Names typed by the user are given by position.
+        data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
+    encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
+    if args.captions_dataset:
+        captions = load_raw(args.captions_dataset)
+        encoded[train], joined = join_captions(encoded[train], captions, args.captions_dataset)
+        notes += joined
+    return DatasetDict(encoded), names, has_captions or bool(args.captions_dataset), notes
+
+
+def _rename_classes(dataset: Dataset, names: list[str]) -> Dataset:
+    kind = dataset.features["label"]
+    if not isinstance(kind, ClassLabel):
+        return dataset
+    if len(kind.names) != len(names):
+        raise UserError(f"--class_names: expected {len(kind.names)} names, one per class, found {len(names)}.")
+    return dataset.cast_column("label", ClassLabel(names=names))
+
+
+def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | None:
+    """One labelled split with its labels matched, by name, to the classes of a trained model.
+
+    Returns:
+        The split named by `test_split` (or `test`); None where no split is named and there is no `test`.
+
+    Raises:
+        UserError: as `load_captioned_dataset`; a class that the model does not know.
+    """
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+    split = _find_split(raw, "test", args.test_split)
+    if split is None:
+        return None
+    if len(raw[split]) == 0:
+        raise UserError(empty_split(args.dataset_name, split))
+    data, _ = _map_columns(DatasetDict({split: raw[split]}), args)
+    dataset = data[split]
+    if args.class_names:
+        dataset = _encode_labels(_rename_classes(dataset, args.class_names), split, args.class_names, args.label_column)
+    return _add_source(_encode_labels(dataset, split, class_names, args.label_column))
+
+
+def load_splits(args: DataArguments) -> Splits:
+    """Loads a data set and decides what is trained on, what selects, and what is tested.
+
+    Where a split is missing, part of every class of the training split is held out, the same for every seed of the
+    training. Few-shot subsets (`shots`) are drawn from what is left; validation and test stay whole.
+
+    Raises:
+        UserError: as `load_captioned_dataset`, and for a class without a training image.
+    """
+    data, names, has_captions, notes = _load(args)
+    data = DatasetDict({name: _add_source(split) for name, split in data.items()})
+    train_name = _find_split(data, "train", args.train_split) or next(iter(data))
+    train = data[train_name]
+    chosen, used = {}, {train_name: "train"}
+    for role, share in (("test", args.test_size), ("validation", args.validation_size)):
+        named = getattr(args, f"{role}_split")
+        found = _find_split(data, role, named)
+        tested = found is not None and found == args.test_split and named is None
+        if tested:
+            found = None  # what is called validation is tested on, so selection needs a part of train
+        if found in used:
+            raise UserError(
+                f"split {found!r}: expected one role for each split, found {used[found]} and {role}. Found splits: "
+                f"{', '.join(data)}. Type --{used[found]}_split NAME or --{role}_split NAME."
+            )
+        if found is not None:
+            chosen[role], used[found] = data[found], role
+            continue
+        rest, held = hold_out(labels_of(train), share, args.shots_seed)
+        if not held:
+            raise UserError(
+                f"no {role} split, and no class of {train_name!r} has two images, so none can be held out. Add a "
+                f"{role} split, or type --{role}_split NAME."
+            )
+        chosen[role], train = train.select(held), train.select(rest)
+        notes.append(
+            f"There is no {role} split{' but the one that is tested on' * tested}: {len(held)} images ({share:.0%} of each class, seed {args.shots_seed}) were held "
+            f"out of {train_name!r} for it."
+        )
+    counts = np.bincount(labels_of(train), minlength=len(names))
+    if (counts == 0).any():
+        missing = [names[c] for c in np.flatnonzero(counts == 0)]
+        raise UserError(
+            f"{len(missing)} of {len(names)} classes have no training image: {', '.join(missing[:8])}"
+            f"{', …' if len(missing) > 8 else ''}. Add images of them, or take them out of the class list."
+        )
+    if args.shots:
+        train = train.select(few_shot_split(labels_of(train), args.shots, args.shots_seed))
+        notes.append(f"Few-shot: {len(train)} images, at most {args.shots} of each class (seed {args.shots_seed}).")
+        notes.append("Validation stays at full size (selection policy val-full).")
+    if not has_captions:
+        text = text_columns(train) or [c for c in ("text", "caption") if is_text(train.features.get(c))]
+        hint = (
+            f" It has texts in {', '.join(text)}: type --captions_column {text[0]} to train with them." if text else ""
+        )
+        notes.append(f"There are no captions: training uses the class template alone.{hint}")
+    return Splits(train, chosen["validation"], chosen["test"], names, has_captions, notes)

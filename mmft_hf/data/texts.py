@@ -1,0 +1,153 @@
+"""Words around a class name: clean-up, the class template before every caption, and what a captioner is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..core.builtin import ASSETS
+from ..core.errors import UserError, nearest
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+# CLIP's 80 wordings for ImageNet (OpenAI, MIT licence), whose embeddings are averaged by `--prototypes templates` and `zs-ens`.
+TEMPLATES = tuple((ASSETS / "clip_templates" / "templates.txt").read_text(encoding="utf-8").splitlines())
+
+
+def clean_class_name(name: str) -> str:
+    """Underscores and hyphens become spaces, runs of spaces one space: `saint_bernard` -> `saint bernard`."""
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+def check_template(template: str) -> str:
+    """Returns the template, or raises `UserError` unless it holds `{}` exactly once."""
+    if template.count("{}") != 1:
+        raise UserError(
+            f"class_template: expected a text with {{}} once, where the class name goes, found {template!r}. "
+            f"Type for example --class_template {DEFAULT_TEMPLATE!r}."
+        )
+    return template
+
+
+def class_prompt(template: str, class_name: str) -> str:
+    """The template with the cleaned class name in place of `{}`; braces inside a class name stay text."""
+    return template.replace("{}", clean_class_name(class_name), 1)
+
+
+def training_text(template: str, class_name: str, caption: str | None) -> str:
+    """`a photo of a {class}. {caption}`, or the class prompt alone where there is no caption."""
+    prompt = class_prompt(template, class_name)
+    return f"{prompt} {caption}" if caption else prompt
+
+
+# -- what a captioner is asked --------------------------------------------------------------------------------------------
+# The method's own prompt (Enomoto & Yamaguchi 2026, arXiv 2601.21426), with its eight aspects and the domain words of its
+# benchmark data sets. "aircrafts" and "satellite" read oddly, but are what the captions were asked with.
+PROMPT = (
+    "To differentiate this {class_name} photo from other {domain} photos, describe its primary {aspect} characteristics "
+    "based on the photo in {words} words."
+)
+ASPECTS = ("visual", "shape", "texture", "context", "spatial", "petals", "color", "symbols")
+DOMAINS = {
+    "pets": "pets",
+    "flowers": "flowers",
+    "dtd": "textures",
+    "gtsrb": "traffic signs",
+    "cars": "cars",
+    "aircraft": "aircrafts",
+    "eurosat": "satellite",
+    "food101": "food",
+    "cub": "birds",
+    "imagenet": "general objects",
+    "caltech101": "general objects",
+    "cifar10": "general objects",
+    "cifar100": "general objects",
+}
+PLACEHOLDERS = ("class_name", "domain", "aspect", "words")
+
+
+def printable(name: str) -> str:
+    """A class name that can neither break a line nor hide or turn text: at most 80 visible characters on one line."""
+    name = unicodedata.normalize("NFKC", name)
+    kept = "".join(
+        " " if c.isspace() else c for c in name if c.isspace() or not unicodedata.category(c).startswith("C")
+    )
+    return " ".join(kept.split())[:80]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a captioning run: one for each aspect.
+
+    Args:
+        aspects: names of `ASPECTS`, or own ones that `own_prompts` or `template` can serve.
+        domain: what the pictures are of, e.g. `pets`; a name of `DOMAINS` stands for its word.
+        words: length asked for, in words.
+        template: text with the placeholders `{class_name}`, `{domain}`, `{aspect}`, `{words}`, each optional.
+        own_prompts: a template of its own for some aspects.
+        clean_names: whether class names are cleaned (`saint_bernard` -> `saint bernard`) and written in lower case.
+
+    Raises:
+        UserError: no aspect, one named twice, an unknown placeholder, fewer than one word.
+    """
+
+    aspects: tuple[str, ...] = ("visual", "shape", "texture")
+    domain: str = "general objects"
+    words: int = 50
+    template: str = PROMPT
+    own_prompts: Mapping[str, str] = field(default_factory=dict)
+    clean_names: bool = True
+
+    def __post_init__(self):
+        if not self.aspects or len(set(self.aspects)) != len(self.aspects):
+            found = ", ".join(self.aspects) or "none"
+            raise UserError(
+                f"aspects: expected one or more different ones, found {found}. Known: {', '.join(ASPECTS)}."
+            )
+        if self.words < 1:
+            raise UserError(f"words: expected 1 or more, found {self.words}.")
+        for template in (self.template, *self.own_prompts.values()):
+            for name in re.findall(r"\{(\w*)\}", template):
+                if name not in PLACEHOLDERS:
+                    known = ", ".join(f"{{{p}}}" for p in PLACEHOLDERS)
+                    raise UserError(f"prompt: expected {known}, found {{{name}}}.{nearest(name, PLACEHOLDERS)}")
+        for aspect in self.own_prompts:
+            if aspect not in self.aspects:
+                raise UserError(
+                    f"own_prompts: expected prompts of the aspects {', '.join(self.aspects)}, found one of {aspect!r}."
+                    f"{nearest(aspect, self.aspects)} Add {aspect!r} to the aspects, or leave its prompt out."
+                )
+        same = [aspect for aspect in self.aspects if aspect not in self.own_prompts]
+        if len(same) > 1 and "{aspect}" not in self.template:
+            raise UserError(
+                f"prompt: expected {{aspect}} in it, as it is asked once for each of {', '.join(same)}, found none. Ask for "
+                "one aspect (and several --samples of it), or write {aspect} where its name goes."
+            )
+
+    def prompt(self, aspect: str, class_name: str) -> str:
+        """The text asked about one picture. Substitution is one pass: braces inside a class name stay text."""
+        name = printable(clean_class_name(class_name).lower() if self.clean_names else class_name)
+        values = {
+            "class_name": name,
+            "domain": DOMAINS.get(self.domain, self.domain),
+            "aspect": aspect,
+            "words": str(self.words),
+        }
+        template = self.own_prompts.get(aspect, self.template)
+        return re.sub(r"\{(\w*)\}", lambda match: values[match[1]], template)
+
+    def joint_prompt(self, class_name: str) -> str:
+        """One text that asks for all aspects at once, to be answered with a JSON object that has their names as keys."""
+        tasks = "\n".join(f"{json.dumps(a)}: {self.prompt(a, class_name)}" for a in self.aspects)
+        return (
+            "Do each of these tasks for the picture. Answer with one JSON object and nothing else; its keys are "
+            f"{', '.join(json.dumps(a) for a in self.aspects)}, and each value is the text that answers that task.\n{tasks}"
+        )
+
+    def prompt_id(self, aspect: str) -> str:
+        """8 hex digits of the prompt before the class name is filled in: equal for equal wording."""
+        return hashlib.sha256(self.prompt(aspect, "\0").encode()).hexdigest()[:8]

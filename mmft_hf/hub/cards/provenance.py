@@ -1,0 +1,144 @@
+"""What a run was made from, for its record and its card: base model, data, captions, licences. Nothing of it is a local path."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import MISSING, fields
+
+import numpy as np
+import torch
+
+from ...captioning.types import ACCEPTED
+from ...core.arguments import DataArguments, ModelArguments
+from ...core.markdown import one_line, public_name
+from ...core.repositories import captioned_origin, origin, read_beside
+from ...data.splits import Splits, captions_of, labels_of
+
+LONGEST_PROMPT = 4000
+# What other lines of the card say, or what follows from other settings.
+TOLD = set(
+    "dataset_name dataset_config_name dataset_revision model_name_or_path model_revision output_dir seed".split()
+)
+TOLD |= set("image_root shots shots_seed accelerator_config greater_is_better".split())
+
+
+def sources(identity: dict, data_settings: dict, splits: Splits, training: type) -> dict:
+    """Where model and data come from. `training` is the dataclass of the training's settings.
+
+    Returns:
+        `base_model` and `dataset`: `name`, `kind` (`hub`, `builtin` or `local`), `revision` and `license` as their own cards
+        state it; `splits`: images of each; `train_images_per_class`; `captions`: what is known of them, or None;
+        `settings`: `{name: [value, default]}` where they differ; `device`: the
+        graphics card, where there is one. JSON-able.
+    """
+    data = origin(data_settings["dataset_name"], data_settings["dataset_revision"], "dataset")
+    data |= {"config": data_settings["dataset_config_name"], "test_split": data_settings["test_split"]}
+    record = _record(data_settings["dataset_name"], data_settings["dataset_revision"])
+    made_from = _part(record, "made_from")
+    original = made_from.get("dataset_name")
+    if isinstance(original, str) and original:
+        data["captions_of"] = captioned_origin(original)
+    counts = np.bincount(labels_of(splits.train), minlength=len(splits.class_names))
+    return {
+        "base_model": origin(identity["base_model"], identity["base_model_revision"], "model"),
+        "dataset": data,
+        "splits": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
+        "train_images_per_class": counts.tolist(),
+        "captions": _captions(splits, data_settings, record, made_from) if splits.has_captions else None,
+        "settings": _settings(identity, data_settings, training),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def captioning_cost(dataset_name: str, revision: str | None = None) -> dict | None:
+    """What it took to caption a data set, as `captions.json` beside it says.
+
+    Args:
+        dataset_name: what `--dataset_name` names, or `--captions_dataset` where the captions come from there.
+
+    Returns:
+        `captioner` (models, or how the texts came), `calls`, `cost_usd`, `tokens_in`, `tokens_out`, `seconds` (from the first
+        question of each run to its last answer), each None where it is not known: of texts that were there before
+        nothing is, class templates took no call. None: `mmft-hf caption` did not make this data set.
+    """
+    record = _record(dataset_name, revision)
+    made_from, statistics = _part(record, "made_from"), _part(record, "statistics")
+    if not made_from:
+        return None
+    backend = _part(made_from, "captioner").get("backend")
+    names = list(_part(statistics, "models")) or [record.get("model") or backend]
+    found = {"captioner": ", ".join(one_line(public_name(str(name))) for name in names if name) or None}
+    found |= dict.fromkeys(("calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
+    if backend == "template":
+        found |= {"calls": 0, "cost_usd": 0.0, "tokens_in": 0, "tokens_out": 0}
+    spent = _part(record, "spent")
+    found |= {name: spent[name] for name in found if isinstance(spent.get(name), (int, float))}
+    return found
+
+
+def _part(record: dict, name: str) -> dict:
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _record(name: str, revision: str | None) -> dict:
+    """`captions.json` beside a captioned data set; empty where there is none."""
+    text = read_beside(name, "captions.json", revision, "dataset")
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _captions(splits: Splits, data_settings: dict, record: dict, made_from: dict) -> dict:
+    """How many training images have captions, and who wrote them with which prompts, as far as the data say it."""
+    per_image = splits.captions_per_image()
+    column = data_settings["captions_column"] or "captions"
+    found = {
+        "images": int((per_image > 0).sum()),
+        "captions": int(per_image.sum()),
+        "column": column,
+        "models": {},
+        "aspects": [],
+        "prompts": {},
+        "columns": [],
+    }
+    if column != "captions" or "caption_records" not in splits.train.column_names:
+        return found
+    used, aspects = Counter(), Counter()
+    for captions, records in zip(splits.train["captions"], splits.train["caption_records"], strict=True):
+        texts = set(captions_of(captions))
+        for one in records or ():
+            if one["status"] in ACCEPTED and (one["text"] or "").strip() in texts:
+                used[public_name(one["model"] or "unknown")] += 1
+                aspects[one["aspect"] or ""] += one["model"] not in ("columns", "template")
+    found["models"], found["aspects"] = (
+        dict(used.most_common()),
+        [a for a, count in aspects.most_common() if a and count],
+    )
+    prompts = record.get("prompt_texts")
+    if isinstance(prompts, dict):
+        found["prompts"] = {str(aspect): str(text)[:LONGEST_PROMPT] for aspect, text in list(prompts.items())[:20]}
+    captioner = made_from.get("captioner")
+    columns = captioner.get("columns") if isinstance(captioner, dict) else None
+    if isinstance(columns, list):
+        found["columns"] = [str(name) for name in columns]
+    return found
+
+
+def _settings(identity: dict, data_settings: dict, training: type) -> dict:
+    """`{name: [value, default]}` of what differs, in the order of the record."""
+    defaults = {}
+    for kind in (ModelArguments, DataArguments, training):
+        for field in fields(kind):
+            default = field.default if field.default is not MISSING else None
+            defaults[field.name] = json.loads(json.dumps(default, default=str))
+    other = {k: v for k, v in identity.get("other_settings", {}).items() if v}
+    found = {**identity, **other, **data_settings}
+    # A default of nothing means that the machine decides; that it decided against something is not worth a line.
+    # But a number is one also where it is 0.
+    decided = {k: v or defaults[k] is not None or type(v) is float for k, v in found.items() if k in defaults}
+    differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and decided[k]}
+    return {k: [v, defaults[k]] for k, v in differ.items() if k not in TOLD}

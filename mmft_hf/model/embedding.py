@@ -1,0 +1,80 @@
+"""The forward of a training step: embeddings of both towers and the logits' scale, from one call of the wrapped model.
+
+Shapes: `B` images, `U` distinct texts, `T` tokens, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .loading import encode_images, encode_texts, logit_scale
+
+
+def add_embedding_forward(model: PreTrainedModel) -> None:
+    """Teaches `model(..., chunk_size=n)` to return what a loss over many chunks needs; without it, its forward is the stock one.
+
+    All that a step needs of the model must come from one call of it: DDP, FSDP and DeepSpeed follow what goes through the
+    wrapped model, and nothing else.
+
+    Inputs of the call:
+        pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what a tower
+            is to encode. A tower without inputs has no output.
+        chunk_size (`int`): rows encoded at a time; 0: all at once. Chunks leave only their embeddings behind, and are
+            encoded once more, with the same random numbers, when their gradient is computed: the gradient is that of the
+            whole batch, and the memory that of one chunk, for one more forward.
+
+    Returns:
+        `{"image_embeds": (B, D), "text_embeds": (U, D), "scale": ()}`, unit-norm in float32, with gradient.
+
+    References: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv
+    2101.06983), whose gradient cache this is; here the recomputation is activation checkpointing of whole chunks.
+    """
+    # A bound method, so that a deep copy of the model calls itself and not the original.
+    model.forward = MethodType(embedding_forward, model)
+
+
+def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
+    """The forward itself, see `add_embedding_forward`; `self` is the model."""
+    if chunk_size is None:
+        return type(self).forward(self, *args, **inputs)
+    found = {"scale": logit_scale(self)}
+    if "pixel_values" in inputs:
+        found["image_embeds"] = _in_chunks(lambda x: encode_images(self, x), [inputs["pixel_values"]], chunk_size)
+    texts = [inputs[name] for name in ("input_ids", "attention_mask") if name in inputs]
+    if texts:
+        found["text_embeds"] = _in_chunks(lambda *x: encode_texts(self, *x), texts, chunk_size)
+    return found
+
+
+def _in_chunks(encode: Callable[..., Tensor], inputs: list[Tensor], size: int) -> Tensor:
+    rows = len(inputs[0])
+    if not 0 < size < rows:
+        return encode(*inputs)
+    chunks = zip(*(x.split(size) for x in inputs), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([encode(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+@contextmanager
+def quick_attention(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+    """Plain attention where that is the quicker one to train: on a CPU, in bfloat16.
+
+    There, the backward of the fused attention takes five times as long as in float32, and most of a step.
+    """
+    usual = model.config._attn_implementation
+    quick = "eager" if bf16 and model.device.type == "cpu" and usual == "sdpa" else usual
+    if quick != usual:
+        model.set_attn_implementation(quick)
+    try:
+        yield
+    finally:
+        if quick != usual:
+            model.set_attn_implementation(usual)

@@ -1,0 +1,372 @@
+"""Embeddings of a tower that does not change, encoded once and kept on disk under a name made of all they depend on.
+
+Every method that works on frozen features shares one pass. Shapes: `n` pictures or texts, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import PIL
+import torch
+import torch.distributed as dist
+import transformers
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..core.distributed import communication_device, process_index, world_size
+from ..core.errors import UserError
+from ..data.cache import cache_folder, write_atomically
+from ..data.images import content_hash
+from ..data.sampling import IGNORED
+from ..data.splits import labels_of
+from ..data.views import Features, ImageView
+from ..version import __version__
+from .collator import MMFTDataCollator, tokenize
+from .loading import encode_images, encode_texts
+from .towers import TOWERS
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 256
+# Of what is stored and how its key is made; to be raised with every change of either.
+FORMAT = 1
+
+
+def image_features(
+    model,
+    processor,
+    dataset: Dataset,
+    batch_size: int = BATCH_SIZE,
+    on_bad_image: str = "fail",
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    shard: bool = False,
+    folder: Path | None = None,
+    progress: bool = False,
+    name: str = "evaluation",
+) -> tuple[Tensor, Tensor]:
+    """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` (-100: unreadable), in row order, on the CPU.
+
+    Read from the cache where they are in it, and then bit for bit what was encoded: the key covers the image tower's
+    weights, the model's configuration, the image processor, precision, batch size, every picture's bytes and the
+    versions and device that compute.
+
+    Args:
+        dataset: with columns `image` and `label`.
+        autocast: computes in this type; default float32.
+        shard: every process encodes its share of the batches, and all of them must call; otherwise each its own.
+        folder: default `features` of the cache (`cache.cache_folder`).
+
+    Raises:
+        UserError: a bad picture, with `on_bad_image="fail"`.
+    """
+    view = ImageView(dataset, on_bad_image, name)
+    features = encode_pictures_once(model, processor, view, batch_size, workers, autocast, shard, folder, progress)
+    labels = torch.from_numpy(labels_of(dataset)).long()
+    return features.embeds, torch.where(features.flags, labels, IGNORED)
+
+
+def text_features(
+    model,
+    processor,
+    texts: Sequence[str],
+    batch_size: int = BATCH_SIZE,
+    autocast: torch.dtype | None = None,
+    shard: bool = False,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Unit-norm embeddings `(len(texts), D)` of texts, equal ones encoded once. Arguments as in `image_features`."""
+    distinct = sorted_distinct(texts)
+    features = encode_texts_once(model, processor, distinct, batch_size, autocast, shard, folder, progress)
+    position = {text: i for i, text in enumerate(distinct)}
+    return features.embeds[[position[text] for text in texts]]
+
+
+def sorted_distinct(texts: Sequence[str]) -> list[str]:
+    """Each text once, by length: batches of them are hardly padded."""
+    return sorted(set(texts), key=lambda text: (len(text), text))
+
+
+@torch.no_grad()
+def encode_pictures_once(
+    model,
+    processor,
+    view: ImageView,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    shard: bool = False,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Features:
+    """`Features` of the pictures of a view, in row order; `flags` says which are readable."""
+    batches = _batches(len(view), batch_size)
+    mine = _share(batches, shard)
+    rows = view.rows.select_columns("image")
+
+    def digest(batch: range) -> bytes:
+        pictures = rows[batch.start : batch.stop]["image"]
+        return hashlib.sha256(b"".join(content_hash(picture) for picture in pictures)).digest()
+
+    with ThreadPoolExecutor(8) as threads:  # reading and hashing leave the interpreter free
+        digests = list(threads.map(digest, mine))
+    settings = {
+        **_computation(model, "vision", autocast, batch_size),
+        "processor": _plain(processor.image_processor.to_dict()),
+        "on_bad_image": view.on_bad_image,
+        "decode_cache": view.short_side,
+    }
+
+    def encode() -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator of its own: a pass must not move the random numbers of the training around it.
+        options = {"num_workers": workers, "generator": torch.Generator()}
+        loader = DataLoader(view, batch_sampler=mine, collate_fn=MMFTDataCollator(processor), **options)
+        for batch in tqdm(loader, desc=f"{view.name.capitalize()} images", disable=not progress, leave=False, delay=1):
+            yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"] != IGNORED
+
+    return _once(model, "images", settings, digests, batches, encode, autocast, shard, folder)
+
+
+@torch.no_grad()
+def encode_texts_once(
+    model,
+    processor,
+    texts: list[str],
+    batch_size: int = BATCH_SIZE,
+    autocast: torch.dtype | None = None,
+    shard: bool = False,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Features:
+    """`Features` of `sorted_distinct` texts, in their order; `flags` says which were cut at the tower's limit."""
+    batches = _batches(len(texts), batch_size)
+    mine = _share(batches, shard)
+    settings = {**_computation(model, "text", autocast, batch_size), "tokenizer": _tokenizer(processor.tokenizer)}
+
+    def digest(batch: range) -> bytes:
+        return hashlib.sha256(json.dumps(texts[batch.start : batch.stop]).encode()).digest()
+
+    def encode() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in tqdm(mine, desc="Texts", disable=not progress, leave=False, delay=1):
+            tokens, cut = tokenize(processor, texts[batch.start : batch.stop])
+            yield encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}), cut
+
+    return _once(model, "texts", settings, [digest(b) for b in mine], batches, encode, autocast, shard, folder)
+
+
+# -- one pass --------------------------------------------------------------------------------------------------------
+def _once(
+    model,
+    kind: str,
+    settings: dict,
+    digests: list[bytes],
+    batches: list[range],
+    encode: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    autocast: torch.dtype | None,
+    shard: bool,
+    folder: Path | None,
+) -> Features:
+    """What is on disk under the key of `settings` and `digests`, else what `encode` yields, which is then kept there."""
+    key = _key(settings, digests, len(batches), shard)
+    path = (folder or cache_folder("features")) / f"{kind}-{key}.safetensors"
+    found = _read(path, key)
+    # Another machine's disk may lack what this one has; then all encode, since all must gather.
+    if _everywhere(found is not None, shard):
+        return Features(found["embeds"], found["flags"], True)
+    parts = []
+    training = model.training
+    model.eval()
+    precision = torch.autocast(model.device.type, autocast) if autocast else contextlib.nullcontext()
+    with precision:
+        for embeds, flags in encode():
+            parts.append((embeds.float().cpu(), flags.cpu()))
+    model.train(training)
+
+    sizes = [len(batch) for batch in batches]
+    first = not shard or int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+    def gathered(keep: bool) -> dict[str, Tensor]:
+        columns = ([part[i] for part in parts] for i in (0, 1))
+        embeds, flags = (gather_rows_in_order(column, sizes, shard, keep) for column in columns)
+        return {"embeds": embeds, "flags": flags}
+
+    whole = gathered(first)
+    if first:
+        metadata = {"key": key, "sha256": _checksum(whole)}
+        write_atomically(path, lambda file: save_file(whole, file, metadata))
+    _everywhere(True, shard)  # a barrier: from here on the file is there, if it could be written
+    found = _read(path, key)
+    if not _everywhere(found is not None, shard):
+        found = whole if first else None
+        if not _everywhere(found is not None, shard):
+            found = gathered(True)
+    return Features(found["embeds"], found["flags"], False)
+
+
+def gather_rows_in_order(parts: list[Tensor], sizes: list[int], shard: bool, keep: bool = True) -> Tensor | None:
+    """All rows on the CPU, where batch `i` of `sizes[i]` rows is in `parts` of process `i mod W`.
+
+    One batch travels at a time, so that no process but those that `keep` holds more than its own share.
+
+    Returns:
+        `(sum(sizes), ...)`; None without `keep`.
+    """
+    if not shard or world_size() == 1:
+        return torch.cat(parts) if parts else torch.zeros(0, 0)
+    rank, world, device = process_index(), world_size(), communication_device()
+    shapes: list = [None] * world
+    dist.all_gather_object(shapes, (parts[0].shape[1:], parts[0].dtype) if parts else None)
+    shape, dtype = next((s for s in shapes if s is not None), ((0,), torch.float32))
+    whole = torch.empty(sum(sizes), *shape, dtype=dtype) if keep else None
+    start = 0
+    for i, size in enumerate(sizes):
+        mine = i % world == rank
+        rows = parts[i // world].to(device) if mine else torch.empty(size, *shape, dtype=dtype, device=device)
+        dist.broadcast(rows, src=i % world)
+        if keep:
+            whole[start : start + size] = rows.cpu()
+        start += size
+    return whole
+
+
+def _batches(n: int, size: int) -> list[range]:
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _share(batches: list[range], shard: bool) -> list[range]:
+    """The batches of this process. Whole ones, so that their bits are those of one process; by turns, as long texts
+    come last."""
+    return batches[process_index() :: world_size()] if shard else batches
+
+
+def _everywhere(value: bool, shard: bool) -> bool:
+    """Whether it is so in every process; also a barrier."""
+    if not shard or world_size() == 1:
+        return value
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return all(values)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a file, mapped into memory; None where there is none, or a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in ("embeds", "flags")}
+        if metadata["key"] != key or metadata["sha256"] != _checksum(tensors):
+            raise ValueError("its content is not what was written")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s) and made again.", path, error)
+        return None
+    return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+# -- the key ---------------------------------------------------------------------------------------------------------
+def _key(settings: dict, digests: list[bytes], batches: int, shard: bool) -> str:
+    mine = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+    if shard and world_size() > 1:
+        everyone: list = [None] * world_size()
+        dist.all_gather_object(everyone, (mine, digests))
+        if any(other != mine for other, _ in everyone):
+            raise UserError(
+                "frozen features: expected the same model and settings in every process, found different ones. Load the "
+                "same weights in all of them, or type --cache_frozen_features false."
+            )
+        digests = [everyone[i % world_size()][1][i // world_size()] for i in range(batches)]
+    return hashlib.sha256(mine + b"".join(digests)).hexdigest()
+
+
+def _computation(model, tower: str, autocast: torch.dtype | None, batch_size: int) -> dict:
+    """All that the embeddings of a tower depend on beside its inputs.
+
+    Versions, device, attention and batch size belong to it: other kernels sum in another order, and what is read from
+    disk must be what a fresh pass gives, to the last bit. An update costs one pass.
+    """
+    device = model.device.type
+    towers = (model.config, *(getattr(model.config, f"{t}_config", None) for t in TOWERS))
+    return {
+        "format": (FORMAT, __version__),
+        "weights": weights_digest(model, tower),
+        "config": _plain(model.config.to_dict()),
+        "attention": [getattr(config, "_attn_implementation", None) for config in towers],
+        "precision": str(autocast or torch.float32),
+        "matmul": [getattr(torch.backends, "fp32_precision", None), _matmul_precision()],
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
+        "versions": [torch.__version__, transformers.__version__, PIL.__version__],
+    }
+
+
+def _matmul_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch.backends.*.fp32_precision, which is in the key, too
+        return None
+
+
+def weights_digest(model, tower: str) -> str:
+    """sha256 of a tower's weights, its projection included: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if name.startswith(TOWERS[tower]):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _plain(settings: dict) -> dict:
+    """Settings without names of files, classes and versions, which nothing computed depends on."""
+    names = {
+        "id2label",
+        "label2id",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "problem_type",
+        "processor_class",
+    }
+    return {
+        key: _plain(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if not (key in names or str(key).startswith("_"))
+    }
+
+
+def _tokenizer(tokenizer) -> list:
+    sides = [tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), *sides]
+    content = json.loads(backend.to_str())
+    # What the last call left there, not what the tokenizer is.
+    content.pop("padding", None), content.pop("truncation", None)
+    return [content, *sides]

@@ -1,0 +1,213 @@
+"""Loading a dual encoder, CLIP or one of its kin (`encoders`), and encoding with it.
+
+Shapes: `B` images or texts, `T` tokens, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import transformers
+from packaging.version import Version
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from ..core.builtin import builtin
+from ..core.errors import UserError
+from .collator import input_size
+from .families import FAMILIES, REFUSED, token_limit
+
+# A temperature is no logarithm, so that a large step could take it below zero, where it would turn all logits around. It is
+# set back to this, which is a scale of 1,000: ten times the highest that CLIP was trained with.
+LOWEST_TEMPERATURE = 1e-3
+
+
+def load_model(
+    name_or_path: str = "builtin/tiny-clip", revision: str | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Loads a dual encoder and its processor, in float32 whatever precision it was stored in.
+
+    Half-precision weights cannot be fine-tuned: AdamW's steps vanish in rounding. Autocast (`--bf16 true`) is the way
+    to speed. Pictures are always prepared by the Pillow backend, so that an installed torchvision changes no result.
+    Parameters that have no part in the embeddings are frozen, since they would get no gradient.
+
+    Args:
+        name_or_path: Hub id, local folder, or `builtin/tiny-clip`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: not found, or none of the kinds that `encoders.FAMILIES` lists.
+    """
+    path = builtin(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected a Hub id or a folder with a config.json of a dual encoder; it could not be "
+            f"loaded ({str(error).strip().splitlines()[0]}). Type for example --model_name_or_path "
+            "openai/clip-vit-base-patch32."
+        ) from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        reason = f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""
+        raise UserError(
+            f"model {name_or_path!r}: expected a CLIP-style dual encoder (model_type {', '.join(FAMILIES)}), found model_type "
+            f"{config.model_type!r}{reason}. Type for example --model_name_or_path openai/clip-vit-base-patch32."
+        )
+    try:
+        # Only safetensors: nothing is ever unpickled from a path that a user gives.
+        model, found = AutoModel.from_pretrained(
+            path,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        image_processor = load_image_processor(path, revision)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json beside "
+            f"config.json; {str(error).strip().splitlines()[0]}"
+        ) from error
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected a model that transformers {transformers.__version__} opens here; "
+            f"{' '.join(str(error).split())} If that is about a tokenizer: pip install sentencepiece protobuf."
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model {name_or_path!r}: expected all weights of a {type(model).__name__}, found none of {missing[0]} and "
+            f"{len(missing) - 1} others. A checkpoint of a lora run holds only what was trained; type the run's --output_dir."
+        )
+    # Without its vocabulary file a tokenizer still loads, with next to no words, and everything would run on.
+    vocabulary = config.text_config.vocab_size
+    if not 0.9 * vocabulary <= len(tokenizer) <= vocabulary:
+        raise UserError(
+            f"model {name_or_path!r}: expected a tokenizer of {vocabulary} tokens, as config.json says, found "
+            f"{len(tokenizer)}. Is its tokenizer.json (or vocab.json and merges.txt) missing, or another model's?"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, token_limit(config))
+    processor = getattr(transformers, family.processor)(image_processor, tokenizer)
+    _check_towers(name_or_path, model, processor)
+    freeze_unused(model)
+    return model, processor
+
+
+@torch.no_grad()
+def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Raises `UserError` for pictures of no fixed size, and for towers without one vector per picture or text."""
+    size = input_size(processor)
+    if size is None:
+        raise UserError(
+            f"model {name!r}: expected an image processor that gives all pictures one size, found size "
+            f"{dict(processor.image_processor.size)} without a crop. Write size {{height, width}}, or do_center_crop with a "
+            "crop_size, into its preprocessor_config.json."
+        )
+    if model.config.model_type != "vision-text-dual-encoder":
+        return
+    # Its towers can be any models at all.
+    try:
+        tokens = processor.tokenizer(["a"], return_tensors="pt")
+        encode_images(model, torch.zeros(1, 3, size[1], size[0]))
+        encode_texts(model, tokens["input_ids"], tokens["attention_mask"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        towers = f"{type(model.vision_model).__name__} and {type(model.text_model).__name__}"
+        raise UserError(
+            f"model {name!r}: expected two towers with a pooled output each, such as ViTModel and BertModel, found {towers}, "
+            f"which fail at a first picture and text ({str(error).strip().splitlines()[0]})."
+        ) from error
+
+
+def freeze_unused(model: PreTrainedModel) -> None:
+    """Freezes what has no part in the embeddings and the scale: it gets no gradient, for which DDP would wait in vain."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(FAMILIES[model.config.model_type].unused):
+            parameter.requires_grad_(False)
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a dual encoder, without its weights; its `model_max_length` is the text tower's limit.
+
+    Raises:
+        UserError: not found.
+    """
+    path = builtin(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        limit = token_limit(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"model {name_or_path!r}: expected the tokenizer of a dual encoder; it could not be loaded "
+            f"({str(error).strip().splitlines()[0]}). Type --model_name_or_path NAME."
+        ) from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return tokenizer
+
+
+def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseImageProcessor:
+    """What resizes, crops and normalises pictures, always through Pillow, whatever else is installed.
+
+    Args:
+        hub: `token`, `cache_dir`, `local_files_only`, as in transformers.
+
+    Raises:
+        OSError: not found.
+    """
+    pillow = {"backend": "pil"} if Version(transformers.__version__) >= Version("5.4") else {"use_fast": False}
+    return AutoImageProcessor.from_pretrained(path, revision=revision, **pillow, **hub)
+
+
+def default_device() -> torch.device:
+    """The accelerator, where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def is_dual_encoder(model) -> bool:
+    """Whether a model is of one of the kinds that `encoders.FAMILIES` lists."""
+    return getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
+
+
+def scale_parameter(model: PreTrainedModel) -> nn.Parameter:
+    """What `logit_scale` is made of. It is always trained, whatever the towers are."""
+    return getattr(model, FAMILIES[model.config.model_type].scale)
+
+
+def logit_scale(model: PreTrainedModel) -> Tensor:
+    """Scalar that multiplies cosines, with its gradient: `exp(logit_scale)`, or `1 / temperature` for ALIGN."""
+    parameter = scale_parameter(model)
+    if FAMILIES[model.config.model_type].scale == "temperature":
+        with torch.no_grad():
+            parameter.clamp_(min=LOWEST_TEMPERATURE)  # in place: the saved model must compute the same
+        return 1 / parameter.reshape(())
+    return parameter.exp().reshape(())
+
+
+def embedding_size(model: PreTrainedModel) -> int:
+    """Size `D` of the embeddings that image and text have in common."""
+    config = model.config
+    return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
+
+
+def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Unit-norm image embeddings `(B, D)` in float32 of pixels `(B, 3, height, width)`."""
+    return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)
+
+
+def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`; SigLIP has no mask."""
+    if FAMILIES[model.config.model_type].causal:
+        attention_mask = None
+    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    return F.normalize(features.pooler_output.float(), dim=-1)

@@ -1,0 +1,221 @@
+"""Which parts of a dual encoder are trained: each tower whole (`full`), by LoRA (`lora`) or not at all (`frozen`).
+
+LoRA layers are put into the model itself, which stays what it is: nothing that encodes or trains knows of them. The logit
+scale (of ALIGN the temperature) is always trained. PEFT neither trains nor saves such a bare parameter, so that is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+
+from ..core.arguments import TOWER_MODES, check_lora, choice
+from ..core.errors import UserError
+from .families import FAMILIES
+from .loading import freeze_unused, scale_parameter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# Parameters of each tower, by the start of their names; every kind of dual encoder has these, or some of them.
+TOWERS = {
+    "vision": ("vision_model.", "visual_projection."),
+    "text": ("text_model.", "text_projection."),
+}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def set_towers(
+    model: PreTrainedModel,
+    vision: str = "full",
+    text: str = "full",
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    lora_targets: Sequence[str] | None = None,
+) -> None:
+    """Makes each tower trainable whole (`full`), by LoRA (`lora`) or not (`frozen`). The logit scale is always trained.
+
+    LoRA's first matrices are random: `transformers.set_seed(…)` before makes them the same again. The second ones are zero,
+    so that the model computes what it did.
+
+    Args:
+        lora_rank, lora_alpha, lora_dropout: of the LoRA layers, which add `alpha / rank * B A` to a weight.
+        lora_targets: linear layers that get LoRA, by the ends of their names. Default: all in the tower's blocks, which are
+            those of attention and MLP.
+
+    Parameters that have no part in the embeddings stay frozen in any mode (`modeling.freeze_unused`).
+
+    Raises:
+        UserError: an unknown mode, both towers frozen, targets that a tower does not have.
+
+    References: Hu et al. 2022, "LoRA" (arXiv 2106.09685).
+    """
+    modes = {"vision": vision, "text": text}
+    for tower, mode in modes.items():
+        choice(f"{tower}_tower", mode, TOWER_MODES)
+    if set(modes.values()) == {"frozen"}:
+        raise UserError("--vision_tower and --text_tower: expected one of them to be full or lora, found both frozen.")
+    if lora_layers(model):
+        raise UserError(
+            "model: expected one without LoRA, found LoRA layers in it. Load it again, then set its towers."
+        )
+    if "lora" in modes.values():
+        from peft import LoraConfig, inject_adapter_in_model
+
+        check_lora(lora_rank, lora_alpha, lora_dropout)
+        towers = [tower for tower, mode in modes.items() if mode == "lora"]
+        names = _targets(model, towers, lora_targets) if lora_targets else _in_blocks(model, towers)
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names)
+        inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        for tower, prefixes in TOWERS.items():
+            if name.startswith(prefixes):
+                parameter.requires_grad_(modes[tower] == "full" or ".lora_" in name)
+    scale_parameter(model).requires_grad_(True)
+    freeze_unused(model)
+
+
+def _linear_layers(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
+    """Full names of the linear layers of `towers` that take part in the embeddings.
+
+    The one inside `nn.MultiheadAttention` is left out: its weight is read past the layer, so that LoRA would do nothing.
+    """
+    prefixes = tuple(prefix for tower in towers for prefix in TOWERS[tower])
+    linear = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
+    unused = FAMILIES[model.config.model_type].unused
+    return [name[:-1] for name in linear if name.startswith(prefixes) and not name.startswith(unused)]
+
+
+def _in_blocks(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
+    """Full names of the linear layers in the repeated blocks of `towers`: of transformers, those of attention and MLP."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    names = []
+    for tower in towers:
+        own = [name for name in _linear_layers(model, [tower]) if name.startswith(blocks)]
+        if not own:
+            what = type(getattr(model, f"{tower}_model")).__name__
+            raise UserError(
+                f"--{tower}_tower lora: expected a tower of transformer blocks, whose linear layers get LoRA; {what} has no "
+                f"linear layers in its blocks. Type --{tower}_tower full or --{tower}_tower frozen."
+            )
+        names += own
+    return names
+
+
+def _targets(model: PreTrainedModel, towers: Sequence[str], ends: Sequence[str]) -> list[str]:
+    """Full names of the linear layers of `towers` whose names end in one of `ends`."""
+    linear = _linear_layers(model, towers)
+    names = [name for name in linear if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+    unknown = [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in names)]
+    without = [tower for tower in towers if not any(f"{name}.".startswith(TOWERS[tower]) for name in names)]
+    if unknown or without:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        what = f"no layer is named {', '.join(unknown)}" if unknown else f"the {without[0]} tower has none of them"
+        raise UserError(
+            f"--lora_targets: expected linear layers of the {' and the '.join(towers)} tower ({known}), found "
+            f"{', '.join(ends)}; {what}."
+        )
+    return names
+
+
+def lora_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers with LoRA, by their names; none in a plain model."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms of a model, now with the statistics of pre-training; `model.train()` undoes that.
+
+    ALIGN's image tower has some. With a batch's own statistics an embedding would depend on what else is in the batch, and
+    on how many processes share it; and the running ones, from small batches, would be worse than those of pre-training.
+    Their scales and shifts are trained like any other parameter.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    for layer in layers:
+        layer.eval()
+    return layers
+
+
+def parameter_counts(model: PreTrainedModel) -> dict[str, tuple[int, int, int]]:
+    """`{"vision": (trainable parameters, all without LoRA's, layers with LoRA), "text": …}`."""
+    counts = {}
+    for tower, prefixes in TOWERS.items():
+        own = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+        trained = sum(p.numel() for p in own.values() if p.requires_grad)
+        total = sum(p.numel() for name, p in own.items() if ".lora_" not in name)
+        counts[tower] = (trained, total, sum(f"{name}.".startswith(prefixes) for name in lora_layers(model)))
+    return counts
+
+
+def checkpoint_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds: with LoRA only what is trained, since the base model has the rest."""
+    state = model.state_dict() if state is None else state
+    if not lora_layers(model):
+        return state
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
+
+
+@torch.no_grad()
+def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of the plain model that computes the same without LoRA layers; `model` is left as it is."""
+    state = {n.replace(".base_layer.", "."): v for n, v in model.state_dict().items() if ".lora_" not in n}
+    for name, layer in lora_layers(model).items():
+        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight("default")
+    return state
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Turns a model with LoRA layers into the plain model that computes the same, in place."""
+    state = merged_state(model)
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+    model.load_state_dict(state)
+
+
+@dataclass
+class Adapter:
+    """What training added to the base model, as PEFT reads it: LoRA weights, the logit scale, and a `full` tower whole.
+
+    `peft.PeftModel.from_pretrained(base, folder)` computes what the merged model does.
+    """
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    base_class: type
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Adapter | None:
+        """The adapter of a model with LoRA layers; it keeps its values when the model is merged. None of a plain model."""
+        if not lora_layers(model):
+            return None
+        return cls(model.peft_config["default"], checkpoint_state(model), type(model))
+
+    def save_pretrained(self, folder: str | Path, base_model: str, revision: str | None = None) -> None:
+        """Writes `adapter_config.json`, which names `base_model`, and `adapter_model.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.base_model_name_or_path, self.config.revision = base_model, revision
+        self.config.target_modules = sorted(self.config.target_modules)
+        name, library = self.base_class.__name__, self.base_class.__module__
+        self.config.auto_mapping = {"base_model_class": name, "parent_library": library}
+        self.config.inference_mode = True
+        self.config.save_pretrained(folder)
+        # PEFT loads entries that are no LoRA weights, too, where the model has parameters of such names.
+        weights = {f"base_model.model.{n.replace('.default.', '.')}": v for n, v in self.weights.items()}
+        save_file({n: v.detach().cpu().contiguous() for n, v in weights.items()}, folder / ADAPTER_FILES[1])

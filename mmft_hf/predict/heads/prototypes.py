@@ -1,0 +1,342 @@
+"""Class prototypes: the saved half of the classifier. An image belongs to the class whose prototype is nearest.
+
+Shapes: `C` classes, `D` embedding size, `B` items per batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+from ...core.distributed import share_of, sum_over_processes
+from ...core.errors import UserError
+from ...data.sampling import IGNORED
+from ...data.splits import captions_of, labels_of
+from ...data.texts import DEFAULT_TEMPLATE, class_prompt, training_text
+from ...data.views import ImageView
+from ...model.collator import MMFTDataCollator, tokenize
+from ...model.loading import embedding_size, encode_images, encode_texts, logit_scale
+
+FILE_NAME = "prototypes.safetensors"
+BATCH_SIZE = 256
+
+
+@dataclass
+class ClassPrototypes:
+    """One unit-norm embedding per class, and the scale that turns cosines into logits.
+
+    Args:
+        embeddings (`(C, D)`, float32): unit-norm rows.
+        class_names: `C` names, in the order of the rows.
+        logit_scale: `exp(logit_scale)` of the model that made them.
+        source: `captions`, `template`, `templates` or `images`.
+        template: class template of the texts.
+        fallback_classes: classes that had no caption and use the class template instead.
+        template_weight: share of the class template in prototypes of captions, from 0 to 1; see `interpolate`.
+    """
+
+    embeddings: Tensor
+    class_names: list[str]
+    logit_scale: float
+    source: str
+    template: str = DEFAULT_TEMPLATE
+    fallback_classes: tuple[str, ...] = ()
+    template_weight: float = 0.0
+
+    def logits(self, image_embeds: Tensor) -> Tensor:
+        """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
+        return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T
+
+    def interpolate(self, templates: ClassPrototypes, weight: float) -> ClassPrototypes:
+        """These prototypes of captions, drawn towards the class template: `normalise((1 - weight) * own + weight * template)`.
+
+        A class without captions has the template's embedding already, so that nothing changes for it.
+
+        Args:
+            templates: prototypes of the same classes by the same model, from the class template.
+            weight: from 0 (these) to 1 (those).
+
+        Raises:
+            ValueError: other classes, or a weight outside its range.
+
+        References: Gao et al. 2021, "CLIP-Adapter" (arXiv 2110.04544), blends learnt class weights with zero-shot ones so.
+        """
+        if templates.class_names != self.class_names:
+            raise ValueError(f"templates: expected the classes {_some(self.class_names)}, in this order.")
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"weight: expected a number from 0 to 1, found {weight}.")
+        mixed = F.normalize((1 - weight) * self.embeddings.double() + weight * templates.embeddings.double(), dim=1)
+        return replace(self, embeddings=mixed.float(), template_weight=weight)
+
+    @classmethod
+    @torch.no_grad()
+    def from_captions(
+        cls,
+        model: CLIPModel,
+        processor: CLIPProcessor,
+        dataset: Dataset,
+        template: str = DEFAULT_TEMPLATE,
+        batch_size: int = BATCH_SIZE,
+        progress: bool = False,
+        shard: bool = False,
+        template_weight: float = 0.0,
+    ) -> ClassPrototypes:
+        """Averages the captions of each class: normalise each embedding, mean per class, normalise.
+
+        Every caption counts once for each image that has it, and equal texts are encoded once. Texts are sorted by
+        length and encoded in batches of bounded size, whatever the size of a class. A class without captions gets
+        the embedding of its class prompt and is listed in `fallback_classes`; if there are no captions at all, the source
+        is `template`.
+
+        Args:
+            dataset: with columns `label` and, perhaps, `captions`: the training split, never an evaluation split.
+            shard: each of several processes encodes its share; all of them must call this.
+            template_weight: share of the class template, from 0 to 1; see `interpolate`.
+
+        References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
+        """
+        names = dataset.features["label"].names
+        weights: Counter[tuple[int, str]] = Counter()
+        if "captions" in dataset.column_names:
+            for label, value in zip(labels_of(dataset).tolist(), dataset["captions"][:], strict=True):
+                weights.update((label, training_text(template, names[label], text)) for text in captions_of(value))
+        captioned = {label for label, _ in weights}
+        missing = [c for c in range(len(names)) if c not in captioned]
+        weights.update((c, class_prompt(template, names[c])) for c in missing)
+        embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress, shard)
+        fallback = tuple(names[c] for c in missing)
+        if len(missing) == len(names):
+            return cls(embeddings, names, _scale(model), "template", template)
+        found = cls(embeddings, names, _scale(model), "captions", template, fallback)
+        if not template_weight:
+            return found
+        return found.interpolate(cls.from_templates(model, processor, names, template, shard), template_weight)
+
+    @classmethod
+    @torch.no_grad()
+    def from_templates(
+        cls,
+        model: CLIPModel,
+        processor: CLIPProcessor,
+        class_names: Sequence[str],
+        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        shard: bool = False,
+    ) -> ClassPrototypes:
+        """Zero-shot prototypes: the class prompt of one template, or the average over several.
+
+        Args:
+            class_names: `C` names.
+            templates: one or more texts with `{}` for the class name; `prompts.TEMPLATES` is a set of them.
+            shard: as in `from_captions`.
+
+        References: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+        """
+        several = [templates] if isinstance(templates, str) else list(templates)
+        weights = Counter((c, class_prompt(t, name)) for c, name in enumerate(class_names) for t in several)
+        embeddings = _average_texts(model, processor, weights, len(class_names), BATCH_SIZE, False, shard)
+        source = "template" if len(several) == 1 else "templates"
+        return cls(embeddings, list(class_names), _scale(model), source, several[0])
+
+    @classmethod
+    @torch.no_grad()
+    def from_images(
+        cls,
+        model: CLIPModel,
+        processor: CLIPProcessor,
+        dataset: Dataset,
+        batch_size: int = BATCH_SIZE,
+        on_bad_image: str = "fail",
+        workers: int = 0,
+        progress: bool = False,
+        shard: bool = False,
+    ) -> ClassPrototypes:
+        """Averages the image embeddings of each class: normalise each, mean per class, normalise.
+
+        Args:
+            dataset: with columns `image` and `label`: the training split, never an evaluation split.
+            shard: as in `from_captions`.
+
+        Raises:
+            UserError: a class without a readable image, or a bad image with `on_bad_image="fail"`.
+        """
+        names = dataset.features["label"].names
+        sums = torch.zeros(len(names), embedding_size(model), dtype=torch.float64)
+        counts = torch.zeros(len(names), 1, dtype=torch.float64)
+        rows = share_of(len(dataset)) if shard else None
+        for embeds, labels in image_embeddings(
+            model, processor, dataset, batch_size, on_bad_image, workers, progress, "training", rows
+        ):
+            embeds, labels = embeds.cpu().double()[labels != IGNORED], labels[labels != IGNORED]
+            sums.index_add_(0, labels, embeds)
+            counts.index_add_(0, labels, torch.ones(len(labels), 1, dtype=torch.float64))
+        if shard:
+            sums, counts = sum_over_processes(torch.cat([sums, counts], dim=1)).split([sums.shape[1], 1], dim=1)
+        if (counts == 0).any():
+            empty = [names[c] for c in torch.nonzero(counts[:, 0] == 0).flatten().tolist()]
+            raise UserError(f"no readable training image of {', '.join(empty)}: no prototype can be made of them.")
+        return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
+
+    def check_model(self, model: CLIPModel, name: str) -> None:
+        """Raises `UserError` unless these can be of this model: the same embedding size, and its classes if it names any."""
+        size = embedding_size(model)
+        if self.embeddings.shape[1] != size:
+            raise UserError(
+                f"{name!r}: expected prototypes of the model's embedding size {size}, found {self.embeddings.shape[1]} in "
+                f"{FILE_NAME}: they are of another model. Run mmft-hf finetune again, or take both files from one run."
+            )
+        given = [label for _, label in sorted((model.config.id2label or {}).items())]
+        unnamed = given == [f"LABEL_{i}" for i in range(len(given))]
+        if not unnamed and given != list(self.class_names):
+            raise UserError(
+                f"{name!r}: expected prototypes of the model's {len(given)} classes {_some(given)}, found "
+                f"{len(self.class_names)} in {FILE_NAME}: {_some(self.class_names)}. Take config.json and {FILE_NAME} from "
+                "one run."
+            )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes `prototypes.safetensors`: the embeddings, with all the rest in its metadata. Returns its path."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "class_names": json.dumps(self.class_names),
+            "logit_scale": repr(self.logit_scale),
+            "source": self.source,
+            "template": self.template,
+            "fallback_classes": json.dumps(self.fallback_classes),
+            "template_weight": repr(self.template_weight),
+        }
+        save_file({"prototypes": self.embeddings.cpu().float().contiguous()}, path, metadata)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> ClassPrototypes:
+        """Reads them from a folder, or from a model repository on the Hub.
+
+        Args:
+            revision: branch, tag or commit of the repository.
+            hub: `token`, `cache_dir`, `local_files_only`, as in huggingface_hub.
+
+        Raises:
+            UserError: there are none.
+        """
+        path = Path(folder_or_hub_id) / FILE_NAME
+        if not path.is_file() and not Path(folder_or_hub_id).is_dir():
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import RemoteEntryNotFoundError
+
+            try:
+                path = Path(hf_hub_download(str(folder_or_hub_id), FILE_NAME, revision=revision, **hub))
+            except RemoteEntryNotFoundError as error:
+                raise UserError(_no_prototypes(folder_or_hub_id)) from error
+            except Exception as error:  # no such repository, offline, no access, a full disk
+                raise UserError(
+                    f"{str(folder_or_hub_id)!r}: expected a folder, or a repository that can be read; "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
+        if not path.is_file():
+            raise UserError(_no_prototypes(folder_or_hub_id))
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                embeddings = file.get_tensor("prototypes")
+        except SafetensorError as error:
+            raise UserError(
+                f"{path}: expected class prototypes, found a damaged file ({error}). Make them again."
+            ) from error
+        return cls(
+            embeddings,
+            json.loads(metadata["class_names"]),
+            float(metadata["logit_scale"]),
+            metadata["source"],
+            metadata["template"],
+            tuple(json.loads(metadata["fallback_classes"])),
+            float(metadata.get("template_weight", 0)),  # a file of an older make has none
+        )
+
+
+def _no_prototypes(name: str | Path) -> str:
+    local = Path(name).is_dir()
+    folder = str(name) if local else "FOLDER"
+    code = f"m.ClassPrototypes.from_templates(*m.load_model({folder!r}), ['cat', 'dog']).save_pretrained({folder!r})"
+    steps = [] if local else [f"hf download {name} --local-dir {folder}"]
+    return "\n  ".join(
+        [
+            f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
+            "--output_dir; found none. Run mmft-hf finetune first, or make them of class names alone, for use with "
+            f"--model_name_or_path {folder}:",
+            *steps,
+            f'python -c "import mmft_hf as m; {code}"',
+        ]
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _scale(model: CLIPModel) -> float:
+    return logit_scale(model).detach().float().item()
+
+
+def _average_texts(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    weights: Counter[tuple[int, str]],
+    classes: int,
+    batch_size: int,
+    progress: bool,
+    shard: bool,
+) -> Tensor:
+    """Unit-norm weighted means `(C, D)` of text embeddings; `weights` counts each (class, text)."""
+    texts = sorted({text for _, text in weights}, key=lambda text: (len(text), text))
+    if shard:  # every process has short and long ones
+        texts = [texts[i] for i in share_of(len(texts))]
+    position = {text: i for i, text in enumerate(texts)}
+    # Pairs in the order of their texts, so that each batch of texts meets its own pairs and nothing else is kept.
+    pairs = sorted((position[text], label, n) for (label, text), n in weights.items() if text in position)
+    sums = torch.zeros(classes, embedding_size(model), dtype=torch.float64)
+    done = 0
+    model.eval()
+    for start in tqdm(range(0, len(texts), batch_size), desc="Captions", disable=not progress, leave=False, delay=1):
+        tokens, _ = tokenize(processor, texts[start : start + batch_size])
+        embeds = encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}).cpu().double()
+        until = done
+        while until < len(pairs) and pairs[until][0] < start + batch_size:
+            until += 1
+        where, labels, counts = (torch.tensor(column) for column in zip(*pairs[done:until], strict=True))
+        sums.index_add_(0, labels, embeds[where - start] * counts[:, None])
+        done = until
+    return F.normalize(sum_over_processes(sums) if shard else sums, dim=1).float()
+
+
+@torch.no_grad()
+def image_embeddings(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    dataset: Dataset,
+    batch_size: int = BATCH_SIZE,
+    on_bad_image: str = "fail",
+    workers: int = 0,
+    progress: bool = False,
+    name: str = "evaluation",
+    rows: Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields unit-norm embeddings `(B, D)` on the model's device and labels `(B,)` (-100: unreadable), of `rows` or all."""
+    view, collator = ImageView(dataset, on_bad_image, name), MMFTDataCollator(processor)
+    loader = DataLoader(view, batch_size, sampler=rows, collate_fn=collator, num_workers=workers)
+    model.eval()
+    for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False, delay=1):
+        yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]

@@ -1,0 +1,306 @@
+"""The settings of training: `TrainingArguments` with those of the method."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+from ..core import launch
+from ..core.arguments import choice
+from ..core.errors import UserError
+from ..data.texts import DEFAULT_TEMPLATE, check_template
+
+PROTOTYPE_SOURCES = ("captions", "template", "templates", "images")
+
+
+@dataclass
+class MMFTConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of the method, and the paper's defaults where they differ.
+
+    References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426): AdamW at
+    1e-5 with weight decay 1e-4, cosine to zero without warm-up, no clipping, batches of 64, 50 epochs, w = 0.1.
+    """
+
+    output_dir: str | None = field(
+        default="outputs/mmft",
+        metadata={"help": "Folder of the results. A folder that holds a run is not overwritten."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the run that output_dir holds, and start a new one there."}
+    )
+    supcon_weight: float = field(
+        default=0.1, metadata={"help": "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1."}
+    )
+    supcon_weight_end: float | None = field(
+        default=None,
+        metadata={
+            "help": "w goes in a straight line, step by step, from supcon_weight to this, which it would reach after the last "
+            "step. Default: it stays."
+        },
+    )
+    include_self: bool = field(
+        default=False, metadata={"help": "UniCL form: the pair itself is a positive of the SupCon term, too."}
+    )
+    class_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={"help": "Text before every caption, and the zero-shot prompt; {} stands for the class name."},
+    )
+    caption_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability, from 0 to 1, that a training text is the class template alone, without a caption."
+        },
+    )
+    samples_per_class: int | None = field(
+        default=None,
+        metadata={
+            "help": "Class-balanced batches: so many images of each class in a batch (2 or more), which gives SupCon its "
+            "positives where there are many classes. Default: plain shuffle."
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Encode a batch in chunks of so many images, to save memory at the cost of one more forward; the loss and "
+            "its gradient stay those of the whole batch. Default: all at once."
+        },
+    )
+    prototypes: str = field(
+        default="captions",
+        metadata={
+            "help": "What an image is compared with: class averages of the training captions, of one template, of "
+            "several templates, or of the training images.",
+            "choices": PROTOTYPE_SOURCES,
+        },
+    )
+    weight_averaging: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay, below 1 (0.99, say), of an exponential moving average of the trained weights, which is what is "
+            "evaluated and saved; it takes memory for one more copy of them. 0: off."
+        },
+    )
+    template_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share t, from 0 to 1, of the class template in prototypes of captions: (1 - t) * captions + t * template, "
+            "normalised."
+        },
+    )
+    crop_min_area: float = field(
+        default=0.9,
+        metadata={
+            "help": "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cut to 4:3 in the middle); 1: no random crop."
+        },
+    )
+    on_bad_image: str = field(
+        default="fail",
+        metadata={
+            "help": "fail: stop at an image that cannot be read; skip: go on and count it.",
+            "choices": ("fail", "skip"),
+        },
+    )
+
+    cache_frozen_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode with a frozen tower once, and keep the embeddings on disk (mmft-hf env says where) for every later "
+            "epoch and run on the same content."
+        },
+    )
+    decode_cache: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep training pictures on disk as decoded and made smaller once, their short side so many pixels (256, say), "
+            "which saves time where decoding takes most of it. The result is not that of the pictures themselves to "
+            "the last bit. Evaluation reads the pictures themselves. Default: no such cache."
+        },
+    )
+
+    # Defaults of the method, or of what a classifier's user expects, where they differ from the Trainer's.
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay (not on norms and biases)."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0: none."})
+    num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs of training."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training batch per process."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch per process."})
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "When validation accuracy is measured."}
+    )
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Make the untuned model a candidate of the selection, as epoch 0."}
+    )
+    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When a checkpoint is saved."})
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints kept, beside the best one. Nothing: all."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Keep the weights of the best validation accuracy, not the last ones."}
+    )
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selection compares."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of that is better. Default: yes, but for a loss."}
+    )
+    logging_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When the losses are logged."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16, with weights in float32. Default: yes on GPUs that have it, no on a CPU (where it is "
+            "faster if the CPU has AMX or AVX512-BF16)."
+        },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU."},
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None, metadata={"help": "Keep them from epoch to epoch. Default: yes, where there are any."}
+    )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Where memory runs out, start again with the batch encoded in smaller chunks, as of loss_chunk_size; the "
+            "batch of the loss stays. Evaluation is not adjusted."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=None,
+        metadata={"help": "Look for parameters without a gradient in each step. Default: no; there are none."},
+    )
+    # HfArgumentParser reads no other order of these types.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."}
+    )
+
+    def __post_init__(self):
+        accelerated = torch.accelerator.is_available() and not self.use_cpu
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # which the Trainer wants to be told, though there is nothing else
+        if self.bf16 is None:
+            self.bf16 = accelerated and not self.fp16 and _has_bf16()
+        if self.dataloader_num_workers is None:
+            share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            share //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = min(8, max(1, share - 1)) if accelerated else 0
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+        if self.weight_averaging and (sharded or self.fsdp or self.deepspeed):
+            raise UserError(
+                f"--weight_averaging: expected 0 under FSDP and DeepSpeed, found {self.weight_averaging}: no process has all the "
+                "weights that it would average. Leave it out, or start without them."
+            )
+        launch.start(self.use_cpu, self.ddp_timeout)
+        super().__post_init__()
+        launch.check(self.world_size)
+        # Pinned memory speeds up copies to an accelerator; without one it only warns, at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and accelerated
+        if self.dataloader_pin_memory and not self.accelerator_config.non_blocking:
+            self.accelerator_config.non_blocking = True
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise UserError(
+                    f"--accelerator_config: expected {name} false, found true. Batches of a contrastive loss are dealt out "
+                    "by the sampler, per_device_train_batch_size to each process. Leave it out."
+                )
+        check_template(self.class_template)
+        choice("prototypes", self.prototypes, PROTOTYPE_SOURCES)
+        choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
+        for name in ("supcon_weight", "supcon_weight_end", "caption_dropout", "template_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise UserError(f"--{name}: expected a number from 0 to 1, found {value}.")
+        if not 0.0 <= self.weight_averaging < 1.0:
+            raise UserError(f"--weight_averaging: expected a decay from 0 to below 1, found {self.weight_averaging}.")
+        if self.template_weight and self.prototypes != "captions":
+            raise UserError(
+                f"--template_weight: expected 0 with --prototypes {self.prototypes}, found {self.template_weight}: it mixes "
+                "prototypes of captions with the class template. Leave it out, or type --prototypes captions."
+            )
+        if not 0.0 < self.crop_min_area <= 1.0:
+            raise UserError(f"--crop_min_area: expected a share above 0, at most 1, found {self.crop_min_area}.")
+        for name, low, high in (
+            ("per_device_train_batch_size", 1, math.inf),
+            ("per_device_eval_batch_size", 1, math.inf),
+            ("gradient_accumulation_steps", 1, math.inf),
+            ("dataloader_num_workers", 0, math.inf),
+            ("samples_per_class", 2, math.inf),
+            ("loss_chunk_size", 1, math.inf),
+            ("decode_cache", 1, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("max_grad_norm", 0, math.inf),
+            ("seed", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                most = "" if high == math.inf else f" to {high}"
+                raise UserError(f"--{name}: expected {low}{most or ' or more'}, found {value}.")
+        step = self.per_device_train_batch_size * self.world_size
+        if self.samples_per_class is not None and self.samples_per_class > step:
+            raise UserError(
+                f"--samples_per_class: expected 2 to {step} (a batch of all processes), found {self.samples_per_class}."
+            )
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserError(
+                "--dataloader_persistent_workers: expected false without workers, found true. Leave it out, or type "
+                "--dataloader_num_workers 4."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning_rate: expected a number above 0, found {self.learning_rate}.")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise UserError(
+                f"--{name}: expected more than 0, found {getattr(self, name)}. To measure, type mmft-hf evaluate."
+            )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError(
+                "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which older transformers "
+                "give a lora tower no gradient. Leave it out."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise UserError(
+                "--neftune_noise_alpha: expected nothing; CLIP's text tower has no such noise. Leave it out."
+            )
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
+            raise UserError(
+                f"--save_steps and --eval_steps: expected the same number, found {self.save_steps:g} and {self.eval_steps:g}: "
+                "the best step could not be restored if it was not saved."
+            )
+        for name, default in (
+            ("prediction_loss_only", False),
+            ("label_smoothing_factor", 0.0),
+            ("train_sampling_strategy", "random"),
+        ):
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"--{name}: expected {default}, found {getattr(self, name)}; it has no meaning for this loss. Leave it out."
+                )
+        if self.dataloader_drop_last:
+            raise UserError(
+                "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "
+                "evaluation. Leave it out."
+            )
+
+    def supcon_weight_at(self, step: int, steps: int) -> float:
+        """w of the loss in the step that follows `step` of `steps`; nothing else decides it, so a resume changes nothing."""
+        if self.supcon_weight_end is None:
+            return self.supcon_weight
+        return self.supcon_weight + (self.supcon_weight_end - self.supcon_weight) * step / steps
+
+
+def _has_bf16() -> bool:
+    """Whether the accelerator computes in bfloat16, and does not merely imitate it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False

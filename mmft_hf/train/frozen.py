@@ -1,0 +1,164 @@
+"""Training beside a frozen tower: what it would encode again and again is encoded once, see `features`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from transformers.trainer_callback import TrainerCallback
+
+from ..core.console import is_main, say
+from ..core.errors import UserError
+from ..data.splits import captions_of, labels_of
+from ..data.texts import training_text
+from ..data.views import ImageView, TrainingView
+from ..model.collator import MMFTDataCollator
+from ..model.features import Features, encode_pictures_once, encode_texts_once, sorted_distinct, weights_digest
+from ..model.towers import TOWERS
+from .config import MMFTConfig
+
+
+class FrozenTowers(TrainerCallback):
+    """Which towers of a model are frozen and can be encoded once, and their features.
+
+    A tower counts as frozen if none of its parameters is trained. It is encoded once unless it has dropout, with which it
+    computes something else in every step (its batch normalisation is kept as in evaluation by the Trainer).
+
+    Args:
+        args: `cache_frozen_features` false turns all of it off.
+        collator: as does one that is not ours, which would not know what to do with embeddings.
+    """
+
+    def __init__(self, model, processor, args: MMFTConfig, collator: Callable):
+        self.model, self.processor, self.args = model, processor, args
+        self.on = args.cache_frozen_features and isinstance(collator, MMFTDataCollator)
+        self.towers: set[str] | None = None
+        self._made: dict[tuple, tuple] = {}
+        # The weights that a tower was encoded with: cheap to compare, and surely.
+        self._states: dict[str, tuple] = {}
+        self._said: set[str] = set()
+
+    def attach(self, view: ImageView, dataset: Dataset) -> None:
+        """Gives a view of `dataset` the features of the frozen towers. All processes must call; a second time is free."""
+        training = isinstance(view, TrainingView)
+        if training or self.towers is None:
+            self.towers = {tower for tower in TOWERS if self.on and self._encodable(tower)}
+        if "vision" in self.towers:
+            if training and view.crop_min_area < 1:
+                self._say_once(
+                    "The vision tower is frozen, but a random crop is another picture in every epoch and must be encoded "
+                    "again. To encode each picture once, type --crop_min_area 1."
+                )
+            elif features := self._images(view, dataset):
+                view.use_features(features)
+        if "text" in self.towers and training and (texts := self._texts(view, dataset)):
+            view.use_text_features(*texts)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Refuses a checkpoint whose frozen tower is not the one that was encoded."""
+        for tower in self.towers or ():
+            if not self._same_weights(tower):
+                raise UserError(
+                    f"resume_from_checkpoint: expected the {tower} tower of the model, which is frozen and was encoded "
+                    "before, found another one in the checkpoint. Load the model that the run was started with, or type "
+                    "--cache_frozen_features false."
+                )
+
+    def _encodable(self, tower: str) -> bool:
+        if any(p.requires_grad for _, p in self._parameters(tower)):
+            return False
+        if has_dropout(self.model, tower):
+            self._say_once(f"The {tower} tower is frozen, but has dropout: it is encoded anew in every step.")
+            return False
+        return True
+
+    def _parameters(self, tower: str):
+        return ((name, p) for name, p in self.model.named_parameters() if name.startswith(TOWERS[tower]))
+
+    def _same_weights(self, tower: str) -> bool:
+        """Whether a tower still has the weights that it was encoded with, if it was."""
+        if tower not in self._states or _sharded(self.model):
+            return True
+        versions, digest = self._states[tower]
+        now = self._versions(tower)
+        if now != versions:  # something was written to them: perhaps the same values, from a checkpoint
+            if weights_digest(self.model, tower) != digest:
+                return False
+            self._states[tower] = now, digest
+        return True
+
+    def _versions(self, tower: str) -> list[tuple]:
+        return [(id(p), p._version) for _, p in self._parameters(tower)]
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            say(text)
+
+    def _images(self, view: ImageView, dataset: Dataset) -> Features | None:
+        # A view of its own: the training view draws captions and passes over bad pictures.
+        plain = ImageView(dataset, view.on_bad_image, view.name, view.short_side)
+
+        def encode(**options) -> Features:
+            options["workers"] = self.args.dataloader_num_workers
+            return encode_pictures_once(self.model, self.processor, plain, **options)
+
+        return self._once(("vision", view.name, id(dataset)), dataset, encode, f"{view.name} images")
+
+    def _texts(self, view: TrainingView, dataset: Dataset) -> tuple[dict[str, int], Features] | None:
+        found: set[str] = set()
+        captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
+        for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
+            name = view.class_names[label]
+            texts = captions_of(value) or [None]
+            texts += [None] if view.caption_dropout else []
+            found.update(training_text(template, name, text) for template in view.templates for text in texts)
+        texts = sorted_distinct(found)
+
+        def encode(**options) -> tuple[dict[str, int], Features]:
+            features = encode_texts_once(self.model, self.processor, texts, **options)
+            return {text: i for i, text in enumerate(texts)}, features
+
+        key = ("text", view.templates, view.caption_dropout > 0, id(dataset))
+        return self._once(key, dataset, encode, "training texts")
+
+    def _once(self, key: tuple, dataset: Dataset, encode, what: str):
+        """What `encode` returns, made once for each key; says how many were encoded, in how long."""
+        tower = key[0]
+        if not self._same_weights(tower):
+            self._made = {other: made for other, made in self._made.items() if other[0] != tower}
+        if key in self._made:
+            return self._made[key][1]
+        if _sharded(self.model):
+            return None
+        start = time.monotonic()
+        progress = is_main() and not self.args.disable_tqdm
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        made = encode(batch_size=self.args.per_device_eval_batch_size, autocast=autocast, shard=True, progress=progress)
+        features = made if isinstance(made, Features) else made[1]
+        how = "read from the cache" if features.hit else "encoded once"
+        n, seconds = len(features.embeds), time.monotonic() - start
+        say(f"Frozen {tower} tower: {n:,} {what} {how} in {seconds:.1f} s.")
+        # With the data set, so that its id stays its own.
+        self._made[key] = (dataset, made)
+        self._states[tower] = self._versions(tower), weights_digest(self.model, tower)
+        return made
+
+
+def has_dropout(model, tower: str) -> bool:
+    """Whether a tower, even a frozen one, computes something else in every step of training."""
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(TOWERS[tower]):
+            rates = (getattr(module, key, 0) for key in ("p", "dropout", "attention_dropout", "drop_path"))
+            if any(isinstance(rate, float) and rate > 0 for rate in rates):
+                return True
+    return False
+
+
+def _sharded(model) -> bool:
+    """Whether the weights are spread over processes (FSDP, DeepSpeed's third stage), so that no tower can run alone."""
+    return any(
+        hasattr(p, "_local_tensor") or hasattr(p, "ds_id") or "_fsdp" in name for name, p in model.named_parameters()
+    )

@@ -1,0 +1,133 @@
+"""Pushes of the Trainer (`push_to_hub=True`): what it publishes while it trains, and at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from ..hub.client import check_access, make_repo, published, push_files
+from ..hub.publish import folder_files
+from ..model.towers import lora_layers, merged_state
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "mmft.json"
+# What prototypes belong to whose tower is not trained, in place of a step.
+STAY = "weights that stay"
+
+
+class TrainingPushes:
+    """A part of `MMFTTrainer`.
+
+    The stock pushes copy a checkpoint's weights over those in the output folder, and publish a pickle of all settings, the
+    token among them. These publish a plain `CLIPModel` with the prototypes of the same weights, and nothing else.
+    """
+
+    def init_hf_repo(self, token=None, private=None) -> None:
+        """The repository, with the branch that is pushed to. Arguments as in the stock Trainer."""
+        if self.is_world_process_zero():
+            args = self.args
+            token, private = token or args.hub_token, args.hub_private_repo if private is None else private
+            self.hub_model_id = check_access(args.hub_model_id or Path(args.output_dir).absolute().name, token)
+            make_repo(self.hub_model_id, "model", private, args.hub_revision, token)
+            self.push_in_progress = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        # A folder of its own, since checkpoints come and go while it is uploaded.
+        staged = Path(tempfile.mkdtemp(prefix="mmft-push-"))
+        self._write_model(staged)
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            every = args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
+            checkpoint = staged / (Path(checkpoint_folder).name if every else "last-checkpoint")
+            shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link_or_copy)
+            state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            (checkpoint / TRAINER_STATE_NAME).unlink()  # a link
+            (checkpoint / TRAINER_STATE_NAME).write_text(
+                json.dumps(published(state), indent=2) + "\n", encoding="utf-8"
+            )
+        upload = HfApi(token=args.hub_token).upload_folder(
+            folder_path=staged,
+            repo_id=self.hub_model_id,
+            revision=args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+        )
+        upload.add_done_callback(lambda done: _after(done, staged))
+        if busy:
+            self.push_in_progress.jobs.append(upload)
+        else:
+            self.push_in_progress = PushInProgress([upload])
+
+    def _write_model(self, folder: Path) -> None:
+        """A plain model, its processor, its record, and prototypes where they are of these very weights."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=merged_state(model) if lora_layers(model) else None)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.prototypes is not None and self._prototypes_of in (self.state.global_step, STAY):
+            self.prototypes.save_pretrained(folder)
+        try:
+            record = json.loads((Path(self.args.output_dir) / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {"completed": False}
+        (folder / RUN_FILE).write_text(json.dumps(published(record), indent=2) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """Publishes model, processor and prototypes; with what else of a finished run is in the output folder.
+
+        Args:
+            commit_message, token, revision: as in the stock Trainer. It waits for the end in any case.
+
+        Returns:
+            The address of the commit, in the first process.
+        """
+        self._finish_current_push()
+        self.save_model(_internal_call=True)
+        self.current_prototypes()
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir)
+        self.prototypes.save_pretrained(folder)
+        if not (folder / RUN_FILE).is_file():
+            (folder / RUN_FILE).write_text('{"completed": false}\n', encoding="utf-8")
+        return push_files(
+            folder_files(folder),
+            self.hub_model_id,
+            "model",
+            commit_message,
+            marker=RUN_FILE,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name of a file, which stays when the first one goes; where the disk has no such thing, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _after(upload, staged: Path) -> None:
+    """Training goes on whatever becomes of a push on the way, but not silently."""
+    shutil.rmtree(staged, ignore_errors=True)
+    if not upload.cancelled() and (error := upload.exception()):
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("A push during training failed (%s); what it had is pushed with the next one.", reason)

@@ -1,0 +1,283 @@
+"""The output folder of a run: whose it is, whether it may be written to, and the files that it ends up with."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..core.arguments import DataArguments, ModelArguments
+from ..core.console import is_main
+from ..core.errors import UserError
+from ..core.launch import check_shared
+from ..data.splits import Splits
+from ..hub import cards
+from ..hub.cards.provenance import sources
+from ..model.towers import ADAPTER_FILES, Adapter
+from ..predict import figures
+from ..predict import sheet as report
+from ..predict.evaluation import Predictions
+from ..predict.heads.prototypes import FILE_NAME as PROTOTYPES_FILE
+from ..predict.heads.prototypes import ClassPrototypes
+from ..version import __version__
+from .config import MMFTConfig
+
+RUN_FILE = "mmft.json"
+RESULTS_FILE = "all_results.json"
+PREDICTIONS_FILE = "predictions_test.parquet"
+ADAPTER_FOLDER = "adapter"
+PICTURE_FILE = "predictions_test.png"
+CONFUSION_FILE, CURVES_FILE = "confusion.png", "curves.png"
+# All that a run writes to its folder, beside checkpoints and the shards of a large model.
+FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, CONFUSION_FILE, CURVES_FILE, PROTOTYPES_FILE} | set(
+    "README.md trainer_state.json config.json model.safetensors model.safetensors.index.json tokenizer.json "
+    "tokenizer_config.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model "
+    "special_tokens_map.json added_tokens.json preprocessor_config.json processor_config.json".split()
+)
+# Settings that every record names. All others that differ from their default are recorded, too, but for IDLE ones.
+DECIDING = (
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
+    "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
+    "eval_strategy eval_steps load_best_model_at_end world_size supcon_weight include_self class_template prototypes "
+    "crop_min_area on_bad_image samples_per_class caption_dropout template_weight supcon_weight_end "
+    "weight_averaging"
+).split()
+
+# Settings that no weight depends on: a resume may change them.
+IDLE = re.compile(
+    "output_dir|overwrite_output_dir|resume_from_checkpoint|logging_.*|log_.*|report_to|run_name|disable_tqdm|dataloader_.*"
+    "|save_total_limit|save_on_each_node|push_to_hub.*|hub_.*|ddp_.*|local_rank|use_cpu|project|trackio_.*|per_device_eval_.*"
+    "|eval_accumulation_steps|skip_memory_metrics|do_.*|debug|logging_nan_inf_filter|_n_gpu|include_.*"
+    "|loss_chunk_size|auto_find_batch_size|cache_frozen_features|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*"
+    "|accelerator_config|full_determinism"
+)
+
+# Images of a step are the product of these.
+STEP = ("per_device_train_batch_size", "world_size")
+
+
+class Run:
+    """One run and its folder.
+
+    Args:
+        path: the output folder.
+        model_args, data_args, config, splits: what the run works with; its identity is made of them.
+    """
+
+    def __init__(
+        self, path: str, model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig, splits: Splits
+    ):
+        self.path = Path(path)
+        self.splits = splits
+        self.config = config
+        # Through JSON, as they will be read back (enums become text).
+        plain = json.loads(json.dumps({**config.to_dict(), "world_size": config.world_size}, default=str))
+        self.defaults = default = {field.name: field.default for field in fields(MMFTConfig)}
+        self.identity = {
+            "base_model": model_args.model_name_or_path,
+            "base_model_revision": model_args.model_revision,
+            "vision_tower": model_args.vision_tower,
+            "text_tower": model_args.text_tower,
+            "lora": model_args.lora,
+            "dataset": data_args.dataset_name,
+            "dataset_config_name": data_args.dataset_config_name,
+            "dataset_fingerprint": splits.fingerprint(),
+            "captions": splits.has_captions,
+            "shots": data_args.shots,
+            "shots_seed": data_args.shots_seed,
+            **{key: plain[key] for key in DECIDING},
+            "other_settings": {
+                k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and not IDLE.fullmatch(k)
+            },
+        }
+        # What `evaluate` needs to find a held-out test split again.
+        self.data_settings = vars(data_args)
+        self.completed = False
+
+    def check(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
+        """Whether this run may have the folder; writes nothing. Returns what to resume from.
+
+        Raises:
+            UserError: it holds another run, or files that no run of ours left there.
+        """
+        if isinstance(resume, str) and resume.lower() in ("true", "false"):
+            resume = resume.lower() == "true"
+        found = self._read()
+        if found is None:
+            if self.path.is_dir() and any(entry.name != f"{RUN_FILE}.tmp" for entry in self.path.iterdir()):
+                raise UserError(
+                    f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
+                    "Type another --output_dir."
+                )
+            return resume
+        # An older make that had no such setting did what its default does.
+        before = {**self.defaults, **found["identity"]}
+        differ = [k for k, v in self.identity.items() if before.get(k) != v]
+        # The order of the images and every draw depend on the images of a step, on however many processes they are.
+        if _step_size(found["identity"]) == _step_size(self.identity):
+            differ = [k for k in differ if k not in STEP]
+        if resume and differ:
+            pairs = [f"{k} was {before.get(k)!r}, now {self.identity[k]!r}" for k in differ]
+            raise UserError(
+                f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
+                f"same ones to go on with it, or another --output_dir.{self._other_processes(found['identity'])}"
+            )
+        if not resume and not overwrite:
+            state = "a finished run" if found["completed"] else "an unfinished run"
+            what = f"of other settings ({', '.join(differ)})" if differ else "of these very settings"
+            go_on = "" if differ else " To go on with it, type --resume_from_checkpoint true."
+            raise UserError(
+                f"--output_dir {self.path}: it holds {state} {what}.{go_on} To keep it, type another --output_dir; "
+                "to delete it, --overwrite_output_dir true."
+            )
+        self.completed = bool(resume) and found["completed"]
+        return resume
+
+    def _other_processes(self, before: dict) -> str:
+        """What to type where the run had another number of processes; nothing else may differ then."""
+        even, rest = divmod(_step_size(before), self.identity["world_size"])
+        if before.get("world_size") == self.identity["world_size"] or rest or not even:
+            return ""
+        return (
+            f" With {self.identity['world_size']} in place of {before['world_size']} processes, "
+            f"--per_device_train_batch_size {even} keeps the steps of {_step_size(before)} images."
+        )
+
+    def claim(self, resume: str | bool | None) -> None:
+        """Makes the folder this run's own; a run that is to be overwritten is deleted, one that goes on is not."""
+        state = PartialState()
+        state.wait_for_everyone()  # everyone has looked before anyone writes
+        check_shared(self.path)
+        if is_main():
+            if not resume:
+                self._clear()
+            self._write(completed=False)
+        state.wait_for_everyone()
+
+    def _read(self) -> dict | None:
+        path = self.path / RUN_FILE
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{path}: expected JSON, found {error}. Type another --output_dir.") from error
+        if not isinstance(record, dict) or not isinstance(record.get("identity"), dict) or "completed" not in record:
+            raise UserError(f"{path}: expected the record of a run, found another file. Type another --output_dir.")
+        return record
+
+    def _write(self, completed: bool, **more) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {
+            "completed": completed,
+            "mmft_hf": __version__,
+            "identity": self.identity,
+            "data": self.data_settings,
+        }
+        content |= more
+        # Through a second file, so that a kill never leaves half a one.
+        temporary = self.path / f"{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path / RUN_FILE)
+
+    def _clear(self) -> None:
+        """Deletes what a run leaves, by exact name, and nothing else."""
+        if not (self.path / RUN_FILE).is_file():
+            return
+        # The record goes last: a kill in between leaves a folder that is still known as ours.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == RUN_FILE):
+            if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
+                shutil.rmtree(entry)
+            elif entry.is_file() and (
+                entry.name in FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", entry.name)
+            ):
+                entry.unlink()
+            elif entry.is_dir() and entry.name == ADAPTER_FOLDER:
+                if {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
+                    shutil.rmtree(entry)
+
+    def save(
+        self,
+        model,
+        processor,
+        prototypes: ClassPrototypes,
+        predictions: Predictions,
+        zero_shot_test: dict,
+        validation: dict[str, float],
+        train_metrics: dict,
+        state,
+        zero_shot_won: bool = False,
+        adapter: Adapter | None = None,
+    ) -> dict:
+        """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
+
+        Returns:
+            The content of `all_results.json`.
+        """
+        test = predictions.report()
+        selected = self.config.load_best_model_at_end
+        epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
+        best_epoch = 0.0 if zero_shot_won else epochs.get(state.best_global_step) if selected else state.epoch
+        results = {
+            "zero_shot_test_accuracy": zero_shot_test["accuracy"],
+            "zero_shot_test_accuracy_ci_low": zero_shot_test["accuracy_ci_low"],
+            "zero_shot_test_accuracy_ci_high": zero_shot_test["accuracy_ci_high"],
+            "test_accuracy": test["accuracy"],
+            "test_accuracy_ci_low": test["accuracy_ci_low"],
+            "test_accuracy_ci_high": test["accuracy_ci_high"],
+            "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
+            **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
+            "test_images": test["examples"],
+            "test_skipped_images": test["skipped"],
+            **validation,
+            "selection_policy": "val-full" if selected else "last",
+            "selection": "the untuned model with the class template: no epoch was better on validation"
+            if zero_shot_won
+            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation; epoch 0 is the untuned model"
+            if selected
+            else f"the last epoch ({state.epoch:g})",
+            "best_epoch": best_epoch,
+            "zero_shot_won": zero_shot_won,
+            "seed": self.config.seed,
+            **train_metrics,
+        }
+        model.config.id2label = dict(enumerate(self.splits.class_names))
+        model.config.label2id = {name: i for i, name in enumerate(self.splits.class_names)}
+        model.save_pretrained(self.path)
+        processor.save_pretrained(self.path)
+        prototypes.save_pretrained(self.path)
+        if adapter:
+            base, revision = self.identity["base_model"], self.identity["base_model_revision"]
+            adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
+        report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
+        report.contact_sheet(self.splits.test, predictions).save(self.path / PICTURE_FILE, optimize=True)
+        confusion = figures.confusion_picture(test["confusion_matrix"], self.splits.class_names)
+        confusion.save(self.path / CONFUSION_FILE, optimize=True)
+        kept = None if zero_shot_won or not selected else best_epoch
+        curves = figures.curves_picture(state.log_history, validation["zero_shot_validation_accuracy"], kept)
+        curves.save(self.path / CURVES_FILE, optimize=True)
+        (self.path / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        state.save_to_json(str(self.path / "trainer_state.json"))
+        record = {
+            "class_names": self.splits.class_names,
+            "model_type": model.config.model_type,
+            "selection": results["selection"],
+            "notes": self.splits.notes,
+            "prototypes": prototypes.source,
+            "sources": sources(self.identity, self.data_settings, self.splits, MMFTConfig),
+            "versions": cards.versions(),
+        }
+        self._write(completed=False, **record)
+        cards.write_model_card(self.path)
+        self._write(completed=True, **record)
+        return results
+
+
+def _step_size(identity: dict) -> int:
+    """Images of a step in all processes."""
+    return math.prod(identity.get(name) or 0 for name in STEP)

@@ -1,0 +1,149 @@
+"""FSDP2: a dual encoder whose weights, gradients and optimiser state lie in pieces on several processes.
+
+`accelerate launch --config_file recipes/accelerate/fsdp2.yaml` asks for it, and accelerate does it; what follows is what a
+dual encoder needs beside that. Where FSDP is not asked for, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from ..core.errors import UserError
+
+
+class ShardedTraining:
+    """A part of `MMFTTrainer`."""
+
+    _whole: nn.Module | None = None  # a copy from before the model was cut, in main memory
+
+    def create_optimizer(self, *args, **kwargs):
+        """The stock optimiser. Under FSDP2 this is the last that happens before the model is cut into pieces."""
+        if not self.is_fsdp_enabled:
+            return super().create_optimizer(*args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin
+        self._whole = copy.deepcopy(self.model).cpu()
+        plugin.ignored_modules = [*(plugin.ignored_modules or ()), keep_whole(self.model)]
+        return super().create_optimizer(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self._unsharded():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with self._unsharded():
+            return super().predict(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if self.is_fsdp_enabled:
+            if self._whole is not None:
+                raise UserError(
+                    "train: expected the first training of this Trainer under FSDP. Make a new MMFTTrainer."
+                )
+            check_settings(self.args, self.accelerator.state.fsdp_plugin)
+        if resume_from_checkpoint:
+            check_checkpoint(Path(resume_from_checkpoint), self.is_fsdp_enabled)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_fsdp_enabled:  # from here on every process has the whole model, and works alone with it
+            self.model = self.model_wrapped = gather_into(self._whole, self.model)
+        return result
+
+    def _unsharded(self):
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return unsharded(self.model, plugin is not None and plugin.reshard_after_forward)
+
+
+def check_settings(args: TrainingArguments, plugin) -> None:
+    """Raises `UserError` for settings under which a sharded run could not be trained, saved or resumed."""
+    for name in ("loss_chunk_size", "auto_find_batch_size"):
+        if getattr(args, name, None):
+            # Every forward is a meeting of all processes, and they may have different numbers of distinct texts.
+            raise UserError(
+                f"--{name}: expected nothing under FSDP, found {getattr(args, name)}. Type --gradient_checkpointing true to "
+                "save memory, or start without FSDP."
+            )
+    kind = getattr(plugin.state_dict_type, "name", str(plugin.state_dict_type))
+    for name, expected, found in (
+        ("fsdp_version", "2", str(plugin.fsdp_version)),
+        ("fsdp_state_dict_type", "FULL_STATE_DICT", kind),
+        ("fsdp_cpu_ram_efficient_loading", "false", str(plugin.cpu_ram_efficient_loading).lower()),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{name}: expected {expected}, found {found}. Type accelerate launch --config_file "
+                "recipes/accelerate/fsdp2.yaml …, which has what is needed."
+            )
+
+
+def check_checkpoint(checkpoint: Path, fsdp: bool) -> None:
+    """Raises `UserError` for a checkpoint of FSDP without FSDP, and the reverse: their optimiser states differ in form."""
+    left = (checkpoint / "optimizer.bin").is_file()
+    if left != fsdp:
+        before, now = ("with", "without") if left else ("without", "with")
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: expected a run {before} FSDP, as the one that left it, found one {now}. "
+            "Start it with the same accelerate configuration as before, or type a new --output_dir."
+        )
+
+
+def keep_whole(model: nn.Module) -> nn.Module:
+    """Prepares a dual encoder for FSDP2; returns a module of the parameters that FSDP must leave alone.
+
+    These are the parameters of the model itself, the logit scale among them: FSDP2 cuts no scalar, and they are read outside
+    of the forward. Their gradients are averaged here, as FSDP2 does those of the others.
+    """
+    # accelerate wants to treat a language model's embedding apart, and CLIPModel refuses to name one.
+    model.get_input_embeddings = lambda: None
+    ignored = nn.Module()
+    for name, parameter in model.named_parameters(recurse=False):
+        ignored.register_parameter(name, parameter)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+    return ignored
+
+
+def _average_gradient(parameter: nn.Parameter) -> None:
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
+
+
+@contextmanager
+def unsharded(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
+    """Every process holds all weights meanwhile, so that it may encode as many batches as it likes, and alone.
+
+    Args:
+        reshard_after_forward: what holds for the parts of the model again afterwards.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not parts:
+        yield
+        return
+    for name in ("get_image_features", "get_text_features"):
+        if name not in vars(model):
+            register_fsdp_forward_method(model, name)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(reshard_after_forward and part is not model, recurse=False)
+            part.reshard()
+
+
+@torch.no_grad()
+def gather_into(whole: nn.Module, model: nn.Module) -> nn.Module:
+    """Puts the weights of a sharded model into `whole`, a copy from before; returns that, on the device of the model."""
+    state = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in model.state_dict().items()}
+    whole.load_state_dict(state)
+    return whole.to(model.device)

@@ -1,0 +1,388 @@
+"""`MMFTTrainer`: the stock Trainer with the MMFT loss, caption draws and class logits. Subclassed at the hooks only."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+from ..core.errors import UserError
+from ..data.cache import check_short_side
+from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
+from ..data.texts import TEMPLATES
+from ..data.views import ImageView, TrainingView, check_dataset
+from ..model.collator import MMFTDataCollator, input_size
+from ..model.embedding import add_embedding_forward
+from ..model.loading import encode_images, is_dual_encoder, logit_scale
+from ..model.losses import MMFTLoss
+from ..model.towers import TOWERS, frozen_batch_norms
+from ..predict.heads.prototypes import ClassPrototypes
+from ..predict.metrics import report
+from .averaging import WeightAveraging
+from .config import MMFTConfig
+from .frozen import FrozenTowers
+from .progress import EpochLines
+from .pushes import STAY, TrainingPushes
+from .sharding import ShardedTraining
+from .training_checkpoints import TrainingCheckpoints
+
+logger = logging.getLogger(__name__)
+
+
+class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer):
+    """Fine-tunes a `CLIPModel` on images with labels and captions.
+
+    Args:
+        model (`CLIPModel`): as `load_model` returns it, in float32.
+        args (`MMFTConfig`): settings of the training and of the method.
+        train_dataset (`datasets.Dataset`): columns `image`, `label` (`ClassLabel`) and, where there are any, `captions`.
+        eval_dataset (`datasets.Dataset`, *optional*): columns `image`, `label`: validation, which selects the best
+            epoch. Without it the last step is kept.
+        processing_class (`CLIPProcessor`): of the model.
+        compute_metrics (*optional*): gets class logits `(n, C)` and labels `(n,)`; the default gives `accuracy`,
+            `top5_accuracy` and `mean_per_class_accuracy`.
+
+    Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn afresh in
+    every epoch. Evaluation compares images with the class prototypes of the current weights (`args.prototypes`); its
+    `eval_loss` is the cross-entropy of the class logits, which, unlike a contrastive loss, no batch size can move.
+
+    Raises:
+        UserError: a model, a data set or a checkpoint that does not fit.
+
+    References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426).
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        args: MMFTConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: CLIPProcessor | None = None,
+        compute_metrics=None,
+        **kwargs,
+    ):
+        # -- model and data ----------------------------------------------------------------------------------------
+        if not is_dual_encoder(model):
+            raise UserError(
+                f"model: expected a CLIPModel or another dual encoder, found {type(model).__name__}. Use mmft_hf.load_model(…)."
+            )
+        if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(
+                "model: expected a CLIPModel without an adapter of PEFT, which would not keep the trained logit scale. Use "
+                'mmft_hf.set_towers(model, "lora", "lora").'
+            )
+        if processing_class is None:
+            raise UserError("processing_class: expected the CLIPProcessor of the model. Use mmft_hf.load_model(…).")
+        half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+        if half:
+            raise UserError(
+                f"model: expected float32 weights, found {half[0]}, in which AdamW's steps vanish. Load it with "
+                "mmft_hf.load_model(…) or dtype=torch.float32, and use bf16=True for speed."
+            )
+        if args.decode_cache:
+            check_short_side(args.decode_cache, input_size(processing_class))
+        if args.n_gpu > 1:
+            raise UserError(
+                f"expected one process per GPU, found one process with {args.n_gpu} GPUs. Type accelerate launch "
+                f"--num_processes {args.n_gpu} recipes/finetune.py …, or set CUDA_VISIBLE_DEVICES=0 to use one."
+            )
+        self.class_names: list[str] | None = None
+        if train_dataset is not None:
+            check_dataset("train_dataset", train_dataset)
+            self.class_names = train_dataset.features["label"].names
+        if eval_dataset is not None:
+            check_dataset("eval_dataset", eval_dataset, self.class_names)
+        else:
+            if args.eval_strategy != "no":
+                logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
+            args = copy.copy(args)
+            args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
+        if args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "gradient_accumulation_steps=%d averages gradients over several batches; it does not enlarge the contrastive "
+                "batch of %d images. For that, give it a larger per_device_train_batch_size, with loss_chunk_size=%d.",
+                args.gradient_accumulation_steps,
+                args.per_device_train_batch_size * args.world_size,
+                args.per_device_train_batch_size,
+            )
+
+        # -- the stock Trainer -------------------------------------------------------------------------------------
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None)
+            or MMFTDataCollator(
+                processing_class, distinct_texts=not args.torch_compile, pad_to_limit=args.torch_compile
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or self._class_metrics,
+            **kwargs,
+        )
+        self.loss = MMFTLoss(args.supcon_weight, args.include_self)
+        self.training_templates: str | tuple[str, ...] = args.class_template  # of several, one is drawn for each image
+        add_embedding_forward(self.model)
+        self._batch_norms = frozen_batch_norms(self.model)
+        self.prototypes: ClassPrototypes | None = None
+        self._prototypes_of: object = None
+        self._sampler: EpochSampler | None = None
+        self._told_fallback = False
+        self._eval_loader_of: Dataset | None = None
+        self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self._unseen_losses: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
+
+        # -- three lines that every contrastive Trainer needs --------------------------------------------------------
+        # CLIPModel.forward takes **kwargs, so the Trainer would believe that the model divides the loss by the number
+        # of accumulated items; it does not, and gradients would come out multiplied by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        # training_step divides by the accumulation steps; in transformers 5.2 accelerate would do so once more.
+        if not self.is_deepspeed_enabled:
+            self.accelerator.gradient_accumulation_steps = 1
+        # Otherwise evaluate() would leave out the loss.
+        self.can_return_loss = True
+        self.label_names = ["labels"]
+
+        self._frozen = FrozenTowers(self.model, processing_class, args, self.data_collator)
+        self.add_callback(self._frozen)
+        self.add_callback(_Beginnings(self))
+        # One line per epoch in place of a dictionary.
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(EpochLines)
+        else:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(EpochLines(bar=False))
+
+    # -- data -------------------------------------------------------------------------------------------------------
+    def _set_signature_columns_if_needed(self):
+        # Rows go to the collator, not to model.forward: nothing is unused.
+        self._signature_columns = ["image", "label", "text", "box", "skipped", "cut"]
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        if isinstance(dataset, Dataset):
+            if is_training:
+                view = TrainingView(
+                    dataset,
+                    self.class_names,
+                    self.training_templates,
+                    self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                    self.args.crop_min_area,
+                    self.args.on_bad_image,
+                    self.args.decode_cache,
+                    self.args.caption_dropout,
+                )
+                if isinstance(self.eval_dataset, Dataset):  # now, while one process has all weights
+                    self._frozen.attach(
+                        ImageView(self.eval_dataset, self.args.on_bad_image, "validation"), self.eval_dataset
+                    )
+            else:
+                name = "validation" if description == "Evaluation" else description.lower()
+                check_dataset(f"{name} data", dataset, self.class_names)
+                view = ImageView(dataset, self.args.on_bad_image, name)
+            self._frozen.attach(view, dataset)
+            dataset = view
+        if is_training:
+            batch_size = self.args.train_batch_size  # whatever auto_find_batch_size found: see _chunk_size
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # With workers that stay, the stock method returns the loader that it made first, whatever it is asked for.
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self._eval_loader_of is not dataset:
+            vars(self).get("_eval_dataloaders", {}).clear()
+        self._eval_loader_of = dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        # One process alone may have a shorter last batch, unless it was compiled for one size.
+        fill_up = args.world_size > 1 or args.torch_compile
+        share = (args.world_size, args.train_batch_size if fill_up else None)
+        if args.samples_per_class:
+            labels, step_size = self.train_dataset["label"][:], args.world_size * args.train_batch_size
+            self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
+        else:
+            self._sampler = EpochSampler(len(dataset), seed, *share)
+        return self._sampler
+
+    # -- training ---------------------------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """MMFT loss of one batch, through exactly one forward of the wrapped model."""
+        for layer in self._batch_norms:  # the stock step has just called model.train()
+            layer.eval()
+        inputs = dict(inputs)
+        labels, text_rows = inputs.pop("labels"), inputs.pop("text_rows", None)
+        cut, skipped = inputs.pop("captions_cut"), inputs.pop("skipped")
+        # A tower that is frozen has been encoded before; without inputs it has nothing to do.
+        known = {name: inputs.pop(name) for name in ("image_embeds", "text_embeds") if name in inputs}
+        outputs = model(**inputs, chunk_size=self._chunk_size()) | known
+        text_embeds = outputs["text_embeds"] if text_rows is None else outputs["text_embeds"][text_rows]
+        losses = self.loss(outputs["image_embeds"], text_embeds, labels, outputs["scale"], equal_sizes=True)
+        for name, value in (
+            ("supcon_loss", losses["supcon"]),
+            ("clip_loss", losses["clip"]),
+            ("anchors_with_positives", losses["anchors_with_positives"]),
+            ("supcon_weight", torch.tensor(self.loss.supcon_weight)),
+            ("batches", torch.ones(())),
+            ("captions_cut", cut.sum()),
+            ("images", (labels != IGNORED).sum()),
+            ("skipped_images", skipped.sum()),
+        ):
+            self._sums[name] = self._sums[name] + value.detach()
+        return (losses["loss"], outputs) if return_outputs else losses["loss"]
+
+    def _chunk_size(self) -> int:
+        """Rows encoded at a time; 0: all. Where memory runs out, `auto_find_batch_size` lowers it, and not the batch."""
+        chosen = self.args.loss_chunk_size or 0
+        if self.args.auto_find_batch_size and self._train_batch_size < self.args.train_batch_size:
+            return min(chosen, self._train_batch_size) if chosen else self._train_batch_size
+        return chosen
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One forward and backward; a loss that is not finite stops the training before anything is saved."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        arrived = None
+        if loss.device.type == "cuda":
+            # To look at it now would wait for all that the GPU still has to do. So it is sent, and looked at a step later.
+            sent, arrived = loss.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        else:
+            sent = loss
+        self._unseen_losses.append((self.state.global_step + 1, sent, arrived))
+        self._expect_finite_losses(0 if loss.device.type == "cpu" else 1)
+        return loss
+
+    def log(self, logs, start_time=None):
+        """Adds the means of the loss components since the last log of a training loss."""
+        if "loss" in logs and self._sums:
+            totals = {
+                name: self.accelerator.reduce(
+                    torch.as_tensor(total, dtype=torch.float32, device=self.args.device)
+                ).item()
+                for name, total in self._sums.items()
+            }
+            batches, images = totals.pop("batches"), totals.pop("images")
+            logs["skipped_images"] = totals.pop("skipped_images")
+            logs["captions_cut"] = totals.pop("captions_cut") / images
+            logs |= {name: total / batches for name, total in totals.items()}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+    def build_prototypes(self) -> ClassPrototypes:
+        """Prototypes of the current weights, from the source that `args.prototypes` names.
+
+        With several processes every one of them must call it: each encodes its share.
+        """
+        model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
+        source, template = self.args.prototypes, self.args.class_template
+        options = {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "progress": self.is_world_process_zero() and not self.args.disable_tqdm,
+            "shard": True,
+        }
+        if source == "captions":
+            options["template_weight"] = self.args.template_weight
+            found = ClassPrototypes.from_captions(model, processor, self.train_dataset, template, **options)
+            if found.fallback_classes and not self._told_fallback:
+                self._told_fallback = True
+                logger.warning("Classes without captions use the template: %s", ", ".join(found.fallback_classes))
+            return found
+        if source == "images":
+            options |= {"on_bad_image": self.args.on_bad_image, "workers": self.args.dataloader_num_workers}
+            return ClassPrototypes.from_images(model, processor, self.train_dataset, **options)
+        # The user's own template comes first among several.
+        templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
+        return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard=True)
+
+    def current_prototypes(self) -> ClassPrototypes:
+        """`build_prototypes()`, or what it gave before if the weights that it depends on are still the same."""
+        model = self.accelerator.unwrap_model(self.model)
+        tower = TOWERS["vision" if self.args.prototypes == "images" else "text"]
+        trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(tower))
+        of = self.state.global_step if trained else STAY
+        if self.prototypes is None or self._prototypes_of != of:
+            with self.accelerator.autocast():  # as the images that are compared with them
+                self.prototypes = self.build_prototypes()
+            self._prototypes_of = of
+        self.prototypes.logit_scale = logit_scale(model).detach().float().item()
+        return self.prototypes
+
+    def forget_prototypes(self) -> None:
+        """To be called after weights were changed in any other way than by training."""
+        self._prototypes_of = None
+
+    def evaluation_loop(self, *args, **kwargs):
+        """The stock loop, after prototypes of the current weights were built."""
+        self._expect_finite_losses()
+        self.current_prototypes()
+        output = super().evaluation_loop(*args, **kwargs)
+        if isinstance(output.predictions, np.ndarray) and self.preprocess_logits_for_metrics is None:
+            # The stock mean weighs batches alike whose images could not all be read, or that were filled up.
+            labels = torch.from_numpy(output.label_ids)
+            loss = _cross_entropy(torch.from_numpy(output.predictions), labels).item()
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
+        for name, value in output.metrics.items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                self.stop_at("the validation loss", value, self.state.global_step)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Class logits `(B, C)` of a batch, with their mean cross-entropy as the loss."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.accelerator.autocast():
+            embeds = inputs.get("image_embeds")
+            if embeds is None:
+                embeds = encode_images(self.accelerator.unwrap_model(model), inputs["pixel_values"])
+        logits = self.prototypes.logits(embeds)
+        loss = _cross_entropy(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def _class_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        result = report(prediction.predictions, prediction.label_ids, self.prototypes.class_names)
+        keys = ("accuracy", "top5_accuracy", "mean_per_class_accuracy")
+        return {key: result[key] for key in keys if key in result}
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: the stock card would overwrite the one with the results, which the output folder gets at the end."""
+
+
+class _Beginnings(TrainerCallback):
+    """What a training, an epoch and a step begin with."""
+
+    def __init__(self, trainer: MMFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A second training, or one that begins anew after memory ran out, counts its steps from 0 with other weights.
+        self.trainer.forget_prototypes()
+        self.trainer._sums.clear()
+        self.trainer._unseen_losses.clear()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.loss.supcon_weight = args.supcon_weight_at(state.global_step, state.max_steps)
+
+    # Also where the loader is wrapped, as on a resume within an epoch of several processes.
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the rows `(B, C)` with a label; 0 if none has one."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / (labels != IGNORED).sum().clamp(
+        min=1
+    )

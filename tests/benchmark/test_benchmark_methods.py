@@ -1,0 +1,238 @@
+"""The methods that train: what they share, how many steps they get, and what validation chooses."""
+
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from tiny_clip import colour_dataset
+
+from mmft_hf import MMFTConfig
+from mmft_hf.benchmark.run import methods, trainings
+from mmft_hf.benchmark.run.methods import FINE_TUNED, METHODS, Workshop, fine_tune, fit, training_of
+from mmft_hf.benchmark.run.protocol import Task
+from mmft_hf.benchmark.run.trainings import TRAININGS, Trained, interpolated, settings_for
+from mmft_hf.core.errors import UserError
+from mmft_hf.data.texts import TEMPLATES, check_template
+from mmft_hf.data.views import TrainingView
+
+
+@pytest.fixture
+def shop(clip_folder, tmp_path):
+    config = MMFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=6, use_cpu=True, learning_rate=1e-3)
+    return Workshop(str(clip_folder), None, config)
+
+
+@pytest.fixture
+def task():
+    train, validation = colour_dataset(4, seed=1), colour_dataset(3, seed=2)
+    return Task(train, validation, train.features["label"].names, shots=4, seed=0, policy="val-k")
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone(shop, task):
+    before, trained = weights(shop.model), {}
+    assert set(TRAININGS) == {training for training, _ in FINE_TUNED.values()}
+    for name in TRAININGS:
+        found = shop.train(name, task, 1e-3)
+        assert found.steps == 2 and found.seconds > 0
+        assert list(weights(found.model)) == list(before), name  # LoRA is merged, a head taken out again
+        moved = {
+            key.split(".")[0] for key, value in weights(found.model).items() if not torch.equal(value, before[key])
+        }
+        of_images = {"vision_model", "visual_projection"}
+        if name in ("ce", "ce-frozen", "lp-ft"):
+            assert moved == of_images, name
+            assert torch.equal(found.head.weight, found.first_head.weight) == (name == "ce-frozen")
+        else:
+            towers = {"vision_model", "text_model"} - {name.replace("mmft-frozen-", "") + "_model"}
+            assert towers == moved & {"vision_model", "text_model"} and found.head is None, name
+        trained[name] = weights(found.model)["visual_projection.weight"]
+    assert all(torch.equal(value, before[key]) for key, value in weights(shop.model).items())
+    # A row of the table that were another row's training under a new name would show here. The captions of these images are
+    # alike within a class, so shuffling them there changes little, and LoRA leaves the projection as it is.
+    different = [
+        v
+        for k, v in trained.items()
+        if k not in ("mmft-lora", "mmft-lora-all", "clip-lora", "ce", "ce-frozen", "mmft-shuffle-within")
+    ]
+    for i, one in enumerate(different):
+        assert not any(torch.equal(one, other) for other in different[:i])
+
+
+def test_methods_with_one_training_share_it_and_its_seconds(shop, task, monkeypatch):
+    calls = []
+
+    def train(shop, task, learning_rate):
+        calls.append(learning_rate)
+        return dataclasses.replace(TRAININGS_OF_OLD(shop, task, learning_rate), seconds=100.0)
+
+    TRAININGS_OF_OLD = TRAININGS["mmft"]
+    monkeypatch.setitem(TRAININGS, "mmft", train)
+    names = [name for name in METHODS if training_of(name) == "mmft"]
+    assert {"mmft", "mmft+wise", "mmft-train-captions", "mmft-mixed"} <= set(names)
+    found = [fit(name, shop, task) for name in names]
+    assert calls == [1e-3] and all(one.seconds > 100 and one.steps == 2 and one.policy == "last" for one in found)
+    fit("mmft", shop, dataclasses.replace(task, seed=1))
+    assert len(calls) == 2
+    fit("mmft", shop, task)  # the last task alone is kept
+    assert len(calls) == 3
+
+
+def test_a_training_is_gone_when_the_next_begins(shop, task, monkeypatch):
+    model = weakref.ref(shop.train("mmft", task, 1e-3).model)
+    monkeypatch.setitem(TRAININGS, "ce", lambda *args: model())
+    gc.disable()  # what is collected by chance is collected late
+    try:
+        assert shop.train("ce", task, 1e-3) is None
+    finally:
+        gc.enable()
+
+
+def test_what_validation_chose_for_a_head_makes_the_policy(shop, task):
+    found = fit("lp-ft", shop, task)  # with one learning rate
+    assert found.policy == "val-k" and found.chosen.keys() == {"C"}
+    assert fit("ce", shop, task).policy == "last"
+
+
+def test_a_benchmark_on_its_way_to_another_w_leaves_those_alone_that_stay(shop, task, monkeypatch):
+    shop.config.supcon_weight_end = 0.7
+    seen = []
+
+    def settings(*args, **more):
+        seen.append(settings_for(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(trainings, "settings_for", settings)
+    for name in ("mmft", "flyp", "mmft-w1"):
+        shop.train(name, task, 1e-3)
+    assert [(c.supcon_weight, c.supcon_weight_end) for c in seen] == [(0.1, 0.7), (0.0, None), (1.0, None)]
+
+
+def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_folder, task, tmp_path, monkeypatch):
+    config = MMFTConfig(str(tmp_path), max_steps=1, use_cpu=True)
+    shop = Workshop(str(clip_folder), None, config, learning_rates=(1e-5, 2e-5, 3e-5))
+    right = {1e-5: 1, 2e-5: 7, 3e-5: 7}
+    seen = []
+
+    def train(shop, task, learning_rate):
+        seen.append(learning_rate)
+        return Trained(shop.model, task.train, int(learning_rate * 1e5), 1.0)
+
+    def classifier(steps):
+        def scores(dataset):
+            assert dataset is task.validation
+            answers = np.array(dataset["label"]) + (np.arange(len(dataset)) >= right[steps / 1e5])
+            return np.eye(3)[answers % 3]
+
+        return scores
+
+    monkeypatch.setitem(TRAININGS, "mmft", train)
+    monkeypatch.setattr(methods, "prototypes_for", lambda shop, task, trained, *more: trained.steps)
+    monkeypatch.setattr(shop, "by_prototypes", lambda model, steps: classifier(steps))
+    found = fine_tune(shop, task, "mmft", "own")
+    assert seen == [1e-5, 2e-5, 3e-5] and found.tried == 3
+    assert found.chosen == {"learning_rate": 2e-5} and found.policy == "val-k" and found.steps == 2
+    assert found.validation_accuracy == pytest.approx(7 / 9) and found.seconds >= 3
+
+
+def test_a_rate_that_diverges_is_out_of_the_choice(clip_folder, task, tmp_path):
+    config = MMFTConfig(str(tmp_path), max_steps=2, use_cpu=True)
+    alone, both, wild = (Workshop(str(clip_folder), None, config, rates) for rates in ((1e-4,), (1e9, 1e-4), (1e9,)))
+    found, expected = (fine_tune(shop, task, "mmft", "own") for shop in (both, alone))
+    assert found.chosen == {"learning_rate": 1e-4, "failed_rates": "1e+09"} and found.tried == 2
+    assert np.array_equal(found.classifier(task.validation), expected.classifier(task.validation))
+    with pytest.raises(UserError, match="became"):
+        fine_tune(wild, task, "mmft", "own")
+
+
+def test_few_images_get_the_least_steps_and_all_images_their_epochs(clip_folder, task, tmp_path):
+    config = MMFTConfig(str(tmp_path), num_train_epochs=3, per_device_train_batch_size=6, use_cpu=True)
+    shop = Workshop(str(clip_folder), None, config, min_steps=7)
+
+    def steps(shots, least=7):
+        shop.min_steps = least
+        found = settings_for(shop, dataclasses.replace(task, shots=shots), 1e-3, str(tmp_path))
+        assert found.save_only_model  # what is never resumed need not be written
+        return found.max_steps, found.eval_strategy, found.load_best_model_at_end
+
+    assert steps(4) == (7, "no", False)  # two batches, three epochs: six steps
+    assert steps(4, least=6) == (-1, "no", False)
+    assert steps("full") == (-1, "epoch", True)
+    shop.config.max_steps = 2
+    assert steps(4)[0] == 2
+    assert shop.config.eval_strategy == "epoch"  # the workshop's own settings stay
+
+
+def test_interpolated_weights_are_between_the_two(shop, task):
+    trained = shop.train("mmft", task, 1e-2)
+    model, end, start = interpolated(trained, shop.model, 0.25), weights(trained.model), weights(shop.model)
+    for name, value in weights(model).items():
+        expected = 0.75 * start[name] + 0.25 * end[name] if value.is_floating_point() else start[name]
+        torch.testing.assert_close(value, expected)
+    assert not torch.equal(weights(model)["logit_scale"], start["logit_scale"])
+    assert torch.equal(weights(trained.model)["logit_scale"], end["logit_scale"])
+
+
+def test_inference_is_by_the_texts_that_its_name_says(shop, task):
+    names = ("mmft", "mmft-mixed", "mmft-train-captions", "mmft-no-captions", "mmft-test-captions", "flyp", "flyp-ens")
+    found = {name: fit(name, shop, task).prototypes for name in names}
+    sources = {name: prototypes.source for name, prototypes in found.items()}
+    assert sources == {
+        "mmft": "captions",
+        "mmft-mixed": "captions",
+        "mmft-train-captions": "template",
+        "mmft-no-captions": "template",
+        "mmft-test-captions": "captions",
+        "flyp": "template",
+        "flyp-ens": "templates",
+    }
+    halfway = found["mmft"].embeddings + found["mmft-train-captions"].embeddings
+    torch.testing.assert_close(found["mmft-mixed"].embeddings, torch.nn.functional.normalize(halfway, dim=1))
+
+
+def test_there_are_80_templates_and_each_image_is_read_with_one_of_them():
+    assert len(TEMPLATES) == len(set(TEMPLATES)) == 80
+    assert all(check_template(template) and template == template.strip() for template in TEMPLATES)
+    data = colour_dataset(8, captions=False)
+    names = data.features["label"].names
+    view = TrainingView(data, names, TEMPLATES, seed=0)
+    texts = [view[row]["text"] for row in range(len(data))]
+    allowed = [{template.replace("{}", names[label]) for template in TEMPLATES} for label in data["label"]]
+    assert all(text in texts_of for text, texts_of in zip(texts, allowed, strict=True))
+    assert len(set(texts)) > 12
+    assert texts == [view[row]["text"] for row in range(len(data))]
+    assert [view[len(data) + row]["text"] for row in range(len(data))] != texts  # another epoch
+    one, several = TrainingView(data, names, "a {}.", seed=0), view
+    assert all(one[row]["box"] == several[row]["box"] for row in range(len(data)))  # the crops stay
+
+
+def test_permuted_labels_leave_images_with_their_captions(task):
+    found = trainings.permuted_labels(task)
+    assert found["captions"][:] == task.train["captions"][:] and found.features == task.train.features
+    assert sorted(found["label"]) == sorted(task.train["label"]) and found["label"][:] != task.train["label"][:]
+    assert trainings.permuted_labels(task)["label"][:] == found["label"][:]
+    other = trainings.permuted_labels(dataclasses.replace(task, seed=1))
+    assert other["label"][:] != found["label"][:]
+
+
+def test_what_was_tried_on_validation_is_counted(shop, task):
+    tried = {name: fit(name, shop, task).tried for name in ("zs", "lp", "gda", "lp++", "flyp")}
+    assert tried == {"zs": 1, "lp": 96, "gda": 7, "lp++": 1, "flyp": 1}
+
+
+def test_a_linear_probe_of_permuted_labels_falls_to_chance(shop, task):
+    task = dataclasses.replace(task, train=colour_dataset(16, seed=1))
+    test = colour_dataset(40, seed=3)
+    labels = np.array(test["label"])
+
+    def accuracy(name, seed):
+        return (fit(name, shop, dataclasses.replace(task, seed=seed)).classifier(test).argmax(axis=1) == labels).mean()
+
+    assert accuracy("lp", 0) > 0.9
+    assert 0.2 < np.mean([accuracy("lp-permuted-labels", seed) for seed in range(8)]) < 0.47

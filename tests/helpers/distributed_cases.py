@@ -1,0 +1,128 @@
+"""One training step after the other, the same in one process or several: run by tests/test_distributed.py.
+
+As a script, under torchrun: `distributed_cases.py FOLDER` trains every case and saves what came out of it in the first process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny_clip import build_clip, colour_dataset
+from transformers import TrainerCallback, set_seed
+
+from mmft_hf import MMFTConfig, MMFTTrainer, set_towers
+from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, LinearHead
+
+STEP = 12  # images of a step in all processes: for 1, 2 and 3 of them
+# Rows of three classes: 9, 7 and 3 images, 7 of them left for the last step; and 13 images, one left.
+UNEVEN = [i for i in range(27) if i % 3 == 0 or (i % 3 == 1 and i < 21) or i in (2, 5, 8)]
+ONE_LEFT = list(range(13))
+CASES = {
+    "full": {},
+    "one left": {"rows": ONE_LEFT},
+    "lora": {"towers": ("lora", "lora"), "learning_rate": 0.3},
+    "lora and frozen": {"towers": ("lora", "frozen"), "learning_rate": 0.3},
+    "kept pictures": {"towers": ("frozen", "lora"), "learning_rate": 0.3, "crop_min_area": 1.0},
+    "checkpointing": {"gradient_checkpointing": True},
+    "chunks": {"loss_chunk_size": 2},
+    "chunks, lora, checkpointing": {
+        "towers": ("full", "lora"),
+        "loss_chunk_size": 3,
+        "gradient_checkpointing": True,
+    },
+    "class-balanced": {"samples_per_class": 3},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "templates": {"captions": False},
+    "UniCL": {"include_self": True, "supcon_weight": 1.0},
+    "cross-entropy, head": {"trainer": "head"},
+    "cross-entropy, class texts": {"trainer": "texts", "towers": ("lora", "lora"), "loss_chunk_size": 2},
+    "options for few images": {
+        "weight_averaging": 0.7,
+        "supcon_weight_end": 1.0,
+        "caption_dropout": 0.5,
+        "template_weight": 0.3,
+    },
+    "bf16": {"bf16": True},
+    "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
+}
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self):
+        self.first = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.first:
+            named = model.named_parameters()
+            self.first = {f"gradient of {n}": p.grad.detach().clone() for n, p in named if p.grad is not None}
+
+
+def make_trainer(kind: str, model, config, train, validation, processor) -> MMFTTrainer:
+    """The Trainer of a case: of the method, or of a baseline by cross-entropy."""
+    if kind == "head":
+        weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+        head = LinearHead(weight, train.features["label"].names, torch.zeros(3))
+        return HeadTrainer(model, processor, config, train, head, validation)
+    if kind == "texts":
+        return ClassTextsTrainer(model, processor, config, train, validation)
+    return MMFTTrainer(model, config, train, validation, processor)
+
+
+def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Two epochs of a case: gradients of the first step and final weights; logs and metrics."""
+    settings = dict(CASES[name])
+    rows, captions = settings.pop("rows", UNEVEN), settings.pop("captions", True)
+    model, processor = build_clip()
+    set_seed(0)
+    set_towers(model, *settings.pop("towers", ("full", "full")))
+    # Adam would blow the rounding of gradients that are zero (those of k_proj.bias) up to whole steps.
+    settings = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2, "logging_strategy": "epoch"} | settings
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    gradients = Gradients()
+    trainer = make_trainer(
+        settings.pop("trainer", "mmft"),
+        model,
+        MMFTConfig(
+            output_dir=str(folder / name),
+            per_device_train_batch_size=STEP // world,
+            save_strategy="no",
+            load_best_model_at_end=False,
+            per_device_eval_batch_size=3,
+            use_cpu=True,
+            disable_tqdm=True,
+            **settings,
+        ),
+        colour_dataset(9, captions=captions).select(rows),
+        colour_dataset(4, seed=1).select(range(11)),
+        processor,
+    )
+    trainer.add_callback(gradients)
+    trainer.train()
+    keys = ("loss", "supcon_loss", "clip_loss", "anchors_with_positives", "captions_cut", "skipped_images")
+    logs = {f"{log['epoch']} {key}": log[key] for log in trainer.state.log_history for key in keys if key in log}
+    metrics = {key: value for key, value in trainer.evaluate().items() if "accuracy" in key}
+    prototypes = trainer.build_prototypes()
+    weights = {n: v.detach().clone() for n, v in model.state_dict().items()}
+    return weights | gradients.first | {"prototypes": prototypes.embeddings}, logs | metrics | {"world": world}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["MMFT_HF_CACHE"] = str(folder / "cache")  # what is encoded is encoded here, by all processes
+    torch.distributed.init_process_group("gloo")
+    for name in CASES:
+        tensors, numbers = run(name, folder)
+        if torch.distributed.get_rank() == 0:
+            save_file({n: v.contiguous() for n, v in tensors.items()}, folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(numbers))
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/launch.py
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
