@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
-from .captioner import Captioner
-from .pictures import PicturePolicy
+from .ask.captioner import Captioner
+from .ask.pictures import PicturePolicy
 from .types import Sampling
 
 

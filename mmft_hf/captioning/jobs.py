@@ -14,23 +14,23 @@ from ..core.markdown import public_name
 from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from ..data.texts import ASPECTS
 from .arguments import CaptionArguments
-from .calls import Limits, Outcome
-from .captioner import Captioner
-from .card import CLASS_MARK
-from .checks import CaptionChecker, parse_actions
-from .dataset import without_captions
-from .folder import CaptionFolder
-from .journal import spent_dollars
-from .plan import Plan
-from .prices import estimate_tokens, price_of
-from .processes import Processes
-from .report import caption_card, caption_report
+from .ask.calls import Limits, Outcome
+from .ask.captioner import Captioner
+from .ask.journal import spent_dollars
+from .ask.plan import Plan
+from .ask.prices import estimate_tokens, price_of
+from .ask.processes import Processes
+from .ask.spending import Spending
+from .judge.checks import CaptionChecker, parse_actions
+from .judge.tokens import load_counter
 from .runs import CaptionRun, caption_with_texts, new_run_id
-from .spending import Spending
 from .summary import calls_line, many, money, next_line, print_folder, print_prompts, rate
-from .tally import CaptionTally
-from .tokens import load_counter
 from .types import ACCEPTED, TERMINAL
+from .write.card import CLASS_MARK
+from .write.dataset import without_captions
+from .write.folder import CaptionFolder
+from .write.report import caption_card, caption_report
+from .write.statistics import CaptionTally
 
 
 class CaptionJob:

@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 
 from ..core.errors import UserError
 from ..data.images import BadImage, original_bytes
-from .calls import Limits, Outcome
-from .captioner import Captioner
-from .checks import CaptionChecker
-from .dataset import JournalSource, Results, add_captions, results_of, text_source, without_captions
-from .fill import Driver
-from .journal import Journal, JournalReader, settled_slots, spent_dollars
-from .limits import CostMeter
-from .pictures import prepare, sha256
-from .plan import Job, Keys, Plan, make_plan
-from .prices import price_of
+from .ask.calls import Limits, Outcome
+from .ask.captioner import Captioner
+from .ask.driver import Driver
+from .ask.journal import Journal, JournalReader, settled_slots, spent_dollars
+from .ask.limits import CostMeter
+from .ask.pictures import prepare, sha256
+from .ask.plan import Job, Keys, Plan, make_plan
+from .ask.prices import price_of
+from .judge.checks import CaptionChecker
+from .write.dataset import JournalSource, Results, add_captions, results_of, text_source, without_captions
 
 
 def new_run_id() -> str:

@@ -9,12 +9,12 @@ from textwrap import indent, shorten
 from datasets import Dataset, Image
 
 from ..core.console import printable_text, say, table
-from .calls import Outcome
-from .card import PAGE
-from .plan import Job
-from .prices import Price
-from .tally import CaptionTally
+from .ask.calls import Outcome
+from .ask.plan import Job
+from .ask.prices import Price
 from .types import ACCEPTED
+from .write.card import PAGE
+from .write.statistics import CaptionTally
 
 WIDTH = 110  # characters of a line of examples
 

@@ -16,17 +16,17 @@ from ..core.errors import UserError, nearest
 from ..core.markdown import public_name
 from ..data.splits import load_captioned_dataset
 from .arguments import CaptionArguments
-from .calls import Limits
-from .checks import CaptionChecker, parse_actions
-from .dataset import without_captions
-from .folder import CaptionFolder
+from .ask.calls import Limits
+from .ask.journal import Journal, by_slot, journal_files
+from .ask.journal_parquet import export_journal, import_journal
+from .ask.plan import Plan
 from .jobs import CaptionJob, write_folder
-from .journal import Journal, by_slot, journal_files
-from .journal_parquet import export_journal, import_journal
-from .plan import Plan
+from .judge.checks import CaptionChecker, parse_actions
+from .judge.tokens import load_counter
 from .summary import many, money, next_line
-from .tokens import load_counter
 from .types import ACCEPTED, OPEN, STATUSES, TERMINAL
+from .write.dataset import without_captions
+from .write.folder import CaptionFolder
 
 RETRIED = ("rejected", "refused", "bad_image")  # what `retry` asks for again where no status is typed
 
@@ -216,7 +216,7 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
             f"caption import: expected a .parquet file of `export`, or .json files of captions, found {found}. Type "
             "mmft-hf caption import FILE …"
         )
-    from .imports import KEY_RULES, import_captions
+    from .write.imports import KEY_RULES, import_captions
 
     if args.key_rule not in KEY_RULES:
         raise UserError(
@@ -248,7 +248,7 @@ def import_(operands: list[str], data_args: DataArguments, args: CaptionArgument
 
 def merge(operands: list[str], data_args: DataArguments, args: CaptionArguments) -> None:
     """Several captioned data sets of the same images become one."""
-    from .merges import merge_captions
+    from .write.merges import merge_captions
 
     if len(operands) < 2:
         raise UserError(

@@ -170,9 +170,9 @@ def dataset_files(
     """
     from datasets import Image, load_dataset
 
-    from ..captioning.card import PAGE, PICTURE, caption_card
-    from ..captioning.folder import RECORD_FILE, CaptionFolder
-    from ..captioning.tally import caption_statistics
+    from ..captioning.write.card import PAGE, PICTURE, caption_card
+    from ..captioning.write.folder import RECORD_FILE, CaptionFolder
+    from ..captioning.write.statistics import caption_statistics
 
     folder, record = Path(folder), CaptionFolder(folder).record()
     data_files = [folder / name for name in record.get("files", ()) if DATA_FILES.fullmatch(name)]
@@ -213,9 +213,9 @@ def _written(dataset, folder: Path) -> Path:
     """A data set in memory as a folder of `mmft-hf caption`."""
     from datasets import Dataset, DatasetDict
 
-    from ..captioning.dataset import CAPTION_FEATURES
-    from ..captioning.folder import CaptionFolder
-    from ..captioning.report import caption_report
+    from ..captioning.write.dataset import CAPTION_FEATURES
+    from ..captioning.write.folder import CaptionFolder
+    from ..captioning.write.report import caption_report
 
     splits = DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
     for name, split in splits.items():

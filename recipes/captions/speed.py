@@ -29,10 +29,11 @@ from aiohttp import web
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from mmft_hf.captioning import Captioner, fill
-from mmft_hf.captioning.calls import Limits
-from mmft_hf.captioning.journal import Journal
-from mmft_hf.captioning.plan import Keys
+from mmft_hf.captioning import Captioner
+from mmft_hf.captioning.ask import driver as fill
+from mmft_hf.captioning.ask.calls import Limits
+from mmft_hf.captioning.ask.journal import Journal
+from mmft_hf.captioning.ask.plan import Keys
 from mmft_hf.captioning.runs import CaptionRun, make_checker
 from mmft_hf.data.texts import PromptSet
 

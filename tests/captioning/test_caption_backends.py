@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from caption_server import caption_of, serving
 
-from mmft_hf.captioning.backends import transport
-from mmft_hf.captioning.backends.anthropic import AnthropicBackend
-from mmft_hf.captioning.backends.gemini import GeminiBackend
-from mmft_hf.captioning.backends.openai import OpenAIBackend
-from mmft_hf.captioning.backends.transport import Transport, redact
-from mmft_hf.captioning.prices import Price, estimate_tokens, price_of
+from mmft_hf.captioning.ask.backends import transport
+from mmft_hf.captioning.ask.backends.anthropic import AnthropicBackend
+from mmft_hf.captioning.ask.backends.gemini import GeminiBackend
+from mmft_hf.captioning.ask.backends.openai import OpenAIBackend
+from mmft_hf.captioning.ask.backends.transport import Transport, redact
+from mmft_hf.captioning.ask.prices import Price, estimate_tokens, price_of
 from mmft_hf.captioning.types import CallError, Fatal, Picture, Request, Sampling, Transient, Unanswerable
 from mmft_hf.core.errors import UserError
 

@@ -5,7 +5,14 @@ import time
 
 import pytest
 
-from mmft_hf.captioning.checks import CHECKS, DEFAULT_ACTIONS, CaptionChecker, duplicate_key, duplicates, parse_actions
+from mmft_hf.captioning.judge.checks import (
+    CHECKS,
+    DEFAULT_ACTIONS,
+    CaptionChecker,
+    duplicate_key,
+    duplicates,
+    parse_actions,
+)
 from mmft_hf.captioning.types import ACCEPTED, STATUSES
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import PromptSet
@@ -616,7 +623,7 @@ def test_accepted_statuses_come_with_a_text(pets):
 def test_the_counter_counts_as_transformers_does():
     from datasets import load_dataset
 
-    from mmft_hf.captioning.tokens import TokenCounter, load_counter
+    from mmft_hf.captioning.judge.tokens import TokenCounter, load_counter
     from mmft_hf.core.builtin import builtin
     from mmft_hf.model.loading import load_tokenizer
 

@@ -35,7 +35,7 @@ from datasets import ClassLabel, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.pictures import sha256
+from mmft_hf.captioning.ask.pictures import sha256
 
 CANARY = "sk-canary-7Hq2ZxT5vLw9RkPd"
 

@@ -35,10 +35,10 @@ from caption_tools import (
 )
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.calls import Limits
-from mmft_hf.captioning.journal import Journal, settled_slots
-from mmft_hf.captioning.limits import RetryPolicy
-from mmft_hf.captioning.pictures import sha256
+from mmft_hf.captioning.ask.calls import Limits
+from mmft_hf.captioning.ask.journal import Journal, settled_slots
+from mmft_hf.captioning.ask.limits import RetryPolicy
+from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.types import Sampling
 
 QUICK = RetryPolicy(base_s=0.02, cap_s=0.1)

@@ -15,10 +15,10 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
-from mmft_hf.captioning import imports
-from mmft_hf.captioning.dataset import CAPTION_FEATURES, RECORD
-from mmft_hf.captioning.imports import import_captions
-from mmft_hf.captioning.merges import merge_captions
+from mmft_hf.captioning.write import imports
+from mmft_hf.captioning.write.dataset import CAPTION_FEATURES, RECORD
+from mmft_hf.captioning.write.imports import import_captions
+from mmft_hf.captioning.write.merges import merge_captions
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import load_captioned_dataset
 

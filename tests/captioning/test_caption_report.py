@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 from tiny_clip import COLOURS, colour_images
 
-from mmft_hf.captioning.dataset import CAPTION_FEATURES, RECORD
-from mmft_hf.captioning.report import caption_card, caption_report, caption_statistics
+from mmft_hf.captioning.write.dataset import CAPTION_FEATURES, RECORD
+from mmft_hf.captioning.write.report import caption_card, caption_report, caption_statistics
 
 DETAILS = {
     "made_from": {"dataset_name": "someone/colours", "split": ["train"], "sampling": {"temperature": 0.2}},

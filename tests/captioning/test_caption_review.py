@@ -18,16 +18,16 @@ from caption_tools import ASPECTS, NAMES, caption, dataset, image_folder, pictur
 from datasets import ClassLabel, Dataset, Features, Image
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.calls import Limits
-from mmft_hf.captioning.checks import CaptionChecker
-from mmft_hf.captioning.folder import CaptionFolder
-from mmft_hf.captioning.journal import Journal, by_slot, settled_slots
-from mmft_hf.captioning.limits import RetryPolicy
-from mmft_hf.captioning.pictures import sha256
-from mmft_hf.captioning.processes import Processes
+from mmft_hf.captioning.ask.calls import Limits
+from mmft_hf.captioning.ask.journal import Journal, by_slot, settled_slots
+from mmft_hf.captioning.ask.limits import RetryPolicy
+from mmft_hf.captioning.ask.pictures import sha256
+from mmft_hf.captioning.ask.processes import Processes
+from mmft_hf.captioning.ask.spending import Spending
+from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.runs import CaptionRun
-from mmft_hf.captioning.spending import Spending
 from mmft_hf.captioning.types import Sampling, Transient
+from mmft_hf.captioning.write.folder import CaptionFolder
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import BadImage, original_bytes
 from mmft_hf.hub.cards.provenance import captioning_cost

@@ -15,8 +15,8 @@ import pytest
 from test_caption_transformers import GREEDY, MIXED, ask, seen
 from tiny_vlm import build_tiny_vlm
 
-from mmft_hf.captioning.backends.openai import OpenAIBackend
-from mmft_hf.captioning.backends.transformers import TransformersBackend
+from mmft_hf.captioning.ask.backends.openai import OpenAIBackend
+from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
 from mmft_hf.captioning.types import Sampling, Unanswerable
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vlm import CHAT_TEMPLATE, build_tiny_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from mmft_hf.captioning.backends.transformers import TransformersBackend
+from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
 from mmft_hf.captioning.types import Answer, Fatal, Picture, Request, Sampling, Unanswerable
 from mmft_hf.core.errors import UserError
 

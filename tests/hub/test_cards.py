@@ -27,7 +27,7 @@ from tiny_clip import COLOURS, colour_dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, pipeline
 
 import mmft_hf  # noqa: F401
-from mmft_hf.captioning.report import caption_card, caption_report, caption_statistics
+from mmft_hf.captioning.write.report import caption_card, caption_report, caption_statistics
 from mmft_hf.cli import main
 from mmft_hf.core.markdown import code, fenced, md, public_name, read_front_matter
 from mmft_hf.hub.cards import card_for_repository, model_card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..types import Answer, Request
+from ...types import Answer, Request
 from .base import HTTPBackend, count_of, merged, text_of
 from .transport import PICTURE
 

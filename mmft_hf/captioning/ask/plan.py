@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.images import BadImage, original_bytes
+from ...data.images import BadImage, original_bytes
 from .captioner import KEY_VERSION, Captioner
 from .pictures import sha256
 

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from ..data.images import BadImage, stored_bytes
+from ...data.images import BadImage, stored_bytes
+from ..types import Answer, Backend, CallError, Picture, Request, Unanswerable
 from .calls import Calls, Limits, Outcome, Stopped
 from .captioner import Captioner
 from .journal import Journal, JournalError, JournalReader, unsettled_slots
 from .limits import CostMeter
 from .pictures import prepare, sha256
 from .plan import Job, Keys, Plan, Slot
-from .types import Answer, Backend, CallError, Picture, Request, Unanswerable
 
 LARGER_BUDGET = 4  # times the tokens, where a model spent all of them on thinking
 

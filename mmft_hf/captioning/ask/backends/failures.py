@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from ..types import CallError, Fatal, Transient, Unanswerable
+from ...types import CallError, Fatal, Transient, Unanswerable
 
 MAX_MESSAGE = 300
 

@@ -18,9 +18,9 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from ...core.errors import UserError, nearest
-from ...data.images import BadImage, read_image
-from ..types import Answer, CallError, Fatal, Request, Sampling, Unanswerable
+from ....core.errors import UserError, nearest
+from ....data.images import BadImage, read_image
+from ...types import Answer, CallError, Fatal, Request, Sampling, Unanswerable
 from .device import default_device, empty_cache, out_of_memory, seeded
 
 logger = logging.getLogger(__name__)

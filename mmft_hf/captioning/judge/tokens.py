@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
-from ..core.builtin import builtin
+from ...core.builtin import builtin
 
 
 class TokenCounter:
@@ -61,7 +61,7 @@ def load_counter(name_or_path: str) -> TokenCounter:
                 return TokenCounter(Tokenizer.from_file(str(_file(name_or_path, "tokenizer.json"))), min(limits))
     except Exception:
         pass  # whatever it is, transformers knows more shapes of folders, and says what is wrong with this one
-    from ..model.loading import load_tokenizer
+    from ...model.loading import load_tokenizer
 
     return TokenCounter(load_tokenizer(name_or_path))
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from .types import CallError, Transient
+from ..types import CallError, Transient
 
 MAX_ATTEMPTS = 6
 MAX_ELAPSED_S = 600.0

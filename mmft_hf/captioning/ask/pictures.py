@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 from PIL import Image
 
-from ..data.images import open_image, reading, upright_rgb
-from .types import Picture
+from ...data.images import open_image, reading, upright_rgb
+from ..types import Picture
 
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every provider reads
 # What a header may say beside the pixels without telling of people or places.

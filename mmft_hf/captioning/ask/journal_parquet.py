@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from ..core.errors import UserError
+from ...core.errors import UserError
+from ..types import STATUSES, TERMINAL
 from .journal import COLUMNS, Journal, by_slot, journal_files
-from .types import STATUSES, TERMINAL
 
 
 def export_journal(folder: str | Path, file: str | Path) -> int:

@@ -10,11 +10,11 @@ from string import Template
 
 from datasets import Dataset
 
-from ..core.console import percent
-from ..core.markdown import code, fenced, front_matter, listed, md, one_line
-from ..core.repositories import captioned_origin
-from ..version import __version__
-from .checks import MEANING
+from ...core.console import percent
+from ...core.markdown import code, fenced, front_matter, listed, md, one_line
+from ...core.repositories import captioned_origin
+from ...version import __version__
+from ..judge.checks import MEANING
 
 TEMPLATES = Path(__file__).parent / "templates"
 CLASS_MARK = "[class name]"  # stands for the name in the prompts of a card

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..core.errors import UserError, nearest
-from ..data.texts import DEFAULT_TEMPLATE, PromptSet, check_template
+from ...core.errors import UserError, nearest
+from ...data.texts import DEFAULT_TEMPLATE, PromptSet, check_template
+from ..types import Backend, Sampling
 from .pictures import PicturePolicy
-from .types import Backend, Sampling
 
 BACKENDS = ("transformers", "openai", "gemini", "anthropic")
 WITHOUT_MODEL = ("columns", "template")

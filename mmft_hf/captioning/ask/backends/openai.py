@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..types import Answer, Request, Sampling
+from ...types import Answer, Request, Sampling
 from .base import HTTPBackend, count_of, merged, seed_of, text_of
 from .transport import PICTURE, check_url
 

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets
 from datasets.fingerprint import Hasher
 
-from ..core.errors import UserError
-from ..data.images import BadImage, original_bytes
-from ..data.splits import captions_of
+from ...core.errors import UserError
+from ...data.images import BadImage, original_bytes
+from ...data.splits import captions_of
+from ..ask.pictures import sha256
+from ..types import ACCEPTED
 from .dataset import CAPTION_FEATURES, RECORD
-from .pictures import sha256
-from .types import ACCEPTED
 
 
 class CaptionTable:

@@ -14,9 +14,9 @@ from textwrap import shorten
 
 from datasets import Dataset, Image
 
-from ..core.console import printable_text
-from ..core.errors import UserError
-from ..version import __version__
+from ...core.console import printable_text
+from ...core.errors import UserError
+from ...version import __version__
 
 RECORD_FILE = "captions.json"
 PARTIAL = ".partial"

@@ -9,10 +9,10 @@ from itertools import combinations
 import numpy as np
 from datasets import Dataset
 
-from .checks import CHECKS, DEFAULT_ACTIONS, duplicate_key
-from .cleaning import CLEANINGS
-from .types import ACCEPTED, STATUSES
-from .wording import words_of
+from ..judge.checks import CHECKS, DEFAULT_ACTIONS, duplicate_key
+from ..judge.cleaning import CLEANINGS
+from ..judge.wording import words_of
+from ..types import ACCEPTED, STATUSES
 
 UNANSWERED = ("failed", "bad_image", "not_run")  # there is no text whose checks could be counted
 CURIOUS = ("label_contradicted", "duplicate", "over_token_limit", "other_class", "url")  # shown although accepted

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 
 # What may follow a name in the table: a date, a version. `-mini` or `-image` is another model at another price.
 _VERSION = re.compile(r"(?:[-@](?:v?\d[\d.]*|latest|preview|exp))*")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset, Image, concatenate_datasets
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 from .dataset import CAPTION_FEATURES
 from .tables import CaptionTable, few, put_beside, record_key, texts_of
 

@@ -13,13 +13,13 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from ..data.images import BadImage, read_image
-from ..data.texts import clean_class_name, printable
-from ..version import __version__
+from ...data.images import BadImage, read_image
+from ...data.texts import clean_class_name, printable
+from ...version import __version__
+from ..judge.checks import CHECKS, MEANING
+from ..types import OPEN
 from .card import PAGE, PICTURE, TEMPLATES, caption_card, figures, origin, share, spread, title, with_all
-from .checks import CHECKS, MEANING
-from .tally import CaptionTally, caption_statistics
-from .types import OPEN
+from .statistics import CaptionTally, caption_statistics
 
 __all__ = ["caption_card", "caption_report", "caption_statistics"]
 

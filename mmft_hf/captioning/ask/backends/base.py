@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...core.console import printable_text
-from ...core.errors import UserError
-from ..types import BUDGETS, Answer, Request, Sampling, Transient
+from ....core.console import printable_text
+from ....core.errors import UserError
+from ...types import BUDGETS, Answer, Request, Sampling, Transient
 from .transport import Transport, check_url
 
 # These decide what is asked and how it is read: another value could not be understood, or would cost for nothing.

@@ -20,8 +20,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from ...core.errors import UserError
-from ..types import CallError, Fatal, Transient
+from ....core.errors import UserError
+from ...types import CallError, Fatal, Transient
 from .failures import failure, redact
 
 MAX_ANSWER_BYTES = 8 * 2**20

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ..data.texts import clean_class_name
+from ...data.texts import clean_class_name
 from .cleaning import fold
 
 STOPS = ".,;:!?()"

@@ -11,19 +11,19 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import Hasher
 
-from ..core.errors import UserError
-from ..core.markdown import public_name
-from ..data.images import BadImage, original_bytes
-from ..data.splits import captions_of
-from ..data.texts import class_prompt
-from .captioner import Captioner
-from .checks import duplicate_key, duplicates
-from .journal import JournalReader, by_slot
-from .pictures import sha256
-from .plan import Keys, digests
-from .spending import COLUMNS as SPENT
-from .spending import Spending
-from .types import ACCEPTED, OPEN
+from ...core.errors import UserError
+from ...core.markdown import public_name
+from ...data.images import BadImage, original_bytes
+from ...data.splits import captions_of
+from ...data.texts import class_prompt
+from ..ask.captioner import Captioner
+from ..ask.journal import JournalReader, by_slot
+from ..ask.pictures import sha256
+from ..ask.plan import Keys, digests
+from ..ask.spending import COLUMNS as SPENT
+from ..ask.spending import Spending
+from ..judge.checks import duplicate_key, duplicates
+from ..types import ACCEPTED, OPEN
 
 RECORD = {
     "aspect": Value("string"),

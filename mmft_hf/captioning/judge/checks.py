@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..core.errors import UserError, nearest
-from ..data.texts import DEFAULT_TEMPLATE, check_template, class_prompt, clean_class_name, training_text
+from ...core.errors import UserError, nearest
+from ...data.texts import DEFAULT_TEMPLATE, check_template, class_prompt, clean_class_name, training_text
 from .cleaning import CLEANINGS, clean_caption, sentence_ends
 from .tokens import TokenCounter
 from .wording import REFUSAL, STOPS, ClassWords, contradicts, has_loop, has_url, is_foreign, words_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from ..types import Answer, Request
+from ...types import Answer, Request
 from .base import HTTPBackend, count_of, merged, seed_of, text_of
 from .transport import PICTURE
 

@@ -18,8 +18,8 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from ..core.errors import UserError
-from .types import STATUSES, TERMINAL
+from ...core.errors import UserError
+from ..types import STATUSES, TERMINAL
 
 try:
     import fcntl

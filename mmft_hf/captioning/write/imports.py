@@ -11,12 +11,12 @@ from pathlib import Path
 
 from datasets import Dataset, Image
 
-from ..core.errors import UserError, nearest
-from ..data.texts import clean_class_name
-from .checks import CaptionChecker, duplicate_key, duplicates
+from ...core.errors import UserError, nearest
+from ...data.texts import clean_class_name
+from ..judge.checks import CaptionChecker, duplicate_key, duplicates
+from ..types import ACCEPTED
 from .dataset import CAPTION_FEATURES, RECORD
 from .tables import CaptionTable, few, nfc, put_beside, record_key, texts_of
-from .types import ACCEPTED
 
 KEY_RULES = ("file_name", "class/file_name", "class_file_name", "index")
 MAX_FILE_BYTES = 1 << 30  # the largest benchmark, 1.28 million captions of one aspect, takes a third of it

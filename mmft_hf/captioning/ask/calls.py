@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
+from ..types import Answer, Backend, CallError, Fatal, Request, Transient, Unanswerable
 from .limits import Breaker, CostMeter, Rate, RetryPolicy, Width
 from .prices import estimate_tokens
-from .types import Answer, Backend, CallError, Fatal, Request, Transient, Unanswerable
 
 # The first call goes alone, and gives up sooner: a wrong key or a server that is down costs one call, not one of each.
 PROBE = RetryPolicy(max_attempts=3, base_s=0.5, cap_s=4.0)
