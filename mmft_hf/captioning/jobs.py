@@ -14,13 +14,13 @@ from ..core.markdown import public_name
 from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from ..data.texts import ASPECTS
 from .arguments import CaptionArguments
-from .ask.calls import Limits, Outcome
 from .ask.captioner import Captioner
+from .ask.cost import Spending, estimate_tokens, price_of
+from .ask.dispatch import Outcome
 from .ask.journal import spent_dollars
+from .ask.limits import Limits
 from .ask.plan import Plan
-from .ask.prices import estimate_tokens, price_of
 from .ask.processes import Processes
-from .ask.spending import Spending
 from .judge.checks import CaptionChecker, parse_actions
 from .judge.tokens import load_counter
 from .runs import CaptionRun, caption_with_texts, new_run_id
@@ -164,7 +164,7 @@ class CaptionJob:
     def _print_plan(self, split: str, run: CaptionRun, plan: Plan, spent: float) -> None:
         aspects = len(self.captioner.prompts.aspects) if self.captioner.joint else 1
         calls = -(-plan.open // aspects)
-        looked_at = plan.jobs[:: max(1, len(plan.jobs) // 32)]
+        looked_at = plan.items[:: max(1, len(plan.items) // 32)]
         pictures = [estimate_tokens(*size, run.price) for size in run.sizes(looked_at)]
         prompts = [len(slot.prompt) / 3.5 for job in looked_at for slot in job.slots]
         tokens_in = calls * (sum(pictures) / max(len(pictures), 1) + sum(prompts) / max(len(prompts), 1))
@@ -176,7 +176,7 @@ class CaptionJob:
         rows["captions"] = (
             f"{len(plan.slots):,} wanted, {len(plan.slots) - plan.open:,} in the journal, {plan.open:,} to ask for"
         )
-        if plan.jobs:
+        if plan.items:
             rows["calls"] = f"{calls:,}, not counting what has to be asked again"
             rows["tokens"] = (
                 f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out, estimated from {many(len(pictures), 'picture')}"
@@ -184,12 +184,12 @@ class CaptionJob:
             rows["cost"] = self._cost(run, tokens_in, tokens_out, spent)
         if spent:
             rows["spent so far"] = money(spent)
-        if self.limits.requests_per_minute and plan.jobs:
+        if self.limits.requests_per_minute and plan.items:
             rows["time"] = f"{calls / self.limits.requests_per_minute:,.0f} minutes or more, at the limit per minute"
         say()
         table(rows)
-        if plan.jobs:
-            print_prompts(plan.jobs, self.captioner.joint)
+        if plan.items:
+            print_prompts(plan.items, self.captioner.joint)
 
     def _cost(self, run: CaptionRun, tokens_in: float, tokens_out: float, spent: float) -> str:
         if self.captioner.backend == "transformers":

@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from ..core.errors import UserError
 from ..data.images import BadImage, original_bytes
-from .ask.calls import Limits, Outcome
 from .ask.captioner import Captioner
+from .ask.cost import CostMeter, price_of
+from .ask.dispatch import Outcome
 from .ask.driver import Driver
 from .ask.journal import Journal, JournalReader, settled_slots, spent_dollars
-from .ask.limits import CostMeter
+from .ask.limits import Limits
 from .ask.pictures import prepare, sha256
-from .ask.plan import Job, Keys, Plan, make_plan
-from .ask.prices import price_of
+from .ask.plan import Keys, Plan, WorkItem, make_plan
 from .judge.checks import CaptionChecker
 from .write.dataset import JournalSource, Results, add_captions, results_of, text_source, without_captions
 
@@ -101,7 +101,7 @@ class CaptionRun:
         with tqdm(total=len(self.dataset), desc="Planning", unit=" images", disable=not self.progress) as bar:
             return make_plan(self.dataset, self.keys, done, self.rows, (self.rank, self.world), bar.update)
 
-    def sizes(self, jobs: Iterable[Job]) -> list[tuple[int, int]]:
+    def sizes(self, jobs: Iterable[WorkItem]) -> list[tuple[int, int]]:
         """Width and height in pixels of what would be sent for these; unreadable pictures are left out."""
         found = []
         for job in jobs:
@@ -117,7 +117,7 @@ class CaptionRun:
             UserError: the key's variable is not set.
             JournalError: an answer cannot be kept.
         """
-        if not plan.jobs:
+        if not plan.items:
             return Outcome()
         self.backend.check_key()
         meter = CostMeter(self.price, spent_dollars(self.folder), self.max_cost_usd)

@@ -9,9 +9,9 @@ from textwrap import indent, shorten
 from datasets import Dataset, Image
 
 from ..core.console import printable_text, say, table
-from .ask.calls import Outcome
-from .ask.plan import Job
-from .ask.prices import Price
+from .ask.cost import Price
+from .ask.dispatch import Outcome
+from .ask.plan import WorkItem
 from .types import ACCEPTED
 from .write.card import PAGE
 from .write.statistics import CaptionTally
@@ -52,7 +52,7 @@ def calls_line(outcome: Outcome, price: Price | None, local: bool) -> str:
     )
 
 
-def print_prompts(jobs: list[Job], joint: bool) -> None:
+def print_prompts(jobs: list[WorkItem], joint: bool) -> None:
     """Prompts of the first picture, and of the last one of another class."""
     say("\nPrompts, for example:")
     others = [job for job in jobs[::-1] if job.label != jobs[0].label]

@@ -16,9 +16,9 @@ from ..core.errors import UserError, nearest
 from ..core.markdown import public_name
 from ..data.splits import load_captioned_dataset
 from .arguments import CaptionArguments
-from .ask.calls import Limits
 from .ask.journal import Journal, by_slot, journal_files
 from .ask.journal_parquet import export_journal, import_journal
+from .ask.limits import Limits
 from .ask.plan import Plan
 from .jobs import CaptionJob, write_folder
 from .judge.checks import CaptionChecker, parse_actions
@@ -174,7 +174,7 @@ def bench(operands: list[str], data_args: DataArguments, args: CaptionArguments)
             run.progress = False
             plan = run.plan()
             count = max(8, 3 * width) if job.captioner.backend != "transformers" else 4 * args.captioner_batch_size
-            outcome = run.fill(Plan(plan.jobs[:count], plan.slots, rows=plan.rows))
+            outcome = run.fill(Plan(plan.items[:count], plan.slots, rows=plan.rows))
         if outcome.stopped:
             raise UserError(f"caption bench: {outcome.why}")
         if not outcome.calls:

@@ -31,8 +31,8 @@ from PIL import Image
 
 from mmft_hf.captioning import Captioner
 from mmft_hf.captioning.ask import driver as fill
-from mmft_hf.captioning.ask.calls import Limits
 from mmft_hf.captioning.ask.journal import Journal
+from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.plan import Keys
 from mmft_hf.captioning.runs import CaptionRun, make_checker
 from mmft_hf.data.texts import PromptSet
@@ -225,7 +225,7 @@ def nothing_to_do(work: Path, requests: int) -> None:
         results = run.results(plan)
         run.fingerprint(results)
     seconds = time.monotonic() - started
-    assert not plan.jobs and not outcome.calls and not results.open
+    assert not plan.items and not outcome.calls and not results.open
     print(f"nothing to do          {seconds:.1f} s for {3 * images:,} journaled requests of {images:,} images")
 
 

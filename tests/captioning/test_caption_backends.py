@@ -21,7 +21,7 @@ from mmft_hf.captioning.ask.backends.anthropic import AnthropicBackend
 from mmft_hf.captioning.ask.backends.gemini import GeminiBackend
 from mmft_hf.captioning.ask.backends.openai import OpenAIBackend
 from mmft_hf.captioning.ask.backends.transport import Transport, redact
-from mmft_hf.captioning.ask.prices import Price, estimate_tokens, price_of
+from mmft_hf.captioning.ask.cost import Price, estimate_tokens, price_of
 from mmft_hf.captioning.types import CallError, Fatal, Picture, Request, Sampling, Transient, Unanswerable
 from mmft_hf.core.errors import UserError
 

@@ -35,9 +35,8 @@ from caption_tools import (
 )
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.calls import Limits
 from mmft_hf.captioning.ask.journal import Journal, settled_slots
-from mmft_hf.captioning.ask.limits import RetryPolicy
+from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.types import Sampling
 

@@ -11,9 +11,9 @@ from caption_tools import NAMES, asked, dataset, pairs, picture, undecoded, wron
 from datasets import concatenate_datasets
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.calls import Limits
 from mmft_hf.captioning.ask.journal import Journal, JournalError, by_slot, settled_slots
 from mmft_hf.captioning.ask.journal_parquet import export_journal, import_journal
+from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.pictures import PicturePolicy
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.runs import CaptionRun

@@ -18,12 +18,11 @@ from caption_tools import ASPECTS, NAMES, caption, dataset, image_folder, pictur
 from datasets import ClassLabel, Dataset, Features, Image
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.calls import Limits
+from mmft_hf.captioning.ask.cost import Spending
 from mmft_hf.captioning.ask.journal import Journal, by_slot, settled_slots
-from mmft_hf.captioning.ask.limits import RetryPolicy
+from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.ask.processes import Processes
-from mmft_hf.captioning.ask.spending import Spending
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.runs import CaptionRun
 from mmft_hf.captioning.types import Sampling, Transient

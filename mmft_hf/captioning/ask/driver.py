@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from ...data.images import BadImage, stored_bytes
 from ..types import Answer, Backend, CallError, Picture, Request, Unanswerable
-from .calls import Calls, Limits, Outcome, Stopped
 from .captioner import Captioner
+from .cost import CostMeter
+from .dispatch import Dispatcher, Outcome, Stopped
 from .journal import Journal, JournalError, JournalReader, unsettled_slots
-from .limits import CostMeter
+from .limits import Limits
 from .pictures import prepare, sha256
-from .plan import Job, Keys, Plan, Slot
+from .plan import Keys, Plan, Slot, WorkItem
 
 LARGER_BUDGET = 4  # times the tokens, where a model spent all of them on thinking
 
@@ -65,13 +66,13 @@ class Driver:
         """
         started = time.monotonic()
         self._tried = unsettled_slots(self.journal.folder)
-        self.calls = Calls(self.backend, self.limits, self.meter, self._on_stop)
+        self.calls = Dispatcher(self.backend, self.limits, self.meter, self._on_stop)
         # So many captions are prepared or asked for at a time: pictures are in memory for these alone.
         self._ahead = 2 * self.calls.most + len(self.captioner.prompts.aspects) * self.captioner.samples
         self._room = asyncio.Semaphore(self._ahead)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pictures")
         try:
-            for job in plan.jobs:
+            for job in plan.items:
                 calls = self._calls_of(job)
                 for _ in calls:
                     await self._room.acquire()
@@ -117,7 +118,7 @@ class Driver:
             self.calls.crashed(task.exception())
 
     # -- one picture --------------------------------------------------------------------------------------------------
-    def _calls_of(self, job: Job) -> list[tuple[Slot, ...]]:
+    def _calls_of(self, job: WorkItem) -> list[tuple[Slot, ...]]:
         """Which slots share a call: those of one sample where all aspects are asked at once, else none."""
         if not self.captioner.joint:
             return [(slot,) for slot in job.slots]
@@ -126,7 +127,7 @@ class Driver:
             by_sample.setdefault(slot.sample, []).append(slot)
         return [tuple(slots) for slots in by_sample.values()]
 
-    async def _job(self, job: Job, calls: list[tuple[Slot, ...]]) -> None:
+    async def _job(self, job: WorkItem, calls: list[tuple[Slot, ...]]) -> None:
         started = 0
         try:
             try:
@@ -146,7 +147,7 @@ class Driver:
             for _ in calls[started:]:
                 self._room.release()
 
-    def _picture(self, job: Job) -> Picture:
+    def _picture(self, job: WorkItem) -> Picture:
         try:
             data = stored_bytes(self.data[job.row]["image"])  # a picture, if its sha256 is the planned one
         except BadImage as error:
@@ -155,7 +156,7 @@ class Driver:
             raise Gone("expected the picture that was planned, found that it changed since")
         return prepare(data, self.captioner.pictures)
 
-    async def _call(self, job: Job, picture: Picture, slots: tuple[Slot, ...], history: dict) -> None:
+    async def _call(self, job: WorkItem, picture: Picture, slots: tuple[Slot, ...], history: dict) -> None:
         try:
             tried = any(row["pending"] for slot in slots for row in history.get(slot.key, ()))
             if self.captioner.joint and len(slots) == len(self.captioner.prompts.aspects) and not tried:
@@ -167,7 +168,7 @@ class Driver:
         finally:
             self._room.release()
 
-    async def _joint(self, job: Job, picture: Picture, slots: tuple[Slot, ...], history: dict) -> tuple[Slot, ...]:
+    async def _joint(self, job: WorkItem, picture: Picture, slots: tuple[Slot, ...], history: dict) -> tuple[Slot, ...]:
         """One call for all aspects. Returns the slots that need a further call of their own."""
         aspects = tuple(slot.aspect for slot in slots)
         request = Request(picture, slots[0].prompt, self.keys.budget(), aspects, slots[0].seed)
@@ -203,7 +204,7 @@ class Driver:
         self._put(job, rows)
         return tuple(again)
 
-    async def _single(self, job: Job, picture: Picture, slot: Slot, history: list[dict]) -> None:
+    async def _single(self, job: WorkItem, picture: Picture, slot: Slot, history: list[dict]) -> None:
         """Asks for one caption, and again, in other words, where a check turns the answer down.
 
         An answer that the journal has, after which only the next try was due, is taken from there.
@@ -242,7 +243,7 @@ class Driver:
             row.get("finish_reason") == "length" and (row.get("max_tokens") or 0) < self.captioner.sampling.max_tokens
         )
 
-    def _turned_down(self, job: Job, slot: Slot, row: dict, prompt: str, reask: int) -> bool:
+    def _turned_down(self, job: WorkItem, slot: Slot, row: dict, prompt: str, reask: int) -> bool:
         """Whether a stored answer still is, by the checks and the number of tries of this run. Otherwise it is the result."""
         if row.get("error_class") == "bad_json":
             return True
@@ -261,7 +262,7 @@ class Driver:
     def _last_try(self) -> int:
         return self.limits.max_reasks + self.captioner.joint
 
-    def _next_try(self, job: Job, slot: Slot, row: dict | None) -> tuple[int, str, int]:
+    def _next_try(self, job: WorkItem, slot: Slot, row: dict | None) -> tuple[int, str, int]:
         """Number (after a joint call), prompt and budget of the try that follows a result which was turned down."""
         prompt, budget = slot.single, self.captioner.sampling.max_tokens
         if (row and row["raw_text"] and row.get("error_class") != "bad_json") or (
@@ -276,7 +277,7 @@ class Driver:
                 budget *= LARGER_BUDGET
         return 1, prompt, budget
 
-    def _checked(self, job: Job, slot: Slot, answer: Answer, prompt: str, reask: int) -> dict:
+    def _checked(self, job: WorkItem, slot: Slot, answer: Answer, prompt: str, reask: int) -> dict:
         """The columns of the journal that say what came back and what the checks make of it."""
         last = reask >= self._last_try
         checked = self.checker.check(
@@ -295,13 +296,13 @@ class Driver:
 
     # -- the journal --------------------------------------------------------------------------------------------------
     def _failed(
-        self, job: Job, slots: tuple[Slot, ...], error: CallError, key: str | None = None, reask: int = 0
+        self, job: WorkItem, slots: tuple[Slot, ...], error: CallError, key: str | None = None, reask: int = 0
     ) -> None:
         row = {"status": "failed", "error_class": error.kind, "error": str(error), "attempts": 1}
         self._put(job, [(slot, reask, {"key": key or slot.key, **row}) for slot in slots])
         self._finished(job, len(slots), "failed")
 
-    def _put(self, job: Job, rows: list[tuple[Slot, int, dict]]) -> None:
+    def _put(self, job: WorkItem, rows: list[tuple[Slot, int, dict]]) -> None:
         results = [
             {
                 "key": slot.key,
@@ -324,7 +325,7 @@ class Driver:
             self.calls.crashed(error)  # now, before anybody takes the place of the call that ended
             raise
 
-    def _finished(self, job: Job, captions: int, status: str) -> None:
+    def _finished(self, job: WorkItem, captions: int, status: str) -> None:
         self.calls.outcome.results[status] += captions
         self._done(self.calls.outcome, captions)
 

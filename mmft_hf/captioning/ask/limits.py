@@ -1,4 +1,4 @@
-"""How fast and for how much: rate limits, a width that gives way to 429s, waits between tries, a breaker, a cost meter."""
+"""How fast a backend is called: concurrency that yields to rate limits, calls and tokens per minute, retries, a circuit breaker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..types import CallError, Transient
 
@@ -48,7 +48,7 @@ class RetryPolicy:
         return error.wait + min(jitter, 0.1 * error.wait + 0.05)
 
 
-class Width:
+class ConcurrencyLimit:
     """How many calls may be in flight: halved by a rate limit, one more after each round without one (AIMD).
 
     A pause that a server asks for holds back every call, not only the one that was told.
@@ -109,7 +109,7 @@ class Width:
                 places -= 1
 
 
-class Rate:
+class RateLimit:
     """At most so many per minute, evenly: a bucket that holds `burst_s` seconds' worth and refills all the time."""
 
     def __init__(self, per_minute: float | None, burst_s: float = 5.0):
@@ -136,7 +136,7 @@ class Rate:
         self._level += estimated - actual
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens when calls fail as a rule: the first 20 all in the same way, or more than half of the last 200."""
 
     FIRST, RECENT = 20, 200
@@ -164,39 +164,19 @@ class Breaker:
         return None
 
 
-class CostMeter:
-    """What was spent, and what calls in flight may still cost, so that a limit is never passed.
+@dataclass
+class Limits:
+    """How fast, and for how much.
 
     Args:
-        price: of the model (`prices.Price`: dollars per million tokens in and out); None where it is unknown.
-        spent: dollars of earlier runs.
-        limit: dollars, of all runs together.
+        concurrency: calls in flight at most.
+        requests_per_minute, tokens_per_minute: as the provider grants them; None: no limit of our own.
+        max_reasks: further tries of a caption that a check turned down.
+        retry: waits between tries of a call that failed.
     """
 
-    def __init__(self, price=None, spent: float = 0.0, limit: float | None = None):
-        self.price, self.spent, self.limit = price, spent, limit
-        self._reserved = 0.0
-        self._dearest = 0.0
-
-    def of(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
-        """Dollars for so many tokens; None where the price or the tokens are unknown."""
-        if self.price is None or tokens_in is None or tokens_out is None:
-            return None
-        return (tokens_in * self.price.input + tokens_out * self.price.output) / 1e6
-
-    def reserve(self, tokens_in: int, tokens_out: int) -> float | None:
-        """Sets the most that a call can cost aside. None: the limit would be passed."""
-        if self.limit is None or self.price is None:
-            return 0.0
-        dollars = max(self.of(tokens_in, tokens_out), self._dearest)
-        if self.spent + self._reserved + dollars > self.limit:
-            return None
-        self._reserved += dollars
-        return dollars
-
-    def settle(self, reserved: float, dollars: float | None) -> None:
-        """The call ended and cost so much."""
-        self._reserved -= reserved
-        if dollars:
-            self.spent += dollars
-            self._dearest = max(self._dearest, dollars)
+    concurrency: int = 16
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_reasks: int = 1
+    retry: RetryPolicy = field(default_factory=RetryPolicy)

@@ -92,7 +92,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkItem:
     """One picture with the slots that are still open. `row`: where its bytes are."""
 
     row: int
@@ -107,14 +107,14 @@ class Plan:
     """What a data set needs, and what of it the journal already has.
 
     Args:
-        jobs: distinct pictures with open slots, for this process.
+        items: distinct pictures with open slots, for this process.
         slots: of all rows that were asked for; `others`: of the rest, which may have results of an earlier run.
         rows, repeated: how many rows were asked for, and how many of them show a picture of an earlier row.
         unreadable: why the bytes of these rows cannot be had.
         digest: of the pictures in their order, and of which were asked for.
     """
 
-    jobs: list[Job]
+    items: list[WorkItem]
     slots: set[str]
     others: set[str] = field(default_factory=set)
     rows: int = 0
@@ -125,7 +125,7 @@ class Plan:
     @property
     def open(self) -> int:
         """Captions still to be had."""
-        return sum(len(job.slots) for job in self.jobs)
+        return sum(len(item.slots) for item in self.items)
 
 
 def make_plan(
@@ -170,7 +170,7 @@ def make_plan(
         plan.slots.update(slot.key for slot in slots)
         missing = tuple(slot for slot in slots if slot.key not in done)
         if missing and pictures % world == rank:
-            plan.jobs.append(Job(row, label, names[label], digest, missing))
+            plan.items.append(WorkItem(row, label, names[label], digest, missing))
         pictures += 1
     plan.digest = seen_so_far.hexdigest()
     return plan

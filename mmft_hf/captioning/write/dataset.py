@@ -17,11 +17,10 @@ from ...data.images import BadImage, original_bytes
 from ...data.splits import captions_of
 from ...data.texts import class_prompt
 from ..ask.captioner import Captioner
+from ..ask.cost import Spending
 from ..ask.journal import JournalReader, by_slot
 from ..ask.pictures import sha256
 from ..ask.plan import Keys, digests
-from ..ask.spending import COLUMNS as SPENT
-from ..ask.spending import Spending
 from ..judge.checks import duplicate_key, duplicates
 from ..types import ACCEPTED, OPEN
 
@@ -266,7 +265,7 @@ class Results:
 
 def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset()) -> Results:
     """Reads the results of a plan once, slot by slot; of `others`, what there is counts for digest and spending alone."""
-    columns = {"slot", "reask", "pending", "status", "text", "image_sha256", "error_class", *SPENT}
+    columns = {"slot", "reask", "pending", "status", "text", "image_sha256", "error_class", *Spending.COLUMNS}
     spent, lines, first, repeated, statuses = Spending(), [], {}, set(), Counter()
     for slot, rows in by_slot(folder, tuple(columns)):
         if slot not in slots and slot not in others:

@@ -10,30 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from ..types import Answer, Backend, CallError, Fatal, Request, Transient, Unanswerable
-from .limits import Breaker, CostMeter, Rate, RetryPolicy, Width
-from .prices import estimate_tokens
+from .cost import CostMeter, estimate_tokens
+from .limits import CircuitBreaker, ConcurrencyLimit, Limits, RateLimit, RetryPolicy
 
 # The first call goes alone, and gives up sooner: a wrong key or a server that is down costs one call, not one of each.
 PROBE = RetryPolicy(max_attempts=3, base_s=0.5, cap_s=4.0)
 WINDOW = 4  # batches of a model in this process that are sorted by length together
-
-
-@dataclass
-class Limits:
-    """How fast, and for how much.
-
-    Args:
-        concurrency: calls in flight at most.
-        requests_per_minute, tokens_per_minute: as the provider grants them; None: no limit of our own.
-        max_reasks: further tries of a caption that a check turned down.
-        retry: waits between tries of a call that failed.
-    """
-
-    concurrency: int = 16
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    max_reasks: int = 1
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 _ENDS = ("stopped", "why", "kind")
@@ -78,7 +60,7 @@ class Stopped(Exception):
     """This call was not made, or not made again, because the run is ending."""
 
 
-class Calls:
+class Dispatcher:
     """Makes the calls of one run. Lives within one event loop.
 
     Args:
@@ -92,9 +74,9 @@ class Calls:
         self.flying: set[asyncio.Task] = set()
         self._batched = backend.batch_size > 1
         self.most = backend.batch_size * WINDOW if self._batched else limits.concurrency
-        self.width = Width(self.most, start=1)
-        self._breaker = Breaker()
-        self._requests, self._tokens = Rate(limits.requests_per_minute), Rate(limits.tokens_per_minute)
+        self.width = ConcurrencyLimit(self.most, start=1)
+        self._breaker = CircuitBreaker()
+        self._requests, self._tokens = RateLimit(limits.requests_per_minute), RateLimit(limits.tokens_per_minute)
         self._rng = random.Random()
         self._largest_in, self._probing, self._unheard, self._answered = 0, True, 0, 0.0
         self._waiting: list[tuple[Request, asyncio.Future]] = []

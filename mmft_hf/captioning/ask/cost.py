@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -123,3 +123,109 @@ def _table(data: Any, path: str) -> dict[str, Price]:
 
 def _not_a_number(value: object) -> bool:
     return isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+
+
+class CostMeter:
+    """What was spent, and what calls in flight may still cost, so that a limit is never passed.
+
+    Args:
+        price: of the model (`prices.Price`: dollars per million tokens in and out); None where it is unknown.
+        spent: dollars of earlier runs.
+        limit: dollars, of all runs together.
+    """
+
+    def __init__(self, price=None, spent: float = 0.0, limit: float | None = None):
+        self.price, self.spent, self.limit = price, spent, limit
+        self._reserved = 0.0
+        self._dearest = 0.0
+
+    def of(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
+        """Dollars for so many tokens; None where the price or the tokens are unknown."""
+        if self.price is None or tokens_in is None or tokens_out is None:
+            return None
+        return (tokens_in * self.price.input + tokens_out * self.price.output) / 1e6
+
+    def reserve(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Sets the most that a call can cost aside. None: the limit would be passed."""
+        if self.limit is None or self.price is None:
+            return 0.0
+        dollars = max(self.of(tokens_in, tokens_out), self._dearest)
+        if self.spent + self._reserved + dollars > self.limit:
+            return None
+        self._reserved += dollars
+        return dollars
+
+    def settle(self, reserved: float, dollars: float | None) -> None:
+        """The call ended and cost so much."""
+        self._reserved -= reserved
+        if dollars:
+            self.spent += dollars
+            self._dearest = max(self._dearest, dollars)
+
+
+@dataclass
+class Spending:
+    """Sums of answers. What a single answer leaves unknown is unknown of all: no sum is too small.
+
+    Args:
+        calls: answered ones; `attempts` counts those without an answer, too.
+        tokens_in, tokens_out: as the servers count them.
+        cost: dollars, at the prices of the day.
+        runs: when each run began and ended, in seconds.
+    """
+
+    calls: int = 0
+    attempts: int = 0
+    tokens_in: int | None = 0
+    tokens_out: int | None = 0
+    cost: float | None = 0.0
+    runs: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    # What `add` reads of a row of the journal.
+    COLUMNS: ClassVar = (
+        *("key", "call_id", "raw_text", "error", "attempts", "tokens_in", "tokens_out", "cost"),
+        *("latency_ms", "run_id", "updated_at"),
+    )
+
+    def add(self, row: Mapping) -> None:
+        """Adds a row of the journal, of `COLUMNS`."""
+        if row["call_id"] not in (None, row["key"]):
+            return  # one call answered several captions, and counts with the first
+        self.attempts += row["attempts"] or 0
+        end = row["updated_at"]
+        begin, last = self.runs.get(row["run_id"], (end, end))
+        self.runs[row["run_id"]] = min(begin, end - (row["latency_ms"] or 0) / 1000), max(last, end)
+        if row["raw_text"] or (row["raw_text"] is not None and not row["error"]):
+            self.calls += 1
+            for name in ("tokens_in", "tokens_out", "cost"):
+                both = getattr(self, name), row[name]
+                setattr(self, name, None if None in both else sum(both))
+
+    def __add__(self, other: Spending) -> Spending:
+        """Of two splits, which one run may have captioned."""
+        found = Spending(self.calls + other.calls, self.attempts + other.attempts, runs=dict(self.runs))
+        for name in ("tokens_in", "tokens_out", "cost"):
+            both = getattr(self, name), getattr(other, name)
+            setattr(found, name, None if None in both else sum(both))
+        for run, (begin, end) in other.runs.items():
+            mine = found.runs.get(run, (begin, end))
+            found.runs[run] = min(begin, mine[0]), max(end, mine[1])
+        return found
+
+    @property
+    def seconds(self) -> float | None:
+        """The time in which a run was at work, from its first question to its last answer; None without any."""
+        total, until = 0.0, float("-inf")
+        for begin, end in sorted(self.runs.values()):  # processes work side by side
+            total += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        return total if self.runs else None
+
+    def summary(self) -> dict:
+        """For `captions.json`; None: unknown."""
+        names = ("calls", "attempts", "tokens_in", "tokens_out")
+        cost, seconds = self.cost, self.seconds
+        return {name: getattr(self, name) for name in names} | {
+            "cost_usd": None if cost is None else round(cost, 6),
+            "seconds": None if seconds is None else round(seconds, 1),
+        }
