@@ -260,7 +260,9 @@ def test_the_card_of_machine_made_captions(tmp_path):
     assert "synthetic-captions" in front["tags"] and "license" not in front
     assert "5 captions for 5 images of someone/colours in 3 classes, written by `tiny/vlm`." in text
     assert "Describe this [class name] & its ```look```" in text and "told the label" in text
-    assert "| `label_contradicted` | the label is denied | 1 |" in text and "cost of the last run: 0.25 USD" in text
+    assert (
+        "| `label_contradicted` | the text denies the label | 1 |" in text and "cost of the last run: 0.25 USD" in text
+    )
     assert "$" not in text and "None" not in text and "TODO" not in text
 
 

@@ -80,13 +80,13 @@ What the checks found:
 
 \| check \| meaning \| answers \| share \|
 \|---\|---\|---\|---\|
-\| `empty` \| nothing was answered \| 1 \| 11\.1 % \|
+\| `empty` \| the answer was empty \| 1 \| 11\.1 % \|
 \| `thinking_budget` \| thinking used up the token budget \| 1 \| 11\.1 % \|
 \| `refusal` \| the model or its provider refused \| 1 \| 11\.1 % \|
 \| `over_token_limit` \| with its class template longer than the text tower reads \| 2 \| 22\.2 % \|
-\| `repetition` \| a loop \| 1 \| 11\.1 % \|
+\| `repetition` \| the text repeats itself \| 1 \| 11\.1 % \|
 \| `label_missing` \| the class is not named \| 2 \| 22\.2 % \|
-\| `label_contradicted` \| the label is denied \| 1 \| 11\.1 % \|
+\| `label_contradicted` \| the text denies the label \| 1 \| 11\.1 % \|
 
 ## How they were made
 

@@ -1,75 +1,209 @@
-"""Is this text a caption of this class? Pure functions: no network, no data set, the same answer for the same text."""
+"""The caption checks: a table of them, and `CaptionChecker`, which applies it to an answer.
+
+To add a check, write a function that looks at a `Candidate` and give it a row in `TABLE`. Everything here is pure: no
+network, no dataset, and equal texts give equal results.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ...core.errors import UserError, nearest
 from ...data.texts import DEFAULT_TEMPLATE, check_template, class_prompt, clean_class_name, training_text
-from .cleaning import CLEANINGS, clean_caption, sentence_ends
+from .cleaning import clean_caption, sentence_ends
 from .tokens import TokenCounter
 from .wording import REFUSAL, STOPS, ClassWords, contradicts, has_loop, has_url, is_foreign, words_of
 
-RULES = 1  # to be raised with any change of what a check finds or a cleaning changes: it is part of the fingerprint
+RULES = 1  # part of the fingerprint: raise it whenever a check or a cleaning step gives another result for some text
 
-DEFAULT_ACTIONS = {
-    **dict.fromkeys(CLEANINGS, "keep"),
-    "empty": "reask",
-    "thinking_budget": "reask",
-    "refusal": "reject",
-    "truncated": "trim",
-    "over_token_limit": "trim",
-    "repetition": "reask",
-    "foreign_script": "reask",
-    "prompt_echo": "reask",
-    "url": "keep",
-    "label_missing": "keep",
-    "other_class": "keep",
-    "label_contradicted": "reask",
-}
-CHECKS = (
-    *DEFAULT_ACTIONS,
-    "duplicate",
-)  # in the order in which they are recorded; `duplicate` by whoever sees all rows
 ACTIONS = ("keep", "reask", "reject")
-MEANING = {  # of a check that fired, for people
-    "thinking": "a thinking block was taken out",
-    "markdown": "bold, headings, bullets or fences were cleaned",
-    "boilerplate": "an opener such as “Here is a caption:” was taken off",
-    "quotes": "typographic quotes straightened, enclosing ones removed",
-    "empty": "nothing was answered",
-    "thinking_budget": "thinking used up the token budget",
-    "refusal": "the model or its provider refused",
-    "truncated": "the token budget ended the answer",
-    "over_token_limit": "with its class template longer than the text tower reads",
-    "repetition": "a loop",
-    "foreign_script": "letters of another script",
-    "prompt_echo": "eight words of the prompt in a row",
-    "url": "a web or mail address",
-    "label_missing": "the class is not named",
-    "other_class": "another class is named, and this one is not",
-    "label_contradicted": "the label is denied",
-    "duplicate": "the same text for another image",
-}
-OWN_ACTIONS = {"truncated": "trim", "over_token_limit": "trim", "label_missing": "prefix"}
-
 SCRIPTS = "Latin Cyrillic Greek Arabic Hebrew Armenian Georgian Devanagari Bengali Tamil Telugu Thai Han Hiragana Katakana Hangul"
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What became of one answer.
+@dataclass
+class Candidate:
+    """An answer on its way to becoming a caption: what a check can look at.
 
     Args:
-        text: cleaned, and cut where `status` is `trimmed`; None where nothing is left. Only with a status of
-            `types.ACCEPTED` is it a caption; otherwise it is there to be looked at.
-        status: a word of `types.STATUSES`. Where `reask` is given: the status if nobody asks again.
+        whole: the answer after cleaning.
+        finish_reason: as in `types.Answer`.
+        cleaned: names of the cleaning steps that changed the answer (`cleaning.CLEANINGS`).
+        unclosed: whether a thinking block was never closed.
+        thinking_tokens: spent before the answer.
+        scripts: Unicode names of the scripts that a caption may use.
+        text: the caption: `whole`, perhaps trimmed, perhaps with the class template in front.
+        status: a word of `types.STATUSES`, as far as it is known before the checks.
+        trimmed: whether `text` was trimmed.
+        words: of `text` before it was trimmed to the token limit, with OWN and OTHER in place of class names
+            (`ClassWords.mark`) and without punctuation.
+        all_words: of `whole`, with punctuation.
+        names_class, names_other: whether `text`, before any template, names its own class, and another one.
+        mentions_label: whether the final `text` names its own class.
+        clip_tokens: of `text` alone, begin and end tokens included; None without a tokenizer.
+        over_limit: whether template and caption together were longer than the text tower reads.
+        echo: runs of eight words of the prompt.
+    """
+
+    whole: str
+    finish_reason: str | None
+    cleaned: set[str]
+    unclosed: bool
+    thinking_tokens: int
+    scripts: frozenset[str]
+    text: str = ""
+    status: str = "ok"
+    trimmed: bool = False
+    words: list[str] = field(default_factory=list)
+    all_words: list[str] = field(default_factory=list)
+    names_class: bool = False
+    names_other: bool = False
+    mentions_label: bool = False
+    clip_tokens: int | None = None
+    over_limit: bool = False
+    echo: frozenset[tuple[str, ...]] = frozenset()
+
+
+# -- the checks -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Check:
+    """A row of `TABLE`.
+
+    Args:
+        finds: whether the check fires for a candidate. None: it needs more than one row to tell.
+        action: what follows by default: one of `ACTIONS` or `own_action`.
+        meaning: what it found, in words for the report and the card.
+        advice: added to the prompt when the caption is asked for again; `{scripts}` and `{name}` are filled in.
+        own_action: an action that only this check offers: `trim` or `prefix`.
+    """
+
+    finds: Callable[[Candidate], bool] | None
+    action: str | None
+    meaning: str
+    advice: str = ""
+    own_action: str | None = None
+
+
+def _refused(c: Candidate) -> bool:
+    return c.finish_reason == "refusal" or REFUSAL.match(c.whole) is not None
+
+
+def _empty(c: Candidate) -> bool:
+    return not c.whole and not _refused(c)
+
+
+def _thinking_used_up_budget(c: Candidate) -> bool:
+    if c.whole:
+        return c.status == "truncated" and c.thinking_tokens > 0
+    stopped_early = c.finish_reason == "length" or (c.thinking_tokens > 0 and c.finish_reason != "stop")
+    return _empty(c) and (stopped_early or c.unclosed)
+
+
+TABLE = {  # in the order in which `checks` of a caption record lists them
+    "thinking": Check(lambda c: "thinking" in c.cleaned, "keep", "a thinking block was removed"),
+    "markdown": Check(lambda c: "markdown" in c.cleaned, "keep", "bold, headings, bullets or fences were removed"),
+    "boilerplate": Check(
+        lambda c: "boilerplate" in c.cleaned, "keep", "an opener such as “Here is a caption:” was removed"
+    ),
+    "quotes": Check(
+        lambda c: "quotes" in c.cleaned, "keep", "typographic quotes were straightened or enclosing quotes removed"
+    ),
+    "empty": Check(_empty, "reask", "the answer was empty"),
+    "thinking_budget": Check(
+        _thinking_used_up_budget,
+        "reask",
+        "thinking used up the token budget",
+        advice="Answer directly, without thinking first.",
+    ),
+    "refusal": Check(_refused, "reject", "the model or its provider refused"),
+    "truncated": Check(
+        lambda c: bool(c.whole) and c.finish_reason == "length",
+        "trim",
+        "the answer reached the token budget",
+        own_action="trim",
+    ),
+    "over_token_limit": Check(
+        lambda c: c.over_limit,
+        "trim",
+        "with its class template longer than the text tower reads",
+        own_action="trim",
+    ),
+    "repetition": Check(
+        lambda c: has_loop(c.words), "reask", "the text repeats itself", advice="Do not repeat yourself."
+    ),
+    "foreign_script": Check(
+        lambda c: is_foreign(c.text, c.scripts),
+        "reask",
+        "letters of another script",
+        advice="Use {scripts} letters only.",
+    ),
+    "prompt_echo": Check(
+        lambda c: not c.echo.isdisjoint(_runs_of_eight(c.words)),
+        "reask",
+        "eight consecutive words of the prompt",
+        advice="Do not repeat these instructions.",
+    ),
+    "url": Check(lambda c: has_url(c.text), "keep", "a web or email address", advice="Write no web addresses."),
+    "label_missing": Check(
+        lambda c: bool(c.whole) and not c.names_class,
+        "keep",
+        "the class is not named",
+        advice="Use the words {name!r}.",
+        own_action="prefix",
+    ),
+    "other_class": Check(
+        lambda c: c.names_other and not c.names_class,
+        "keep",
+        "another class is named instead of this one",
+        advice="Name no other class.",
+    ),
+    "label_contradicted": Check(
+        lambda c: contradicts(c.all_words),
+        "reask",
+        "the text denies the label",
+        advice="Describe what can be seen, without comparing it with anything else.",
+    ),
+    "duplicate": Check(None, None, "another image has the same text"),  # added by `duplicates`, which sees all rows
+}
+CHECKS = tuple(TABLE)
+DEFAULT_ACTIONS = {name: check.action for name, check in TABLE.items() if check.action}
+
+
+def parse_actions(texts: Iterable[str]) -> dict[str, str]:
+    """`["label_missing=reask"]` -> `{"label_missing": "reask"}`. Raises `UserError` for an unknown check or action."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    return check_actions({name.strip(): action.strip() for name, action in pairs})
+
+
+def check_actions(actions: Mapping[str, str]) -> dict[str, str]:
+    """Returns the actions. Raises `UserError` for an unknown check, or an action that a check does not offer."""
+    for name, action in actions.items():
+        if name not in DEFAULT_ACTIONS:
+            known = ", ".join(DEFAULT_ACTIONS)
+            raise UserError(f"check: expected one of {known}, found {name!r}.{nearest(name, DEFAULT_ACTIONS)}")
+        known = [action for action in (*ACTIONS, TABLE[name].own_action) if action]
+        if action not in known:
+            raise UserError(
+                f"action of {name}: expected {', '.join(known)}, found {action!r}.{nearest(action, known)} "
+                f"Type for example {name}={known[1]}."
+            )
+    return dict(actions)
+
+
+# -- the checker ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Checked:
+    """The result for one answer.
+
+    Args:
+        text: cleaned, and trimmed where `status` is `trimmed`; None where nothing is left. It is a caption only if
+            `status` is one of `types.ACCEPTED`; otherwise it is kept for inspection.
+        status: a word of `types.STATUSES`. If `reask` is given: the status that applies unless someone asks again.
         checks: names of all checks that fired, in the order of `CHECKS`.
-        clip_tokens: of the text alone, begin and end tokens counted; None without a tokenizer.
+        clip_tokens: of the text alone, begin and end tokens included; None without a tokenizer.
         mentions_label: whether the text names its own class.
-        reask: what to add to the prompt, in words, before asking again; None where asking again is not wanted.
+        reask: what to add to the prompt before asking again; None if asking again is not wanted.
     """
 
     text: str | None
@@ -81,61 +215,27 @@ class Checked:
 
     @property
     def needs_larger_budget(self) -> bool:
-        """Thinking used up the token budget: asked again with the same one, the answer would be as empty."""
+        """Whether thinking used up the token budget: with the same budget, the next answer would be empty, too."""
         return "thinking_budget" in self.checks
 
 
-def parse_actions(texts: Iterable[str]) -> dict[str, str]:
-    """`["label_missing=reask"]` -> `{"label_missing": "reask"}`. Raises `UserError` at an unknown check or action."""
-    pairs = [text.partition("=")[::2] for text in texts]
-    return check_actions({name.strip(): action.strip() for name, action in pairs})
-
-
-def check_actions(actions: Mapping[str, str]) -> dict[str, str]:
-    """The actions, or `UserError` where a check or an action of it is unknown."""
-    for name, action in actions.items():
-        if name not in DEFAULT_ACTIONS:
-            known = ", ".join(DEFAULT_ACTIONS)
-            raise UserError(f"check: expected one of {known}, found {name!r}.{nearest(name, DEFAULT_ACTIONS)}")
-        known = [*ACTIONS, *([OWN_ACTIONS[name]] if name in OWN_ACTIONS else [])]
-        if action not in known:
-            raise UserError(
-                f"action of {name}: expected {', '.join(known)}, found {action!r}.{nearest(action, known)} "
-                f"Type for example {name}={known[1]}."
-            )
-    return dict(actions)
-
-
-# -- the checker ------------------------------------------------------------------------------------------------------
-_ADVICE = {
-    "thinking_budget": "Answer directly, without thinking first.",
-    "repetition": "Do not repeat yourself.",
-    "foreign_script": "Use {scripts} letters only.",
-    "prompt_echo": "Do not repeat these instructions.",
-    "url": "Write no web addresses.",
-    "label_missing": "Use the words {name!r}.",
-    "other_class": "Name no other class.",
-    "label_contradicted": "Describe what can be seen, without comparing it with anything else.",
-}
-
-
 class CaptionChecker:
-    """Checks and cleans captions of a set of classes.
+    """Checks and cleans captions for a set of classes.
 
     Args:
-        class_names: of the data set, by label.
+        class_names: of the dataset, by label.
         tokenizer (*optional*): of the model that will be trained, or a `TokenCounter`. Without it no tokens are counted.
-        words: length asked for, repeated when asking again.
-        scripts: whose letters a caption may hold, of `SCRIPTS`.
-        template: put in front of a caption in training; counted with it.
-        actions: what follows from a check, where it is not `DEFAULT_ACTIONS`: `keep` records it and no more, `reask` asks
-            again (on the last try, `keep` for checks that are kept by default, `reject` or the check's own status for the
-            others), `reject` drops the caption for good. `trim`, for `truncated` and `over_token_limit`, cuts at the end of
-            a sentence; `prefix`, for `label_missing`, puts the class template in front.
-        clean: False for texts that people wrote: they stay as they are, and every check is `keep` where `actions` is silent.
+        words: requested length, repeated when asking again.
+        scripts: writing systems that a caption may use, from `SCRIPTS`.
+        template: precedes a caption in training; its tokens count, too.
+        actions: what follows from a check, where it differs from `DEFAULT_ACTIONS`. `keep` only records it. `reask` asks
+            again; on the last try, checks that are kept by default are kept, the others reject the caption or set a status
+            of their own. `reject` drops the caption without asking again. `trim` (`truncated` and `over_token_limit`)
+            shortens the text to complete sentences. `prefix` (`label_missing`) puts the class template in front.
+        clean: False for texts written by people: they are left unchanged, and every check defaults to `keep`.
 
     Raises:
-        UserError: an unknown check, action or script, or a bad template.
+        UserError: an unknown check, action or script, or an invalid template.
     """
 
     def __init__(
@@ -184,123 +284,114 @@ class CaptionChecker:
         thinking_tokens: int = 0,
         last_try: bool = False,
     ) -> Checked:
-        """Checks one answer.
+        """Cleans and checks one answer.
 
         Args:
             text: as the model wrote it.
             finish_reason: as in `types.Answer`.
             label: the class of the picture.
-            prompt (*optional*): what was asked; a caption that repeats eight words of it in a row is an echo.
+            prompt (*optional*): the question; a caption that repeats eight consecutive words of it is an echo.
             thinking_tokens: spent before the answer.
-            last_try: nobody will ask again.
+            last_try: the caption will not be asked for again.
         """
-        raw, name, actions = " ".join((text or "").split()), self.class_names[label], self.actions
-        text, fired, unclosed = clean_caption(text or "")
-        text = text if self.clean else raw
-        if finish_reason == "refusal" or REFUSAL.match(text):
-            fired.add("refusal")
-        if not text:
-            if "refusal" not in fired:
-                fired.add("empty")
-                if finish_reason == "length" or unclosed or (thinking_tokens and finish_reason != "stop"):
-                    fired.add("thinking_budget")
-            return self._checked(None, fired, "empty", False, False, last_try, name)
+        cleaned, changed, unclosed = clean_caption(text or "")
+        whole = cleaned if self.clean else " ".join((text or "").split())
+        c = Candidate(whole, finish_reason, changed, unclosed, thinking_tokens, self._scripts, text=whole)
+        if whole:
+            self._trim_to_sentences(c, last_try)
+            marked, c.names_class, c.names_other = self._classes.mark(c.text, label)
+            c.words = _without_stops(marked)
+            # A denial counts even if it was trimmed away: the model doubted the label of the whole picture.
+            c.all_words = self._classes.mark(whole, label)[0] if c.trimmed else marked
+            c.mentions_label = c.names_class
+            if not c.names_class and self.actions["label_missing"] == "prefix":
+                c.text, c.mentions_label = f"{class_prompt(self.template, self.class_names[label])} {c.text}", True
+            self._fit_to_token_limit(c, label, last_try)
+            c.echo = self._echo(prompt, label) if prompt else frozenset()
+        else:
+            c.status = "empty"
+        checks = tuple(name for name, check in TABLE.items() if check.finds and check.finds(c))
+        status, reask = self._decide(c, checks, label, last_try)
+        return Checked(c.text or None, status, checks, c.clip_tokens, c.mentions_label, reask)
 
-        cut, status = False, "ok"
-        whole = text
-        if finish_reason == "length":
-            fired.add("truncated")
-            if actions["truncated"] == "trim" or (actions["truncated"] == "reask" and last_try):
-                ends = sentence_ends(text)
-                cut = bool(ends) and 2 * len(text[: ends[-1]].split()) >= len(text.split())
-                text = text[: ends[-1]] if cut else text
-            if not cut and actions["truncated"] != "keep":
-                status = "truncated"
-                if thinking_tokens:
-                    fired.add("thinking_budget")
-        marked, own, other = self._classes.mark(text, label)
-        # What was cut off counts here: a model that doubts the label has doubted it of the whole picture.
-        doubts = marked if whole is text else self._classes.mark(whole, label)[0]
-        if contradicts(doubts):
-            fired.add("label_contradicted")
-        if not own:
-            fired.add("label_missing")
-            if other:
-                fired.add("other_class")
-            if actions["label_missing"] == "prefix":
-                text, own = f"{class_prompt(self.template, name)} {text}", True
-        tokens = None
-        if self.tokens:
-            tokens, over = self._count(text, name)
-            if over:
-                fired.add("over_token_limit")
-                if actions["over_token_limit"] == "trim" or (actions["over_token_limit"] == "reask" and last_try):
-                    for end in reversed([end for end in sentence_ends(text) if end < len(text)]):
-                        shorter, still_over = self._count(text[:end], name)
-                        if not still_over:
-                            text, tokens, cut = text[:end], shorter, True
-                            own = self._classes.mark(text, label)[1]
-                            break
-        spoken = [word for word in marked if word not in STOPS]
-        if has_loop(spoken):
-            fired.add("repetition")
-        if is_foreign(text, self._scripts):
-            fired.add("foreign_script")
-        if prompt and not self._echo(prompt, label).isdisjoint(_eight(spoken)):
-            fired.add("prompt_echo")
-        if has_url(text):
-            fired.add("url")
-        return self._checked(text, fired, status, cut, own, last_try, name, tokens)
+    def _trims(self, check: str, last_try: bool) -> bool:
+        return self.actions[check] == "trim" or (self.actions[check] == "reask" and last_try)
 
-    def _checked(self, text, fired, status, cut, own, last_try, name, tokens=None) -> Checked:
-        """Turns the checks that fired into a status, and into what to say when asking again."""
-        checks = tuple(check for check in CHECKS if check in fired)
-        asking = [check for check in checks if self.actions[check] == "reask"]
+    def _trim_to_sentences(self, c: Candidate, last_try: bool) -> None:
+        """Removes the unfinished last sentence of a truncated answer if at least half of its words remain."""
+        if c.finish_reason != "length":
+            return
+        if self._trims("truncated", last_try):
+            kept = c.whole[: next(reversed(sentence_ends(c.whole)), 0)]
+            if kept and 2 * len(kept.split()) >= len(c.whole.split()):
+                c.text, c.trimmed = kept, True
+        if not c.trimmed and self.actions["truncated"] != "keep":
+            c.status = "truncated"
+
+    def _fit_to_token_limit(self, c: Candidate, label: int, last_try: bool) -> None:
+        """Counts tokens, and removes sentences from the end until template and caption fit, if anything is left then."""
+        if not self.tokens:
+            return
+        c.clip_tokens, c.over_limit = self._count(c.text, label)
+        if c.over_limit and self._trims("over_token_limit", last_try):
+            for end in reversed([end for end in sentence_ends(c.text) if end < len(c.text)]):
+                tokens, over = self._count(c.text[:end], label)
+                if not over:
+                    c.text, c.clip_tokens, c.trimmed = c.text[:end], tokens, True
+                    c.mentions_label = self._classes.mark(c.text, label)[1]
+                    return
+
+    def _count(self, text: str, label: int) -> tuple[int, bool]:
+        """Tokens of a caption alone, and whether it exceeds the limit together with its class template."""
+        both = self.tokens.count(training_text(self.template, self.class_names[label], text))
+        return self.tokens.count(text), both > (self.tokens.limit or float("inf"))
+
+    def _decide(self, c: Candidate, checks: tuple[str, ...], label: int, last_try: bool) -> tuple[str, str | None]:
+        """The status that follows from the checks, and what to say when asking again."""
+        asking = [name for name in checks if self.actions.get(name) == "reask"]
+        rejecting = [name for name in checks if self.actions.get(name) == "reject"]
+        status = c.status
         if status == "truncated" and self.actions["truncated"] == "trim":
-            asking.append("truncated")  # nothing to cut back to
-        rejecting = [check for check in checks if self.actions[check] == "reject"]
-        hard = [check for check in asking if DEFAULT_ACTIONS[check] == "reask"]
-        if "refusal" in fired and self.actions["refusal"] != "keep":
+            asking.append("truncated")  # there was no sentence to trim to
+        if "refusal" in checks and self.actions["refusal"] != "keep":
             status = "refused"
         elif rejecting:
             status = "rejected"
         elif status == "ok":
-            status = "rejected" if hard else "trimmed" if cut else "ok"
-        advice = None
-        if asking and not rejecting and not last_try:
-            names = {"scripts": " and ".join(self.scripts), "name": clean_class_name(name)}
-            said = [_ADVICE[check].format(**names) for check in asking if check in _ADVICE]
-            advice = " ".join([*said, f"Answer in one plain paragraph of at most {self.words} words."])
-        return Checked(text, status, checks, tokens, own, advice)
-
-    def _count(self, text: str, name: str) -> tuple[int, bool]:
-        """Tokens of a caption alone, and whether it is over the limit behind its class template."""
-        whole = self.tokens.count(training_text(self.template, name, text))
-        return self.tokens.count(text), whole > (self.tokens.limit or float("inf"))
+            faulty = any(DEFAULT_ACTIONS[name] == "reask" for name in asking)
+            status = "rejected" if faulty else "trimmed" if c.trimmed else "ok"
+        if not asking or rejecting or last_try:
+            return status, None
+        words = {"scripts": " and ".join(self.scripts), "name": clean_class_name(self.class_names[label])}
+        advice = [TABLE[name].advice.format(**words) for name in asking if TABLE[name].advice]
+        return status, " ".join([*advice, f"Answer in one plain paragraph of at most {self.words} words."])
 
     def _echo(self, prompt: str, label: int) -> frozenset:
-        """Runs of eight words of a prompt; the class name counts as one, since a caption should hold it."""
+        """Runs of eight words of a prompt. The class name counts as one word, since a caption should contain it."""
         found = self._echoes.get((prompt, label))
         if found is None:
-            marked = self._classes.mark(prompt, label)[0]
-            found = frozenset(_eight([word for word in marked if word not in STOPS]))
+            found = frozenset(_runs_of_eight(_without_stops(self._classes.mark(prompt, label)[0])))
             if len(self._echoes) > 20_000:  # prompts that differ for every picture must not fill the memory
                 self._echoes.clear()
             self._echoes[prompt, label] = found
         return found
 
 
-def _eight(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+def _without_stops(marked: Sequence[str]) -> list[str]:
+    return [word for word in marked if word not in STOPS]
+
+
+def _runs_of_eight(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(8)), strict=False)
 
 
 # -- across pictures --------------------------------------------------------------------------------------------------
 def duplicate_key(text: str) -> str:
-    """Equal for texts that differ in case, accents, stops and spaces only."""
+    """Equal for texts that differ only in case, accents, punctuation and spaces."""
     return hashlib.blake2b(" ".join(words_of(text)).encode(), digest_size=8).hexdigest()
 
 
 def duplicates(texts_by_image: Iterable[tuple[str, str]]) -> set[str]:
-    """Keys (`duplicate_key`) of the texts that more than one image has, from pairs of `image_sha256` and text."""
+    """Keys (`duplicate_key`) of the texts that several images share, from pairs of `image_sha256` and text."""
     first: dict[str, str] = {}
     return {key for image, text in texts_by_image if first.setdefault(key := duplicate_key(text), image) != image}

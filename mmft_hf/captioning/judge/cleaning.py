@@ -1,4 +1,4 @@
-"""What a model writes around a caption is taken away: thinking, Markdown, openers, quotes. Pure functions of one text."""
+"""Removes what models write around a caption: thinking, Markdown, openers, quotes. Pure functions of one text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MARKDOWN = (
     (re.compile(r"`([^`\n]+)`"), r"\1"),
     (re.compile(r"!?\[([^\[\]\n]+)\]\(([^\s()]+)\)"), r"\1 (\2)"),
     (re.compile(r"</?(?:p|br|b|i|em|strong|div|span|li|ul|caption|answer|description)\b[^<>]*>", re.IGNORECASE), " "),
-    (re.compile(r"\*\*"), ""),  # one half of a pair, the other was cut
+    (re.compile(r"\*\*"), ""),  # half of a pair whose other half is missing
 )
 
 _NOUN = r"(?:captions?|descriptions?|answers?|responses?|outputs?)"
@@ -51,13 +51,8 @@ _FOOTER = re.compile(
     r"|(?<=[.!?])\s+(?:let me know if|i hope this|feel free to|would you like)\b[^\n]*$",
     re.IGNORECASE,
 )
-_FOOTER_SIGNS = (
-    "word",
-    "let me know",
-    "i hope this",
-    "feel free",
-    "would you like",
-)  # asked first: the pattern is slow
+# Looked for first, because the pattern is slow.
+_FOOTER_SIGNS = ("word", "let me know", "i hope this", "feel free", "would you like")
 _SPECIAL = re.compile(r"<\|[\w ]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/?INST\]")
 
 _SENTENCE_END = re.compile(r"[.!?…][\"')\]]*(?=\s+[^a-z\s]|\s*$)|[。！？][」』\"]?")
@@ -65,10 +60,10 @@ _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:st|mr|mrs|ms|dr|vs|approx|cf|no|fig|e
 
 
 def clean_caption(text: str) -> tuple[str, set[str], bool]:
-    """Takes away what is no part of a caption.
+    """Removes everything that is not part of the caption.
 
     Returns:
-        The text in one line, which of `CLEANINGS` changed it, and whether a thinking block in it had no end.
+        The text on one line, which of `CLEANINGS` changed it, and whether a thinking block was never closed.
     """
     fired, unclosed = set(), False
     text = text.translate(_INVISIBLE).strip()
@@ -95,7 +90,7 @@ def clean_caption(text: str) -> tuple[str, set[str], bool]:
 
 
 def _without_thinking(text: str) -> tuple[str, bool]:
-    """Without thinking blocks; whether one had no end. One without a start began in the prompt."""
+    """Removes thinking blocks; also tells whether one was never closed. A block without a start began in the prompt."""
     *closed, last = _THINK_END.split(text)
     starts = [_THINK_START.search(part) for part in closed]
     before = [part[: start.start()] for part, start in zip(closed, starts, strict=True) if start]
@@ -104,10 +99,10 @@ def _without_thinking(text: str) -> tuple[str, bool]:
 
 
 def _plain(text: str) -> str:
-    """Without Markdown, in one line. Items of a list are joined by semicolons where they end without a full stop."""
+    """Removes Markdown and puts the text on one line. List items that end without punctuation are joined by semicolons."""
     if "\n" in text or text[:1] in "#-*+•‣▪>":
         headings = _HEADING.findall(text)
-        # A heading says nothing that the text below does not; a text that is all heading stays.
+        # A heading adds nothing to the text below it; a text that is only a heading stays.
         text = _HEADING.sub("", text) if headings and _HEADING.sub("", text).strip() else _HEADING.sub(r"\1", text)
         items = _BULLET if _BULLET.search(text) else _NUMBER if len(_NUMBER.findall(text)) > 1 else None
         if items:
@@ -125,7 +120,7 @@ def _plain(text: str) -> str:
 
 
 def _without_boilerplate(text: str) -> str:
-    """Without openers, closing words about the answer itself, and a chat template's marks."""
+    """Removes openers, closing remarks about the answer itself, and tokens of a chat template."""
     if "<" in text or "[" in text:
         text = _SPECIAL.sub(" ", text).strip()
     for _ in range(4):
@@ -139,12 +134,12 @@ def _without_boilerplate(text: str) -> str:
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Where sentences end, as lengths of the text up to there. `St. Bernard` and `3.5` are no ends."""
+    """Positions after the end of each sentence. `St. Bernard` and `3.5` do not end one."""
     return [m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text[: m.start() + 1][-10:])]
 
 
 def fold(text: str) -> str:
-    """For comparisons: case folded, without accents and apostrophes."""
+    """The text for comparisons: case folded, without accents and apostrophes."""
     if not text.isascii():
         decomposed = unicodedata.normalize("NFKD", text.translate(_QUOTES))
         text = "".join(c for c in decomposed if not unicodedata.combining(c))

@@ -1,4 +1,4 @@
-"""Counting tokens as the text tower will: with its own tokenizer, but without loading torch where that can be had."""
+"""Counts tokens with the text tower's own tokenizer, without loading torch where possible."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ class TokenCounter:
     """Counts tokens, begin and end tokens included.
 
     Args:
-        tokenizer: of transformers, or of the tokenizers library.
-        limit: tokens that the text tower reads; default: the tokenizer's own.
+        tokenizer: from transformers or from the tokenizers library.
+        limit: number of tokens that the text tower reads. Default: the tokenizer's own limit.
     """
 
     def __init__(self, tokenizer, limit: int | None = None):
         limit = limit or getattr(tokenizer, "model_max_length", None)
-        self.limit = None if limit is None or limit > 1e9 else int(limit)  # transformers writes 1e30 for none
+        self.limit = None if limit is None or limit > 1e9 else int(limit)  # transformers writes 1e30 for no limit
         fast = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
         self._slow = tokenizer if fast is None else None
         if fast is not None:
-            # A copy, since a tokenizer keeps the padding and truncation of whoever called it last.
+            # A copy, because a tokenizer keeps the padding and truncation of its last call.
             self._fast = Tokenizer.from_str(fast.to_str())
             self._fast.no_padding()
             self._fast.no_truncation()
 
     def count(self, text: str) -> int:
-        """Tokens of one text, however many."""
+        """Number of tokens of one text, without truncation."""
         if self._slow is not None:
             return len(self._slow([text], verbose=False)["input_ids"][0])
         return len(self._fast.encode(text).ids)
 
     def digest(self) -> str:
-        """16 hex digits of what the tokenizer does."""
+        """Sixteen hex digits that identify what the tokenizer does."""
         content = json.dumps(self._slow.get_vocab(), sort_keys=True) if self._slow is not None else self._fast.to_str()
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_counter(name_or_path: str) -> TokenCounter:
-    """The counter of a dual encoder (Hub id, folder or `builtin/…`).
+    """Returns the token counter of a dual encoder (Hub id, folder or `builtin/…`).
 
-    Where transformers 5 saved the tokenizer, its file is the whole of it and is read alone. In older repositories
-    transformers builds the tokenizer from other files, too: there it is asked, which takes torch and some seconds.
+    If transformers 5 saved the tokenizer, `tokenizer.json` describes it completely and is the only file read. Older
+    repositories spread the tokenizer over several files, so transformers loads it, which imports torch and takes seconds.
 
     Raises:
-        UserError: not found.
+        UserError: the model was not found.
     """
     try:
         config = json.loads(_file(name_or_path, "tokenizer_config.json").read_text(encoding="utf-8"))
         if config.get("backend") == "tokenizers":
             model = json.loads(_file(name_or_path, "config.json").read_text(encoding="utf-8"))
-            if model["model_type"] == "clip":  # the limits of others are not that simple: see encoders.token_limit
+            if model["model_type"] == "clip":  # other families have more complex limits
                 limits = [model["text_config"]["max_position_embeddings"], config.get("model_max_length") or 10**30]
                 return TokenCounter(Tokenizer.from_file(str(_file(name_or_path, "tokenizer.json"))), min(limits))
     except Exception:
-        pass  # whatever it is, transformers knows more shapes of folders, and says what is wrong with this one
+        pass  # transformers reads more layouts, and explains what is wrong with this one
     from ...model.loading import load_tokenizer
 
     return TokenCounter(load_tokenizer(name_or_path))

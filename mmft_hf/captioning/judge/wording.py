@@ -1,4 +1,4 @@
-"""What the checks look for in the words of a caption: class names, denials of the label, refusals, loops, scripts."""
+"""The patterns behind the checks: class names, denials of the label, refusals, loops, scripts, addresses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...data.texts import clean_class_name
 from .cleaning import fold
 
 STOPS = ".,;:!?()"
-GLYPHS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")  # one letter of these is a word
+GLYPHS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")  # one character of these scripts is a word
 
 # -- words ------------------------------------------------------------------------------------------------------------
 _TOKEN = re.compile(rf"[^\W_]+|[{STOPS}]")
@@ -21,12 +21,12 @@ _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def words_of(text: str) -> list[str]:
-    """Its words, folded for comparison."""
+    """The words of a text, folded for comparison."""
     return _WORD.findall(fold(text))
 
 
 def numbers(word: str) -> set[str]:
-    """A word with its simple plurals and singulars: `daisy`, `daisies`; `box`, `boxes`; `leaf`, `leaves`."""
+    """A word with its regular singular and plural forms: `daisy`, `daisies`; `box`, `boxes`; `leaf`, `leaves`."""
     found = {word, word + "s"}
     if word.endswith(("s", "x", "z", "ch", "sh", "o")):
         found.add(word + "es")
@@ -48,13 +48,13 @@ def numbers(word: str) -> set[str]:
 
 
 class ClassWords:
-    """Finds class names in texts by whole words. A lookup per word of the text, however many classes there are."""
+    """Finds class names in texts by whole words, with one lookup per word, however many classes there are."""
 
     def __init__(self, class_names: Sequence[str]):
         self.own_words, self.unspaced = [], []
         index: dict[str, dict[tuple, set[int]]] = {}
         for label, name in enumerate(class_names):
-            # `tench, Tinca tinca` are two names of one class; `AnnualCrop` and `hot dog` are also written otherwise.
+            # `tench, Tinca tinca` holds two names of one class; `AnnualCrop` and `hot dog` have other spellings.
             forms = {tuple(words_of(part)) for part in (name, *name.split(", "), _CAMEL.sub(" ", name))} - {()}
             forms |= {("".join(words),) for words in forms}
             self.own_words.append({word for words in forms for word in words})
@@ -67,7 +67,12 @@ class ClassWords:
         self.index = {first: sorted(entries.items(), key=lambda e: -len(e[0])) for first, entries in index.items()}
 
     def mark(self, text: str, label: int) -> tuple[list[str], bool, bool]:
-        """The words and stops of a text, with OWN and OTHER where it names its class and another; whether it does."""
+        """Marks class names in a text.
+
+        Returns:
+            The words and punctuation of the text, with OWN in place of its own class and OTHER in place of another one;
+            whether it names its own class; whether it names another.
+        """
         folded = fold(text)
         tokens = _TOKEN.findall(folded)
         marked, place, own, other = [], 0, False, False
@@ -82,7 +87,7 @@ class ClassWords:
                 if label in labels:
                     own, word, step = True, "OWN", len(words)
                     break
-                # A class whose name is a part of this one's (`tiger` of `tiger cat`) is no other class here.
+                # A class whose name is part of this one's (`tiger` in `tiger cat`) does not count as another class.
                 if word != "OTHER" and not self.own_words[label].issuperset(words):
                     other, word, step = True, "OTHER", len(words)
             marked.append(word)
@@ -137,7 +142,7 @@ _CUES = frozenset(
 
 
 def contradicts(marked: Sequence[str]) -> bool:
-    """Whether marked words (`ClassWords.mark`) deny their own class. Only sentences with a word of denial are searched."""
+    """Whether marked words (`ClassWords.mark`) deny their own class. Only sentences with a cue word are searched."""
     if _CUES.isdisjoint(marked):
         return False
     sentences = " ".join(marked).split(" . ")
@@ -166,19 +171,22 @@ _CHARACTER_LOOP = re.compile(r"(.{1,10}?)\1{5,}")
 
 
 def has_url(text: str) -> bool:
-    """Whether a web or mail address is in it."""
+    """Whether the text holds a web or email address."""
     lower = text.lower()
     return any(mark in lower for mark in _URL_MARKS) and _URL.search(lower) is not None
 
 
 @lru_cache(maxsize=4096)
 def _script(letter: str) -> str:
-    """`LATIN`, `CJK`, … Full-width and ordinal forms count as the letters they stand for."""
+    """`LATIN`, `CJK` and so on. Full-width and ordinal forms count as the letters they stand for."""
     return unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "UNKNOWN").split()[0]
 
 
 def is_foreign(text: str, scripts: frozenset[str]) -> bool:
-    """A share of more than 3 % of other scripts, a word of theirs, or one glyph. A sign's words in quotes do not count."""
+    """Whether a text holds another script: more than 3 % of its letters, a word of four letters, or one glyph.
+
+    Quoted text, such as the words on a sign, does not count.
+    """
     if text.isascii() and "LATIN" in scripts:
         return False
     letters = foreign = run = longest = 0
@@ -196,7 +204,11 @@ def is_foreign(text: str, scripts: frozenset[str]) -> bool:
 
 
 def has_loop(words: Sequence[str]) -> bool:
-    """A loop: a word five times in a row, two words four times, three to ten words three times; or little else than echo."""
+    """Whether the words repeat themselves.
+
+    A loop is one word five times in a row, two words four times, three to ten words three times, or a text of which more
+    than a third of all three-word runs (and more than ten) occurred before.
+    """
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     doubled = len(trigrams) - len(set(trigrams))
     if doubled > max(10, 0.35 * len(trigrams)):

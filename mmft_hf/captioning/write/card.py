@@ -14,7 +14,7 @@ from ...core.console import percent
 from ...core.markdown import code, fenced, front_matter, listed, md, one_line
 from ...core.repositories import captioned_origin
 from ...version import __version__
-from ..judge.checks import MEANING
+from ..judge.checks import TABLE
 
 TEMPLATES = Path(__file__).parent / "templates"
 CLASS_MARK = "[class name]"  # stands for the name in the prompts of a card
@@ -210,7 +210,7 @@ def _checks_in_words(statistics: dict) -> str:
     lines = ["Captions by status: " + (", ".join(f"{name} {n:,}" for name, n in statuses.items()) or "none") + "."]
     if fired:
         rows = (
-            f"| {code(n)} | {MEANING.get(n, '')} | {count:,} | {share(count, everything['answers'])} |"
+            f"| {code(n)} | {TABLE[n].meaning if n in TABLE else ''} | {count:,} | {share(count, everything['answers'])} |"
             for n, count in fired.items()
         )
         lines += ["", "What the checks found:", "", "| check | meaning | answers | share |", "|---|---|---|---|", *rows]

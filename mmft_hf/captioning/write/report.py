@@ -16,7 +16,7 @@ from PIL import ImageDraw, ImageFont
 from ...data.images import BadImage, read_image
 from ...data.texts import clean_class_name, printable
 from ...version import __version__
-from ..judge.checks import CHECKS, MEANING
+from ..judge.checks import CHECKS, TABLE
 from ..types import OPEN
 from .card import PAGE, PICTURE, TEMPLATES, caption_card, figures, origin, share, spread, title, with_all
 from .statistics import CaptionTally, caption_statistics
@@ -167,7 +167,7 @@ def _checks(statistics: dict) -> str:
     fired = [name for name in names if statistics["all"]["checks"][name]]
     rows = [
         [
-            f"{escape(name)}<small>{escape(MEANING.get(name, ''))}</small>",
+            f"{escape(name)}<small>{escape(TABLE[name].meaning if name in TABLE else '')}</small>",
             *(_bar(c["checks"].get(name, 0), c["answers"]) for _, c in columns),
         ]
         for name in fired
