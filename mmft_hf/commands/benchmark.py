@@ -17,14 +17,10 @@ from ..benchmark.run.processes import Claims, number_of_process
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import say, table
 from ..core.errors import PartialResult, UserError, nearest
+from ..core.files import ADAPTER_FILES, MODEL_FILES, read_json, write_json
 from ..data.images import content_hash
 from ..train.config import MMFTConfig
 
-# What a model's folder is read from, beside *.safetensors (weights in other formats are not).
-MODEL_FILES = (
-    "config.json adapter_config.json preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json "
-    "special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model"
-).split()
 # Beside the settings, what numbers depend on.
 VERSIONED = ("mmft_hf", "torch", "transformers", "peft", "scikit-learn")
 
@@ -242,7 +238,7 @@ def _content_of(model: str, revision: str | None) -> str | None:
     """What tells a model that a name does not: of a folder 16 hex digits of its files' hash, on the Hub the commit."""
     folder = Path(model)
     if folder.is_dir():
-        files = sorted([*folder.glob("*.safetensors"), *(folder / name for name in MODEL_FILES)])
+        files = sorted([*folder.glob("*.safetensors"), *(folder / name for name in (*MODEL_FILES, ADAPTER_FILES[0]))])
         contents = {path.name: content_hash({"path": str(path)}).hex() for path in files if path.is_file()}
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
     if model.startswith("builtin/"):
@@ -267,7 +263,7 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
         "judged": {name: fingerprint_of(dataset) for name, dataset in judged.items()},
         "group_column": args.group_column,
     }
-    found = describe.read(folder / describe.DATA_FILE)
+    found = read_json(folder / describe.DATA_FILE)
     if isinstance(found, dict) and found.get("made_from") == key:
         return found
     names = {
@@ -290,7 +286,7 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
             )
         unknown = dict.fromkeys(("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
         found["captions"] |= cost or unknown
-    describe.write(folder / describe.DATA_FILE, found)
+    write_json(folder / describe.DATA_FILE, found, indent=None, ensure_ascii=False, allow_nan=False)
     return found
 
 
@@ -302,7 +298,8 @@ def _read_pictures(folder: Path, data: dict, left, splits, judged, allow_fewer: 
     wanted, seen = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}, set(data.get("pictures_read_for", ()))
     if not wanted <= seen:
         refuse_unreadable(splits, judged, left, allow_fewer)
-        describe.write(folder / describe.DATA_FILE, data | {"pictures_read_for": sorted(wanted | seen)})
+        data = data | {"pictures_read_for": sorted(wanted | seen)}
+        write_json(folder / describe.DATA_FILE, data, indent=None, ensure_ascii=False, allow_nan=False)
 
 
 def _about_duplicates(data: dict) -> list[str]:

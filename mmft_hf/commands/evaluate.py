@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.arguments import DataArguments
 from ..core.console import percent, say, table
 from ..core.errors import UserError
-from ..train.run_folder import RUN_FILE
+from ..core.files import RUN_FILE
 
 
 @dataclass

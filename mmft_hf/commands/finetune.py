@@ -10,11 +10,12 @@ from pathlib import Path
 from ..core.arguments import DataArguments, ModelArguments, choice
 from ..core.console import is_main, percent, say, table
 from ..core.errors import PartialResult, UserError
+from ..core.files import RUN_FILE
 from ..core.launch import together
 from ..hub.client import check_access, check_name, make_repo
 from ..train.checkpoints import last_complete_checkpoint
 from ..train.config import MMFTConfig
-from ..train.run_folder import RUN_FILE, Run
+from ..train.run_folder import Run
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
 

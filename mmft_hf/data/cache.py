@@ -5,12 +5,10 @@ Everything in it is named by its content and can be made again: the folder may b
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
 import os
-import uuid
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ..core.errors import UserError
+from ..core.files import atomic_write
 from .images import BadImage, read_image, stored_bytes
 
 logger = logging.getLogger(__name__)
@@ -47,23 +46,13 @@ def folder_size(folder: Path) -> int:
     return size
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> bool:
-    """Lets `write` make a file beside `path` and moves it there, so that nobody ever sees half of it.
-
-    Returns:
-        False where it could not be written (a full disk, no permission): it is said once, and the run goes on.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file of the cache atomically. If that fails (full disk, no permission), warns once and goes on."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors has one of its own for what is an OSError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with atomic_write(path) as temporary:
+            write(temporary)
+    except (OSError, SafetensorError) as error:  # safetensors wraps an OSError in its own class
         _cannot_write(path.parent, str(error).splitlines()[0])
-        return False
-    return True
 
 
 @cache
@@ -121,7 +110,7 @@ class DecodedPictures:
         if scale < 1:
             size = [max(self.short_side, round(side * scale)) for side in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC)
-        write_atomically(path, lambda file: file.write_bytes(_packed(np.asarray(image))))
+        keep(path, lambda file: file.write_bytes(_packed(np.asarray(image))))
         return image
 
     def _load(self, path: Path) -> Image.Image | None:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 from ..core.builtin import builtin
 from ..core.errors import UserError
+from ..core.files import (
+    ADAPTER_FILES,
+    ADAPTER_FOLDER,
+    CARD_FILE,
+    MODEL_FILES,
+    PROTOTYPES_FILE,
+    RUN_FILE,
+    RUN_FILES,
+    STATE_FILE,
+    is_weights,
+)
 from .cards import card_for_repository
 from .client import check_access, published, push_files
 
-# The only files of a model's folder that are published: no checkpoint, no pickle, nothing that somebody put beside them.
-MODEL_FILES = re.compile(
-    r"README\.md|mmft\.json|all_results\.json|trainer_state\.json|predictions_test\.parquet|\w+\.png|prototypes\.safetensors"
-    r"|config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer\.json"
-    r"|tokenizer_config\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece\.bpe|tokenizer)\.model"
-    r"|special_tokens_map\.json|added_tokens\.json|preprocessor_config\.json|processor_config\.json"
-)
-MERGED_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 INFERENCE_FILE = "mmft_inference.py"
 DATA_FILES = re.compile(r"(data|captions)/[\w.-]+-\d{5}-of-\d{5}\.parquet")
 
@@ -56,15 +59,20 @@ def push_model(
     repo_id = check_access(repo_id, token, create_pr)
     files = model_files(folder, repo_id, parts=parts, with_inference_code=with_inference_code, license=license)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
-    return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker="mmft.json", **options)
+    return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker=RUN_FILE, **options)
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of a model's folder is published: none that somebody put there, no checkpoint, no pickle."""
+    return name in RUN_FILES | MODEL_FILES or is_weights(name)
 
 
 def folder_files(folder: Path) -> dict[str, Path | bytes]:
     """What of a model's folder may be published, by name; records of the run without local paths."""
     files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and MODEL_FILES.fullmatch(path.name)
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and is_published(path.name)
     }
-    for name in ("mmft.json", "trainer_state.json"):  # the settings; where the best checkpoint was
+    for name in (RUN_FILE, STATE_FILE):  # the settings; where the best checkpoint was
         if name in files:
             record = json.loads((folder / name).read_text(encoding="utf-8"))
             files[name] = (json.dumps(published(record), indent=2) + "\n").encode()
@@ -81,7 +89,7 @@ def model_files(
     """The files of a finished run, by their path in the repository (see `push_model`)."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / "mmft.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: expected the output folder of mmft-hf finetune, found no mmft.json that can be read. Type its path."
@@ -91,21 +99,21 @@ def model_files(
             f"{folder}: expected a finished run, found one that was cut. Finish it first: its command with "
             "--resume_from_checkpoint true."
         )
-    missing = [name for name in ("config.json", "prototypes.safetensors", "README.md") if not (folder / name).is_file()]
+    missing = [name for name in ("config.json", PROTOTYPES_FILE, CARD_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: expected {', '.join(missing)} in it, found none. Run mmft-hf finetune again.")
-    adapter = sorted(p for p in (folder / "adapter").glob("*") if p.suffix in (".json", ".safetensors"))
+    adapter = [path for name in ADAPTER_FILES if (path := folder / ADAPTER_FOLDER / name).is_file()]
     if parts not in ("merged", "adapter", "both"):
         raise UserError(f"--parts: expected merged, adapter or both, found {parts!r}.")
     if parts != "merged" and not adapter:
         raise UserError(f"--parts {parts}: expected the adapter of a LoRA run in {folder / 'adapter'}, found none.")
     files = folder_files(folder)
     if parts == "adapter":
-        files = {name: path for name, path in files.items() if not MERGED_WEIGHTS.fullmatch(name)}
+        files = {name: path for name, path in files.items() if not is_weights(name)}
         files |= {path.name: path for path in adapter}
     elif parts == "both":
-        files |= {f"adapter/{path.name}": path for path in adapter}
-    files["README.md"] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
+        files |= {f"{ADAPTER_FOLDER}/{path.name}": path for path in adapter}
+    files[CARD_FILE] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
     base = str((record.get("identity") or {}).get("base_model") or "")
     if base.startswith("builtin/"):
         files["NOTICE"] = Path(builtin(base)) / "NOTICE"  # its licence asks for that
@@ -204,7 +212,7 @@ def dataset_files(
     details = {**published(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))
     card = caption_card(first, scratch, details, caption_statistics(first), repo_id, captions_only)
-    files["README.md"] = card.read_bytes()
+    files[CARD_FILE] = card.read_bytes()
     files[RECORD_FILE] = (json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 

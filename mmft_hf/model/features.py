@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..core.distributed import communication_device, process_index, world_size
 from ..core.errors import UserError
-from ..data.cache import cache_folder, write_atomically
+from ..data.cache import cache_folder, keep
 from ..data.images import content_hash
 from ..data.sampling import IGNORED
 from ..data.splits import labels_of
@@ -206,7 +206,7 @@ def _once(
     whole = gathered(first)
     if first:
         metadata = {"key": key, "sha256": _checksum(whole)}
-        write_atomically(path, lambda file: save_file(whole, file, metadata))
+        keep(path, lambda file: save_file(whole, file, metadata))
     _everywhere(True, shard)  # a barrier: from here on the file is there, if it could be written
     found = _read(path, key)
     if not _everywhere(found is not None, shard):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..core.arguments import TOWER_MODES, check_lora, choice
 from ..core.errors import UserError
+from ..core.files import ADAPTER_FILES
 from .families import FAMILIES
 from .loading import freeze_unused, scale_parameter
 
@@ -30,7 +31,6 @@ TOWERS = {
     "vision": ("vision_model.", "visual_projection."),
     "text": ("text_model.", "text_projection."),
 }
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def set_towers(

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..core.errors import UserError
+from ..core.files import WEIGHTS_INDEX
 from ..model.towers import checkpoint_state
 
 
@@ -30,7 +31,7 @@ def is_complete(folder: Path) -> bool:
         return False
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        index = folder / "model.safetensors.index.json"
+        index = folder / WEIGHTS_INDEX
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
     except (OSError, ValueError, KeyError):
         return False

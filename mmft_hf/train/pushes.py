@@ -14,13 +14,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from ..core.files import RUN_FILE, read_json, write_json
 from ..hub.client import check_access, make_repo, published, push_files
 from ..hub.publish import folder_files
 from ..model.towers import lora_layers, merged_state
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "mmft.json"
 # What prototypes belong to whose tower is not trained, in place of a step.
 STAY = "weights that stay"
 
@@ -56,10 +56,7 @@ class TrainingPushes:
             checkpoint = staged / (Path(checkpoint_folder).name if every else "last-checkpoint")
             shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link_or_copy)
             state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            (checkpoint / TRAINER_STATE_NAME).unlink()  # a link
-            (checkpoint / TRAINER_STATE_NAME).write_text(
-                json.dumps(published(state), indent=2) + "\n", encoding="utf-8"
-            )
+            write_json(checkpoint / TRAINER_STATE_NAME, published(state))  # replaces the hard link
         upload = HfApi(token=args.hub_token).upload_folder(
             folder_path=staged,
             repo_id=self.hub_model_id,
@@ -81,11 +78,8 @@ class TrainingPushes:
             self.processing_class.save_pretrained(folder)
         if self.prototypes is not None and self._prototypes_of in (self.state.global_step, STAY):
             self.prototypes.save_pretrained(folder)
-        try:
-            record = json.loads((Path(self.args.output_dir) / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            record = {"completed": False}
-        (folder / RUN_FILE).write_text(json.dumps(published(record), indent=2) + "\n", encoding="utf-8")
+        record = read_json(Path(self.args.output_dir) / RUN_FILE) or {"completed": False}
+        write_json(folder / RUN_FILE, published(record))
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Publishes model, processor and prototypes; with what else of a finished run is in the output folder.
@@ -104,7 +98,7 @@ class TrainingPushes:
         folder = Path(self.args.output_dir)
         self.prototypes.save_pretrained(folder)
         if not (folder / RUN_FILE).is_file():
-            (folder / RUN_FILE).write_text('{"completed": false}\n', encoding="utf-8")
+            write_json(folder / RUN_FILE, {"completed": False})
         return push_files(
             folder_files(folder),
             self.hub_model_id,

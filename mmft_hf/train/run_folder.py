@@ -14,31 +14,34 @@ from accelerate import PartialState
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
 from ..core.errors import UserError
+from ..core.files import (
+    ADAPTER_FILES,
+    ADAPTER_FOLDER,
+    CONFUSION_FILE,
+    CURVES_FILE,
+    MODEL_FILES,
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    RUN_FILES,
+    SHEET_FILE,
+    STATE_FILE,
+    is_temporary,
+    is_weights,
+    write_json,
+)
 from ..core.launch import check_shared
 from ..data.splits import Splits
 from ..hub import cards
 from ..hub.cards.provenance import sources
-from ..model.towers import ADAPTER_FILES, Adapter
+from ..model.towers import Adapter
 from ..predict import figures
 from ..predict import sheet as report
 from ..predict.evaluation import Predictions
-from ..predict.heads.prototypes import FILE_NAME as PROTOTYPES_FILE
 from ..predict.heads.prototypes import ClassPrototypes
 from ..version import __version__
 from .config import MMFTConfig
 
-RUN_FILE = "mmft.json"
-RESULTS_FILE = "all_results.json"
-PREDICTIONS_FILE = "predictions_test.parquet"
-ADAPTER_FOLDER = "adapter"
-PICTURE_FILE = "predictions_test.png"
-CONFUSION_FILE, CURVES_FILE = "confusion.png", "curves.png"
-# All that a run writes to its folder, beside checkpoints and the shards of a large model.
-FILES = {RUN_FILE, RESULTS_FILE, PREDICTIONS_FILE, PICTURE_FILE, CONFUSION_FILE, CURVES_FILE, PROTOTYPES_FILE} | set(
-    "README.md trainer_state.json config.json model.safetensors model.safetensors.index.json tokenizer.json "
-    "tokenizer_config.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model "
-    "special_tokens_map.json added_tokens.json preprocessor_config.json processor_config.json".split()
-)
 # Settings that every record names. All others that differ from their default are recorded, too, but for IDLE ones.
 DECIDING = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
@@ -109,7 +112,7 @@ class Run:
             resume = resume.lower() == "true"
         found = self._read()
         if found is None:
-            if self.path.is_dir() and any(entry.name != f"{RUN_FILE}.tmp" for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(not is_temporary(entry.name) for entry in self.path.iterdir()):
                 raise UserError(
                     f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
                     "Type another --output_dir."
@@ -172,18 +175,13 @@ class Run:
         return record
 
     def _write(self, completed: bool, **more) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         content = {
             "completed": completed,
             "mmft_hf": __version__,
             "identity": self.identity,
             "data": self.data_settings,
         }
-        content |= more
-        # Through a second file, so that a kill never leaves half a one.
-        temporary = self.path / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / RUN_FILE)
+        write_json(self.path / RUN_FILE, content | more)
 
     def _clear(self) -> None:
         """Deletes what a run leaves, by exact name, and nothing else."""
@@ -193,9 +191,7 @@ class Run:
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == RUN_FILE):
             if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
                 shutil.rmtree(entry)
-            elif entry.is_file() and (
-                entry.name in FILES or re.fullmatch(r"model-\d+-of-\d+\.safetensors", entry.name)
-            ):
+            elif entry.is_file() and (entry.name in RUN_FILES | MODEL_FILES or is_weights(entry.name)):
                 entry.unlink()
             elif entry.is_dir() and entry.name == ADAPTER_FOLDER:
                 if {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
@@ -255,14 +251,14 @@ class Run:
             base, revision = self.identity["base_model"], self.identity["base_model_revision"]
             adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
         report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
-        report.contact_sheet(self.splits.test, predictions).save(self.path / PICTURE_FILE, optimize=True)
+        report.contact_sheet(self.splits.test, predictions).save(self.path / SHEET_FILE, optimize=True)
         confusion = figures.confusion_picture(test["confusion_matrix"], self.splits.class_names)
         confusion.save(self.path / CONFUSION_FILE, optimize=True)
         kept = None if zero_shot_won or not selected else best_epoch
         curves = figures.curves_picture(state.log_history, validation["zero_shot_validation_accuracy"], kept)
         curves.save(self.path / CURVES_FILE, optimize=True)
-        (self.path / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        state.save_to_json(str(self.path / "trainer_state.json"))
+        write_json(self.path / RESULTS_FILE, results)
+        state.save_to_json(str(self.path / STATE_FILE))
         record = {
             "class_names": self.splits.class_names,
             "model_type": model.config.model_type,

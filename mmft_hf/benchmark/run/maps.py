@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from ...core.files import read_json, write_json
 from ...data.sampling import generator
 from ...data.splits import labels_of
-from .describe import read, write
 from .protocol import FULL, Cell
 
 MAPS_FILE = "maps.json"
@@ -72,6 +72,6 @@ def _centred(vectors: np.ndarray) -> np.ndarray:
 def keep_map(folder: Path, cell: Cell, found: dict) -> None:
     """Puts the map of a cell in place of an earlier one. No other process may write meanwhile."""
     own = {"method": cell.method, "shots": cell.shots, "seed": cell.seed}
-    kept = read(folder / MAPS_FILE)
+    kept = read_json(folder / MAPS_FILE)
     others = [m for m in kept if {k: m.get(k) for k in own} != own] if isinstance(kept, list) else []
-    write(folder / MAPS_FILE, [*others, own | found])
+    write_json(folder / MAPS_FILE, [*others, own | found], indent=None, ensure_ascii=False, allow_nan=False)

@@ -5,7 +5,6 @@ Shots are images per class; a seed draws the subset, the order and the captions,
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from datasets import Dataset, Image
 
 from ...core.errors import UserError
+from ...core.files import write_json
 from ...data.images import BadImage, read_image
 from ...data.sampling import IGNORED, few_shot_split
 from ...data.splits import Splits, captions_of, labels_of
@@ -101,8 +101,7 @@ def write_rows(folder: Path, task: Task, rows: dict[str, list[int]], splits: Spl
         names = getattr(splits, split).select(numbers)["image_id"][:]
         content[split] = {"rows": numbers, "images": list(names)}
     path = folder / f"shots-{task.shots}_seed-{task.seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content, indent=1)
 
 
 # Scores `(n, C)` of the images of a data set: what a method leaves behind.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from ...core.errors import UserError
+from ...core.files import atomic_write
 from ..types import STATUSES, TERMINAL
 from .journal import COLUMNS, Journal, by_slot, journal_files
 
@@ -21,15 +21,13 @@ def export_journal(folder: str | Path, file: str | Path) -> int:
     if not journal_files(folder):
         raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
     written, batch = 0, []
-    partial = Path(f"{file}.partial")
-    with pq.ParquetWriter(partial, schema) as writer:
+    with atomic_write(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for _, rows in by_slot(folder, tuple(COLUMNS)):
             batch += rows
             if len(batch) >= 10_000:
                 writer.write_table(pa.Table.from_pylist(batch, schema))
                 written, batch = written + len(batch), []
         writer.write_table(pa.Table.from_pylist(batch, schema))
-    os.replace(partial, file)
     return written + len(batch)
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset, Image
 
 from ...core.console import printable_text
 from ...core.errors import UserError
+from ...core.files import is_temporary, read_json, write_json
 from ...version import __version__
 
 RECORD_FILE = "captions.json"
@@ -53,13 +54,10 @@ class CaptionFolder:
 
     def record(self) -> dict:
         """`captions.json` of an earlier run; empty where there is none."""
-        try:
-            found = json.loads((self.path / RECORD_FILE).read_text(encoding="utf-8"))
-            known = isinstance(found, dict) and isinstance(found.get("files"), list)
-            # Its files are removed when others take their place: none outside of the folder can be.
-            return found if known and all(_inside(name) for name in found["files"]) else {}
-        except (OSError, ValueError):
-            return {}
+        found = read_json(self.path / RECORD_FILE)
+        known = isinstance(found, dict) and isinstance(found.get("files"), list)
+        # Its files are removed when others take their place: none outside of the folder can be.
+        return found if known and all(_inside(name) for name in found["files"]) else {}
 
     def claim(self, made_from: Mapping, overwrite: bool) -> None:
         """Makes sure that a data set may be written here.
@@ -74,10 +72,10 @@ class CaptionFolder:
         record = self.record()
         if not record:
             journal = self.path / "journal"  # with a lock alone where a run was killed at once
-            ours = {PARTIAL, f"{RECORD_FILE}.new"}
+            ours = {PARTIAL}
             if journal.is_dir() and all(p.name.startswith(("journal-", "rank-")) for p in journal.iterdir()):
                 ours.add("journal")
-            if self.path.is_dir() and {p.name for p in self.path.iterdir()} - ours:
+            if self.path.is_dir() and any(p.name not in ours and not is_temporary(p.name) for p in self.path.iterdir()):
                 raise UserError(
                     f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "
                     "Type another --output_dir."
@@ -118,12 +116,12 @@ class CaptionFolder:
             extras(partial)
         files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
         record = {**record, "mmft_hf": __version__, "files": files}
-        (partial / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(partial / RECORD_FILE, record, ensure_ascii=False)
 
         old = [name for name in self.record().get("files", ()) if name not in files]
         # Until the new files are all there, the record names the old and the new.
         between = {**record, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
-        _replace(self.path / RECORD_FILE, json.dumps(between, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.path / RECORD_FILE, between, ensure_ascii=False)
         (self.path / "data").mkdir(exist_ok=True)
         for name in old:
             (self.path / name).unlink(missing_ok=True)
@@ -137,12 +135,6 @@ class CaptionFolder:
 def _inside(name: object) -> bool:
     path = Path(name) if isinstance(name, str) else Path("..")
     return not path.is_absolute() and ".." not in path.parts
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def _write_shards(dataset: Dataset, folder: Path, split: str) -> None:

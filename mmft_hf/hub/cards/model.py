@@ -15,16 +15,24 @@ from pathlib import Path
 from string import Template
 
 from ...core.console import percent
+from ...core.files import (
+    CARD_FILE,
+    CONFUSION_FILE,
+    CURVES_FILE,
+    PREDICTIONS_FILE,
+    PROTOTYPES_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    SHEET_FILE,
+)
 from ...core.markdown import code, front_matter, listed, md, read_front_matter, table
 from ...model.families import FAMILIES
 from ...predict.figures import legible
 from ...version import __version__
 from .sections import PAPER, has_lora, licence, limits, made, named, pictures_of, rights, short, written_by
-from .use import PROTOTYPES, SHEET, snippets
+from .use import snippets
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
-CARD, CONFUSION, CURVES = "README.md", "confusion.png", "curves.png"
-RECORD, RESULTS, PREDICTIONS = "mmft.json", "all_results.json", "predictions_test.parquet"
 ALL_ROWS, WEAKEST = 30, 15  # the table per class is folded where it is longer
 
 
@@ -55,22 +63,22 @@ def model_card(
         inference_code: whether `mmft_inference.py` is published with it.
     """
     folder = Path(folder)
-    record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RECORD, RESULTS))
+    record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN_FILE, RESULTS_FILE))
     parts = parts or ("both" if has_lora(record) and (folder / "adapter").is_dir() else "merged")
     base, data = record["sources"]["base_model"], record["sources"]["dataset"]
     title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(pictures_of(data))}"
-    per_class = _per_class(folder / PREDICTIONS, record["class_names"])
+    per_class = _per_class(folder / PREDICTIONS_FILE, record["class_names"])
     granted = {"license": license} if license else rights(base)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         front=front_matter(_front(record, results, title, parts, granted)),
         title=md(title),
         summary=_summary(record),
         result=_result(record, results),
-        sheet=f"![Test images with the model's answers]({SHEET})\n\nSome test images, spread evenly over the split. Green: "
+        sheet=f"![Test images with the model's answers]({SHEET_FILE})\n\nSome test images, spread evenly over the split. Green: "
         "right. Red: wrong, with the true class below.",
         use=snippets(record, repo_id, parts, inference_code),
         errors=_errors(per_class, record["sources"]["train_images_per_class"]),
-        made=made(record, results, CURVES),
+        made=made(record, results, CURVES_FILE),
         limits=limits(record, [row["images"] for row in per_class]),
         licence=licence(base, data, granted, chosen=bool(license)),
     )
@@ -78,7 +86,7 @@ def model_card(
 
 def write_model_card(folder: str | Path) -> None:
     """Writes `README.md` of a finished run."""
-    (Path(folder) / CARD).write_text(model_card(folder), encoding="utf-8")
+    (Path(folder) / CARD_FILE).write_text(model_card(folder), encoding="utf-8")
 
 
 def card_for_repository(
@@ -93,9 +101,9 @@ def card_for_repository(
     Args:
         folder, repo_id, parts, license, inference_code: see `model_card`.
     """
-    path = Path(folder) / CARD
+    path = Path(folder) / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    record = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
     ours = "sources" in record  # a run of an older make has none: its card counts as edited
     if text is None or (ours and text == model_card(folder)):
         return model_card(folder, repo_id, parts, license, inference_code)
@@ -104,7 +112,7 @@ def card_for_repository(
 
     def published(block: re.Match) -> str:
         fixed = block[0].replace('"."', json.dumps(repo_id))
-        for name in (SHEET, PROTOTYPES):
+        for name in (SHEET_FILE, PROTOTYPES_FILE):
             fixed = re.sub(rf'(?<!, )"{re.escape(name)}"', f'hf_hub_download("{repo_id}", "{name}")', fixed)
         if "hf_hub_download(" not in fixed or "import hf_hub_download" in fixed:
             return fixed
@@ -260,7 +268,7 @@ def _errors(per_class: list[dict], trained: list[int]) -> str:
         accuracy = f"{percent(row['right'] / row['images'])} ({100 * low:.0f} to {100 * high:.0f})"
         cells.append((label, trained[row["number"]], f"{row['right']} of {row['images']}", accuracy, taken))
     head = ("class", "training images", "test images right", "accuracy (95 % interval)", "most often taken for")
-    lines = [f"![Which classes are taken for which]({CONFUSION})"]
+    lines = [f"![Which classes are taken for which]({CONFUSION_FILE})"]
     if len(cells) <= ALL_ROWS:
         lines.append(f"Weakest classes first:\n\n{table(head, cells)}")
     else:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from string import Template
 
+from ...core.files import PROTOTYPES_FILE, SHEET_FILE
 from ...core.markdown import fenced
 from ...data.texts import class_prompt, clean_class_name
 from ...model.families import FAMILIES
 from .sections import has_lora
 
-SHEET, PROTOTYPES = "predictions_test.png", "prototypes.safetensors"
 PROTOTYPES_FROM = {
     "captions": "the average over its training captions",
     "template": "its class template",
@@ -79,8 +79,8 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
 
     values = {
         "model": json.dumps(repo_id or "."),
-        "picture": file(SHEET),
-        "prototypes": file(PROTOTYPES),
+        "picture": file(SHEET_FILE),
+        "prototypes": file(PROTOTYPES_FILE),
         "download": "from huggingface_hub import hf_hub_download\n" if repo_id else "",
         "labels": repr(names if len(names) <= 10 else names[:5]),
         "template": repr(template),
@@ -98,7 +98,7 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
     mixed = f", drawn towards its class template with weight {share:g}" if share else ""
     here = "" if repo_id else "The snippets are for this folder. "
     lines = [
-        f"{here}`{SHEET}` stands for a picture of yours. It is compared with `{PROTOTYPES}`, which has one embedding per class: "
+        f"{here}`{SHEET_FILE}` stands for a picture of yours. It is compared with `{PROTOTYPES_FILE}`, which has one embedding per class: "
         f"{PROTOTYPES_FROM[record['prototypes']]}{mixed}."
     ]
     if parts != "adapter":

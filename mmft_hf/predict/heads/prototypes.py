@@ -23,6 +23,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from ...core.distributed import share_of, sum_over_processes
 from ...core.errors import UserError
+from ...core.files import PROTOTYPES_FILE
 from ...data.sampling import IGNORED
 from ...data.splits import captions_of, labels_of
 from ...data.texts import DEFAULT_TEMPLATE, class_prompt, training_text
@@ -30,7 +31,6 @@ from ...data.views import ImageView
 from ...model.collator import MMFTDataCollator, tokenize
 from ...model.loading import embedding_size, encode_images, encode_texts, logit_scale
 
-FILE_NAME = "prototypes.safetensors"
 BATCH_SIZE = 256
 
 
@@ -195,20 +195,20 @@ class ClassPrototypes:
         if self.embeddings.shape[1] != size:
             raise UserError(
                 f"{name!r}: expected prototypes of the model's embedding size {size}, found {self.embeddings.shape[1]} in "
-                f"{FILE_NAME}: they are of another model. Run mmft-hf finetune again, or take both files from one run."
+                f"{PROTOTYPES_FILE}: they are of another model. Run mmft-hf finetune again, or take both files from one run."
             )
         given = [label for _, label in sorted((model.config.id2label or {}).items())]
         unnamed = given == [f"LABEL_{i}" for i in range(len(given))]
         if not unnamed and given != list(self.class_names):
             raise UserError(
                 f"{name!r}: expected prototypes of the model's {len(given)} classes {_some(given)}, found "
-                f"{len(self.class_names)} in {FILE_NAME}: {_some(self.class_names)}. Take config.json and {FILE_NAME} from "
+                f"{len(self.class_names)} in {PROTOTYPES_FILE}: {_some(self.class_names)}. Take config.json and {PROTOTYPES_FILE} from "
                 "one run."
             )
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `prototypes.safetensors`: the embeddings, with all the rest in its metadata. Returns its path."""
-        path = Path(folder) / FILE_NAME
+        path = Path(folder) / PROTOTYPES_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "class_names": json.dumps(self.class_names),
@@ -232,13 +232,13 @@ class ClassPrototypes:
         Raises:
             UserError: there are none.
         """
-        path = Path(folder_or_hub_id) / FILE_NAME
+        path = Path(folder_or_hub_id) / PROTOTYPES_FILE
         if not path.is_file() and not Path(folder_or_hub_id).is_dir():
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import RemoteEntryNotFoundError
 
             try:
-                path = Path(hf_hub_download(str(folder_or_hub_id), FILE_NAME, revision=revision, **hub))
+                path = Path(hf_hub_download(str(folder_or_hub_id), PROTOTYPES_FILE, revision=revision, **hub))
             except RemoteEntryNotFoundError as error:
                 raise UserError(_no_prototypes(folder_or_hub_id)) from error
             except Exception as error:  # no such repository, offline, no access, a full disk
@@ -274,7 +274,7 @@ def _no_prototypes(name: str | Path) -> str:
     steps = [] if local else [f"hf download {name} --local-dir {folder}"]
     return "\n  ".join(
         [
-            f"{str(name)!r}: expected a folder or Hub repository with {FILE_NAME}, as `mmft-hf finetune` leaves in its "
+            f"{str(name)!r}: expected a folder or Hub repository with {PROTOTYPES_FILE}, as `mmft-hf finetune` leaves in its "
             "--output_dir; found none. Run mmft-hf finetune first, or make them of class names alone, for use with "
             f"--model_name_or_path {folder}:",
             *steps,

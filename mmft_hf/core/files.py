@@ -1,0 +1,80 @@
+"""Names of the files that a run leaves or a model consists of, and how a file is written: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+# What a fine-tuning run writes into its folder, beside the model and its checkpoints.
+RUN_FILE = "mmft.json"
+RESULTS_FILE = "all_results.json"
+STATE_FILE = "trainer_state.json"
+PREDICTIONS_FILE = "predictions_test.parquet"
+PROTOTYPES_FILE = "prototypes.safetensors"
+CARD_FILE = "README.md"
+SHEET_FILE, CONFUSION_FILE, CURVES_FILE = "predictions_test.png", "confusion.png", "curves.png"
+RUN_FILES = frozenset(
+    (
+        *(RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, PROTOTYPES_FILE, CARD_FILE),
+        *(SHEET_FILE, CONFUSION_FILE, CURVES_FILE),
+    )
+)
+ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
+
+# What a model and its processor are loaded from, beside the weights.
+MODEL_FILES = frozenset(
+    "config.json preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model".split()
+)
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|mmft\.json\.tmp|captions\.json\.new")  # the last two: version 0.1
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds a model's weights, or is the index of several such files."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file was left behind by a process that was killed while it wrote."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, and moves the file into place at the end.
+
+    Nobody ever sees half a file, and of several processes that write the same file the last one wins. If the block
+    raises, `path` keeps its content. Missing parent folders are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path: str | os.PathLike, content, indent: int | None = 2, **options) -> None:
+    """Writes a JSON file atomically. `options` go to `json.dumps`."""
+    text = json.dumps(content, indent=indent, **options)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike):
+    """The content of a JSON file; None where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
