@@ -102,7 +102,7 @@ def test_the_processes_of_a_launcher_share_the_cells(run, clip_folder, data_fold
 
 HANGS_AT_GDA = """
 import sys, time
-from mmft_hf.benchmark import grid
+from mmft_hf.benchmark.run import grid
 from mmft_hf.cli import main
 
 fit = grid.fit
