@@ -25,47 +25,10 @@ from ..model.collator import MMFTDataCollator
 from ..model.embedding import embedding_forward
 from ..model.loading import embedding_size, scale_parameter
 from ..model.towers import TOWERS
-from ..predict.heads.prototypes import ClassPrototypes
+from ..predict.heads import LinearHead
 from ..train.config import MMFTConfig
 from ..train.progress import EpochLines
 from ..train.trainer import MMFTTrainer
-
-
-@dataclass
-class LinearHead:
-    """A linear classifier of unit-norm image embeddings; `evaluation.classify` takes it in place of `ClassPrototypes`.
-
-    Args:
-        weight (`(C, D)`, float32): rows of any norm. The scale of the logits is part of them.
-        class_names: `C` names, in the order of the rows.
-        bias (`(C,)`, float32, *optional*).
-    """
-
-    weight: Tensor
-    class_names: list[str]
-    bias: Tensor | None = None
-
-    @classmethod
-    def from_prototypes(cls, prototypes: ClassPrototypes) -> LinearHead:
-        """The head that gives the logits of class prototypes."""
-        return cls(prototypes.logit_scale * prototypes.embeddings.float(), list(prototypes.class_names))
-
-    def logits(self, image_embeds: Tensor) -> Tensor:
-        """`(B, C)` logits of unit-norm image embeddings `(B, D)`."""
-        bias = None if self.bias is None else self.bias.to(image_embeds.device)
-        return F.linear(image_embeds.float(), self.weight.to(image_embeds.device), bias)
-
-    def interpolated(self, start: LinearHead, alpha: float) -> LinearHead:
-        """`(1 - alpha) * start + alpha * self`; no bias counts as 0.
-
-        References: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903), equation 1.
-        """
-        device = self.weight.device  # a head that was trained is where its model is, and its start may be on the CPU
-        biases = [torch.zeros(len(self.weight)) if head.bias is None else head.bias for head in (start, self)]
-        bias = None
-        if start.bias is not None or self.bias is not None:
-            bias = torch.lerp(*(value.to(device) for value in biases), alpha)
-        return LinearHead(torch.lerp(start.weight.to(device), self.weight, alpha), self.class_names, bias)
 
 
 def train_head(

@@ -15,12 +15,13 @@ RUN_FILE = "mmft.json"
 RESULTS_FILE = "all_results.json"
 STATE_FILE = "trainer_state.json"
 PREDICTIONS_FILE = "predictions_test.parquet"
-PROTOTYPES_FILE = "prototypes.safetensors"
+HEAD_FILE = "head.safetensors"
+PROTOTYPES_FILE = "prototypes.safetensors"  # the head's file of the first edition
 CARD_FILE = "README.md"
 SHEET_FILE, CONFUSION_FILE, CURVES_FILE = "predictions_test.png", "confusion.png", "curves.png"
 RUN_FILES = frozenset(
     (
-        *(RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, PROTOTYPES_FILE, CARD_FILE),
+        *(RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PROTOTYPES_FILE, CARD_FILE),
         *(SHEET_FILE, CONFUSION_FILE, CURVES_FILE),
     )
 )

@@ -13,6 +13,7 @@ from ..core.files import (
     ADAPTER_FILES,
     ADAPTER_FOLDER,
     CARD_FILE,
+    HEAD_FILE,
     MODEL_FILES,
     PROTOTYPES_FILE,
     RUN_FILE,
@@ -99,7 +100,9 @@ def model_files(
             f"{folder}: expected a finished run, found one that was cut. Finish it first: its command with "
             "--resume_from_checkpoint true."
         )
-    missing = [name for name in ("config.json", PROTOTYPES_FILE, CARD_FILE) if not (folder / name).is_file()]
+    missing = [name for name in ("config.json", CARD_FILE) if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in (HEAD_FILE, PROTOTYPES_FILE)):
+        missing.append(HEAD_FILE)
     if missing:
         raise UserError(f"{folder}: expected {', '.join(missing)} in it, found none. Run mmft-hf finetune again.")
     adapter = [path for name in ADAPTER_FILES if (path := folder / ADAPTER_FOLDER / name).is_file()]

@@ -15,11 +15,12 @@ from transformers import set_seed
 from mmft_hf import ClassPrototypes, MMFTConfig, MMFTTrainer, load_model, set_towers
 from mmft_hf.baselines import linear
 from mmft_hf.baselines.clip_lora import QUERY_KEY_VALUE, clip_lora
-from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, LinearHead, train_class_texts, train_head
+from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, train_class_texts, train_head
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.sampling import EpochSampler
 from mmft_hf.model.towers import TOWERS, lora_layers
 from mmft_hf.predict.evaluation import classify
+from mmft_hf.predict.heads import LinearHead
 
 NAMES = list(COLOURS)
 TEMPLATE = "a photo of a {}."

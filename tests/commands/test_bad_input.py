@@ -530,12 +530,12 @@ def test_a_model_without_its_vocabulary_is_refused(fails, finetune, clip_folder,
 
 
 def test_cut_weights_are_named(fails, finetune, clip_folder, trained, tmp_path, shots):
-    for source, name in ((clip_folder, "model.safetensors"), (trained, "prototypes.safetensors")):
+    for source, name in ((clip_folder, "model.safetensors"), (trained, "head.safetensors")):
         folder = tmp_path / name
         shutil.copytree(source, folder)
         (folder / name).write_bytes((folder / name).read_bytes()[:500])
     fails(finetune("--model_name_or_path", tmp_path / "model.safetensors"), "model.safetensors")
-    fails(["predict", shots, "--model_name_or_path", tmp_path / "prototypes.safetensors"], "damaged")
+    fails(["predict", shots, "--model_name_or_path", tmp_path / "head.safetensors"], "damaged")
 
 
 def test_folder_without_a_model(fails, finetune, tmp_path):

@@ -60,7 +60,14 @@ def pictures(data_folder, tmp_path_factory) -> list[str]:
 
 def test_it_leaves_the_files_of_the_contract(run):
     folder, _ = run
-    expected = {"config.json", "model.safetensors", "prototypes.safetensors", "mmft.json", "all_results.json"}
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "head.safetensors",
+        "prototypes.safetensors",
+        "mmft.json",
+        "all_results.json",
+    }
     expected |= {"predictions_test.parquet", "README.md", "tokenizer.json", "tokenizer_config.json"}
     assert expected <= {p.name for p in folder.iterdir()}
     # Nothing that would have to be unpickled, outside the checkpoints that only a resume reads.

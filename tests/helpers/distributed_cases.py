@@ -14,7 +14,8 @@ from tiny_clip import build_clip, colour_dataset
 from transformers import TrainerCallback, set_seed
 
 from mmft_hf import MMFTConfig, MMFTTrainer, set_towers
-from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, LinearHead
+from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer
+from mmft_hf.predict.heads import LinearHead
 
 STEP = 12  # images of a step in all processes: for 1, 2 and 3 of them
 # Rows of three classes: 9, 7 and 3 images, 7 of them left for the last step; and 13 images, one left.

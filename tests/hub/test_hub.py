@@ -370,9 +370,16 @@ def test_what_training_publishes(hub, runs, strategy):
     last = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-4", "checkpoint-8"}}
     assert folders == last.get(strategy, set())
     top = {path for path in files if "/" not in path}
-    assert {"model.safetensors", "config.json", "prototypes.safetensors", "README.md", "mmft.json"} <= top
+    assert {
+        "model.safetensors",
+        "config.json",
+        "head.safetensors",
+        "prototypes.safetensors",
+        "README.md",
+        "mmft.json",
+    } <= top
     assert not [path for path in top if path.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    for path in top & {"model.safetensors", "prototypes.safetensors"}:
+    for path in top & {"model.safetensors", "head.safetensors", "prototypes.safetensors"}:
         assert files[path] == (folder / name / path).read_bytes()
     kept = [p for root in (folder / name, hub.folder / "training") for p in root.rglob("*") if p.is_file()]
     for data in (*files.values(), said.encode(), *(p.read_bytes() for p in kept)):

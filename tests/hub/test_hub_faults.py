@@ -54,7 +54,7 @@ def no_rules(hub):
 
 def published(hub, folder, name: str) -> bool:
     files = hub.files(name)
-    return all(files[f] == (folder / f).read_bytes() for f in ("model.safetensors", "prototypes.safetensors"))
+    return all(files[f] == (folder / f).read_bytes() for f in ("model.safetensors", "head.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,9 @@ def test_a_repository_without_prototypes(hub, alice, on_the_hub, tmp_path):
     colour_dataset(1)[0]["image"].save(tmp_path / "one" / "one.png")
     predict = ["predict", tmp_path / "one", "--model_name_or_path"]
     code, said = alice.mmft(*predict, "alice/clip")
-    assert code == 2 and "expected a folder or Hub repository with prototypes.safetensors" in said, said
+    assert (
+        code == 2 and "expected a folder or Hub repository with head.safetensors or prototypes.safetensors" in said
+    ), said
     download, python = (
         shlex.split(line.replace("FOLDER", str(tmp_path / "clip"))) for line in said.splitlines() if line[:2] == "  "
     )

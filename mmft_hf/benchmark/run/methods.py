@@ -47,10 +47,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ...baselines import clap, gda, linear, lp_plus_plus, tip_adapter
-from ...baselines.cross_entropy import LinearHead
 from ...core.errors import UserError
 from ...data.texts import TEMPLATES
-from ...predict.heads.prototypes import ClassPrototypes
+from ...predict.heads import ClassPrototypes, Head
 from .protocol import FULL, Classifier, Task
 from .trainings import Trained, Workshop, interpolated, permuted_labels
 
@@ -181,7 +180,7 @@ def fine_tune(shop: Workshop, task: Task, training: str, inference: str, alpha: 
 
 def prototypes_for(
     shop: Workshop, task: Task, trained: Trained, model: PreTrainedModel, inference: str, alpha: float
-) -> ClassPrototypes | LinearHead:
+) -> Head:
     """What `model`, made of `trained`, compares images with; see `fine_tune`."""
     template = shop.config.class_template
     if inference == "head":

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ...baselines import linear
 from ...baselines.clip_lora import ALPHA, DROPOUT, RANK, attention_inputs, clip_lora
-from ...baselines.cross_entropy import LinearHead, train_head
+from ...baselines.cross_entropy import train_head
 from ...data.sampling import IGNORED, generator
 from ...data.splits import labels_of
 from ...data.texts import TEMPLATES
@@ -31,6 +31,7 @@ from ...model.loading import logit_scale as scale_of
 from ...model.memory import give_memory_back
 from ...model.towers import merge, set_towers
 from ...predict.evaluation import classify
+from ...predict.heads import LinearHead
 from ...predict.heads.prototypes import ClassPrototypes, image_embeddings
 from ...train.config import MMFTConfig
 from .protocol import FULL, Classifier, Task, readable_rows

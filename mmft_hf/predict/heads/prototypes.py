@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,19 +23,20 @@ from transformers import CLIPModel, CLIPProcessor
 
 from ...core.distributed import share_of, sum_over_processes
 from ...core.errors import UserError
-from ...core.files import PROTOTYPES_FILE
+from ...core.files import PROTOTYPES_FILE, atomic_write
 from ...data.sampling import IGNORED
 from ...data.splits import captions_of, labels_of
 from ...data.texts import DEFAULT_TEMPLATE, class_prompt, training_text
 from ...data.views import ImageView
 from ...model.collator import MMFTDataCollator, tokenize
 from ...model.loading import embedding_size, encode_images, encode_texts, logit_scale
+from .base import Head, read, some
 
 BATCH_SIZE = 256
 
 
 @dataclass
-class ClassPrototypes:
+class ClassPrototypes(Head):
     """One unit-norm embedding per class, and the scale that turns cosines into logits.
 
     Args:
@@ -48,6 +49,8 @@ class ClassPrototypes:
         template_weight: share of the class template in prototypes of captions, from 0 to 1; see `interpolate`.
     """
 
+    kind: ClassVar[str] = "prototypes"
+
     embeddings: Tensor
     class_names: list[str]
     logit_scale: float
@@ -55,6 +58,9 @@ class ClassPrototypes:
     template: str = DEFAULT_TEMPLATE
     fallback_classes: tuple[str, ...] = ()
     template_weight: float = 0.0
+
+    def __post_init__(self):
+        self.fallback_classes = tuple(self.fallback_classes)  # JSON has lists only
 
     def logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
@@ -75,7 +81,7 @@ class ClassPrototypes:
         References: Gao et al. 2021, "CLIP-Adapter" (arXiv 2110.04544), blends learnt class weights with zero-shot ones so.
         """
         if templates.class_names != self.class_names:
-            raise ValueError(f"templates: expected the classes {_some(self.class_names)}, in this order.")
+            raise ValueError(f"templates: expected the classes {some(self.class_names)}, in this order.")
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight: expected a number from 0 to 1, found {weight}.")
         mixed = F.normalize((1 - weight) * self.embeddings.double() + weight * templates.embeddings.double(), dim=1)
@@ -189,27 +195,9 @@ class ClassPrototypes:
             raise UserError(f"no readable training image of {', '.join(empty)}: no prototype can be made of them.")
         return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
 
-    def check_model(self, model: CLIPModel, name: str) -> None:
-        """Raises `UserError` unless these can be of this model: the same embedding size, and its classes if it names any."""
-        size = embedding_size(model)
-        if self.embeddings.shape[1] != size:
-            raise UserError(
-                f"{name!r}: expected prototypes of the model's embedding size {size}, found {self.embeddings.shape[1]} in "
-                f"{PROTOTYPES_FILE}: they are of another model. Run mmft-hf finetune again, or take both files from one run."
-            )
-        given = [label for _, label in sorted((model.config.id2label or {}).items())]
-        unnamed = given == [f"LABEL_{i}" for i in range(len(given))]
-        if not unnamed and given != list(self.class_names):
-            raise UserError(
-                f"{name!r}: expected prototypes of the model's {len(given)} classes {_some(given)}, found "
-                f"{len(self.class_names)} in {PROTOTYPES_FILE}: {_some(self.class_names)}. Take config.json and {PROTOTYPES_FILE} from "
-                "one run."
-            )
-
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes `prototypes.safetensors`: the embeddings, with all the rest in its metadata. Returns its path."""
-        path = Path(folder) / PROTOTYPES_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes `head.safetensors`, and `prototypes.safetensors`, which the first edition reads. Returns the first's path."""
+        path = super().save_pretrained(folder)
         metadata = {
             "class_names": json.dumps(self.class_names),
             "logit_scale": repr(self.logit_scale),
@@ -218,73 +206,26 @@ class ClassPrototypes:
             "fallback_classes": json.dumps(self.fallback_classes),
             "template_weight": repr(self.template_weight),
         }
-        save_file({"prototypes": self.embeddings.cpu().float().contiguous()}, path, metadata)
+        embeddings = self.embeddings.detach().cpu().float().contiguous()
+        with atomic_write(path.with_name(PROTOTYPES_FILE)) as temporary:
+            save_file({"prototypes": embeddings}, temporary, metadata)
         return path
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> ClassPrototypes:
-        """Reads them from a folder, or from a model repository on the Hub.
-
-        Args:
-            revision: branch, tag or commit of the repository.
-            hub: `token`, `cache_dir`, `local_files_only`, as in huggingface_hub.
-
-        Raises:
-            UserError: there are none.
-        """
-        path = Path(folder_or_hub_id) / PROTOTYPES_FILE
-        if not path.is_file() and not Path(folder_or_hub_id).is_dir():
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import RemoteEntryNotFoundError
-
-            try:
-                path = Path(hf_hub_download(str(folder_or_hub_id), PROTOTYPES_FILE, revision=revision, **hub))
-            except RemoteEntryNotFoundError as error:
-                raise UserError(_no_prototypes(folder_or_hub_id)) from error
-            except Exception as error:  # no such repository, offline, no access, a full disk
-                raise UserError(
-                    f"{str(folder_or_hub_id)!r}: expected a folder, or a repository that can be read; "
-                    f"{str(error).strip().splitlines()[0]}"
-                ) from error
-        if not path.is_file():
-            raise UserError(_no_prototypes(folder_or_hub_id))
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                embeddings = file.get_tensor("prototypes")
-        except SafetensorError as error:
-            raise UserError(
-                f"{path}: expected class prototypes, found a damaged file ({error}). Make them again."
-            ) from error
+    def from_file(cls, path: Path) -> ClassPrototypes:
+        """Reads a `head.safetensors` of this kind, or a `prototypes.safetensors`."""
+        if path.name != PROTOTYPES_FILE:
+            return super().from_file(path)
+        metadata, tensors = read(path)
         return cls(
-            embeddings,
+            tensors["prototypes"],
             json.loads(metadata["class_names"]),
             float(metadata["logit_scale"]),
             metadata["source"],
             metadata["template"],
-            tuple(json.loads(metadata["fallback_classes"])),
-            float(metadata.get("template_weight", 0)),  # a file of an older make has none
+            json.loads(metadata["fallback_classes"]),
+            float(metadata.get("template_weight", 0)),  # not in the oldest files
         )
-
-
-def _no_prototypes(name: str | Path) -> str:
-    local = Path(name).is_dir()
-    folder = str(name) if local else "FOLDER"
-    code = f"m.ClassPrototypes.from_templates(*m.load_model({folder!r}), ['cat', 'dog']).save_pretrained({folder!r})"
-    steps = [] if local else [f"hf download {name} --local-dir {folder}"]
-    return "\n  ".join(
-        [
-            f"{str(name)!r}: expected a folder or Hub repository with {PROTOTYPES_FILE}, as `mmft-hf finetune` leaves in its "
-            "--output_dir; found none. Run mmft-hf finetune first, or make them of class names alone, for use with "
-            f"--model_name_or_path {folder}:",
-            *steps,
-            f'python -c "import mmft_hf as m; {code}"',
-        ]
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _scale(model: CLIPModel) -> float:

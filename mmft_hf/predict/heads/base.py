@@ -1,0 +1,176 @@
+"""The interface of a head, and its file: `head.safetensors`.
+
+Shapes: `C` classes, `D` embedding size, `B` images per batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...core.errors import UserError
+from ...core.files import HEAD_FILE, PROTOTYPES_FILE, atomic_write
+from ...model.loading import embedding_size
+
+FORMAT = "mmft-head-1"
+
+
+class Head:
+    """Turns unit-norm image embeddings into class logits.
+
+    A kind of head is a dataclass in a file of its own, with one entry in `heads.HEADS`. It sets `kind`, has a field
+    `class_names` (`C` names, in the order of the logits) and defines `logits`. All of its fields are saved: tensors as
+    tensors, the others as JSON in the file's metadata. A head that learns from data has a class method `fit`.
+    """
+
+    kind: ClassVar[str]
+    class_names: list[str]
+
+    def logits(self, image_embeds: Tensor) -> Tensor:
+        """`(B, C)` logits of unit-norm image embeddings `(B, D)`; their softmax gives the probabilities."""
+        raise NotImplementedError
+
+    def scores(self, image_embeds: Tensor) -> Tensor:
+        """`(B, C)` probabilities of unit-norm image embeddings `(B, D)`."""
+        return self.logits(image_embeds).float().softmax(dim=1)
+
+    def check_model(self, model: PreTrainedModel, name: str) -> None:
+        """Raises `UserError` unless this head fits the model: its embedding size, and its classes if it names any."""
+        size, classes = embedding_size(model), len(self.class_names)
+        try:
+            shape = tuple(self.logits(torch.zeros(1, size)).shape)
+        except RuntimeError:  # how torch refuses a product of matrices that do not fit
+            shape = None
+        if shape != (1, classes):
+            tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+            found = [f"{key} {tuple(value.shape)}" for key, value in tensors.items() if isinstance(value, Tensor)]
+            raise UserError(
+                f"{name!r}: expected a head for the model's embedding size {size} and for {classes} classes, found "
+                f"{', '.join(found)} in {HEAD_FILE}: it belongs to another model. Run mmft-hf finetune again, or take both "
+                "files from one run."
+            )
+        given = [label for _, label in sorted((model.config.id2label or {}).items())]
+        unnamed = given == [f"LABEL_{i}" for i in range(len(given))]
+        if not unnamed and given != list(self.class_names):
+            raise UserError(
+                f"{name!r}: expected a head for the model's {len(given)} classes {some(given)}, found {classes} classes in "
+                f"{HEAD_FILE}: {some(self.class_names)}. Take config.json and {HEAD_FILE} from one run."
+            )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes `head.safetensors`, and removes a `prototypes.safetensors` of another head. Returns the file's path."""
+        folder = Path(folder)
+        tensors, metadata = {}, {"format": FORMAT, "kind": self.kind}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[field.name] = value.detach().cpu().contiguous()
+            else:
+                metadata[field.name] = json.dumps(value, ensure_ascii=False)
+        with atomic_write(folder / HEAD_FILE) as path:
+            save_file(tensors, path, metadata)
+        (folder / PROTOTYPES_FILE).unlink(missing_ok=True)
+        return folder / HEAD_FILE
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> Head:
+        """Reads a head of this kind from a folder, or from a model repository on the Hub.
+
+        Args:
+            revision: branch, tag or commit of the repository.
+            hub: `token`, `cache_dir`, `local_files_only`, as in huggingface_hub.
+
+        Raises:
+            UserError: there is no head, or one of another kind.
+        """
+        return cls.from_file(find_head(folder_or_hub_id, revision, **hub))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Head:
+        """Reads a `head.safetensors` of this kind."""
+        metadata, tensors = read(path)
+        kind, names = metadata.get("kind"), {field.name for field in fields(cls)}
+        if kind != cls.kind:
+            raise UserError(f"{path}: expected a head of kind {cls.kind}, found {kind!r}.")
+        settings = {key: value for key, value in metadata.items() if key not in ("format", "kind")}
+        if unknown := sorted((settings.keys() | tensors.keys()) - names):
+            raise UserError(
+                f"{path}: expected the parts {', '.join(sorted(names))} of a {kind} head, found also {', '.join(unknown)}: "
+                "a newer mmft_hf wrote it. Type pip install --upgrade mmft_hf."
+            )
+        try:
+            return cls(**tensors, **{key: json.loads(value) for key, value in settings.items()})
+        except (TypeError, ValueError) as error:  # a part is missing, or no JSON
+            raise UserError(
+                f"{path}: expected a {kind} head, found a damaged file ({error}). Save it again."
+            ) from error
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: expected a classifier's head, found a damaged file ({error}). Save it again."
+        ) from error
+
+
+def find_head(folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> Path:
+    """The file of the head in a folder or Hub repository: `head.safetensors`, else that of the first edition.
+
+    Raises:
+        UserError: there is none, or the repository cannot be read.
+    """
+    name = str(folder_or_hub_id)
+    if Path(name).is_dir():
+        found = [path for file in (HEAD_FILE, PROTOTYPES_FILE) if (path := Path(name) / file).is_file()]
+        if found:
+            return found[0]
+        raise UserError(_no_head(name))
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+
+    try:
+        try:
+            return Path(hf_hub_download(name, HEAD_FILE, revision=revision, **hub))
+        except EntryNotFoundError:  # also offline, where the cache has only the other file
+            return Path(hf_hub_download(name, PROTOTYPES_FILE, revision=revision, **hub))
+    except RemoteEntryNotFoundError as error:
+        raise UserError(_no_head(name)) from error
+    except Exception as error:  # no such repository, offline, no access, a full disk
+        raise UserError(
+            f"{name!r}: expected a folder, or a repository that can be read; {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _no_head(name: str) -> str:
+    local = Path(name).is_dir()
+    folder = name if local else "FOLDER"
+    code = f"m.ClassPrototypes.from_templates(*m.load_model({folder!r}), ['cat', 'dog']).save_pretrained({folder!r})"
+    steps = [] if local else [f"hf download {name} --local-dir {folder}"]
+    return "\n  ".join(
+        [
+            f"{name!r}: expected a folder or Hub repository with {HEAD_FILE} or {PROTOTYPES_FILE}, which `mmft-hf finetune` "
+            "writes to its --output_dir; found neither. Run mmft-hf finetune first, or make a classifier from class names "
+            f"alone, for use with --model_name_or_path {folder}:",
+            *steps,
+            f'python -c "import mmft_hf as m; {code}"',
+        ]
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first eight names, for a message."""
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
