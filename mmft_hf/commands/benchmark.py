@@ -212,7 +212,7 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
 def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     """What results depend on beside method, shots and seed."""
     from ..benchmark.run.shifts import fingerprint_of
-    from ..core.repositories import origin
+    from ..core.repositories import describe_source
     from ..hub.cards import versions
     from ..train.run_folder import DECIDING, IDLE
 
@@ -224,9 +224,9 @@ def _identity(args, model_args, data_args, config, splits, shifts) -> dict:
     known = versions() | {name: importlib.metadata.version(name) for name in ("peft", "scikit-learn")}
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
-        "base_model": origin(model, revision, "model", local=True)["name"],
+        "base_model": describe_source(model, revision, "model", offline=True)["name"],
         "base_model_revision": _content_of(model, revision),
-        "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
+        "dataset": describe_source(data_args.dataset_name, data_args.dataset_revision, "dataset", offline=True)["name"],
         "dataset_fingerprint": splits.fingerprint(),
         "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
         "settings": {**chosen, "learning_rates": args.learning_rates, "min_steps": args.min_steps},
@@ -255,8 +255,8 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
     """`data.json` of the grid: as it is there, or made where it is not, or of other data."""
     from ..benchmark.run import describe
     from ..benchmark.run.shifts import fingerprint_of
-    from ..core.repositories import origin
-    from ..hub.cards.provenance import captioning_cost
+    from ..core.repositories import describe_source
+    from ..hub.cards.sources import captioning_cost
 
     key = {
         "data": splits.fingerprint(),
@@ -267,8 +267,10 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
     if isinstance(found, dict) and found.get("made_from") == key:
         return found
     names = {
-        "dataset": origin(data_args.dataset_name, data_args.dataset_revision, "dataset", local=True)["name"],
-        "model": origin(model_args.model_name_or_path, model_args.model_revision, "model", local=True)["name"],
+        "dataset": describe_source(data_args.dataset_name, data_args.dataset_revision, "dataset", offline=True)["name"],
+        "model": describe_source(model_args.model_name_or_path, model_args.model_revision, "model", offline=True)[
+            "name"
+        ],
     }
     # What else is to be typed for the same data; a report puts it into its command.
     others = {

@@ -1,4 +1,4 @@
-"""Base models and data sets by what their own cards say of them: name, place, licence. Nothing of it is a local path."""
+"""What the card of a base model or data set says about it: name, place, revision, licence. Never a local path."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import re
 from pathlib import Path
 
 from .builtin import builtin
+from .files import CARD_FILE
 from .markdown import one_line, read_front_matter
 
 LARGEST = 10 * 2**20  # bytes of a card or record that are read
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def origin(name: str, revision: str | None, repo_type: str, local: bool = False) -> dict:
-    """`name`, `kind` (`hub`, `builtin` or `local`), `type`, `revision`, and the licence fields of its card, JSON-able.
+def describe_source(name: str, revision: str | None, repo_type: str, offline: bool = False) -> dict:
+    """Describes a base model or data set in values that JSON can hold.
 
     Args:
-        name: Hub id, path or `builtin/…`; of a path only the last part is kept.
+        name: Hub id, path or `builtin/…`. Of a path only the last part is kept.
         repo_type: `model` or `dataset`.
-        local: asks nobody on the network.
+        offline: read the card from the cache only.
+
+    Returns:
+        `name`, `kind` (`hub`, `builtin` or `local`), `type`, `revision`, and the licence fields of the card.
     """
     kind = "builtin" if name.startswith("builtin/") else "local" if Path(name).exists() else "hub"
     if kind == "hub" and not _REPOSITORY.fullmatch(name):
-        kind = "local"  # a path of another time or place
+        kind = "local"  # a path that no longer exists, or exists on another machine
     found = {"name": one_line(Path(name).name if kind == "local" else name), "kind": kind, "type": repo_type}
     found["revision"] = revision
-    text = read_beside(name, "README.md", revision, repo_type, local)
+    text = read_beside(name, CARD_FILE, revision, repo_type, offline)
     front = read_front_matter(text)[0] if text else {}
     for key in ("license", "license_name", "license_link"):
         value = front.get(key)
@@ -35,13 +39,13 @@ def origin(name: str, revision: str | None, repo_type: str, local: bool = False)
     return found
 
 
-def captioned_origin(name: str, local: bool = False) -> dict:
-    """The same of a data set as `captions.json` names it: of a local folder only the last part, which is no repository."""
-    return origin(name if "/" in name else f"./{name}", None, "dataset", local)
+def describe_recorded_dataset(name: str, offline: bool = False) -> dict:
+    """`describe_source` for a name from `captions.json`, where a local folder is recorded by its last part alone."""
+    return describe_source(name if "/" in name else f"./{name}", None, "dataset", offline)
 
 
-def read_beside(name: str, file: str, revision: str | None, repo_type: str, local: bool = False) -> str | None:
-    """A small text file of a folder or repository; None where there is none, or none within reach."""
+def read_beside(name: str, file: str, revision: str | None, repo_type: str, offline: bool = False) -> str | None:
+    """Reads a small text file from a folder or repository. Returns None if it does not exist or cannot be reached."""
     try:
         folder = Path(builtin(name))
         if folder.is_dir():
@@ -51,7 +55,7 @@ def read_beside(name: str, file: str, revision: str | None, repo_type: str, loca
         else:
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(name, file, revision=revision, repo_type=repo_type, local_files_only=local))
+            path = Path(hf_hub_download(name, file, revision=revision, repo_type=repo_type, local_files_only=offline))
         return path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else None
-    except Exception:  # no such file, no network, no access: a card never costs a finished training
+    except Exception:  # no such file, no network, no access: a card must never cost a finished training
         return None

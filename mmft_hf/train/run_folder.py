@@ -33,7 +33,7 @@ from ..core.files import (
 from ..core.launch import check_shared
 from ..data.splits import Splits
 from ..hub import cards
-from ..hub.cards.provenance import sources
+from ..hub.cards.sources import run_sources
 from ..model.towers import Adapter
 from ..predict import figures
 from ..predict import sheet as report
@@ -265,7 +265,7 @@ class Run:
             "selection": results["selection"],
             "notes": self.splits.notes,
             "prototypes": prototypes.source,
-            "sources": sources(self.identity, self.data_settings, self.splits, MMFTConfig),
+            "sources": run_sources(self.identity, self.data_settings, self.splits, MMFTConfig),
             "versions": cards.versions(),
         }
         self._write(completed=False, **record)

@@ -29,7 +29,7 @@ from mmft_hf.captioning.types import Sampling, Transient
 from mmft_hf.captioning.write.folder import CaptionFolder
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import BadImage, original_bytes
-from mmft_hf.hub.cards.provenance import captioning_cost
+from mmft_hf.hub.cards.sources import captioning_cost
 
 QUICK = RetryPolicy(base_s=0.02, cap_s=0.1)
 PICTURES = [picture(i) for i in range(40)]

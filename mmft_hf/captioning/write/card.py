@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ...core.console import percent
 from ...core.markdown import code, fenced, front_matter, listed, md, one_line
-from ...core.repositories import captioned_origin
+from ...core.repositories import describe_recorded_dataset
 from ...version import __version__
 from ..judge.checks import TABLE
 
@@ -105,7 +105,7 @@ def caption_card(
     source = source_name(details)
     where = "captions" if captions_only else "data"
     splits = sorted({m[1] for p in (folder / where).glob("*.parquet") if (m := _SHARD.fullmatch(p.name))})
-    stated = captioned_origin(source, local=True).get("license") if source else None
+    stated = describe_recorded_dataset(source, offline=True).get("license") if source else None
     license = details.get("license") or stated
     front: dict = {"language": ["en"]}
     if license:

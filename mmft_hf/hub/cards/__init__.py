@@ -1,4 +1,4 @@
-"""Model cards, and what they are made of: `model` writes them, `provenance` collects what is known of a run's origin."""
+"""The model card: `model` renders it, `sources` collects what is known about the base model, the data and the captions."""
 
 from ...core.markdown import public_name
 from .model import card_for_repository, model_card, versions, write_model_card

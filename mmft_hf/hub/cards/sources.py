@@ -12,7 +12,7 @@ import torch
 from ...captioning.types import ACCEPTED
 from ...core.arguments import DataArguments, ModelArguments
 from ...core.markdown import one_line, public_name
-from ...core.repositories import captioned_origin, origin, read_beside
+from ...core.repositories import describe_recorded_dataset, describe_source, read_beside
 from ...data.splits import Splits, captions_of, labels_of
 
 LONGEST_PROMPT = 4000
@@ -23,7 +23,7 @@ TOLD = set(
 TOLD |= set("image_root shots shots_seed accelerator_config greater_is_better".split())
 
 
-def sources(identity: dict, data_settings: dict, splits: Splits, training: type) -> dict:
+def run_sources(identity: dict, data_settings: dict, splits: Splits, training: type) -> dict:
     """Where model and data come from. `training` is the dataclass of the training's settings.
 
     Returns:
@@ -32,16 +32,16 @@ def sources(identity: dict, data_settings: dict, splits: Splits, training: type)
         `settings`: `{name: [value, default]}` where they differ; `device`: the
         graphics card, where there is one. JSON-able.
     """
-    data = origin(data_settings["dataset_name"], data_settings["dataset_revision"], "dataset")
+    data = describe_source(data_settings["dataset_name"], data_settings["dataset_revision"], "dataset")
     data |= {"config": data_settings["dataset_config_name"], "test_split": data_settings["test_split"]}
     record = _record(data_settings["dataset_name"], data_settings["dataset_revision"])
     made_from = _part(record, "made_from")
     original = made_from.get("dataset_name")
     if isinstance(original, str) and original:
-        data["captions_of"] = captioned_origin(original)
+        data["captions_of"] = describe_recorded_dataset(original)
     counts = np.bincount(labels_of(splits.train), minlength=len(splits.class_names))
     return {
-        "base_model": origin(identity["base_model"], identity["base_model_revision"], "model"),
+        "base_model": describe_source(identity["base_model"], identity["base_model_revision"], "model"),
         "dataset": data,
         "splits": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
         "train_images_per_class": counts.tolist(),
