@@ -133,7 +133,7 @@ class CaptionArguments:
         default=False, metadata={"help": "Replace another data set in output_dir. A journal there stays."}
     )
 
-    def captioner_object(self, text_columns: list[str] | None = None) -> Captioner:
+    def to_captioner(self, text_columns: list[str] | None = None) -> Captioner:
         """The captioner of these settings.
 
         Args:

@@ -29,6 +29,11 @@ def percent(share: float, interval: tuple[float, float] | None = None) -> str:
     return f"{text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else text
 
 
+def many(count: int, noun: str) -> str:
+    """`1 caption`, `2,223 captions`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def printable_text(text: str) -> str:
     """Text from elsewhere without control characters, which could command a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)

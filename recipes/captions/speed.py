@@ -34,7 +34,7 @@ from mmft_hf.captioning.ask import driver as fill
 from mmft_hf.captioning.ask.journal import Journal
 from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.plan import Keys
-from mmft_hf.captioning.runs import CaptionRun, make_checker
+from mmft_hf.captioning.split import SplitCaptioner, make_checker
 from mmft_hf.data.texts import PromptSet
 
 LATENCY_S, IN_FLIGHT = 0.2, 64
@@ -161,7 +161,7 @@ def main() -> None:
         before, memory = anonymous_mb(), Memory()
         timed = Timed(fill.Driver._picture)
         fill.Driver._picture = lambda driver, job: timed(driver, job)
-        with CaptionRun(captioner, data, work / "run", checker, limits, progress=False) as run:
+        with SplitCaptioner(captioner, data, work / "run", checker, limits, progress=False) as run:
             plan = run.plan()
             cpu = cpu_s()
             outcome = run.fill(plan)
@@ -199,7 +199,7 @@ def nothing_to_do(work: Path, requests: int) -> None:
         "openai", "speed", PromptSet(("visual", "shape", "texture")), base_url="http://127.0.0.1:1/v1"
     )
     checker = make_checker(captioner, data.features["label"].names)
-    run = CaptionRun(captioner, data, work / "noop", checker, progress=False)
+    run = SplitCaptioner(captioner, data, work / "noop", checker, progress=False)
     keys: Keys = run.keys
     with Journal(work / "noop" / "journal") as journal:
         for i in range(images):

@@ -16,7 +16,7 @@ from mmft_hf.captioning.ask.journal_parquet import export_journal, import_journa
 from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.pictures import PicturePolicy
 from mmft_hf.captioning.judge.checks import CaptionChecker
-from mmft_hf.captioning.runs import CaptionRun
+from mmft_hf.captioning.split import SplitCaptioner
 from mmft_hf.captioning.types import Sampling
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import PROMPT, PromptSet
@@ -225,7 +225,7 @@ def test_a_damaged_journal_is_named_and_left_alone(run, tmp_path, damage):
 def test_a_full_disk_stops_the_run_and_keeps_what_was_answered(server, tmp_path, run):
     data = dataset(PICTURES * 1 + [picture(i) for i in range(20, 60)])
     captioner = Captioner("openai", "m", base_url=f"{server.url}/v1")
-    with CaptionRun(captioner, data, tmp_path / "run", CaptionChecker(NAMES), Limits(4), progress=False) as running:
+    with SplitCaptioner(captioner, data, tmp_path / "run", CaptionChecker(NAMES), Limits(4), progress=False) as running:
         pages = running.journal._db.execute("PRAGMA page_count").fetchone()[0]
         running.journal._db.execute(f"PRAGMA max_page_count={pages + 12}")  # sqlite says then what it says at ENOSPC
         with pytest.raises(JournalError, match="Make room; what was answered so far is kept"):

@@ -24,7 +24,7 @@ from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.ask.processes import Processes
 from mmft_hf.captioning.judge.checks import CaptionChecker
-from mmft_hf.captioning.runs import CaptionRun
+from mmft_hf.captioning.split import SplitCaptioner
 from mmft_hf.captioning.types import Sampling, Transient
 from mmft_hf.captioning.write.folder import CaptionFolder
 from mmft_hf.core.errors import UserError
@@ -283,7 +283,7 @@ def test_a_picture_that_changes_during_a_run_is_asked_about_when_it_is_back(serv
     files = sorted(image_folder(tmp_path / "data", 2).rglob("*.png"))
     data, before = on_disk(files), files[1].read_bytes()
     captioner = Captioner("openai", "m", base_url=f"{server.url}/v1")
-    with CaptionRun(captioner, data, tmp_path / "run", CaptionChecker(NAMES), progress=False) as running:
+    with SplitCaptioner(captioner, data, tmp_path / "run", CaptionChecker(NAMES), progress=False) as running:
         plan = running.plan()
         change(files[1])
         assert running.fill(plan).results == {"ok": 3, "failed": 3}

@@ -9,8 +9,8 @@ from datasets import load_dataset
 
 from mmft_hf import load_captioned_dataset
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.summary import money, rate
 from mmft_hf.cli import main
+from mmft_hf.commands.caption.printing import money, rate
 from mmft_hf.core.errors import UserError
 
 

@@ -68,9 +68,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_captioning_through_a_server_loads_neither_torch_nor_the_trainer():
-    code = (
-        "import sys, mmft_hf.captioning.jobs, mmft_hf.captioning.ask.backends.openai as _; print(sorted(sys.modules))"
-    )
+    code = "import sys, mmft_hf.commands.caption.actions, mmft_hf.captioning.ask.backends.openai as _; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "'mmft_hf.captioning.jobs'" in loaded
+    assert "'mmft_hf.commands.caption.actions'" in loaded
     assert "'torch'" not in loaded and "'transformers.trainer'" not in loaded

@@ -159,8 +159,7 @@ def until(condition, seconds: float = 30.0, every: float = 0.005) -> None:
 
 def _serve() -> None:
     import mmft_hf.captioning.ask.backends.openai
-    import mmft_hf.captioning.jobs
-    import mmft_hf.captioning.tools  # noqa: F401
+    import mmft_hf.commands.caption.actions  # noqa: F401
     from mmft_hf.cli import main, quiet_libraries
     from mmft_hf.model.loading import load_tokenizer
 

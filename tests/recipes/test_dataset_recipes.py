@@ -187,7 +187,7 @@ def test_captions_are_asked_of_the_same_data_in_the_words_of_the_method(recipe):
     assert data == settings(recipe, "finetune")[0]
     assert data.dataset_revision is None or (len(data.dataset_revision) == 40 and int(data.dataset_revision, 16))
     (args,) = (arguments for arguments in filled if isinstance(arguments, CaptionArguments))
-    prompts = args.captioner_object().prompts
+    prompts = args.to_captioner().prompts
     assert prompts.aspects == ("visual", "shape", "texture")
     assert prompts.prompt("shape", "Some_Class") == (
         f"To differentiate this some class photo from other {FAKES[recipe].domain} photos, describe its primary shape "

@@ -289,7 +289,7 @@ def _final(row: dict) -> bool:
     return row["status"] in TERMINAL and not row["pending"]
 
 
-def by_slot(folder: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, list[dict]]]:
+def by_slot(folder: str | Path, columns: Sequence[str] = tuple(COLUMNS)) -> Iterator[tuple[str, list[dict]]]:
     """All slots of a journal folder in order, each with its tries (see `best`); one slot is held at a time."""
     files = [read_rows([path], columns, "ORDER BY slot") for path in journal_files(folder)]
     for slot, rows in groupby(heapq.merge(*files, key=itemgetter("slot")), key=itemgetter("slot")):

@@ -22,7 +22,7 @@ def export_journal(folder: str | Path, file: str | Path) -> int:
         raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
     written, batch = 0, []
     with atomic_write(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for _, rows in by_slot(folder, tuple(COLUMNS)):
+        for _, rows in by_slot(folder):
             batch += rows
             if len(batch) >= 10_000:
                 writer.write_table(pa.Table.from_pylist(batch, schema))

@@ -1,0 +1,226 @@
+"""Captions one split in three steps: plan what the journal lacks, ask for it, read the answers into a data set."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+from collections.abc import Callable, Container, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from datasets import Dataset, Image
+from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
+
+from ..core.errors import UserError
+from ..data.images import BadImage, original_bytes
+from .ask.captioner import Captioner
+from .ask.cost import CostMeter, price_of
+from .ask.dispatch import Outcome
+from .ask.driver import Driver
+from .ask.journal import Journal, JournalReader, settled_slots, spent_dollars
+from .ask.limits import Limits
+from .ask.pictures import prepare, sha256
+from .ask.plan import Keys, Plan, WorkItem, make_plan
+from .judge.checks import CaptionChecker
+from .write.dataset import JournalSource, Results, add_captions, results_of, text_source
+
+
+def new_run_id() -> str:
+    """The current time in UTC to the millisecond, e.g. `20261130T051133123Z`."""
+    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ")[:-4] + "Z"
+
+
+def make_checker(
+    captioner: Captioner, class_names: list[str], tokenizer=None, actions: Mapping[str, str] | None = None, **options
+) -> CaptionChecker:
+    """The checks for a captioner. Texts that people wrote are counted and flagged, but never changed."""
+    words = captioner.prompts.words
+    return CaptionChecker(class_names, tokenizer, words, actions=actions, clean=captioner.asks, **options)
+
+
+def add_texts(
+    dataset: Dataset,
+    captioner: Captioner,
+    checker: CaptionChecker,
+    run_id: str | None = None,
+    progress: bool = True,
+    rows: Container[int] | None = None,
+) -> Dataset:
+    """Captions a split from its text columns or from class templates (`columns`, `template`), without a model."""
+    undecoded = dataset.cast_column("image", Image(decode=False))
+    source = text_source(undecoded, captioner, checker, run_id)
+    asked = None if rows is None else sorted(rows)
+    fingerprint = Hasher.hash((undecoded._fingerprint, captioner.spec(), checker.spec(), run_id, asked, 1))
+    return add_captions(undecoded, source, fingerprint, progress, rows)
+
+
+class SplitCaptioner:
+    """Captions one split with a model. Use it as a context manager: it holds the lock of the journal.
+
+    Args:
+        captioner: with a backend that asks a model.
+        dataset: columns `image` and `label` (`ClassLabel`).
+        run_dir: folder whose subfolder `journal/` keeps the answers.
+        checker: see `CaptionChecker`.
+        limits: how fast the backend is called.
+        max_cost_usd: most US dollars that all runs in this folder may cost together.
+        prices (*optional*): YAML file of prices, which override the built-in table.
+        run_id: recorded with every caption; default: the current time.
+        rows: the rows to caption; None: all. Results of other rows from earlier runs are still read.
+        rank, world: index of this process, and the number of processes that share the work.
+        progress: whether to show progress bars.
+
+    Raises:
+        UserError: a cost limit for a model of unknown price; another run is at work in the folder.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        dataset: Dataset,
+        run_dir: str | Path,
+        checker: CaptionChecker,
+        limits: Limits | None = None,
+        max_cost_usd: float | None = None,
+        prices: str | None = None,
+        run_id: str | None = None,
+        rows: Container[int] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+    ):
+        self.captioner, self.checker, self.limits = captioner, checker, limits or Limits()
+        self.dataset = dataset.cast_column("image", Image(decode=False))
+        self.run_id, self.rows, self.rank, self.world = run_id or new_run_id(), rows, rank, world
+        self.progress, self.max_cost_usd = progress, max_cost_usd
+        local = captioner.backend == "transformers"
+        self.price = None if local else price_of(captioner.model, prices)
+        if max_cost_usd is not None and self.price is None:
+            free = " A model in this process costs nothing." if local else ""
+            raise UserError(
+                f"--max_cost_usd: expected a model whose price is known, found {captioner.model!r}, which is not in the "
+                f"price table.{free} Type --prices FILE.yaml with its price, or leave --max_cost_usd out."
+            )
+        self.backend = captioner.open(self.limits.concurrency)
+        self.keys = Keys(captioner, self.backend.identity())
+        self.folder = Path(run_dir) / "journal"
+
+    def __enter__(self) -> SplitCaptioner:
+        self.journal = Journal(self.folder, self.rank)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.journal.close()
+
+    def plan(self) -> Plan:
+        """Reads every picture once to hash it, and finds what the journal lacks. Makes no call and takes no lock."""
+        done = settled_slots(self.folder, self.captioner.sampling.max_tokens)
+        with tqdm(total=len(self.dataset), desc="Planning", unit=" images", disable=not self.progress) as bar:
+            return make_plan(self.dataset, self.keys, done, self.rows, (self.rank, self.world), bar.update)
+
+    def sizes(self, items: Iterable[WorkItem]) -> list[tuple[int, int]]:
+        """Width and height in pixels of the pictures as they would be sent, without the unreadable ones."""
+        found = []
+        for item in items:
+            with suppress(BadImage):
+                picture = prepare(original_bytes(self.dataset[item.row]["image"]), self.captioner.pictures)
+                found.append((picture.width, picture.height))
+        return found
+
+    def fill(self, plan: Plan) -> Outcome:
+        """Asks for what is missing. The first Ctrl-C waits for the calls in flight, the second gives them up.
+
+        Raises:
+            UserError: the environment variable of the key is not set.
+            JournalError: an answer cannot be stored.
+        """
+        if not plan.items:
+            return Outcome()
+        self.backend.check_key()
+        meter = CostMeter(self.price, spent_dollars(self.folder), self.max_cost_usd)
+        every = 0.2 if sys.stderr.isatty() else 10
+        options = {"desc": "Captions", "unit": " captions", "disable": not self.progress, "mininterval": every}
+        with tqdm(total=plan.open, **options) as bar:
+
+            def done(outcome: Outcome, captions: int) -> None:
+                state = [f"${outcome.cost:.4f}"] if self.price else []
+                state += [f"{kind} {count}" for kind, count in outcome.failures.most_common(3)]
+                bar.set_postfix_str(", ".join(state), refresh=False)
+                bar.update(captions)
+
+            driver = Driver(
+                *(self.captioner, self.keys, self.backend, self.journal, self.checker, self.dataset),
+                *(self.limits, meter, self.run_id, done),
+            )
+            return _run(driver, plan, bar.write)
+
+    def results(self, plan: Plan) -> Results:
+        """What all processes have stored for the whole plan."""
+        found = results_of(self.folder, plan.slots, plan.others)
+        # The digest covers the pictures, since files that a data set names may change without it, and the rows that
+        # were asked for, since those without a result get a record too.
+        return replace(found, digest=sha256(f"{plan.digest} {found.digest}".encode()))
+
+    def fingerprint(self, results: Results) -> str:
+        """Changes with the pictures, the captioner, the checks and the results of this plan, and with nothing else."""
+        spec = self.captioner.spec(self.backend.identity())
+        return Hasher.hash((self.dataset._fingerprint, spec, self.checker.spec(), results.digest, 1))
+
+    def source(self, plan: Plan, results: Results) -> JournalSource:
+        """Looks up the records of a row."""
+        names = self.dataset.features["label"].names
+        return JournalSource(self.keys, JournalReader(self.folder), self.checker, names, plan.slots, results.repeated)
+
+    def read(self, plan: Plan, results: Results) -> Dataset:
+        """The data set with the columns `captions`, `caption_records` and `image_sha256` (see `add_captions`)."""
+        source = self.source(plan, results)
+        try:
+            return add_captions(self.dataset, source, self.fingerprint(results), self.progress)
+        finally:
+            source.reader.close()
+
+
+def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
+    """Runs the driver to its end, in a thread of its own where an event loop already runs, as in a notebook."""
+    loop, pressed = None, 0
+
+    def stop() -> None:
+        write("Stopping: waiting for the answers on their way, which are kept. Press Ctrl-C again to give them up.")
+        driver.stop("user", "stopped by you")
+
+    def interrupt(*_) -> None:  # prints nothing itself: the signal may arrive in the middle of printing
+        nonlocal pressed
+        pressed += 1
+        loop.call_soon_threadsafe(stop if pressed == 1 else driver.drop)
+
+    async def main() -> Outcome:
+        nonlocal loop
+        loop, before = asyncio.get_running_loop(), {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return await driver.run(plan)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, main())
+        while True:
+            try:
+                return future.result()
+            except KeyboardInterrupt:
+                if future.done():
+                    raise
+                with suppress(RuntimeError):  # the loop has just ended
+                    interrupt()

@@ -1,0 +1,33 @@
+"""Adds captions to a labelled image data set: written by a multimodal model, or texts that it already has."""
+
+from __future__ import annotations
+
+from ...captioning.arguments import CaptionArguments
+from ...core.arguments import DataArguments
+from ...core.console import is_main
+from ...core.errors import UserError, nearest
+
+POSITIONAL = (
+    "action",
+    "run (default): caption, or continue; plan: same as --dry_run; status: what there is, what failed and why; retry STATUS …: "
+    "ask again for results that were rejected, refused, …; bench: time a few calls; export FILE.parquet: write the journal to "
+    "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned data sets.",
+)
+ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge")
+ARGUMENTS = (DataArguments, CaptionArguments)
+
+
+def run(data_args: DataArguments, args: CaptionArguments, words: list[str]) -> None:
+    """Captions the training split, passes the other splits on, and writes a folder that `--dataset_name` opens."""
+    action, *operands = words or ["run"]
+    if action not in ACTIONS:
+        raise UserError(f"caption: expected one of {', '.join(ACTIONS)}, found {action!r}.{nearest(action, ACTIONS)}")
+    if action in ("run", "plan", "status", "bench") and operands:
+        raise UserError(f"caption {action}: unexpected word {operands[0]!r}. Settings are written --key value.")
+    if not is_main() and (args.captioner != "transformers" or action not in ("run", "retry")):
+        return  # one process, with many calls in flight, is enough for a server
+    from . import actions
+
+    if action == "run":
+        action = "plan" if args.dry_run else "caption"
+    getattr(actions, {"import": "import_"}.get(action, action))(data_args, args, *operands)

@@ -1,0 +1,275 @@
+"""The actions of `mmft-hf caption`: one function each, which reads settings, calls the captioning package and prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import pyarrow.parquet as pq
+
+from ...captioning.arguments import CaptionArguments
+from ...captioning.ask.cost import Spending
+from ...captioning.ask.journal import Journal, by_slot, journal_files, spent_dollars
+from ...captioning.ask.journal_parquet import export_journal, import_journal
+from ...captioning.ask.limits import Limits
+from ...captioning.ask.plan import Plan
+from ...captioning.judge.checks import CaptionChecker, parse_actions
+from ...captioning.judge.tokens import load_counter
+from ...captioning.types import ACCEPTED, OPEN, STATUSES, TERMINAL
+from ...captioning.workflow import CaptionWorkflow, load_data, write_folder
+from ...captioning.write.dataset import without_captions
+from ...captioning.write.folder import CaptionFolder
+from ...core.arguments import DataArguments
+from ...core.console import is_main, many, printable_text, say, table
+from ...core.errors import UserError, nearest
+from ...core.markdown import public_name
+from ...data.splits import load_captioned_dataset
+from . import printing
+
+RETRIED = ("rejected", "refused", "bad_image")  # what `retry` asks for again if no status is typed
+
+
+def caption(data_args: DataArguments, args: CaptionArguments) -> None:
+    """Captions, or continues to, and writes the folder."""
+    _caption(CaptionWorkflow(data_args, args))
+
+
+def _caption(workflow: CaptionWorkflow) -> None:
+    printing.print_heading("Captioning", workflow)
+    result = workflow.run(say)
+    if result:
+        printing.print_result(workflow, result)
+
+
+def plan(data_args: DataArguments, args: CaptionArguments) -> None:
+    """Shows what would be asked and what it would cost. Asks nobody."""
+    workflow = CaptionWorkflow(data_args, args)
+    printing.print_heading("Plan for", workflow)
+    if not workflow.captioner.asks:
+        say("\nNothing is asked of a model, so there is nothing to pay for. Leave --dry_run out to write the data set.")
+        return
+    left = 0
+    for split in workflow.splits:
+        run = workflow.open(split)
+        planned = run.plan()
+        printing.print_plan(workflow, split, run, planned, spent_dollars(run.folder))
+        left += planned.open
+    try:
+        run.backend.check_key()
+    except UserError as error:
+        say(f"\nBefore the run: {error}")
+    how = "--dry_run" if args.dry_run else "`plan`"
+    say(f"\nNothing was asked. Leave {how} out to start." if left else "\nNothing is left to ask for.")
+
+
+def status(data_args: DataArguments, args: CaptionArguments) -> None:
+    """Shows what a journal holds: results by aspect, checks that fired, failures with their reasons."""
+    folder = CaptionFolder(args.output_dir)
+    record = folder.record()
+    made_from = record.get("made_from") or {}
+    backend = (made_from.get("captioner") or {}).get("backend")  # only of a captioner that asks no model
+    journal = _journal(args, f"a data set of captioner {backend}, which needs none" if backend else "none")
+    by_aspect: dict[str, Counter] = {}
+    checks, models, spent, errors = Counter(), Counter(), Spending(), {}
+    for _, rows in by_slot(journal):
+        last = rows[-1]
+        state = "not_run" if last["pending"] else last["status"]
+        fired = json.loads(last["checks"] or "[]")
+        by_aspect.setdefault(last["aspect"], Counter())[state] += 1
+        checks.update(fired)
+        for row in rows:
+            spent.add(row)
+        if state not in ACCEPTED:
+            errors.setdefault((state, last["error_class"] or ", ".join(fired) or state), []).append(last)
+        elif last["model"]:
+            models[last["model"]] += 1
+    say(f"Captions in {journal}\n")
+    total = printing.print_statuses(by_aspect, (made_from.get("prompts") or {}).get("aspects", ()))
+    tokens_in, tokens_out = ("unknown" if n is None else f"{n:,}" for n in (spent.tokens_in, spent.tokens_out))
+    cost = printing.money(spent.cost) if spent.cost else "cost unknown or none"
+    lines = {
+        "model": ", ".join(f"{printable_text(m)} ({n:,})" for m, n in models.most_common(3)) or "none answered",
+        "spent": f"{tokens_in} tokens in, {tokens_out} out, {cost}",
+        "attempts": f"{spent.attempts:,}",
+    }
+    if checks:
+        lines["checks"] = ", ".join(f"{name} {count:,}" for name, count in checks.most_common())
+    if record.get("statuses"):
+        state = "complete" if record["complete"] else "with captions missing"
+        lines["data set"] = f"{state}, of run {record['run_id']}"
+    table(lines)
+    if not errors:
+        return
+    files = _file_names(folder, {rows[0]["image_sha256"] for rows in errors.values()})
+    say("\nNot accepted:")
+    for (state, kind), rows in sorted(errors.items(), key=lambda item: -len(item[1])):
+        row = rows[0]
+        image = files.get(row["image_sha256"]) or f"image {row['image_sha256'][:12]}"
+        example = printable_text(f"{row['label'] or ''}, {image}, {row['aspect']}")
+        what = state if kind == state else f"{state} ({kind})"
+        say(f"  {len(rows):,} {what}, e.g. {example}{': ' + row['error'] if row['error'] else ''}")
+    again = sum(total[state] for state in OPEN)
+    say(f"\n{again:,} of them are asked again by the next run." if again else "\nA run asks for none of these again.")
+    final = [state for state in TERMINAL if total[state] and state not in ACCEPTED]
+    if final:
+        typed = f"the command of the run with `retry {' '.join(final)}` after `mmft-hf caption`"
+        say(f"To ask again for the others: {typed}.")
+
+
+def _journal(args: CaptionArguments, found: str = "none") -> Path:
+    journal = Path(args.output_dir) / "journal"
+    if not journal_files(journal):
+        raise UserError(f"--output_dir {args.output_dir}: expected a journal of captions in it, found {found}.")
+    return journal
+
+
+def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
+    """File names of the images with these sha256, from the data set in the folder as far as it is written."""
+    found: dict[str, str] = {}
+    for name in folder.record().get("files", ()):
+        if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():
+            with pq.ParquetFile(folder.path / name) as file:
+                shard = file.read(["image.path", "image_sha256"])  # no picture is read
+            for digest, image in zip(*(shard[c].to_pylist() for c in ("image_sha256", "image")), strict=True):
+                if digest in wanted:
+                    found.setdefault(digest, Path(image["path"] or "").name)
+    return found
+
+
+def _needs_a_model(verb: str, args: CaptionArguments) -> None:
+    if args.captioner in ("columns", "template"):
+        raise UserError(
+            f"caption {verb}: expected the settings of a run that asks a model, found --captioner {args.captioner}. Type the "
+            f"command of the run, with `{verb}` after `mmft-hf caption`."
+        )
+
+
+def retry(data_args: DataArguments, args: CaptionArguments, *statuses: str) -> None:
+    """Opens the results with these statuses among those that the command asks for, then runs."""
+    statuses = statuses or RETRIED
+    for status in statuses:
+        if status not in STATUSES:
+            found = f"{status!r}.{nearest(status, STATUSES)}"
+            raise UserError(f"retry: expected statuses among {', '.join(STATUSES)}, found {found}")
+    _needs_a_model("retry", args)
+    _journal(args, "none. Leave `retry` out to start")
+    workflow = CaptionWorkflow(data_args, args)
+    count = 0
+    # In the main process alone, before any process asks: `run` begins only when all of them are there.
+    for split in workflow.splits if is_main() else ():
+        with workflow.open(split) as run:
+            count += run.journal.reopen(statuses, run.plan().slots)
+    say(f"{many(count, 'result')} ({', '.join(statuses)}) {'is' if count == 1 else 'are'} asked for again.\n")
+    _caption(workflow)
+
+
+def bench(data_args: DataArguments, args: CaptionArguments) -> None:
+    """Times a few calls at growing concurrency. Their captions go to the journal, so nothing is lost."""
+    _needs_a_model("bench", args)
+    workflow = CaptionWorkflow(data_args, args)
+    local = args.captioner == "transformers"  # one batch at a time: only --captioner_batch_size can be varied
+    widths = [1] if local else [n for n in (1, 4, 16, 64, 256) if n < args.concurrency] + [args.concurrency]
+    say("concurrency  captions/s  seconds a call (median)  tokens out/s  dollars per 1,000 captions")
+    for width in widths:
+        limits = Limits(width, args.requests_per_minute, args.tokens_per_minute, args.max_reasks)
+        with workflow.open(workflow.splits[0], limits=limits, progress=False) as run:
+            found = run.plan()
+            count = 4 * args.captioner_batch_size if local else max(8, 3 * width)
+            outcome = run.fill(Plan(found.items[:count], found.slots, rows=found.rows))
+        if outcome.stopped:
+            raise UserError(f"caption bench: {outcome.why}")
+        if not outcome.calls:
+            first = width == widths[0]
+            say("every caption is in the journal already." if first else "(no more captions to ask for)")
+            return
+        captions = sum(outcome.results[state] for state in ACCEPTED)
+        cost = f"{1000 * outcome.cost / max(captions, 1):.4f}" if run.price else "unknown"
+        say(
+            f"{width:>11}  {captions / outcome.seconds:>10.2f}  {median(outcome.latencies_s):>23.2f}  "
+            f"{outcome.tokens_out / outcome.seconds:>12.1f}  {cost:>26}"
+        )
+
+
+def export(data_args: DataArguments, args: CaptionArguments, *files: str) -> None:
+    """Writes the journal as one parquet file."""
+    if len(files) != 1 or not files[0].endswith(".parquet"):
+        raise UserError("caption export: expected the name of one file. Type mmft-hf caption export FILE.parquet.")
+    count = export_journal(_journal(args), files[0])
+    say(f"{count:,} results of {args.output_dir} are in {files[0]}.")
+
+
+def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> None:
+    """Adds an exported parquet file to the journal, or makes a captioned data set from JSON files of captions."""
+    kinds = {Path(name).suffix.lower() for name in files}
+    missing = [name for name in files if not Path(name).is_file()]
+    if missing:
+        raise UserError(f"caption import: expected files, found no {missing[0]}.")
+    if kinds == {".parquet"}:
+        with Journal(Path(args.output_dir) / "journal") as journal:
+            for name in files:
+                say(f"{import_journal(journal, name):,} results of {name} are new in {args.output_dir}.")
+        return
+    if kinds != {".json"}:
+        raise UserError(
+            f"caption import: expected a .parquet file of `export`, or .json files of captions, found "
+            f"{', '.join(files) or 'none'}. Type mmft-hf caption import FILE …"
+        )
+    from ...captioning.write.imports import KEY_RULES, import_captions
+
+    if args.key_rule not in KEY_RULES:
+        raise UserError(
+            f"--key_rule: expected one of {', '.join(KEY_RULES)}, which says how the keys of {files[0]} name images, "
+            f"found {args.key_rule or 'none'}."
+        )
+    data, train = load_data(data_args)
+    captioner = {"backend": "import", "key_rule": args.key_rule}
+    folder, made_from = _claim(args, public_name(data_args.dataset_name), captioner)
+    tokenizer = load_counter(args.model_name_or_path)
+    # A model wrote them, but they are not ours to change: refusals are dropped, everything else is only flagged.
+    actions = {"refusal": "reject"} | parse_actions(args.on_check or ())
+    names = data[train].features["label"].names
+    checker = CaptionChecker(names, tokenizer, template=args.class_template, actions=actions, clean=False)
+    captioned, report = import_captions(data[train], files, args.key_rule, args.captioner_model, tokenizer, checker)
+    _write(folder, data, train, captioned, report, made_from, [Path(name).name for name in files], args.captioner_model)
+
+
+def merge(data_args: DataArguments, args: CaptionArguments, *names: str) -> None:
+    """Joins several captioned data sets of the same images."""
+    from ...captioning.write.merges import merge_captions
+
+    if len(names) < 2:
+        raise UserError(
+            "caption merge: expected two or more captioned data sets. Type mmft-hf caption merge FOLDER FOLDER …"
+        )
+    sources = [public_name(name) for name in names]
+    folder, made_from = _claim(args, "merged", {"backend": "merge", "data_sets": sources})
+    loaded = {name: load_captioned_dataset(name) for name in names}
+    first = loaded[names[0]]
+    train = data_args.train_split or ("train" if "train" in first else next(iter(first)))
+    for name, data in loaded.items():
+        if train not in data:
+            raise UserError(f"{name}: expected split {train!r}, found {', '.join(data)}. Type --train_split NAME.")
+    merged, report = merge_captions({name: data[train] for name, data in loaded.items()})
+    _write(folder, first, train, merged, report, made_from, sources, None)
+
+
+def _claim(args: CaptionArguments, name: str, captioner: dict) -> tuple[CaptionFolder, dict]:
+    folder, made_from = CaptionFolder(args.output_dir), {"dataset_name": name, "captioner": captioner}
+    folder.claim(made_from, args.overwrite_output_dir)
+    return folder, made_from
+
+
+def _write(
+    folder: CaptionFolder, data, train: str, captioned, report, made_from: dict, sources: list[str], model: str | None
+) -> None:
+    for line in report.lines():
+        say(line)
+    others = {name: without_captions(split, progress=False) for name, split in data.items() if name != train}
+    details = {**made_from, "made_from": made_from, "sources": sources, "model": model, "complete": True}
+    details |= {"run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "fingerprints": None}
+    written = write_folder(folder, {train: captioned, **others}, train, details)
+    printing.print_folder(written)
+    say(f"\n{printing.next_line(written)}")

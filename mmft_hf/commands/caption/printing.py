@@ -1,0 +1,241 @@
+"""What `mmft-hf caption` prints about its plan, its calls, its journal and its folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from textwrap import indent, shorten
+
+from datasets import Image
+
+from ...captioning.ask.cost import Price, estimate_tokens, price_of
+from ...captioning.ask.dispatch import Outcome
+from ...captioning.ask.plan import Plan, WorkItem
+from ...captioning.split import SplitCaptioner
+from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
+from ...captioning.workflow import CaptionResult, CaptionWorkflow, WrittenFolder
+from ...captioning.write.card import PAGE
+from ...core.console import many, printable_text, say, table
+from ...core.errors import PartialResult, nearest
+from ...data.texts import ASPECTS
+
+WIDTH = 110  # characters of a line of examples
+
+
+def money(dollars: float) -> str:
+    """`$12.30`, `$0.0041`: never rounded to nothing."""
+    if 0 < dollars < 0.0001:
+        return "less than $0.0001"
+    return f"${dollars:,.2f}" if dollars >= 1 else f"${dollars:.4f}"
+
+
+def rate(dollars: float) -> str:
+    """A price per million tokens: `$0.40`, `$0.075`."""
+    return f"${dollars:.2f}" if round(dollars, 2) == dollars else f"${dollars:g}"
+
+
+# -- before a run -----------------------------------------------------------------------------------------------------
+def print_heading(verb: str, workflow: CaptionWorkflow) -> None:
+    """The data set, the captioner and what it is asked for."""
+    captioner, data, args = workflow.captioner, workflow.data, workflow.args
+    say(f"{verb} {workflow.data_args.dataset_name}\n")
+    others = [f"{name} {len(split):,}" for name, split in data.items() if name not in workflow.splits]
+    images = [
+        f"{f'{len(rows):,} of ' if rows is not None else ''}{len(data[split]):,} of split {split}"
+        for split, rows in workflow.rows.items()
+    ]
+    what = {"columns": ", ".join(captioner.columns), "template": args.class_template}
+    lines = {
+        "classes": len(workflow.class_names),
+        "images": ", ".join(images) + (f"; other splits get no captions: {', '.join(others)}" if others else ""),
+        "captioner": f"{captioner.backend} ({what.get(captioner.backend, captioner.model)})",
+    }
+    if captioner.asks:
+        prompts = captioner.prompts
+        aspects = [
+            aspect if aspect in ASPECTS else f"{aspect} (your own{nearest(aspect, ASPECTS).replace('.', '')})"
+            for aspect in prompts.aspects
+        ]
+        lines["aspects"] = f"{', '.join(aspects)}; about {prompts.words} words each; domain: {prompts.domain}"
+    table(lines | {"output": args.output_dir})
+
+
+def print_plan(workflow: CaptionWorkflow, split: str, run: SplitCaptioner, plan: Plan, spent: float) -> None:
+    """What a run would ask for, with an estimate of its cost.
+
+    Args:
+        spent: US dollars that earlier runs in the folder cost.
+    """
+    captioner, args = workflow.captioner, workflow.args
+    calls = -(-plan.open // (len(captioner.prompts.aspects) if captioner.joint else 1))
+    rows = {f"split {split}": many(plan.rows, "image")}
+    if plan.repeated:
+        rows[f"split {split}"] += f", {plan.repeated:,} of them repeat another"
+    if plan.unreadable:
+        rows["unreadable"] = f"{many(len(plan.unreadable), 'image')}: {next(iter(plan.unreadable.values()))}"
+    wanted = len(plan.slots)
+    rows["captions"] = f"{wanted:,} wanted, {wanted - plan.open:,} in the journal, {plan.open:,} to ask for"
+    if plan.items:
+        sample = plan.items[:: max(1, len(plan.items) // 32)]
+        pictures = [estimate_tokens(*size, run.price) for size in run.sizes(sample)]
+        prompts = [len(slot.prompt) / 3.5 for item in sample for slot in item.slots]
+        tokens_in = calls * (sum(pictures) / max(len(pictures), 1) + sum(prompts) / len(prompts))
+        tokens_out = plan.open * min(args.words * 1.4, args.max_tokens)
+        rows["calls"] = f"{calls:,}, not counting what has to be asked again"
+        rows["tokens"] = (
+            f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out, estimated from {many(len(pictures), 'picture')}"
+        )
+        rows["cost"] = _cost(workflow, run.price, tokens_in, tokens_out, spent)
+    if spent:
+        rows["spent so far"] = money(spent)
+    if args.requests_per_minute and plan.items:
+        rows["time"] = f"{calls / args.requests_per_minute:,.0f} minutes or more, at the limit per minute"
+    say()
+    table(rows)
+    if plan.items:
+        _print_prompts(plan.items, captioner.joint)
+
+
+def _cost(workflow: CaptionWorkflow, price: Price | None, tokens_in: float, tokens_out: float, spent: float) -> str:
+    if workflow.captioner.backend == "transformers":
+        return "none but this machine's time"
+    if price is None:
+        return f"unknown: {workflow.captioner.model} is in no price table. Type --prices FILE.yaml to name one."
+    dollars, limit = (tokens_in * price.input + tokens_out * price.output) / 1e6, workflow.args.max_cost_usd
+    date = f", prices of {price.date}" if price.date else ""
+    over = f"; --max_cost_usd {limit:g} will stop it" if limit is not None and spent + dollars > limit else ""
+    return f"about {money(dollars)} ({rate(price.input)} in, {rate(price.output)} out per million tokens{date}){over}"
+
+
+def _print_prompts(items: list[WorkItem], joint: bool) -> None:
+    """Prompts of the first picture, and of the last one of another class."""
+    say("\nPrompts, for example:")
+    others = [item for item in items[::-1] if item.label != items[0].label]
+    for item in (items[0], *others[:1]):
+        for slot in item.slots[: 1 if joint else 2]:
+            say(f"  [{printable_text(item.class_name)} · {'all aspects' if joint else slot.aspect}]")
+            say(indent(slot.prompt, "    "))
+
+
+# -- after a run ------------------------------------------------------------------------------------------------------
+def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
+    """The folder, the calls and the next command.
+
+    Raises:
+        PartialResult: captions are missing.
+    """
+    outcome, written, output = result.outcome, result.written, workflow.args.output_dir
+    if written:
+        print_folder(written)
+    if written and outcome.attempts:
+        say(f"\n{_calls(workflow, outcome)}")
+    if result.missing:
+        raise _partial(workflow, result)
+    wanted, accepted = sum(result.statuses.values()), result.accepted
+    if written:
+        say(f"\n{next_line(written)}")
+    elif accepted == wanted:
+        say(f"\nNothing to do: {output} has all {wanted:,} captions.")
+    else:
+        others = [f"{result.statuses[s]:,} {s}" for s in TERMINAL if s not in ACCEPTED and result.statuses[s]]
+        say(
+            f"\nNothing to do: {output} has {accepted:,} of {wanted:,} captions, and a run asks for no more "
+            f"({', '.join(others)}). Why: mmft-hf caption status --output_dir {output}"
+        )
+
+
+def _partial(workflow: CaptionWorkflow, result: CaptionResult) -> PartialResult:
+    outcome, statuses, args = result.outcome, result.statuses, workflow.args
+    why = f" {outcome.why.rstrip('.')}." if outcome.why else ""
+    if outcome.stopped == "cost":
+        why = f" The next call could pass --max_cost_usd {args.max_cost_usd:g}: type a larger one to go on."
+    if statuses["truncated"] + statuses["empty"] > result.missing / 2:
+        why += (
+            f" Most were truncated by the token budget or empty: type a larger --max_tokens than {args.max_tokens}, "
+            "and those alone are asked for again."
+        )
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in outcome.failures.most_common(4))
+    return PartialResult(
+        f"{result.missing:,} of {sum(statuses.values()):,} captions are missing.{why}"
+        f"{f' Failures: {kinds}.' if kinds else ''} {args.output_dir} has what there is.",
+        again=outcome.stopped != "cost",
+    )
+
+
+def _calls(workflow: CaptionWorkflow, outcome: Outcome) -> str:
+    """How many calls there were, how many tokens, at what cost."""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in outcome.failures.most_common())
+    price = price_of(workflow.captioner.model, workflow.args.prices)
+    known = outcome.cost or (price is not None and outcome.tokens_in + outcome.tokens_out)
+    cost = f"; {money(outcome.cost)}" if known else "; cost unknown"
+    return (
+        f"{many(outcome.calls, 'call')} answered of {outcome.attempts:,} tried{f' ({kinds})' if kinds else ''}; "
+        f"{outcome.tokens_in:,} tokens in, {outcome.tokens_out:,} out"
+        f"{'' if workflow.captioner.backend == 'transformers' else cost}; {outcome.seconds:.0f} s."
+    )
+
+
+def print_folder(written: WrittenFolder) -> None:
+    """What is in a captioned data set, and some of its captions."""
+    dataset, statistics = written.dataset, written.statistics
+    everything, captions = statistics["all"], statistics["captions"]
+    unwanted = {name: count for name, count in statistics["statuses"].items() if name not in ACCEPTED}
+    others = "".join(f"; {count:,} {name}" for name, count in unwanted.items()) or "; 0 empty"
+    lines = {
+        "captions": f"{captions:,} kept, {captions / max(len(dataset), 1):.1f} per image{others}",
+        "no caption": many(statistics["images_without_caption"], "image"),
+    }
+    if statistics["unreadable_images"]:
+        row = written.tally.unreadable_row
+        image = dataset.cast_column("image", Image(decode=False))[row]["image"] or {}
+        name = printable_text(Path(image.get("path") or "no name").name)
+        lines["unreadable"] = f"{many(statistics['unreadable_images'], 'image')}, e.g. {name} (row {row})"
+    if everything["clip_tokens"]:
+        tokens, over = everything["clip_tokens"], everything["checks"]["over_token_limit"]
+        limit = (written.details.get("checks") or {}).get("token_limit") or "limit"
+        lines["tokens"] = f"median {tokens['median']:.0f}, longest {tokens['max']}; {over} over the model's {limit}"
+    if captions:
+        lines["label named"] = f"in {everything['mentions_label'] / everything['captions']:.0%} of the captions"
+    lines["report"] = written.path / PAGE
+    say()
+    table(lines)
+    if written.journaled and unwanted:
+        say(f"\nWhy some are missing: mmft-hf caption status --output_dir {written.path}")
+    _print_captions(written)
+
+
+def _print_captions(written: WrittenFolder) -> None:
+    rows = written.tally.rows_to_show(3)
+    if rows:
+        say("\nFor example:")
+    names, blocks = written.dataset.features["label"].names, []
+    for row in written.dataset.select(rows).select_columns(["label", "captions"]):
+        shown = [f'"{shorten(text, WIDTH - 10, placeholder=" …")}"' for text in row["captions"][:3]]
+        shown += [f"and {len(row['captions']) - 3} more"] if len(row["captions"]) > 3 else []
+        blocks.append([f"{names[row['label']]}:", *shown])
+    short = all(len("  ".join(block)) < WIDTH for block in blocks)
+    for block in blocks:
+        for line in ["  ".join(block)] if short else [block[0], *(f"  {text}" for text in block[1:])]:
+            say(printable_text(f"  {line}"))
+
+
+def next_line(written: WrittenFolder) -> str:
+    """The command that trains on a captioned data set."""
+    skip = " --on_bad_image skip" if written.statistics["unreadable_images"] else ""
+    return f"Next: mmft-hf finetune --dataset_name {written.path}{skip}"
+
+
+# -- the journal ------------------------------------------------------------------------------------------------------
+def print_statuses(by_aspect: Mapping[str, Counter], aspects: Iterable[str]) -> Counter:
+    """A line of statuses for each aspect, `aspects` first, and their sums, which are returned."""
+    total = sum(by_aspect.values(), Counter())
+    states = [state for state in STATUSES if total[state]]
+    order = dict.fromkeys([*aspects, *sorted(by_aspect)])
+    lines = [(aspect, by_aspect[aspect]) for aspect in order if aspect in by_aspect] + [("all", total)]
+    width = max(len(aspect) for aspect, _ in lines)
+    say("  " + " " * width + "".join(f"{state:>12}" for state in states))
+    for aspect, counts in lines:
+        say(f"  {aspect:<{width}}" + "".join(f"{counts[state]:>12,}" for state in states))
+    say()
+    return total
