@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
@@ -15,6 +16,16 @@ from .types import Sampling
 @dataclass
 class CaptionArguments:
     """Who writes the captions, from which prompts, how fast, for how much, and where they go."""
+
+    GROUPS: ClassVar = {
+        "captioner": "captioner captioner_model captioner_revision captioner_tag base_url api_key_env allow_http "
+        "text_columns class_template",
+        "prompts": "aspects domain words prompt_template own_prompts keep_class_names aspects_per_call samples",
+        "requests": "temperature max_tokens request_options max_side captioner_batch_size concurrency requests_per_minute "
+        "tokens_per_minute timeout max_cost_usd prices",
+        "checks": "model_name_or_path on_check max_reasks",
+        "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
+    }
 
     output_dir: str = field(
         default="outputs/captioned",

@@ -1,8 +1,9 @@
-"""Which model and which data: settings of every verb. Light to import, since captioning needs neither torch nor a Trainer."""
+"""Settings that several verbs share: the model and the data. Light to import: captioning needs neither torch nor a Trainer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from .errors import UserError
 
@@ -16,48 +17,48 @@ def choice(name: str, value: str, known) -> None:
 
 
 def check_lora(rank: int, alpha: int, dropout: float) -> None:
-    """Raises `UserError` for a setting of LoRA outside its range."""
+    """Raises `UserError` if a LoRA setting is outside its range."""
     if rank < 1:
         raise UserError(f"--lora_rank: expected 1 or more, found {rank}.")
     if alpha < 1:
         raise UserError(f"--lora_alpha: expected 1 or more, found {alpha}.")
     if not 0.0 <= dropout < 1.0:
-        raise UserError(f"--lora_dropout: expected a share from 0 to below 1, found {dropout}.")
+        raise UserError(f"--lora_dropout: expected a number from 0 to below 1, found {dropout}.")
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and which of its towers are trained."""
+    """The model, and which of its towers are trained."""
+
+    GROUPS: ClassVar = {"model": "*"}
 
     model_name_or_path: str = field(
         default="builtin/tiny-clip",
         metadata={
-            "help": "Hub id or folder of a CLIPModel, or of MetaCLIP, SigLIP, SigLIP 2 (of a fixed size), Chinese-CLIP, AltCLIP, "
+            "help": "Hub id or folder of a dual encoder: CLIP, MetaCLIP, SigLIP, SigLIP 2 (fixed size), Chinese-CLIP, AltCLIP, "
             "ALIGN or a VisionTextDualEncoderModel. builtin/tiny-clip comes with this package."
         },
     )
     model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a Hub model. Default: its main branch."}
+        default=None, metadata={"help": "Branch, tag or commit on the Hub. Default: the main branch."}
     )
     vision_tower: str = field(
         default="full",
         metadata={
-            "help": "full: the image tower is trained; lora: small matrices beside its weights are, and are added to them "
-            "at the end (type --learning_rate 1e-4 or more); frozen: it is not.",
+            "help": "How the image tower is trained. full: all weights; lora: low-rank matrices, merged into the weights at "
+            "the end (use --learning_rate 1e-4 or more); frozen: not at all.",
             "choices": TOWER_MODES,
         },
     )
-    text_tower: str = field(
-        default="full", metadata={"help": "full, lora or frozen: the same for the text tower.", "choices": TOWER_MODES}
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the matrices of a lora tower."})
-    lora_alpha: int = field(default=16, metadata={"help": "They are added multiplied by lora_alpha / lora_rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before them."})
+    text_tower: str = field(default="full", metadata={"help": "How the text tower is trained.", "choices": TOWER_MODES})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA matrices are scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the LoRA matrices."})
     lora_targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Linear layers of a lora tower that get such matrices, by the ends of their names. Default: all in its "
-            "blocks; of CLIP, q_proj k_proj v_proj out_proj fc1 fc2."
+            "help": "Names (or their ends) of the linear layers that get LoRA matrices. Default: all in the tower's blocks; for "
+            "CLIP q_proj k_proj v_proj out_proj fc1 fc2."
         },
     )
 
@@ -73,7 +74,7 @@ class ModelArguments:
 
     @property
     def lora(self) -> dict | None:
-        """The settings of LoRA, where a tower is trained by it."""
+        """The LoRA settings if a tower is trained with LoRA, else None."""
         if "lora" not in (self.vision_tower, self.text_tower):
             return None
         return {name: value for name, value in vars(self).items() if name.startswith("lora_")}
@@ -81,71 +82,72 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which images, labels and captions."""
+    """The images, labels and captions."""
+
+    GROUPS: ClassVar = {"data": "*"}
 
     dataset_name: str = field(
         default="builtin/emoji-mini",
         metadata={
-            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, a CSV/JSONL file of "
-            "image paths and labels, or a split file of CoOp (split_zhou_*.json). builtin/emoji-mini comes with this package."
+            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, CSV/JSONL file of image "
+            "paths and labels, or CoOp split file (split_zhou_*.json). builtin/emoji-mini comes with this package."
         },
     )
     image_root: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that image paths start from. Default: that of the data set's file; of a split file of CoOp, "
-            "also a folder beside it."
+            "help": "Folder that image paths are relative to. Default: the folder of the file that lists them; for a CoOp split "
+            "file also a folder next to it."
         },
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    train_split: str | None = field(default=None, metadata={"help": "Split trained on. Default: train."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
     validation_split: str | None = field(
         default=None,
         metadata={
-            "help": "Split on which the best epoch is chosen. Default: validation (or valid, val, dev); if there is "
-            "none, or --test_split names it, part of the training split is held out (--validation_size)."
+            "help": "Split that selects the best epoch. Default: validation (or valid, val, dev); without one, or if "
+            "--test_split names it, part of the training split is held out (--validation_size)."
         },
     )
     test_split: str | None = field(
         default=None,
         metadata={
-            "help": "Split read once, after selection. Default: test; if there is none, part of the training split "
-            "is held out (--test_size)."
+            "help": "Split that is read once, after selection. Default: test; without one, part of the training split is held "
+            "out (--test_size)."
         },
     )
     validation_size: float = field(
-        default=0.1, metadata={"help": "Share of each class held out of train where there is no validation split."}
+        default=0.1, metadata={"help": "Share of each class to hold out if there is no validation split."}
     )
     test_size: float = field(
-        default=0.2, metadata={"help": "Share of each class held out of train where there is no test split."}
+        default=0.2, metadata={"help": "Share of each class to hold out if there is no test split."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the images (or of their paths)."})
-    label_column: str = field(default="label", metadata={"help": "Column of the class: ClassLabel, text or number."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images or their paths."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class: ClassLabel, text or number."})
     captions_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the captions: text, or a list of texts. Default: captions if there is such a column, "
-            "else none: class templates alone."
+            "help": "Column with the captions: a text or a list of texts. Default: captions if that column exists; otherwise "
+            "training uses the class template alone."
         },
     )
     captions_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of captions without images, joined to the training images by the content of the files."
+            "help": "Hub id or folder with captions but no images. They are joined to the training images by file content "
+            "(sha256)."
         },
     )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes, where the label column holds bare numbers."}
+        default=None, metadata={"help": "Class names, if the label column holds plain numbers."}
     )
-    shots: int | None = field(
-        default=None, metadata={"help": "Train on this many images of each class. Default: all of them."}
-    )
-    shots_seed: int = field(default=0, metadata={"help": "Seed of the few-shot subset and of held-out splits."})
+    shots: int | None = field(default=None, metadata={"help": "Number of training images per class. Default: all."})
+    shots_seed: int = field(default=0, metadata={"help": "Seed for the few-shot subset and for held-out splits."})
 
     def __post_init__(self):
         for name in ("validation_size", "test_size"):
             if not 0.0 < getattr(self, name) < 1.0:
-                raise UserError(f"--{name}: expected a share between 0 and 1, found {getattr(self, name)}.")
+                raise UserError(f"--{name}: expected a number between 0 and 1, found {getattr(self, name)}.")
         if self.shots is not None and self.shots < 1:
             raise UserError(f"--shots: expected 1 or more images per class, found {self.shots}. Leave it out for all.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -25,6 +26,28 @@ class MMFTConfig(TrainingArguments):
     References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426): AdamW at
     1e-5 with weight decay 1e-4, cosine to zero without warm-up, no clipping, batches of 64, 50 epochs, w = 0.1.
     """
+
+    GROUPS: ClassVar = {
+        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout prototypes template_weight "
+        "samples_per_class weight_averaging crop_min_area on_bad_image",
+        "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type warmup_steps "
+        "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
+        "greater_is_better",
+        "speed and memory": "use_cpu bf16 per_device_eval_batch_size loss_chunk_size auto_find_batch_size *",
+        "output": "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_total_limit "
+        "logging_strategy logging_nan_inf_filter report_to push_to_hub hub_model_id hub_private_repo",
+    }
+    STOCK_HELP: ClassVar = {
+        "max_steps": "Number of training steps. -1: num_train_epochs decides.",
+        "warmup_steps": "Steps in which the learning rate rises from 0 to its peak; below 1, a share of all steps.",
+        "seed": "Seed of everything random in training.",
+        "use_cpu": "Train on the CPU even if there is an accelerator.",
+        "resume_from_checkpoint": "true: continue the run in output_dir from its last complete checkpoint; or a "
+        "checkpoint's folder.",
+        "push_to_hub": "Publish the model on the Hub during and after training.",
+        "hub_model_id": "Name of the Hub repository. Default: the name of output_dir.",
+        "hub_private_repo": "Create the Hub repository as private.",
+    }
 
     output_dir: str | None = field(
         default="outputs/mmft",

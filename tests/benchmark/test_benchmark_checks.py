@@ -17,8 +17,9 @@ from mmft_hf.benchmark.run.grid import Grid
 from mmft_hf.benchmark.run.processes import Claims
 from mmft_hf.benchmark.run.protocol import Cell, make_task
 from mmft_hf.benchmark.run.results import RESULTS_FILE, append_row, read_results
-from mmft_hf.cli import main, parse
+from mmft_hf.cli import main
 from mmft_hf.commands import caption
+from mmft_hf.commands.parser import parse
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import text_columns
 

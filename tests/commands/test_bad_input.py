@@ -782,7 +782,7 @@ def test_a_defect_of_ours_is_1_with_a_traceback(error, capsys, monkeypatch):
     monkeypatch.setattr("mmft_hf.commands.env.run", lambda *args: error())
     assert main(["env"]) == 1
     err = capsys.readouterr().err
-    assert "Traceback" in err and "defect of mmft_hf" in err
+    assert "Traceback" in err and "bug in mmft_hf" in err
 
 
 def test_debug_shows_the_traceback_of_a_user_error(capsys):

@@ -18,6 +18,7 @@ from mmft_hf import cli
 from mmft_hf.benchmark.run.grid import parse_shots
 from mmft_hf.benchmark.run.methods import METHODS
 from mmft_hf.captioning.arguments import CaptionArguments
+from mmft_hf.commands.parser import parse
 from mmft_hf.core.arguments import DataArguments
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import original_bytes
@@ -143,7 +144,7 @@ def write(fake: Fake, folder: Path) -> dict[str, set[str]]:
 def settings(recipe: str, verb: str, *words: str):
     """The data arguments of a recipe, and all others."""
     command = importlib.import_module(f"mmft_hf.commands.{verb}")
-    filled = cli.parse(verb, command, ["--config", str(RECIPES / recipe / f"{verb}.yaml"), *words])
+    filled = parse(verb, command, ["--config", str(RECIPES / recipe / f"{verb}.yaml"), *words])
     (data,) = (arguments for arguments in filled if isinstance(arguments, DataArguments))
     return data, filled
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmft_hf.cli import VERBS, parse
+from mmft_hf.cli import VERBS
+from mmft_hf.commands.parser import parse
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # A file is named after its verb.
