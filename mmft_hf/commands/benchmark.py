@@ -102,15 +102,15 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
         if first:
             _write_report(Path(args.report))
         return
-    from ..benchmark.run import describe
+    from ..benchmark.run import data_summary as describe
     from ..benchmark.run.checks import notes_on, unreadable, with_what_they_need
     from ..benchmark.run.deletion import delete_benchmark
     from ..benchmark.run.grid import Grid, cells, parse_shots
-    from ..benchmark.run.methods import METHODS, Workshop
+    from ..benchmark.run.methods import METHODS, Context
     from ..benchmark.run.protocol import make_task
     from ..benchmark.run.results import CLAIMS, RESULTS_FILE, SUBSETS
     from ..benchmark.run.shifts import check_labels, load_shifts
-    from ..benchmark.run.table import image_note, summary_table
+    from ..benchmark.run.summary import image_note, summary_table
     from ..data.splits import load_splits
 
     for name in args.methods:
@@ -190,12 +190,12 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
         say()
         if len(left) < len(listed):
             say(f"{len(listed) - len(left)} of {len(listed)} cells are done already.")
-    shop = None
+    context = None
     if left:
-        shop = Workshop(
+        context = Context(
             model_args.model_name_or_path, model_args.model_revision, config, args.learning_rates, args.min_steps
         )
-    found = grid.run(shop)
+    found = grid.run(context)
     if not first:
         return
     say(f"\nTest accuracy in %, mean over seeds, with 95 % interval over seeds\n\n{summary_table(found)}")
@@ -253,7 +253,7 @@ def _content_of(model: str, revision: str | None) -> str | None:
 
 def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict:
     """`data.json` of the grid: as it is there, or made where it is not, or of other data."""
-    from ..benchmark.run import describe
+    from ..benchmark.run import data_summary as describe
     from ..benchmark.run.shifts import fingerprint_of
     from ..core.repositories import describe_source
     from ..hub.cards.sources import captioning_cost
@@ -294,7 +294,7 @@ def _describe(folder: Path, splits, judged, args, model_args, data_args) -> dict
 
 def _read_pictures(folder: Path, data: dict, left, splits, judged, allow_fewer: bool) -> None:
     """Refuses pictures that cannot be read, of all that the cells left will need; once, and `data.json` says for which."""
-    from ..benchmark.run import describe
+    from ..benchmark.run import data_summary as describe
     from ..benchmark.run.checks import refuse_unreadable
 
     wanted, seen = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}, set(data.get("pictures_read_for", ()))

@@ -1,5 +1,6 @@
 """The grid of methods: what a cell may see, what is kept, and what goes on after a cut or a failure."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -15,13 +16,15 @@ from launch_tools import ROOT, end, start
 from tiny_clip import COLOURS, colour_dataset
 
 from mmft_hf.baselines import linear
-from mmft_hf.benchmark.run import grid, methods
+from mmft_hf.benchmark.run import grid
+from mmft_hf.benchmark.run.context import Context
 from mmft_hf.benchmark.run.grid import cells, parse_shots
-from mmft_hf.benchmark.run.methods import METHODS, NEEDS_CAPTIONS, Workshop
+from mmft_hf.benchmark.run.inference import on_features
+from mmft_hf.benchmark.run.methods import METHODS
 from mmft_hf.benchmark.run.processes import count_of_processes, number_of_process, work_alone
 from mmft_hf.benchmark.run.protocol import Cell, SealedTest, make_task
 from mmft_hf.benchmark.run.results import RESULTS_FILE, append_row, check_identity, read_results
-from mmft_hf.benchmark.run.table import summary_table
+from mmft_hf.benchmark.run.summary import summary_table
 from mmft_hf.benchmark.run.trainings import shuffled_captions
 from mmft_hf.cli import main
 from mmft_hf.commands import benchmark
@@ -107,11 +110,11 @@ from mmft_hf.cli import main
 
 fit = grid.fit
 
-def hang(name, shop, task):
-    if name == "gda":
+def hang(method, context, task):
+    if method.name == "gda":
         print("at gda", flush=True)
         time.sleep(600)
-    return fit(name, shop, task)
+    return fit(method, context, task)
 
 grid.fit = hang
 main(sys.argv[1:])
@@ -267,11 +270,11 @@ class Watched:
         return self._dataset[key]
 
 
-def a_workshop(clip_folder, tmp_path) -> Workshop:
+def a_context(clip_folder, tmp_path) -> Context:
     from mmft_hf import MMFTConfig
 
     config = MMFTConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=6, use_cpu=True, disable_tqdm=True)
-    return Workshop(str(clip_folder), None, config)
+    return Context(str(clip_folder), None, config)
 
 
 def some_splits(**more) -> SimpleNamespace:
@@ -309,7 +312,7 @@ def test_no_method_can_read_the_test_split_before_it_is_judged(clip_folder, tmp_
     shift = Watched(splits.train, touched)
     found = a_grid(every, splits, tmp_path, shifts={"shift": shift})
     assert touched == []
-    rows = found.run(a_workshop(clip_folder, tmp_path))
+    rows = found.run(a_context(clip_folder, tmp_path))
     assert [row["status"] for row in rows] == ["done"] * len(METHODS)
     assert sorted(name for name, _ in at_judgement) == sorted(cell.method for cell in every)
     assert all(seen == [] for _, seen in at_judgement)
@@ -353,7 +356,8 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
         return np.full((len(test_x), 3), np.nan)
 
     with monkeypatch.context() as patch:
-        patch.setitem(methods.FROZEN, "lp", methods.OnFeatures(not_numbers, texts=False, scaled=False))
+        broken = dataclasses.replace(METHODS["lp"], inference=on_features(not_numbers, texts=False))
+        patch.setitem(METHODS, "lp", broken)
         words = command(
             clip_folder, data_folder, tmp_path / "out", "--methods", "lp", "zs-cap", "--shots", 2, "--seeds", 0
         )
@@ -371,11 +375,12 @@ def test_methods_that_need_captions_fail_without_any(clip_folder, tmp_path, blan
     train = colour_dataset(8, captions=False)
     if blank is not None:
         train = train.add_column("captions", [blank] * len(train), feature=List(Value("string")))
-    shop = a_workshop(clip_folder, tmp_path)
-    rows = a_grid(cells(["zs-cap", "lp", "mmft"], [2], [0]), some_splits(train=train), tmp_path).run(shop)
+    context = a_context(clip_folder, tmp_path)
+    rows = a_grid(cells(["zs-cap", "lp", "mmft"], [2], [0]), some_splits(train=train), tmp_path).run(context)
     assert [row["status"] for row in rows] == ["failed", "done", "failed"]
     assert all("it needs captions" in row["error"] for row in rows[::2])
-    assert {"zs-cap", "mmft", "mmft+wise"} <= NEEDS_CAPTIONS and not {"flyp", "mmft-no-captions"} & NEEDS_CAPTIONS
+    needing = {name for name, method in METHODS.items() if method.needs_captions}
+    assert {"zs-cap", "mmft", "mmft+wise"} <= needing and not {"flyp", "mmft-no-captions"} & needing
 
 
 def test_shots_that_a_class_does_not_have():
@@ -410,9 +415,9 @@ def test_shuffled_captions_keep_images_and_labels():
 
 
 def test_permuted_labels_fall_to_chance(clip_folder, tmp_path):
-    shop = a_workshop(clip_folder, tmp_path)
+    context = a_context(clip_folder, tmp_path)
     train, test = colour_dataset(16), colour_dataset(40, 3)
-    x, t, labels = shop.features(train), shop.features(test), labels_of(test)
+    x, t, labels = context.features(train), context.features(test), labels_of(test)
     right = (linear.logistic_regression(x, labels_of(train), t).argmax(1) == labels).mean()
     shuffled = [np.random.default_rng(seed).permutation(labels_of(train)) for seed in range(8)]
     chance = np.mean([(linear.logistic_regression(x, y, t).argmax(1) == labels).mean() for y in shuffled])

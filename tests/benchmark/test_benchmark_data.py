@@ -13,9 +13,10 @@ from tiny_clip import COLOURS, colour_dataset
 
 from mmft_hf import MMFTConfig
 from mmft_hf.benchmark.report.figures import compared
-from mmft_hf.benchmark.run.describe import find_duplicates
-from mmft_hf.benchmark.run.maps import MAPS_FILE, cells_to_show, draw_map, keep_map
-from mmft_hf.benchmark.run.methods import Workshop, fit
+from mmft_hf.benchmark.run.context import Context
+from mmft_hf.benchmark.run.data_summary import find_duplicates
+from mmft_hf.benchmark.run.embedding_map import MAPS_FILE, cells_to_show, draw_map, keep_map
+from mmft_hf.benchmark.run.methods import METHODS, fit
 from mmft_hf.benchmark.run.protocol import Cell, SealedTest, Task
 from mmft_hf.benchmark.run.results import RESULTS_FILE, read_results
 from mmft_hf.cli import main
@@ -135,7 +136,7 @@ def with_bad_picture(data, row):
 def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):
     train, validation = colour_dataset(4), colour_dataset(3, 1)
     config = MMFTConfig(str(tmp_path), use_cpu=True, on_bad_image="skip")
-    shop = Workshop(str(clip_folder), None, config)
+    context = Context(str(clip_folder), None, config)
     found = []
     for parts in (
         (with_bad_picture(train, 5), with_bad_picture(validation, 7)),
@@ -143,7 +144,7 @@ def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):
     ):
         task = Task(*parts, train.features["label"].names, shots=4, seed=0, policy="val-k")
         for name in ("gda", "lp++", "zs"):
-            fitted = fit(name, shop, task)
+            fitted = fit(METHODS[name], context, task)
             found.append((fitted.classifier(colour_dataset(4, 2)), fitted.chosen, fitted.validation_accuracy))
     for one, other in zip(found[:3], found[3:], strict=True):
         np.testing.assert_allclose(one[0], other[0], atol=1e-4)  # other batches round otherwise

@@ -10,19 +10,21 @@ import torch
 from tiny_clip import colour_dataset
 
 from mmft_hf import MMFTConfig
-from mmft_hf.benchmark.run import methods, trainings
-from mmft_hf.benchmark.run.methods import FINE_TUNED, METHODS, Workshop, fine_tune, fit, training_of
+from mmft_hf.benchmark.run import trainings
+from mmft_hf.benchmark.run.context import Context, Trained
+from mmft_hf.benchmark.run.inference import FeatureHead
+from mmft_hf.benchmark.run.methods import METHODS, fit
 from mmft_hf.benchmark.run.protocol import Task
-from mmft_hf.benchmark.run.trainings import TRAININGS, Trained, interpolated, settings_for
+from mmft_hf.benchmark.run.trainings import interpolated, settings_for
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import TEMPLATES, check_template
 from mmft_hf.data.views import TrainingView
 
 
 @pytest.fixture
-def shop(clip_folder, tmp_path):
+def context(clip_folder, tmp_path):
     config = MMFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=6, use_cpu=True, learning_rate=1e-3)
-    return Workshop(str(clip_folder), None, config)
+    return Context(str(clip_folder), None, config)
 
 
 @pytest.fixture
@@ -35,11 +37,12 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone(shop, task):
-    before, trained = weights(shop.model), {}
-    assert set(TRAININGS) == {training for training, _ in FINE_TUNED.values()}
-    for name in TRAININGS:
-        found = shop.train(name, task, 1e-3)
+def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone(context, task):
+    before, trained = weights(context.model), {}
+    first = {method.training: name for name, method in reversed(METHODS.items()) if method.training}
+    assert len(first) == 21
+    for training, name in first.items():
+        found = context.train(training, task, 1e-3)
         assert found.steps == 2 and found.seconds > 0
         assert list(weights(found.model)) == list(before), name  # LoRA is merged, a head taken out again
         moved = {
@@ -53,7 +56,7 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
             towers = {"vision_model", "text_model"} - {name.replace("mmft-frozen-", "") + "_model"}
             assert towers == moved & {"vision_model", "text_model"} and found.head is None, name
         trained[name] = weights(found.model)["visual_projection.weight"]
-    assert all(torch.equal(value, before[key]) for key, value in weights(shop.model).items())
+    assert all(torch.equal(value, before[key]) for key, value in weights(context.model).items())
     # A row of the table that were another row's training under a new name would show here. The captions of these images are
     # alike within a class, so shuffling them there changes little, and LoRA leaves the projection as it is.
     different = [
@@ -65,43 +68,44 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
         assert not any(torch.equal(one, other) for other in different[:i])
 
 
-def test_methods_with_one_training_share_it_and_its_seconds(shop, task, monkeypatch):
+def test_methods_with_one_training_share_it_and_its_seconds(context, task):
     calls = []
 
-    def train(shop, task, learning_rate):
-        calls.append(learning_rate)
-        return dataclasses.replace(TRAININGS_OF_OLD(shop, task, learning_rate), seconds=100.0)
+    own = METHODS["mmft"].training
 
-    TRAININGS_OF_OLD = TRAININGS["mmft"]
-    monkeypatch.setitem(TRAININGS, "mmft", train)
-    names = [name for name in METHODS if training_of(name) == "mmft"]
-    assert {"mmft", "mmft+wise", "mmft-train-captions", "mmft-mixed"} <= set(names)
-    found = [fit(name, shop, task) for name in names]
+    def train(context, task, learning_rate):
+        calls.append(learning_rate)
+        return dataclasses.replace(own(context, task, learning_rate), seconds=100.0)
+
+    sharing = {
+        name: dataclasses.replace(method, training=train) for name, method in METHODS.items() if method.training is own
+    }
+    assert {"mmft", "mmft+wise", "mmft-train-captions", "mmft-mixed"} <= set(sharing)
+    found = [fit(method, context, task) for method in sharing.values()]
     assert calls == [1e-3] and all(one.seconds > 100 and one.steps == 2 and one.policy == "last" for one in found)
-    fit("mmft", shop, dataclasses.replace(task, seed=1))
+    fit(sharing["mmft"], context, dataclasses.replace(task, seed=1))
     assert len(calls) == 2
-    fit("mmft", shop, task)  # the last task alone is kept
+    fit(sharing["mmft"], context, task)  # the last task alone is kept
     assert len(calls) == 3
 
 
-def test_a_training_is_gone_when_the_next_begins(shop, task, monkeypatch):
-    model = weakref.ref(shop.train("mmft", task, 1e-3).model)
-    monkeypatch.setitem(TRAININGS, "ce", lambda *args: model())
+def test_a_training_is_gone_when_the_next_begins(context, task):
+    model = weakref.ref(context.train(METHODS["mmft"].training, task, 1e-3).model)
     gc.disable()  # what is collected by chance is collected late
     try:
-        assert shop.train("ce", task, 1e-3) is None
+        assert context.train(lambda *args: model(), task, 1e-3) is None
     finally:
         gc.enable()
 
 
-def test_what_validation_chose_for_a_head_makes_the_policy(shop, task):
-    found = fit("lp-ft", shop, task)  # with one learning rate
+def test_what_validation_chose_for_a_head_makes_the_policy(context, task):
+    found = fit(METHODS["lp-ft"], context, task)  # with one learning rate
     assert found.policy == "val-k" and found.chosen.keys() == {"C"}
-    assert fit("ce", shop, task).policy == "last"
+    assert fit(METHODS["ce"], context, task).policy == "last"
 
 
-def test_a_benchmark_on_its_way_to_another_w_leaves_those_alone_that_stay(shop, task, monkeypatch):
-    shop.config.supcon_weight_end = 0.7
+def test_a_benchmark_on_its_way_to_another_w_leaves_those_alone_that_stay(context, task, monkeypatch):
+    context.config.supcon_weight_end = 0.7
     seen = []
 
     def settings(*args, **more):
@@ -110,32 +114,29 @@ def test_a_benchmark_on_its_way_to_another_w_leaves_those_alone_that_stay(shop, 
 
     monkeypatch.setattr(trainings, "settings_for", settings)
     for name in ("mmft", "flyp", "mmft-w1"):
-        shop.train(name, task, 1e-3)
+        context.train(METHODS[name].training, task, 1e-3)
     assert [(c.supcon_weight, c.supcon_weight_end) for c in seen] == [(0.1, 0.7), (0.0, None), (1.0, None)]
 
 
-def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_folder, task, tmp_path, monkeypatch):
+def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_folder, task, tmp_path):
     config = MMFTConfig(str(tmp_path), max_steps=1, use_cpu=True)
-    shop = Workshop(str(clip_folder), None, config, learning_rates=(1e-5, 2e-5, 3e-5))
+    context = Context(str(clip_folder), None, config, learning_rates=(1e-5, 2e-5, 3e-5))
     right = {1e-5: 1, 2e-5: 7, 3e-5: 7}
     seen = []
 
-    def train(shop, task, learning_rate):
+    def train(context, task, learning_rate):
         seen.append(learning_rate)
-        return Trained(shop.model, task.train, int(learning_rate * 1e5), 1.0)
+        return Trained(context.model, task.train, int(learning_rate * 1e5), 1.0)
 
-    def classifier(steps):
-        def scores(dataset):
-            assert dataset is task.validation
-            answers = np.array(dataset["label"]) + (np.arange(len(dataset)) >= right[steps / 1e5])
+    def inference(context, task, trained):
+        def scores(features):
+            assert len(features) == len(task.validation)
+            answers = np.array(task.validation["label"]) + (np.arange(9) >= right[trained.steps / 1e5])
             return np.eye(3)[answers % 3]
 
-        return scores
+        return FeatureHead(scores)
 
-    monkeypatch.setitem(TRAININGS, "mmft", train)
-    monkeypatch.setattr(methods, "prototypes_for", lambda shop, task, trained, *more: trained.steps)
-    monkeypatch.setattr(shop, "by_prototypes", lambda model, steps: classifier(steps))
-    found = fine_tune(shop, task, "mmft", "own")
+    found = fit(dataclasses.replace(METHODS["mmft"], training=train, inference=inference), context, task)
     assert seen == [1e-5, 2e-5, 3e-5] and found.tried == 3
     assert found.chosen == {"learning_rate": 2e-5} and found.policy == "val-k" and found.steps == 2
     assert found.validation_accuracy == pytest.approx(7 / 9) and found.seconds >= 3
@@ -143,35 +144,35 @@ def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_fold
 
 def test_a_rate_that_diverges_is_out_of_the_choice(clip_folder, task, tmp_path):
     config = MMFTConfig(str(tmp_path), max_steps=2, use_cpu=True)
-    alone, both, wild = (Workshop(str(clip_folder), None, config, rates) for rates in ((1e-4,), (1e9, 1e-4), (1e9,)))
-    found, expected = (fine_tune(shop, task, "mmft", "own") for shop in (both, alone))
+    alone, both, wild = (Context(str(clip_folder), None, config, rates) for rates in ((1e-4,), (1e9, 1e-4), (1e9,)))
+    found, expected = (fit(METHODS["mmft"], context, task) for context in (both, alone))
     assert found.chosen == {"learning_rate": 1e-4, "failed_rates": "1e+09"} and found.tried == 2
     assert np.array_equal(found.classifier(task.validation), expected.classifier(task.validation))
     with pytest.raises(UserError, match="became"):
-        fine_tune(wild, task, "mmft", "own")
+        fit(METHODS["mmft"], wild, task)
 
 
 def test_few_images_get_the_least_steps_and_all_images_their_epochs(clip_folder, task, tmp_path):
     config = MMFTConfig(str(tmp_path), num_train_epochs=3, per_device_train_batch_size=6, use_cpu=True)
-    shop = Workshop(str(clip_folder), None, config, min_steps=7)
+    context = Context(str(clip_folder), None, config, min_steps=7)
 
     def steps(shots, least=7):
-        shop.min_steps = least
-        found = settings_for(shop, dataclasses.replace(task, shots=shots), 1e-3, str(tmp_path))
+        context.min_steps = least
+        found = settings_for(context, dataclasses.replace(task, shots=shots), 1e-3, str(tmp_path))
         assert found.save_only_model  # what is never resumed need not be written
         return found.max_steps, found.eval_strategy, found.load_best_model_at_end
 
     assert steps(4) == (7, "no", False)  # two batches, three epochs: six steps
     assert steps(4, least=6) == (-1, "no", False)
     assert steps("full") == (-1, "epoch", True)
-    shop.config.max_steps = 2
+    context.config.max_steps = 2
     assert steps(4)[0] == 2
-    assert shop.config.eval_strategy == "epoch"  # the workshop's own settings stay
+    assert context.config.eval_strategy == "epoch"  # the context's own settings stay
 
 
-def test_interpolated_weights_are_between_the_two(shop, task):
-    trained = shop.train("mmft", task, 1e-2)
-    model, end, start = interpolated(trained, shop.model, 0.25), weights(trained.model), weights(shop.model)
+def test_interpolated_weights_are_between_the_two(context, task):
+    trained = context.train(METHODS["mmft"].training, task, 1e-2)
+    model, end, start = interpolated(trained, context.model, 0.25).model, weights(trained.model), weights(context.model)
     for name, value in weights(model).items():
         expected = 0.75 * start[name] + 0.25 * end[name] if value.is_floating_point() else start[name]
         torch.testing.assert_close(value, expected)
@@ -179,9 +180,9 @@ def test_interpolated_weights_are_between_the_two(shop, task):
     assert torch.equal(weights(trained.model)["logit_scale"], end["logit_scale"])
 
 
-def test_inference_is_by_the_texts_that_its_name_says(shop, task):
+def test_inference_is_by_the_texts_that_its_name_says(context, task):
     names = ("mmft", "mmft-mixed", "mmft-train-captions", "mmft-no-captions", "mmft-test-captions", "flyp", "flyp-ens")
-    found = {name: fit(name, shop, task).prototypes for name in names}
+    found = {name: fit(METHODS[name], context, task).head for name in names}
     sources = {name: prototypes.source for name, prototypes in found.items()}
     assert sources == {
         "mmft": "captions",
@@ -221,18 +222,20 @@ def test_permuted_labels_leave_images_with_their_captions(task):
     assert other["label"][:] != found["label"][:]
 
 
-def test_what_was_tried_on_validation_is_counted(shop, task):
-    tried = {name: fit(name, shop, task).tried for name in ("zs", "lp", "gda", "lp++", "flyp")}
+def test_what_was_tried_on_validation_is_counted(context, task):
+    tried = {name: fit(METHODS[name], context, task).tried for name in ("zs", "lp", "gda", "lp++", "flyp")}
     assert tried == {"zs": 1, "lp": 96, "gda": 7, "lp++": 1, "flyp": 1}
 
 
-def test_a_linear_probe_of_permuted_labels_falls_to_chance(shop, task):
+def test_a_linear_probe_of_permuted_labels_falls_to_chance(context, task):
     task = dataclasses.replace(task, train=colour_dataset(16, seed=1))
     test = colour_dataset(40, seed=3)
     labels = np.array(test["label"])
 
     def accuracy(name, seed):
-        return (fit(name, shop, dataclasses.replace(task, seed=seed)).classifier(test).argmax(axis=1) == labels).mean()
+        return (
+            fit(METHODS[name], context, dataclasses.replace(task, seed=seed)).classifier(test).argmax(axis=1) == labels
+        ).mean()
 
     assert accuracy("lp", 0) > 0.9
     assert 0.2 < np.mean([accuracy("lp-permuted-labels", seed) for seed in range(8)]) < 0.47

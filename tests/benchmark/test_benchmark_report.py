@@ -21,7 +21,7 @@ from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare,
 from mmft_hf.benchmark.report.style import apart
 from mmft_hf.benchmark.report.verdict import intervals, shots_list, verdict
 from mmft_hf.benchmark.run.results import read_results
-from mmft_hf.benchmark.run.table import image_note, interval, summary_table
+from mmft_hf.benchmark.run.summary import image_note, interval, summary_table
 from mmft_hf.core.errors import UserError
 
 IDENTITY = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.markdown import one_line
 from ..run.results import RESULTS_FILE
-from ..run.table import FULL, shots_name
+from ..run.summary import FULL, shots_name
 from .page import folded, prose, safe, table, without_folder
 from .statistics import Findings
 

@@ -10,7 +10,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from ...core.markdown import one_line
-from ..run.table import interval, shots_name
+from ..run.summary import interval, shots_name
 from .methods import FAMILIES, base_of, family
 from .statistics import FEWEST_SEEDS, ClassGains, Difference, Findings, shown_classes
 from .style import COLOURS, DOWN, GREY, INK, MAIN, UP, WIDTH, apart, label_points, legible, save, styles

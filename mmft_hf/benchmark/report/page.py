@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core.markdown import one_line
-from ..run.table import fewer_seeds, interval, seeds_text, shots_name
+from ..run.summary import fewer_seeds, interval, seeds_text, shots_name
 from .methods import FAMILIES, about, family
 from .statistics import TEST, ClassGains, Difference, Findings, compare, confusions
 from .verdict import MARKS, intervals, signed

@@ -15,7 +15,7 @@ from ...core.errors import UserError
 from ...core.markdown import listed
 from ...version import __version__
 from ..run.results import RESULTS_FILE, read_results
-from ..run.table import image_note, in_order, shots_name
+from ..run.summary import image_note, in_order, shots_name
 from . import page as page
 from .data import data_parts, fewer_than_thought
 from .methods import family

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from ..run.results import RESULTS_FILE, differences
-from ..run.table import FEWEST_SEEDS, in_order, interval, latest
+from ..run.summary import FEWEST_SEEDS, in_order, interval, latest
 from .methods import FAMILIES, family
 
 DRAWS, SEED = 2000, 0

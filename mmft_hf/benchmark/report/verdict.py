@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ...core.markdown import listed, one_line
-from ..run.table import FEWEST_SEEDS, FULL, image_chance, shots_name
+from ..run.summary import FEWEST_SEEDS, FULL, image_chance, shots_name
 from .methods import base_of, reads_captions
 from .statistics import Difference, Findings, compare
 

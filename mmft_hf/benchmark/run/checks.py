@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from ...core.errors import UserError
 from ...data.splits import Splits, labels_of, text_columns
-from .methods import NEEDS_CAPTIONS
+from .methods import METHODS
 from .protocol import Cell, is_readable, make_task
-from .table import FULL, in_order, shots_name
+from .summary import FULL, in_order, shots_name
 
 MOST_NAMED = 8
 # How `load_splits` begins a note that is not true of methods which need captions.
@@ -28,7 +28,7 @@ def with_what_they_need(methods: Sequence[str], splits: Splits, dataset_name: st
     Raises:
         UserError: none is left.
     """
-    without = [name for name in dict.fromkeys(methods) if name in NEEDS_CAPTIONS]
+    without = [name for name in dict.fromkeys(methods) if METHODS[name].needs_captions]
     if not without or (splits.has_captions and splits.captions_per_image().any()):
         return list(methods), []
     texts = text_columns(splits.train)

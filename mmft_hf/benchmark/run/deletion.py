@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...core.errors import UserError
 from ..report.report import DRAWN, FIGURES, PAGE
-from .describe import DATA_FILE
-from .maps import MAPS_FILE
+from .data_summary import DATA_FILE
+from .embedding_map import MAPS_FILE
 from .processes import Claims, count_of_processes
 from .results import CLAIMS, RESULTS_FILE, SUBSETS, read_results
 

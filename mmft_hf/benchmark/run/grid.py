@@ -10,18 +10,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
 
 from ...core.errors import UserError
 from ...data.splits import Splits
-from .maps import cells_to_show, draw_map, keep_map
-from .methods import NEEDS_CAPTIONS, WITHOUT_TRAINING, Fitted, Workshop, fit, training_of
+from .context import Context
+from .embedding_map import cells_to_show, draw_map, keep_map
+from .methods import METHODS, Fitted, fit
 from .processes import Claims
 from .protocol import FULL, Cell, SealedTest, Shots, Task, make_task, write_rows
 from .results import CLAIMS, RESULTS_FILE, SUBSETS, Results, append_row, binding, check_identity, key_of
-from .table import shots_name
+from .summary import shots_name
 
 WAIT_SECONDS = 1.0  # between two looks at what others have done
 
@@ -29,7 +31,7 @@ WAIT_SECONDS = 1.0  # between two looks at what others have done
 def cells(methods: Iterable[str], shots: Iterable[Shots], seeds: Iterable[int]) -> list[Cell]:
     """The grid, each cell once, in the order of `shots`, `seeds` and `methods`. What needs no images is done once, at 0 shots."""
     methods, found = list(methods), []
-    free = [name for name in methods if name in WITHOUT_TRAINING]
+    free = [name for name in methods if not METHODS[name].needs_images]
     found += [Cell(name, 0, 0) for name in free]
     found += [Cell(name, n, seed) for n in shots for seed in seeds for name in methods if name not in free and n != 0]
     return list(dict.fromkeys(found))  # a seed may have been typed twice
@@ -94,30 +96,30 @@ class Grid:
         done = {key_of(row) for i, row in enumerate(rows) if row["status"] == "done" or i >= self._before}
         return [cell for cell in self.cells if (cell.method, cell.shots, cell.seed) not in done]
 
-    def run(self, shop: Workshop) -> list[dict]:
+    def run(self, context: Context) -> list[dict]:
         """Runs the cells that have no result yet, or waits for those that others are at; returns the rows of all cells.
 
         A cell that fails is kept as failed, and the others go on. What a process that died was at is taken over.
         """
         while left := self.open_cells():
-            if not any(self._run_group(shop, group) for group in _groups(left)):
+            if not any(self._run_group(context, group) for group in _groups(left)):
                 time.sleep(WAIT_SECONDS)
         return self.rows()
 
-    def _run_group(self, shop: Workshop, group: list[Cell]) -> bool:
+    def _run_group(self, context: Context, group: list[Cell]) -> bool:
         """Runs cells that share a training, if no other process is at them."""
         first = group[0]
-        with self.claims.take(f"{training_of(first.method)} {first.shots} shots seed {first.seed}") as mine:
+        with self.claims.take(f"{_shared(first)} {first.shots} shots seed {first.seed}") as mine:
             # Whoever had them a moment ago may have finished them.
             still_open = set(self.open_cells()) if mine else ()
             for cell in group:
                 if cell in still_open:
-                    self._run_cell(shop, cell)
+                    self._run_cell(context, cell)
         return mine
 
-    def _run_cell(self, shop: Workshop, cell: Cell) -> None:
+    def _run_cell(self, context: Context, cell: Cell) -> None:
         task = self._task_of(cell)
-        found, fitted = run_cell(cell, shop, task, self.sealed)
+        found, fitted = run_cell(cell, context, task, self.sealed)
         row = {
             "method": cell.method,
             "shots": cell.shots,
@@ -134,12 +136,13 @@ class Grid:
             result = f"failed: {row['error']}"
         count = f"{len(self.cells) - len(self.open_cells())}/{len(self.cells)}"
         self.say(f"{count:>9}  {cell.method:<22} {shots_name(cell.shots):>10}  seed {cell.seed}  {result}")
-        if cell in self._shown and fitted is not None and fitted.embed is not None and fitted.prototypes is not None:
-            self._draw(cell, fitted)
+        if cell in self._shown and fitted is not None:
+            self._draw(cell, context, fitted)
 
-    def _draw(self, cell: Cell, fitted: Fitted) -> None:
+    def _draw(self, cell: Cell, context: Context, fitted: Fitted) -> None:
         try:
-            drawn = draw_map(fitted.embed, fitted.prototypes.embeddings.cpu().numpy(), self.splits.validation)
+            embed, prototypes = partial(context.embeddings, fitted.model), fitted.head.embeddings.cpu().numpy()
+            drawn = draw_map(embed, prototypes, self.splits.validation)
         except Exception as error:  # a picture of a cell costs no result
             self.say(f"{'':>9}  no map of {cell}: {str(error) or type(error).__name__}")
             return
@@ -161,18 +164,27 @@ def _groups(grid: Iterable[Cell]) -> list[list[Cell]]:
     """Cells that share a training, in the order of their first ones."""
     found: dict[tuple, list[Cell]] = {}
     for cell in grid:
-        found.setdefault((training_of(cell.method), cell.shots, cell.seed), []).append(cell)
+        found.setdefault((_shared(cell), cell.shots, cell.seed), []).append(cell)
     return list(found.values())
 
 
-def run_cell(cell: Cell, shop: Workshop, task: Task, sealed: SealedTest) -> tuple[dict, Fitted | None]:
+def _shared(cell: Cell) -> str:
+    """A name for what a cell shares with other methods: the first method with its training, or itself without one."""
+    method = METHODS[cell.method]
+    if method.training is None:
+        return method.name
+    return next(other.name for other in METHODS.values() if other.training is method.training)
+
+
+def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> tuple[dict, Fitted | None]:
     """Fits a method, and only then has it judged on the test split and its shifts."""
+    method = METHODS[cell.method]
     try:
-        if cell.method in NEEDS_CAPTIONS and not task.has_captions:
+        if method.needs_captions and not task.has_captions:
             raise UserError(
                 "it needs captions, and the training images have none. Run mmft-hf caption, or leave it out"
             )
-        fitted = fit(cell.method, shop, task)
+        fitted = fit(method, context, task)
         judged = sealed.judge(cell, fitted.classifier)
     except Exception as error:  # one cell must not end the others, whatever happens in it
         if not isinstance(error, (UserError, ValueError)):

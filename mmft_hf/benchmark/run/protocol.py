@@ -19,8 +19,8 @@ from ...data.images import BadImage, read_image
 from ...data.sampling import IGNORED, few_shot_split
 from ...data.splits import Splits, captions_of, labels_of
 from ...predict.metrics import report
+from .results import FULL
 
-FULL = "full"
 # CoOp's rule: a few-shot learner has no more than four validation images of each class.
 MOST_VALIDATION_SHOTS = 4
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ...core.errors import UserError
 
 RESULTS_FILE = "results.jsonl"
+FULL = "full"  # in place of a number of shots: all training images
 CLAIMS, SUBSETS = "claims", "subsets"  # folders beside it: locks, and which images each task had
 
 
@@ -53,7 +54,7 @@ class Results:
 
 def _check_row(row: dict) -> None:
     """Raises an error unless a row says which cell it is of: what it says stands in tables and file names."""
-    number = type(row["shots"]) is int or row["shots"] == "full"
+    number = type(row["shots"]) is int or row["shots"] == FULL
     named = isinstance(row["method"], str) and isinstance(row["identity"], dict)
     if not (number and named and type(row["seed"]) is int and row["status"] in ("done", "failed")):
         raise TypeError("method, shots, seed, status or identity of another type")

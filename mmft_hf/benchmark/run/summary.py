@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 from scipy.stats import t
 
-FULL = "full"
+from .results import FULL
+
 FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that nothing is outside of
 
 

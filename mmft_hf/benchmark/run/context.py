@@ -1,0 +1,130 @@
+"""What all cells of a benchmark share: the untuned model and its features, the settings of fine-tuning, the last training.
+
+Shapes: `n` images of a data set, `C` classes, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ...data.sampling import IGNORED
+from ...data.splits import labels_of
+from ...data.texts import TEMPLATES
+from ...model.features import image_features
+from ...model.loading import load_model, logit_scale
+from ...model.memory import give_memory_back
+from ...predict.evaluation import classify
+from ...predict.heads import ClassPrototypes, LinearHead
+from ...predict.heads.prototypes import image_embeddings
+from ...train.config import MMFTConfig
+from .protocol import Classifier, Task, readable_rows
+
+
+@dataclass
+class Trained:
+    """The result of a training. Without one: the untuned model and the task's images.
+
+    Args:
+        model: with LoRA merged into its weights.
+        texts: the training images with the texts that the model was trained on.
+        steps: optimiser steps; None without training.
+        seconds: wall-clock time of the training.
+        head: the classification head trained with the model, and `first_head`, the head it started from; None where images
+            were compared with texts.
+        chosen: what validation chose on the way, by name.
+    """
+
+    model: PreTrainedModel
+    texts: Dataset
+    steps: int | None = None
+    seconds: float = 0.0
+    head: LinearHead | None = None
+    first_head: LinearHead | None = None
+    chosen: dict = field(default_factory=dict)
+
+
+class Context:
+    """The untuned model and the settings that every method gets.
+
+    Args:
+        model_name, revision: the untuned model.
+        config: settings of all fine-tuning methods.
+        learning_rates: each training runs once with each of them, and validation chooses. Default: the config's one.
+        min_steps: trainings on few images take at least this many steps.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None,
+        config: MMFTConfig,
+        learning_rates: Sequence[float] | None = None,
+        min_steps: int = 0,
+    ):
+        self.config, self.learning_rates = config, tuple(learning_rates or [config.learning_rate])
+        self.min_steps = min_steps
+        self.model, self.processor = load_model(model_name, revision)
+        self.model.to(config.device)
+        self.scale = logit_scale(self.model).item()
+        self._trained: dict[tuple, Trained] = {}
+
+    def train(self, training: Callable, task: Task, learning_rate: float) -> Trained:
+        """Runs a training, or returns the previous one if it is the same.
+
+        The models of the last training and task are kept, one for each learning rate, for the next method that shares them.
+        """
+        group = (training, task.shots, task.seed)
+        key = (*group, learning_rate)
+        if key not in self._trained:
+            self._trained = {k: v for k, v in self._trained.items() if k[:3] == group}
+            give_memory_back()
+            self._trained[key] = training(self, task, learning_rate)
+        return self._trained[key]
+
+    def features(self, dataset: Dataset) -> np.ndarray:
+        """Image embeddings `(n, D)` of the untuned model, float64: encoded once, then read from the cache."""
+        return self._encoded(dataset)[0].double().numpy()
+
+    def examples(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """`features` and labels of the readable images."""
+        embeds, labels = self._encoded(dataset)
+        return embeds[labels != IGNORED].double().numpy(), labels[labels != IGNORED].numpy()
+
+    def _encoded(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        return image_features(self.model, self.processor, dataset, *self._batches)
+
+    @property
+    def _batches(self) -> tuple[int, str]:
+        return self.config.per_device_eval_batch_size, self.config.on_bad_image
+
+    def embeddings(self, model: PreTrainedModel, dataset: Dataset) -> np.ndarray:
+        """Unit-norm image embeddings `(n, D)` of a tuned or the untuned model, float64."""
+        if model is self.model:
+            return self.features(dataset)
+        found = image_embeddings(model, self.processor, dataset, *self._batches)
+        return torch.cat([embeds.cpu() for embeds, _ in found]).double().numpy()
+
+    def classifier(self, model: PreTrainedModel, head) -> Classifier:
+        """Scores `(n, C)` of a head on the image embeddings of a tuned or the untuned model."""
+
+        def scores(dataset: Dataset) -> np.ndarray:
+            if model is self.model:
+                return head.logits(torch.from_numpy(self.features(dataset))).numpy()
+            return classify(model, self.processor, head, dataset, *self._batches, progress=False).scores
+
+        return scores
+
+    def accuracy(self, classifier: Classifier, dataset: Dataset) -> float:
+        """Share of the images that are classified correctly; unreadable ones are left out with `on_bad_image="skip"`."""
+        right = classifier(dataset).argmax(axis=1) == labels_of(dataset)
+        return float(right[readable_rows(dataset)].mean() if self.config.on_bad_image == "skip" else right.mean())
+
+    def zero_shot_prototypes(self, class_names: list[str]) -> ClassPrototypes:
+        """Class embeddings of the untuned model, averaged over the 80 templates."""
+        return ClassPrototypes.from_templates(self.model, self.processor, class_names, TEMPLATES)
