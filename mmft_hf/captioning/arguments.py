@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.arguments import setting
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
-from .ask.captioner import Captioner
+from .ask.captioner import BACKENDS, WITHOUT_MODEL, Captioner
 from .ask.pictures import PicturePolicy
 from .types import Sampling
+
+# Settings that must be above 0, or at least 0.
+POSITIVE = ("concurrency", "max_tokens", "requests_per_minute", "tokens_per_minute", "captioner_batch_size")
+NOT_NEGATIVE = ("temperature", "max_reasks", "max_cost_usd")
 
 
 @dataclass
 class CaptionArguments:
-    """Who writes the captions, from which prompts, how fast, for how much, and where they go."""
+    """Who writes the captions, from which prompts, how fast, at what cost, and where they go."""
 
     GROUPS: ClassVar = {
         "captioner": "captioner captioner_model captioner_revision captioner_tag base_url api_key_env allow_http "
@@ -27,147 +32,112 @@ class CaptionArguments:
         "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
     }
 
-    output_dir: str = field(
-        default="outputs/captioned",
-        metadata={"help": "Folder of the captioned data set and its journal. The same command continues."},
+    output_dir: str = setting(
+        "outputs/captioned",
+        "Folder of the captioned data set and its journal. The same command continues an interrupted run.",
     )
-    captioner: str = field(
-        default="columns",
-        metadata={
-            "help": "transformers: a model in this process; openai: any server that speaks its protocol (vLLM, transformers "
-            "serve, a router, OpenAI); gemini; anthropic; columns: texts that the data set already has (--text_columns); "
-            "template: class templates.",
-            "choices": ("transformers", "openai", "gemini", "anthropic", "columns", "template"),
-        },
+    captioner: str = setting(
+        "columns",
+        "transformers: a model in this process; openai: any server that speaks its protocol (vLLM, transformers serve, a "
+        "router, OpenAI); gemini; anthropic; columns: texts that the data set already has (--text_columns); template: class "
+        "templates.",
+        choices=(*BACKENDS, *WITHOUT_MODEL),
     )
-    captioner_model: str | None = field(
-        default=None, metadata={"help": "Model of the captioner: its name at the server, Hub id or folder."}
+    captioner_model: str | None = setting(None, "Captioning model: its name at the server, Hub id or folder.")
+    captioner_revision: str | None = setting(None, "Revision of a Hub model.")
+    captioner_tag: str | None = setting(
+        None, "Distinguishes servers that serve different weights under the same model name."
     )
-    captioner_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub model."})
-    captioner_tag: str | None = field(
-        default=None, metadata={"help": "Tells servers apart that serve different weights under one name."}
+    base_url: str | None = setting(
+        None, "Address of the server, e.g. http://localhost:8000/v1. Default: the provider's."
     )
-    base_url: str | None = field(
-        default=None,
-        metadata={"help": "Address of the server, e.g. http://localhost:8000/v1. Default: the provider's."},
+    api_key_env: str | None = setting(
+        None, "NAME of the environment variable that holds the key, never the key itself."
     )
-    api_key_env: str | None = field(
-        default=None, metadata={"help": "NAME of the environment variable that holds the key, never the key itself."}
+    allow_http: bool = setting(False, "Send the key to another machine even over plain http.")
+    text_columns: list[str] | None = setting(
+        None, "Columns that hold the texts. Default: the only column with lists of texts."
     )
-    allow_http: bool = field(
-        default=False, metadata={"help": "Send the key over plain http to another machine all the same."}
+    class_template: str = setting(
+        DEFAULT_TEMPLATE,
+        "Template for --captioner template; also put before every caption when its tokens are counted.",
     )
-    text_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns that hold the texts. Default: the only column of lists of texts."}
+    aspects: list[str] = setting(
+        ["visual", "shape", "texture"],
+        "What to describe, one caption each: visual shape texture context spatial petals color symbols, or your own.",
     )
-    class_template: str = field(
-        default=DEFAULT_TEMPLATE,
-        metadata={"help": "Template of --captioner template, and before every caption when tokens are counted."},
+    domain: str = setting(
+        "general objects",
+        "What the pictures show, e.g. pets or satellite. The name of a benchmark stands for its domain.",
     )
-    aspects: list[str] = field(
-        default_factory=lambda: ["visual", "shape", "texture"],
-        metadata={
-            "help": "What to describe, a caption each: visual shape texture context spatial petals color symbols, or others."
-        },
+    words: int = setting(50, "Number of words that a caption should have.")
+    prompt_template: str = setting(
+        PROMPT, "Prompt in which {class_name}, {domain}, {aspect} and {words} are filled in."
     )
-    domain: str = field(
-        default="general objects",
-        metadata={
-            "help": "What the pictures are of, e.g. pets, satellite; the name of a benchmark stands for its word."
-        },
+    own_prompts: str | None = setting(None, "Prompts for single aspects: a mapping in YAML, JSON on the command line.")
+    keep_class_names: bool = setting(False, "Use class names as they are, neither cleaned nor in lower case.")
+    aspects_per_call: str = setting(
+        "one",
+        "all: one call for all aspects, answered as JSON, which is cheaper if each call is billed for its picture; one: a "
+        "call for each aspect.",
+        choices=("one", "all"),
     )
-    words: int = field(default=50, metadata={"help": "Words that a caption should have."})
-    prompt_template: str = field(
-        default=PROMPT, metadata={"help": "The prompt; {class_name}, {domain}, {aspect} and {words} are filled in."}
+    samples: int = setting(1, "Number of captions per aspect.")
+    temperature: float = setting(0.2, "Sampling temperature; 0 always takes the most likely token.")
+    max_tokens: int = setting(
+        200, "Token limit of a caption, in the captioner's tokens. Models that think first need thousands."
     )
-    own_prompts: str | None = field(
-        default=None, metadata={"help": "Prompts of single aspects: in YAML a mapping, else JSON."}
+    request_options: str | None = setting(
+        None, "Further fields of a request, as JSON (a mapping in YAML); null removes a field."
     )
-    keep_class_names: bool = field(
-        default=False, metadata={"help": "Class names as they are: not cleaned, not in lower case."}
+    max_side: int = setting(512, "Longer side in pixels of the pictures that are sent.")
+    captioner_batch_size: int = setting(8, "Batch size in pictures of --captioner transformers.")
+    concurrency: int = setting(16, "Maximum number of calls in flight.")
+    requests_per_minute: float | None = setting(None, "Maximum number of calls per minute.")
+    tokens_per_minute: float | None = setting(
+        None, "Maximum number of tokens per minute, prompts and answers together."
     )
-    aspects_per_call: str = field(
-        default="one",
-        metadata={
-            "help": "all: one call for all aspects, answered as JSON, which is cheaper where each call is billed for its "
-            "picture; one: a call for each.",
-            "choices": ("one", "all"),
-        },
+    timeout: float = setting(120.0, "Timeout of a call in seconds.")
+    max_reasks: int = setting(1, "How often a caption is asked for again after a check turned it down.")
+    on_check: list[str] | None = setting(
+        None,
+        "What to do when a check fires: CHECK=keep, reask or reject, and for some checks trim or prefix, e.g. "
+        "label_missing=reask.",
     )
-    samples: int = field(default=1, metadata={"help": "Captions per aspect."})
-    temperature: float = field(default=0.2, metadata={"help": "Of the sampling; 0: the likeliest text."})
-    max_tokens: int = field(
-        default=200, metadata={"help": "Budget of a caption in the captioner's tokens. Thinking models need thousands."}
+    max_cost_usd: float | None = setting(None, "Maximum cost of all runs in this folder together, in US dollars.")
+    prices: str | None = setting(None, "YAML file of prices per million tokens, which override the built-in table.")
+    dry_run: bool = setting(False, "Show the plan, some prompts, calls and cost; ask nobody and write nothing.")
+    split: list[str] | None = setting(None, "Splits to caption. Default: the training split.")
+    classes: list[str] | None = setting(None, "Caption only these classes.")
+    key_rule: str | None = setting(
+        None,
+        "How the keys of imported JSON files name images: file_name, class/file_name, class_file_name or index.",
     )
-    request_options: str | None = field(
-        default=None,
-        metadata={"help": "More fields of a request, as JSON (in YAML a mapping); null takes a field away."},
+    model_name_or_path: str = setting(
+        "builtin/tiny-clip",
+        "Model that will be trained: its tokenizer counts the tokens of captions, which are checked against its limit.",
     )
-    max_side: int = field(default=512, metadata={"help": "Longer side in pixels of the pictures that are sent."})
-    captioner_batch_size: int = field(default=8, metadata={"help": "Pictures at a time, for --captioner transformers."})
-    concurrency: int = field(default=16, metadata={"help": "Calls in flight at most."})
-    requests_per_minute: float | None = field(default=None, metadata={"help": "Calls per minute at most."})
-    tokens_per_minute: float | None = field(
-        default=None, metadata={"help": "Tokens per minute at most, of prompts and answers together."}
-    )
-    timeout: float = field(default=120.0, metadata={"help": "Seconds that a call may take."})
-    max_reasks: int = field(default=1, metadata={"help": "Further tries of a caption that a check turned down."})
-    on_check: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What to do where a check fires: CHECK=keep, reask or reject, and trim or prefix for some, e.g. "
-            "label_missing=reask."
-        },
-    )
-    max_cost_usd: float | None = field(
-        default=None, metadata={"help": "Dollars that all runs in this folder may cost together."}
-    )
-    prices: str | None = field(
-        default=None, metadata={"help": "YAML file of prices per million tokens, which win over the built-in table."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Show the plan, some prompts, calls and cost; ask nobody, write nothing."}
-    )
-    split: list[str] | None = field(default=None, metadata={"help": "Splits to caption. Default: the training split."})
-    classes: list[str] | None = field(default=None, metadata={"help": "Caption these classes alone."})
-    key_rule: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the keys of imported JSON files name images: file_name, class/file_name, class_file_name, index."
-        },
-    )
-    model_name_or_path: str = field(
-        default="builtin/tiny-clip",
-        metadata={"help": "Model that will be trained: its tokenizer counts tokens, its limit is checked."},
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace another data set in output_dir. A journal there stays."}
-    )
+    overwrite_output_dir: bool = setting(False, "Replace another data set in output_dir. A journal there is kept.")
 
     def to_captioner(self, text_columns: list[str] | None = None) -> Captioner:
         """The captioner of these settings.
 
         Args:
-            text_columns: for `columns`, where the settings name none.
+            text_columns: for `columns`, if the settings name none.
 
         Raises:
-            UserError: a setting that is not what it should be.
+            UserError: a setting out of its range or not in its form.
         """
-        own = _mapping("own_prompts", self.own_prompts)
+        own, options = _mapping("own_prompts", self.own_prompts), _mapping("request_options", self.request_options)
         prompts = PromptSet(
             tuple(self.aspects), self.domain, self.words, self.prompt_template, own, not self.keep_class_names
         )
-        options = _mapping("request_options", self.request_options)
         if self.max_side < 16:
             raise UserError(f"--max_side: expected 16 pixels or more, found {self.max_side}.")
-        for name in ("concurrency", "max_tokens", "requests_per_minute", "tokens_per_minute", "captioner_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name}: expected more than 0, found {value:g}.")
-        for name in ("temperature", "max_reasks", "max_cost_usd"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"--{name}: expected 0 or more, found {value:g}.")
+        for name in (*POSITIVE, *NOT_NEGATIVE):
+            value, strict = getattr(self, name), name in POSITIVE
+            if value is not None and (value < 0 or (strict and value == 0)):
+                raise UserError(f"--{name}: expected {'more than 0' if strict else '0 or more'}, found {value:g}.")
         return Captioner(
             backend=self.captioner,
             model=self.captioner_model,
@@ -192,9 +162,8 @@ def _mapping(name: str, text: str | None) -> dict:
     try:
         value = json.loads(text) if text else {}
     except ValueError as error:
-        raise UserError(
-            f'--{name}: expected JSON, such as \'{{"key": "value"}}\', found {text!r} ({error}).'
-        ) from error
+        example = '\'{"key": "value"}\''
+        raise UserError(f"--{name}: expected JSON, such as {example}, found {text!r} ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"--{name}: expected names with values, found {text!r}.")
     return value

@@ -10,6 +10,18 @@ from .errors import UserError
 TOWER_MODES = ("full", "lora", "frozen")
 
 
+def setting(default, help: str, **metadata):
+    """A field of a dataclass of settings.
+
+    Args:
+        default: a list is copied for each object.
+        help: what `--help` prints.
+        metadata: further arguments of `argparse.ArgumentParser.add_argument`, e.g. `choices`.
+    """
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**value, metadata={"help": help, **metadata})
+
+
 def choice(name: str, value: str, known) -> None:
     """Raises `UserError` unless `value` is one of `known`."""
     if value not in known:
