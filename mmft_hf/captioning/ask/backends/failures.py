@@ -8,12 +8,9 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...types import CallError, Fatal, Transient, Unanswerable
-
-if TYPE_CHECKING:
-    from .transport import Transport
 
 MAX_MESSAGE = 300
 
@@ -59,11 +56,11 @@ def redact(text: str, *secrets: str | None) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-def failure(server: Transport, status: int, headers: Mapping[str, str], text: str) -> CallError:
+def failure(server, status: int, headers: Mapping[str, str], text: str) -> CallError:
     """Returns (does not raise) what an unsuccessful answer means.
 
     Args:
-        server: whose host, key variable and advice the message names.
+        server: the `Transport`, whose host, key variable and advice the message names.
         status: HTTP status, or the code in the body of an answer that reports an error.
         headers: of the answer, case-insensitive.
         text: body of the answer.
