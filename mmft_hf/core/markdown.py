@@ -45,8 +45,8 @@ def fenced(text: object, language: str = "text") -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    *first, last = names
+    """`a`, `a and b`, `a, b and c`; empty for no names."""
+    *first, last = [*names] or [""]
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -1,19 +1,23 @@
-"""HTML pages from jinja2 templates. Every value is escaped, so that nothing in data, models or answers becomes markup."""
+"""HTML pages and Markdown cards from jinja2 templates.
+
+Every value is escaped, so that nothing in data, models or answers becomes markup.
+"""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .console import percent, printable_text
-from .markdown import one_line
+from .markdown import code, fenced, md, one_line
 
 
 def render_page(template: Path, **values: object) -> str:
-    """Renders a template; `{% include %}` and `{% import %}` find their files in its folder.
+    """Renders an HTML template; `{% include %}` and `{% import %}` find their files in its folder.
 
     A value that is None prints nothing, and control characters are removed. Filters of ours: `one_line(limit=120)`,
     `thousands` (`1,234`), `percent` (a share as `31.5 %`) and `base64` (of bytes).
@@ -21,20 +25,34 @@ def render_page(template: Path, **values: object) -> str:
     Raises:
         jinja2.UndefinedError: the template uses a name that `values` lacks.
     """
+    base64_of = {"base64": lambda data: base64.b64encode(data).decode()}
+    return _render(template, _printable, base64_of, values)
+
+
+def render_card(template: Path, **values: object) -> str:
+    """Renders a Markdown template. Values become text on one line (`markdown.md`) unless they are `Markup`.
+
+    A value that is None prints nothing. Filters of ours: `one_line`, `thousands` and `percent` as in `render_page`, and
+    `code` and `fenced` of `core.markdown`.
+
+    Raises:
+        jinja2.UndefinedError: the template uses a name that `values` lacks.
+    """
+    filters = {"code": lambda text: Markup(code(text)), "fenced": lambda text: Markup(fenced(text))}
+    return _render(template, _markdown, filters, values)
+
+
+def _render(template: Path, finalize: Callable, filters: dict, values: dict) -> str:
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_printable,
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "one_line": one_line,
-        "thousands": "{:,}".format,
-        "percent": percent,
-        "base64": lambda data: base64.b64encode(data).decode(),
-    }
+    environment.filters |= {"one_line": one_line, "thousands": "{:,}".format, "percent": percent, **filters}
     return environment.get_template(template.name).render(values)
 
 
@@ -44,3 +62,9 @@ def _printable(value: object) -> object:
     if isinstance(value, str) and not isinstance(value, Markup):
         return "\n".join(map(printable_text, value.split("\n")))
     return value
+
+
+def _markdown(value: object) -> Markup:
+    if isinstance(value, Markup):
+        return value
+    return Markup("" if value is None else md(value))

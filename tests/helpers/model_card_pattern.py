@@ -45,23 +45,23 @@ model-index:
 ---
 # base fine-tuned on pictures
 
-An image classifier for 3 classes: red thing, green thing and blue thing\. It is base, a CLIP model \(one that embeds images and texts in the same space\), fine-tuned on images, their labels and captions of pictures\. The method is \[MMFT\]\(https://arxiv\.org/abs/2601\.21426\), multimodal fine-tuning with synthetic captions\.
+An image classifier for 3 classes: red thing, green thing and blue thing\. It is base, a CLIP model \(one that embeds images and texts in the same space\), fine-tuned on images, labels and captions of pictures\. The method is \[MMFT\]\(https://arxiv\.org/abs/2601\.21426\), multimodal fine-tuning with synthetic captions\.
 
 ## Result
 
-\| on 18 test images \| accuracy \| 95 % interval \|
+\| 18 test images \| accuracy \| 95 % interval \|
 \| --- \| --- \| --- \|
 \| before: the untuned model, zero-shot, with `a photo of a \{{\}}\.` \| {PERCENT} \| {SPAN} % \|
 \| \*\*after fine-tuning\*\* \| \*\*{PERCENT}\*\* \| {SPAN} % \|
-\| after, mean over the classes \| {PERCENT} \|  \|
+\| after fine-tuning, mean over the classes \| {PERCENT} \|  \|
 
-Fine-tuning gained {NUMBER} points\. The two intervals do not overlap: it is more than chance in the choice of test images\.
+Fine-tuning gained {NUMBER} points\. The two intervals do not overlap: the gain is larger than the choice of test images explains\.
 
-What was kept \(selection policy `val-full`\): epoch \d+ of 10, the best on validation; epoch 0 is the untuned model\. On the 12 validation images it has {PERCENT}, the untuned model zero-shot {PERCENT}\. The test images were read once, after that\.
+What was kept \(selection policy `val-full`\): epoch \d+ of 10, the best on validation; epoch 0 is the untuned model\. Its accuracy on the 12 validation images is {PERCENT}; the untuned model has {PERCENT} zero-shot\. The test images were read once, after the selection\.
 
 !\[Test images with the model's answers\]\(predictions_test\.png\)
 
-Some test images, spread evenly over the split\. Green: right\. Red: wrong, with the true class below\.
+Some test images, spread evenly over the split\. Green: correct\. Red: wrong, with the true class below\.
 
 ## Use
 
@@ -83,7 +83,7 @@ Embeddings of images and texts, with `sentence-transformers` 6\.2 or later:
 
 {PYTHON}
 
-## Where it errs
+## Errors
 
 !\[Which classes are taken for which\]\(confusion\.png\)
 
@@ -102,14 +102,14 @@ Images and labels: pictures, with captions in `captioned`\.
 \| split \| images \|  \|
 \| --- \| --- \| --- \|
 \| training \| 24 \| 8 of each class \|
-\| validation \| 12 \| chose what was kept \|
+\| validation \| 12 \| selected what was kept \|
 \| test \| 18 \| read once, for the result above \|
 
-Fingerprint `[0-9a-f]{{16}}`: of class names, labels, image files and captions\. `mmft-hf finetune` finds the same one in the same data\.
+Fingerprint `[0-9a-f]{{16}}` of class names, labels, image files and captions: `mmft-hf finetune` computes the same one from the same data\.
 
 ### Captions
 
-23 of 24 training images have captions, 45 in all\. The others were trained with the class template alone\. They are written by `tiny/vlm` \(44\); texts that the data set already had, which no model wrote \(1\)\.
+23 of 24 training images have captions, 45 in total\. The others were trained with the class template alone\. They are texts written by `tiny/vlm` \(44\); texts that the dataset already had, which no model wrote \(1\)\.
 
 Aspects: `visual` and `shape`\.
 
@@ -129,11 +129,11 @@ shape
 
 ### Training
 
-Both towers were trained whole, in batches of 8 images\. The loss, 0\.1 x SupCon \+ 0\.9 x CLIP, draws an image towards its own text and towards the texts of its class\. Seed \d+\.
+Both towers were trained in full, in batches of 8 images\. The loss, 0\.1 x SupCon \+ 0\.9 x CLIP, draws an image towards its own text and towards the texts of its class\. Seed \d+\.
 
 !\[Training loss and validation accuracy by epoch\]\(curves\.png\)
 
-Epoch 0 is the untuned model, compared with prototypes made as in the other epochs\. The dashed line is the untuned model, zero-shot\.
+Epoch 0 is the untuned model, with prototypes computed as in the other epochs\. The dashed line is the untuned model, zero-shot\.
 
 Settings that differ from the defaults:
 
@@ -147,16 +147,16 @@ Made with python [\w.+]+, mmft\\_hf [\w.+]+, torch [\w.+]+, transformers [\w.+]+
 
 ## Limits
 
-- It knows 3 classes and answers with one of them for any picture, also for one that shows none of them\. Scores are no probabilities of being right: nobody has checked how well they are calibrated\.
-- The test images are the test split of pictures: they come from where the training images come from\. On pictures from elsewhere \(other cameras, styles, places\) the accuracy may be quite another\.
-- The 95 % interval is for the choice of test images, as if each had been drawn by itself; several pictures of one thing make it too narrow\. It leaves out the luck of training: another seed gives somewhat different figures\.
-- A wrong label in the test split counts as an error of the model, and one in the training split was learnt\.
+- It knows 3 classes and answers with one of them for any image, even one that shows none of them\. Scores are not probabilities of being right: their calibration was not checked\.
+- The test images are the test split of pictures: they come from the same source as the training images\. On images from elsewhere \(other cameras, styles, places\) the accuracy may be very different\.
+- The 95 % interval covers the choice of test images, as if each had been drawn independently; several pictures of the same thing make it too narrow\. It does not cover the randomness of training: another seed gives slightly different figures\.
+- A wrong label in the test split counts as an error of the model\. A wrong label in the training split was learned\.
 - Every class has fewer than 30 test images \(the fewest: 6\)\. The accuracy of such a class is a rough figure, and the order of the table above is partly chance\.
-- The captions were written by a model that was told the label, so a wrong label went into them\. No person has read them all, and they contain errors\.
-- What holds for the base model, base, holds for this one: its biases were not examined\.
+- The captions were written by a model that was told the label, so a wrong label is in its captions too\. Nobody has read all of them, and they contain errors\.
+- The limits of the base model, base, apply here too: its biases were not examined\.
 
 ## Licence
 
-`mit`, taken over from the base model\. For the images and texts that it learnt from, the card of captioned states `cc-by-4\.0`\.
+`mit`, the licence of the base model\. For the images and texts it learned from, the card of captioned states `cc-by-4\.0`\.
 \Z"""
 )

@@ -1,7 +1,7 @@
-"""The model card: what was measured, on what, and how to use it. No sentence of it is a placeholder.
+"""The model card: what was measured, on which data, and how to use the model. It contains no placeholders.
 
-It is a function of the files that a finished run leaves (`mmft.json`, `all_results.json`, `predictions_test.parquet`), so it
-can be written again for the repository that they are published in.
+The card is a function of the files of a finished run (`mmft.json`, `all_results.json`, `predictions_test.parquet`), so it
+can be rendered again for the repository in which they are published.
 """
 
 from __future__ import annotations
@@ -10,34 +10,38 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 
-from ...core.console import percent
+from markupsafe import Markup
+
 from ...core.files import (
+    ADAPTER_FOLDER,
     CARD_FILE,
-    CONFUSION_FILE,
-    CURVES_FILE,
     PREDICTIONS_FILE,
     PROTOTYPES_FILE,
     RESULTS_FILE,
     RUN_FILE,
     SHEET_FILE,
 )
-from ...core.markdown import code, front_matter, listed, md, read_front_matter, table
+from ...core.markdown import code, front_matter, listed, md, read_front_matter
+from ...core.pages import render_card
 from ...model.families import FAMILIES
 from ...predict.figures import legible
+from ...predict.metrics import wilson_interval
 from ...version import __version__
-from .sections import PAPER, has_lora, licence, limits, made, named, pictures_of, rights, short, written_by
+from .sources import has_lora, images_of, model_authors, short
 from .use import snippets
 
-TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
-ALL_ROWS, WEAKEST = 30, 15  # the table per class is folded where it is longer
+TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md.j2"
+ALL_ROWS, WEAKEST = 30, 15  # a longer table of classes is folded, and only the weakest are shown
+FEW = 30  # with fewer test images, the accuracy of a class says little
+CLASS_MARK = "[class name]"  # stands for the class name in the prompts of `captions.json`
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made the model."""
+    """Versions of Python and of the libraries that trained the model."""
     packages = ("torch", "transformers", "datasets", "accelerate", "tokenizers")
     return {
         "python": platform.python_version(),
@@ -53,39 +57,82 @@ def model_card(
     license: str | None = None,
     inference_code: bool = False,
 ) -> str:
-    """Markdown of the model card.
+    """The model card as Markdown. Its sentences are in `templates/model_card.md.j2`.
 
     Args:
         folder: of a finished run.
-        repo_id: where it will be published: its snippets load it from there. Default: they are run in the folder.
-        parts: what of a LoRA run is published: `merged`, `adapter` or `both`. Default: what the folder has.
-        license: of the model. Default: that of the base model, where it is known.
-        inference_code: whether `mmft_inference.py` is published with it.
+        repo_id: where the model will be published; the snippets load it from there. Default: they run in the folder.
+        parts: which part of a LoRA run is published: `merged`, `adapter` or `both`. Default: what the folder has.
+        license: of the model. Default: that of the base model, if known.
+        inference_code: whether `mmft_inference.py` is published too.
     """
     folder = Path(folder)
     record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN_FILE, RESULTS_FILE))
-    parts = parts or ("both" if has_lora(record) and (folder / "adapter").is_dir() else "merged")
-    base, data = record["sources"]["base_model"], record["sources"]["dataset"]
-    title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(pictures_of(data))}"
-    per_class = _per_class(folder / PREDICTIONS_FILE, record["class_names"])
-    granted = {"license": license} if license else rights(base)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        front=front_matter(_front(record, results, title, parts, granted)),
-        title=md(title),
-        summary=_summary(record),
-        result=_result(record, results),
-        sheet=f"![Test images with the model's answers]({SHEET_FILE})\n\nSome test images, spread evenly over the split. Green: "
-        "right. Red: wrong, with the true class below.",
-        use=snippets(record, repo_id, parts, inference_code),
-        errors=_errors(per_class, record["sources"]["train_images_per_class"]),
-        made=made(record, results, CURVES_FILE),
-        limits=limits(record, [row["images"] for row in per_class]),
-        licence=licence(base, data, granted, chosen=bool(license)),
+    names, identity, sources = record["class_names"], record["identity"], record["sources"]
+    base, data, captions = sources["base_model"], sources["dataset"], sources["captions"]
+    images, counts = images_of(data), sources["train_images_per_class"]
+    parts = parts or ("both" if has_lora(record) and (folder / ADAPTER_FOLDER).is_dir() else "merged")
+    title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(images)}"
+    license_fields = {"license": license} if license else _license_of(base)
+    classes = _per_class(folder / PREDICTIONS_FILE, names, counts)
+    tested = sorted(
+        (row for row in classes if row["images"]), key=lambda row: (row["right"] / row["images"], row["number"])
+    )
+    few = [row["images"] for row in tested if row["images"] < FEW]
+    shown = [*names] if len(names) <= 10 else [*names[:8], f"{len(names) - 8} more"]
+    prompts = captions["prompts"] if captions else {}
+    licensed = next((source for source in (images, data) if _licenses(source)), images)
+
+    def interval(name: str) -> str:
+        return f"{100 * results[f'{name}_ci_low']:.1f} to {100 * results[f'{name}_ci_high']:.1f}"
+
+    return render_card(
+        TEMPLATE,
+        front=Markup(front_matter(_metadata(record, results, title, parts, license_fields))),
+        title=title,
+        record=record,
+        results=results,
+        identity=identity,
+        sources=sources,
+        base=base,
+        dataset=data,
+        images=images,
+        captions=captions,
+        splits=sources["splits"],
+        family=FAMILIES[record.get("model_type", "clip")],
+        class_names=Markup(listed(md(name, 60) for name in shown)),
+        interval=interval,
+        gain=100 * (results["test_accuracy"] - results["zero_shot_test_accuracy"]),
+        use=Markup(snippets(record, repo_id, parts, inference_code)),
+        classes=tested,
+        untested=Markup(listed(md(row["label"], 60) for row in classes if not row["images"])),
+        all_rows=ALL_ROWS,
+        weakest=WEAKEST,
+        dataset_details=Markup(", ".join(f"{key} {code(data[key])}" for key in ("config", "revision") if data[key])),
+        per_class=f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
+        authors=_authors(captions) if captions else [],
+        models=model_authors(captions) if captions else [],
+        told_label=any(CLASS_MARK in text for text in prompts.values()),
+        class_mark=Markup(CLASS_MARK),
+        held_out=any(note.startswith("There is no test split") for note in record["notes"]),
+        few=len(few),
+        fewest=min(few, default=0),
+        few_images=FEW,
+        chosen=bool(license),
+        licence=Markup(code(license_fields.get("license_name") or license_fields["license"]))
+        if license_fields
+        else None,
+        licensed_data=licensed,
+        data_licence=_licenses(licensed),
+        named=_named,
+        short=short,
+        setting=_setting,
+        listed=lambda items: Markup(listed(items)),
     )
 
 
 def write_model_card(folder: str | Path) -> None:
-    """Writes `README.md` of a finished run."""
+    """Writes the card of a finished run, `README.md`."""
     (Path(folder) / CARD_FILE).write_text(model_card(folder), encoding="utf-8")
 
 
@@ -96,7 +143,7 @@ def card_for_repository(
     license: str | None = None,
     inference_code: bool = False,
 ) -> str:
-    """The card as it is published. One that somebody has edited stays as it is, but for what its snippets load.
+    """The card to publish. An edited card is kept, except that its snippets load from the repository.
 
     Args:
         folder, repo_id, parts, license, inference_code: see `model_card`.
@@ -104,7 +151,7 @@ def card_for_repository(
     path = Path(folder) / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     record = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-    ours = "sources" in record  # a run of an older make has none: its card counts as edited
+    ours = "sources" in record  # early versions recorded none: their cards count as edited
     if text is None or (ours and text == model_card(folder)):
         return model_card(folder, repo_id, parts, license, inference_code)
     front, body = read_front_matter(text)
@@ -122,19 +169,19 @@ def card_for_repository(
     return (front_matter(front) if front else "") + body
 
 
-def _front(record: Mapping, results: Mapping, name: str, parts: str, granted: Mapping) -> dict:
-    """Metadata that the Hub reads."""
+def _metadata(record: Mapping, results: Mapping, name: str, parts: str, license_fields: Mapping) -> dict:
+    """The metadata that the Hub reads."""
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
     front = {"library_name": "peft" if parts == "adapter" else "transformers"}
     kind = record.get("model_type", "clip")
     task = "zero-shot-image-classification" if FAMILIES[kind].zero_shot else "image-classification"
-    front |= {"pipeline_tag": task, **granted}
+    front |= {"pipeline_tag": task, **license_fields}
     front["tags"] = [kind, "image-classification", "mmft"]
-    front["tags"] += ["synthetic-captions"] if captions and written_by(captions) else []
+    front["tags"] += ["synthetic-captions"] if captions and model_authors(captions) else []
     front["tags"] += ["lora"] if has_lora(record) else []
     if base["kind"] == "hub":
         front |= {"base_model": base["name"], "base_model_relation": "adapter" if parts == "adapter" else "finetune"}
-    public = [source["name"] for source in (data, pictures_of(data)) if source["kind"] == "hub"]
+    public = [source["name"] for source in (data, images_of(data)) if source["kind"] == "hub"]
     if public:
         front["datasets"] = list(dict.fromkeys(public))
     low, high = results["test_accuracy_ci_low"], results["test_accuracy_ci_high"]
@@ -148,8 +195,8 @@ def _front(record: Mapping, results: Mapping, name: str, parts: str, granted: Ma
     metrics = [accuracy, {"type": "mean_per_class_accuracy", "value": mean, "name": "Accuracy, mean over the classes"}]
     if "test_top5_accuracy" in results:
         top5 = round(results["test_top5_accuracy"], 4)
-        metrics.append({"type": "top_5_accuracy", "value": top5, "name": "Right class among the first five"})
-    tested = data if data["kind"] == "hub" else pictures_of(data)
+        metrics.append({"type": "top_5_accuracy", "value": top5, "name": "Correct class among the top five"})
+    tested = data if data["kind"] == "hub" else images_of(data)
     dataset = {
         "type": tested["name"] if tested["kind"] == "hub" else re.sub(r"[^\w.-]+", "-", short(tested)),
         "name": short(tested),
@@ -163,119 +210,71 @@ def _front(record: Mapping, results: Mapping, name: str, parts: str, granted: Ma
     return {**front, "metrics": ["accuracy"], "model-index": [{"name": name, "results": [result]}]}
 
 
-def _summary(record: Mapping) -> str:
-    names, sources = record["class_names"], record["sources"]
-    some = names if len(names) <= 10 else names[:8]
-    more = [f"{len(names) - 8} more"] if len(names) > 10 else []
-    what = "images, their labels and captions" if sources["captions"] else "images and their labels"
-    base, data = sources["base_model"], pictures_of(sources["dataset"])
-    ours = " (which comes with `mmft_hf`)"
-    kind = FAMILIES[record.get("model_type", "clip")].title
-    kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind} model (one that embeds images and texts in the same space)"
-    return (
-        f"An image classifier for {len(names)} classes: {listed([*(md(name, 60) for name in some), *more])}. It is "
-        f"{named(base)}{ours * (base['kind'] == 'builtin')}, {kind}, "
-        f"fine-tuned on {what} of {named(data)}{ours * (data['kind'] == 'builtin')}. The method is [MMFT]({PAPER}), "
-        "multimodal fine-tuning with synthetic captions."
-    )
+def _named(source: Mapping) -> Markup:
+    """A base model or dataset by name, with a link if it is on the Hub."""
+    if source["kind"] != "hub":
+        return Markup(md(short(source)))
+    kind = "datasets/" if source["type"] == "dataset" else ""
+    return Markup(f"[{md(source['name'])}](https://huggingface.co/{kind}{source['name']})")
 
 
-# -- result -----------------------------------------------------------------------------------------------------------
-def _result(record: Mapping, results: Mapping) -> str:
-    def row(name: str, prefix: str, strong: str = "") -> tuple[str, ...]:
-        low, high = (100 * results[f"{prefix}test_accuracy_ci_{end}"] for end in ("low", "high"))
-        accuracy = percent(results[f"{prefix}test_accuracy"])
-        return f"{strong}{name}{strong}", f"{strong}{accuracy}{strong}", f"{low:.1f} to {high:.1f} %"
+def _setting(value: object) -> str:
+    return "not set" if value is None else Markup(code(f"{value:g}" if isinstance(value, float) else value))
 
-    template = code(record["identity"]["class_template"])
-    rows = [
-        row(f"before: the untuned model, zero-shot, with {template}", "zero_shot_"),
-        row("after fine-tuning", "", "**"),
-        ("after, mean over the classes", percent(results["test_mean_per_class_accuracy"]), ""),
+
+def _license_of(base: Mapping) -> dict:
+    """The licence fields of the base model's card, if it states a single licence."""
+    found = {key: base[key] for key in ("license", "license_name", "license_link") if key in base}
+    return found if isinstance(found.get("license"), str) else {}
+
+
+def _licenses(source: Mapping) -> Markup | None:
+    """The licences that the card of a dataset states."""
+    found = source.get("license")
+    values = [source.get("license_name") or found] if isinstance(found, str) else found
+    return Markup(listed(map(code, values))) if values else None
+
+
+def _authors(captions: Mapping) -> list[tuple[str, int]]:
+    """Who wrote the captions, as Markdown, and how many each wrote."""
+    columns = f" ({listed(map(code, captions['columns']))})" if captions["columns"] else ""
+    known = {
+        "columns": f"texts that the dataset already had{columns}, which no model wrote",
+        "template": "class templates",
+        "unknown": "texts whose author is not recorded",
+    }
+    return [
+        (Markup(known.get(name, f"texts written by {code(name)}")), count) for name, count in captions["models"].items()
     ]
-    if "test_top5_accuracy" in results:
-        rows.append(("after, right class among the first five", percent(results["test_top5_accuracy"]), ""))
-    head = (f"on {results['test_images']:,} test images", "accuracy", "95 % interval")
-    lines = [table(head, rows), _verdict(results), _selection(record, results)]
-    if results["test_skipped_images"]:
-        lines.append(f"{results['test_skipped_images']:,} test images could not be read and are not counted.")
-    return "\n\n".join(lines)
 
 
-def _verdict(results: Mapping) -> str:
-    """What the table means; in the words of the terminal where fine-tuning did not help."""
-    tuned, untuned = results["test_accuracy"], results["zero_shot_test_accuracy"]
-    gain = 100 * (tuned - untuned)
-    if results["zero_shot_won"]:
-        return (
-            "**Fine-tuning did not help here.** No epoch was better on validation than the untuned model with the class "
-            "template, so that is what was kept: both rows are the same classifier."
-        )
-    if tuned <= untuned:
-        worse = f" It was right {-gain:.1f} points more often." if gain < 0 else ""
-        return f"**Fine-tuning did not help here: the untuned model is as good.**{worse}"
-    if results["test_accuracy_ci_low"] > results["zero_shot_test_accuracy_ci_high"]:
-        chance = "The two intervals do not overlap: it is more than chance in the choice of test images."
-    else:
-        chance = "The two intervals overlap: with so few test images, part of the gain may be chance."
-    return f"Fine-tuning gained {gain:.1f} points. {chance}"
-
-
-def _selection(record: Mapping, results: Mapping) -> str:
-    text = (
-        f"What was kept (selection policy {code(results['selection_policy'])}): {md(results['selection'], 200)}. On the "
-        f"{record['sources']['splits']['validation']:,} validation images it has "
-        f"{percent(results['validation_accuracy'])}, the untuned model zero-shot "
-        f"{percent(results['zero_shot_validation_accuracy'])}. The test images were read once, after that."
-    )
-    if results["best_epoch"] == 0 and not results["zero_shot_won"]:
-        text += (
-            " **Epoch 0 was kept: the weights are those of the base model.** New is only what an image is compared with: one "
-            "embedding per class."
-        )
-    return text
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
-def _per_class(path: Path, names: list[str]) -> list[dict]:
-    """For each class: `label`, `number`, `images`, `right`, `taken_for` (most frequent wrong answer and its count)."""
+def _per_class(path: Path, names: list[str], training_images: list[int]) -> list[dict]:
+    """One row per class: its test images, the right answers with their 95 % interval, and the most frequent wrong answer."""
     import pyarrow.parquet as pq
 
     found = pq.read_table(path, columns=["label", "prediction"]).to_pydict()
-    answers: dict[str, dict[str, int]] = {name: {} for name in names}
+    answers: dict[str, Counter] = {name: Counter() for name in names}
     for label, prediction in zip(found["label"], found["prediction"], strict=True):
         if label is not None:
-            answers[label][prediction] = answers[label].get(prediction, 0) + 1
+            answers[label][prediction] += 1
     rows = []
     for number, name in enumerate(names):
-        wrong = {other: count for other, count in answers[name].items() if other != name}
-        most = max(wrong.items(), key=lambda pair: pair[1]) if wrong else None
-        row = {"label": name, "number": number, "images": sum(answers[name].values()), "taken_for": most}
-        rows.append(row | {"right": answers[name].get(name, 0)})
+        images, right = answers[name].total(), answers[name].pop(name, 0)
+        low, high = wilson_interval(right, images) if images else (0, 1)
+        drawn_as = legible(name, number)
+        taken_for, times = answers[name].most_common(1)[0] if answers[name] else (None, 0)
+        rows.append(
+            {
+                "label": name,
+                "number": number,
+                "training_images": training_images[number],
+                "images": images,
+                "right": right,
+                "low": 100 * low,
+                "high": 100 * high,
+                "taken_for": taken_for,
+                "times": times,
+                "drawn_as": drawn_as if drawn_as == f"class {number + 1}" else None,
+            }
+        )
     return rows
-
-
-def _errors(per_class: list[dict], trained: list[int]) -> str:
-    from ...predict.metrics import wilson_interval  # which loads torch, and captioning needs none
-
-    tested = sorted((row for row in per_class if row["images"]), key=lambda r: (r["right"] / r["images"], r["number"]))
-    cells = []
-    for row in tested:
-        low, high = wilson_interval(row["right"], row["images"])
-        drawn = legible(row["label"], row["number"])
-        label = md(row["label"], 60) + (f" ({drawn} in the pictures)" if drawn == f"class {row['number'] + 1}" else "")
-        taken = f"{md(row['taken_for'][0], 60)} ({row['taken_for'][1]})" if row["taken_for"] else ""
-        accuracy = f"{percent(row['right'] / row['images'])} ({100 * low:.0f} to {100 * high:.0f})"
-        cells.append((label, trained[row["number"]], f"{row['right']} of {row['images']}", accuracy, taken))
-    head = ("class", "training images", "test images right", "accuracy (95 % interval)", "most often taken for")
-    lines = [f"![Which classes are taken for which]({CONFUSION_FILE})"]
-    if len(cells) <= ALL_ROWS:
-        lines.append(f"Weakest classes first:\n\n{table(head, cells)}")
-    else:
-        lines.append(f"The {WEAKEST} weakest classes:\n\n{table(head, cells[:WEAKEST])}")
-        everything = f"<summary>All {len(cells)} classes, weakest first</summary>\n\n{table(head, cells)}"
-        lines.append(f"<details>{everything}\n\n</details>")
-    missing = [md(row["label"], 60) for row in per_class if not row["images"]]
-    if missing:
-        lines.append(f"Without a test image, and so without a figure: {listed(missing)}.")
-    return "\n\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
 import numpy as np
@@ -142,3 +143,24 @@ def _settings(identity: dict, data_settings: dict, training: type) -> dict:
     decided = {k: v or defaults[k] is not None or type(v) is float for k, v in found.items() if k in defaults}
     differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and decided[k]}
     return {k: [v, defaults[k]] for k, v in differ.items() if k not in TOLD}
+
+
+# -- reading the record ------------------------------------------------------------------------------------------------
+def short(source: Mapping) -> str:
+    """The name of a model or dataset without its owner."""
+    return source["name"].split("/")[-1]
+
+
+def images_of(data: Mapping) -> Mapping:
+    """The dataset whose images were captioned if it is known, else the dataset itself."""
+    return data.get("captions_of") or data
+
+
+def has_lora(record: Mapping) -> bool:
+    """Whether a tower was trained with LoRA."""
+    return "lora" in (record["identity"]["vision_tower"], record["identity"]["text_tower"])
+
+
+def model_authors(captions: Mapping) -> list[str]:
+    """The models that wrote captions."""
+    return [name for name in captions["models"] if name not in ("columns", "template", "unknown")]

@@ -10,7 +10,7 @@ from ...core.files import PROTOTYPES_FILE, SHEET_FILE
 from ...core.markdown import fenced
 from ...data.texts import class_prompt, clean_class_name
 from ...model.families import FAMILIES
-from .sections import has_lora
+from .sources import has_lora
 
 PROTOTYPES_FROM = {
     "captions": "the average over its training captions",
