@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # Nothing but the package installs needs a network.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart seeds test lint clean
+# Tests use one thread each, so that every core can run a process.
+WORKERS ?= auto
+
+.PHONY: quickstart seeds test test-all docs lint clean
 
 quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two predictions on the embedded data
 	$(BIN)/mmft-hf caption --captioner columns --config recipes/quickstart/caption.yaml --overwrite_output_dir true
@@ -27,10 +30,14 @@ seeds: $(VENV)/.installed ## the table of the README: the quickstart and its con
 	$(BIN)/python recipes/quickstart/seed_table.py outputs/seeds/0 outputs/seeds/1 outputs/seeds/2
 	$(BIN)/python recipes/quickstart/seed_table.py outputs/seeds/control/0 outputs/seeds/control/1 outputs/seeds/control/2
 
-test: $(VENV)/.tested ## ruff and the whole test suite
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+test: lint ## ruff and the fast tests, in parallel
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+
+test-all: lint ## ruff and all tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+docs: $(VENV)/.documented ## the documentation as a site, in outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch first, so that no other package asks for a newer one.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -44,7 +51,11 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-lint: $(VENV)/.tested
+$(VENV)/.documented: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+lint: $(VENV)/.tested ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
