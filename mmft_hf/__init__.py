@@ -15,7 +15,6 @@ _PUBLIC = {
     "ClassPrototypes": "predict.heads.prototypes",
     "ClassificationReport": "predict.metrics",
     "Captioner": "captioning",
-    "ImageClassifier": "predict.classifier",
     "MMFTConfig": "train.config",
     "MMFTDataCollator": "model.collator",
     "MMFTImageClassificationPipeline": "predict.pipeline",
