@@ -99,7 +99,9 @@ def test_constraints_pin_what_is_installed():
 
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    not_for_tests = {"mkdocstrings-python"} | set(re.findall(r"^[\w-]+", config["options.extras_require"]["docs"], re.M))
+    not_for_tests = {"mkdocstrings-python"} | set(
+        re.findall(r"^[\w-]+", config["options.extras_require"]["docs"], re.M)
+    )
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if "==" in line:
             name, version = line.split(";")[0].split("==")
