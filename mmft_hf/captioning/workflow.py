@@ -26,11 +26,11 @@ from .judge.checks import CaptionChecker, parse_actions
 from .judge.tokens import load_counter
 from .split import SplitCaptioner, add_texts, make_checker, new_run_id
 from .types import ACCEPTED, OPEN
-from .write.card import CLASS_MARK
+from .write.card import CLASS_MARK, caption_card
 from .write.dataset import JournalSource, without_captions
 from .write.folder import CaptionFolder
-from .write.report import caption_card, caption_report
-from .write.statistics import CaptionTally
+from .write.report import caption_report
+from .write.statistics import CaptionStatistics
 
 
 def caption_dataset(
@@ -129,16 +129,12 @@ class WrittenFolder:
     """A captioned data set as it was written to a folder.
 
     Args:
-        dataset: the split that the report and the card describe; `tally`: the counts of its captions.
-        details: content of `captions.json`.
+        statistics: of the split that the report and the card describe.
         journaled: there is a journal, so that `caption status` can explain what is missing.
     """
 
     path: Path
-    dataset: Dataset
-    tally: CaptionTally
-    statistics: dict
-    details: dict
+    statistics: CaptionStatistics
     journaled: bool
 
 
@@ -153,24 +149,22 @@ def write_folder(
         details: content of `captions.json`.
         source (*optional*): gives the report the answers that were not accepted.
     """
-    dataset = splits[captioned]
-    tally = CaptionTally(dataset)
-    statistics = tally.statistics()
-    lean = dataset.select_columns(["label", "image_sha256"])
+    statistics = CaptionStatistics(splits[captioned])
+    lean = splits[captioned].select_columns(["label", "image_sha256"])
 
-    def unaccepted(row: int, place: int) -> str | None:
+    def rejected_text(row: int, position: int) -> str | None:
         found = lean[row]
         texts = source.raw_texts(found, found["image_sha256"]) if source and found["image_sha256"] else []
-        return texts[place] if place < len(texts) else None
+        return texts[position] if position < len(texts) else None
 
     def extras(path) -> None:
-        caption_report(dataset, path, details, unaccepted)
-        caption_card(dataset, path, details, statistics)
+        caption_report(statistics, path, details, rejected_text)
+        caption_card(statistics, path, details)
 
-    folder.write(splits, {**details, "statistics": statistics}, extras)
+    folder.write(splits, {**details, "statistics": statistics.figures}, extras)
     if source:
         source.reader.close()
-    return WrittenFolder(folder.path, dataset, tally, statistics, details, source is not None)
+    return WrittenFolder(folder.path, statistics, source is not None)
 
 
 @dataclass

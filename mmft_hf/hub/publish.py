@@ -181,9 +181,9 @@ def dataset_files(
     """
     from datasets import Image, load_dataset
 
-    from ..captioning.write.card import PAGE, PICTURE, caption_card
-    from ..captioning.write.folder import RECORD_FILE, CaptionFolder
-    from ..captioning.write.statistics import caption_statistics
+    from ..captioning.write.card import caption_card
+    from ..captioning.write.folder import PAGE_FILE, PICTURE_FILE, RECORD_FILE, CaptionFolder
+    from ..captioning.write.statistics import CaptionStatistics
 
     folder, record = Path(folder), CaptionFolder(folder).record()
     data_files = [folder / name for name in record.get("files", ()) if DATA_FILES.fullmatch(name)]
@@ -208,13 +208,13 @@ def dataset_files(
         }
     else:
         files = {path.relative_to(folder).as_posix(): path for path in data_files}
-        files |= {name: folder / name for name in (PAGE, PICTURE) if (folder / name).is_file()}
+        files |= {name: folder / name for name in (PAGE_FILE, PICTURE_FILE) if (folder / name).is_file()}
         (scratch / "data").mkdir()
         for path in data_files:
             (scratch / "data" / path.name).touch()  # the card lists splits by file name
     details = {**published(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))
-    card = caption_card(first, scratch, details, caption_statistics(first), repo_id, captions_only)
+    card = caption_card(CaptionStatistics(first), scratch, details, repo_id, captions_only)
     files[CARD_FILE] = card.read_bytes()
     files[RECORD_FILE] = (json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n").encode()
     return files
@@ -227,6 +227,7 @@ def _written(dataset, folder: Path) -> Path:
     from ..captioning.write.dataset import CAPTION_FEATURES
     from ..captioning.write.folder import CaptionFolder
     from ..captioning.write.report import caption_report
+    from ..captioning.write.statistics import CaptionStatistics
 
     splits = DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
     for name, split in splits.items():
@@ -238,5 +239,7 @@ def _written(dataset, folder: Path) -> Path:
             )
     first = "train" if "train" in splits else next(iter(splits))
     details = {"made_from": {"split": [first]}}
-    CaptionFolder(folder).write(splits, details, lambda path: caption_report(splits[first], path, details))
+    CaptionFolder(folder).write(
+        splits, details, lambda path: caption_report(CaptionStatistics(splits[first]), path, details)
+    )
     return folder

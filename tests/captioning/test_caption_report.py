@@ -12,8 +12,10 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 from tiny_clip import COLOURS, colour_images
 
+from mmft_hf.captioning.write.card import caption_card
 from mmft_hf.captioning.write.dataset import CAPTION_FEATURES, RECORD
-from mmft_hf.captioning.write.report import caption_card, caption_report, caption_statistics
+from mmft_hf.captioning.write.report import caption_report
+from mmft_hf.captioning.write.statistics import CaptionStatistics, caption_statistics
 
 DETAILS = {
     "made_from": {"dataset_name": "someone/colours", "split": ["train"], "sampling": {"temperature": 0.2}},
@@ -145,7 +147,7 @@ def test_classes_with_the_fewest_captions_come_first():
 
 
 def test_the_page_shows_the_figures(tmp_path):
-    path = caption_report(captioned(MIXED), tmp_path, DETAILS)
+    path = caption_report(CaptionStatistics(captioned(MIXED)), tmp_path, DETAILS)
     assert path == tmp_path / "captions.html"
     page = Page(path.read_text(encoding="utf-8"))
     text = " ".join(page.words)
@@ -160,7 +162,7 @@ def test_the_page_shows_the_figures(tmp_path):
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-    page = Page(caption_report(captioned(MIXED), tmp_path, DETAILS).read_text(encoding="utf-8"))
+    page = Page(caption_report(CaptionStatistics(captioned(MIXED)), tmp_path, DETAILS).read_text(encoding="utf-8"))
     assert not {"script", "link", "iframe", "form"} & {tag for tag, _ in page.tags}
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert sources and all(source.startswith("data:image/jpeg;base64,") for source in sources)
@@ -188,13 +190,13 @@ def test_nothing_that_others_wrote_becomes_markup(tmp_path):
         "last_run": {EVIL: EVIL, "failures": {EVIL: 1}},
     }
     dataset = captioned(records, names)
-    path = caption_report(dataset, tmp_path, details, unaccepted=lambda row, place: EVIL)
+    path = caption_report(CaptionStatistics(dataset), tmp_path, details, rejected_text=lambda row, place: EVIL)
     page = Page(path.read_text(encoding="utf-8"))
     assert "script" not in {tag for tag, _ in page.tags}
     assert all(attrs["src"].startswith("data:") for tag, attrs in page.tags if tag == "img")
     assert sum(EVIL in word for word in page.words) > 12  # and all of it can be read
 
-    card = caption_card(dataset, tmp_path, details, caption_statistics(dataset)).read_text(encoding="utf-8")
+    card = caption_card(CaptionStatistics(dataset), tmp_path, details).read_text(encoding="utf-8")
     outside = re.sub(r"(`{3,})\w+\n.*?\n\1|`[^`\n]*`", "", card.split("---\n", 2)[2], flags=re.DOTALL)
     assert "<script" not in outside and "<img" not in outside
     assert yaml.safe_load(card.split("---\n")[1])["pretty_name"] == f"Captions of {EVIL}"
@@ -204,7 +206,7 @@ def test_a_broken_image_breaks_nothing_else(tmp_path):
     dataset = captioned(MIXED)
     images = dataset.cast_column("image", Image(decode=False))["image"]
     images = [{"bytes": b"no picture", "path": None}, {"bytes": None, "path": "/no/such/file.png"}, *images[2:]]
-    path = caption_report(captioned(MIXED, images=images), tmp_path, DETAILS)
+    path = caption_report(CaptionStatistics(captioned(MIXED, images=images)), tmp_path, DETAILS)
     text = path.read_text(encoding="utf-8")
     assert "cannot be read" in text and "data:image/jpeg" in text and (tmp_path / "captions.png").exists()
 
@@ -223,8 +225,8 @@ def test_without_captions(tmp_path, records):
     dataset = captioned(records)
     found = caption_statistics(dataset)
     assert found["captions"] == sum(r["status"] == "ok" for own in records for r in own)
-    assert caption_report(dataset, tmp_path, {}).exists()
-    assert "# Captions" in caption_card(dataset, tmp_path, {}, found).read_text(encoding="utf-8")
+    assert caption_report(CaptionStatistics(dataset), tmp_path, {}).exists()
+    assert "# Captions" in caption_card(CaptionStatistics(dataset), tmp_path, {}).read_text(encoding="utf-8")
 
 
 def test_images_are_not_read_for_the_figures(monkeypatch):
@@ -238,18 +240,23 @@ def test_the_draw_of_samples_is_seeded(tmp_path):
     pages = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        pages.append(caption_report(dataset, tmp_path / name, DETAILS).read_bytes())
+        pages.append(caption_report(CaptionStatistics(dataset), tmp_path / name, DETAILS).read_bytes())
     assert pages[0] == pages[1]
 
 
 def test_texts_of_answers_that_were_not_accepted_can_be_shown(tmp_path):
-    path = caption_report(captioned(MIXED), tmp_path, DETAILS, unaccepted=lambda row, place: f"row {row} place {place}")
+    path = caption_report(
+        CaptionStatistics(captioned(MIXED)),
+        tmp_path,
+        DETAILS,
+        rejected_text=lambda row, place: f"row {row} place {place}",
+    )
     assert "row 3 place 2" in path.read_text(encoding="utf-8")
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
 def card_of(dataset, folder, details=DETAILS):
-    text = caption_card(dataset, folder, details, caption_statistics(dataset)).read_text(encoding="utf-8")
+    text = caption_card(CaptionStatistics(dataset), folder, details).read_text(encoding="utf-8")
     return yaml.safe_load(text.split("---\n")[1]), text
 
 
@@ -281,8 +288,8 @@ def test_the_folder_of_a_card_opens(tmp_path):
     (tmp_path / "data").mkdir()
     dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     dataset.select([0]).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
-    caption_report(dataset, tmp_path, DETAILS)
-    caption_card(dataset, tmp_path, DETAILS, caption_statistics(dataset))
+    caption_report(CaptionStatistics(dataset), tmp_path, DETAILS)
+    caption_card(CaptionStatistics(dataset), tmp_path, DETAILS)
     loaded = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in loaded.items()} == {"test": 1, "train": 5}
     assert loaded["train"].features["label"].names == list(COLOURS)

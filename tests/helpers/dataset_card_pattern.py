@@ -1,4 +1,4 @@
-"""The whole card of a captioned data set as one pattern: that of `test_cards.py`. Only the version may differ."""
+"""The whole card of the captioned dataset in `test_cards.py` as one pattern. Only the version may differ."""
 
 import re
 
@@ -27,23 +27,24 @@ configs:
 ---
 # Captions of someone/colours
 
-5 captions for 5 images of someone/colours in 3 classes, written by `tiny/vlm`\. A caption is a text about its picture: a model of images and texts, such as CLIP, is fine-tuned on both, and on the labels\.
+5 captions for 5 images of someone/colours in 3 classes, written by `tiny/vlm`\. Each caption describes its image\. A model of images and texts, such as CLIP, can be fine-tuned on them and on the labels together\.
 
 !\[Some images with their captions\]\(captions\.png\)
 
-\| in figures \| \|
+\| figure \| value \|
 \|---\|---\|
 \| images \| 5 \|
+\| images without a caption \| 1 \|
 \| captions \| 5 \|
 \| captions per image \| 1\.00 \|
-\| images without a caption \| 1 \|
-\| name their class \| 100\.0 % \|
-\| over the token limit \| 22\.2 % \|
-\| cut at a sentence \| 20\.0 % \|
-\| deny their label \| 1 \|
-\| texts of several images \| 1 \|
+\| captions that name their class \| 100\.0 % \|
+\| trimmed captions \| 20\.0 % \|
+\| longest caption in tokens \| 26 \|
+\| answers over the token limit \| 22\.2 % \|
+\| answers that deny their label \| 1 \|
+\| texts shared by several images \| 1 \|
 
-All figures, with samples and the checks in detail: \[captions\.html\]\(captions\.html\)\.
+All figures, with samples and details of the checks: \[captions\.html\]\(captions\.html\)\.
 
 ## Use
 
@@ -61,12 +62,14 @@ print\(row\["captions"\]\)
 
 Train on it: `mmft-hf finetune --dataset_name \.`\.
 
-`captions` holds the accepted texts of an image, for training\. `caption_records` holds every answer with its aspect, status,
-checks and origin\. `image_sha256` is of the image file's bytes, as they are at the source\.
+`captions` holds the accepted captions of an image, for training\. `caption_records` holds every answer with its aspect, status,
+checks and provenance\. `image_sha256` is the SHA-256 of the original image file\.
 
 ## Captions by aspect
 
-\| aspect \| captions \| words: median, 95th percentile, most \| tokens: the same \| name their class \|
+Lengths are given as median · 95th percentile · maximum\.
+
+\| aspect \| captions \| words \| tokens \| name their class \|
 \|---\|---\|---\|---\|---\|
 \| visual \| 4 \| 3\.5 · 4 · 4 \| 18\.5 · 20\.85 · 21 \| 100\.0 % \|
 \| shape \| 1 \| 5 · 5 · 5 \| 26 · 26 · 26 \| 100\.0 % \|
@@ -74,9 +77,7 @@ checks and origin\. `image_sha256` is of the image file's bytes, as they are at 
 
 ## Checks
 
-Captions by status: ok 4, trimmed 1, refused 1, rejected 1, failed 1, empty 1, not_run 1\.
-
-What the checks found:
+Captions by status: `ok` 4, `trimmed` 1, `refused` 1, `rejected` 1, `failed` 1, `empty` 1, `not_run` 1\.
 
 \| check \| meaning \| answers \| share \|
 \|---\|---\|---\|---\|
@@ -88,7 +89,7 @@ What the checks found:
 \| `label_missing` \| the class is not named \| 2 \| 22\.2 % \|
 \| `label_contradicted` \| the text denies the label \| 1 \| 11\.1 % \|
 
-## How they were made
+## How the captions were written
 
 - model: `tiny/vlm`, 5 captions
 - temperature: 0\.2
@@ -96,7 +97,7 @@ What the checks found:
 - cost of the last run: 0\.25 USD
 - mmft_hf [\w.]+, run 20260101T000000Z
 
-The prompts, where `\[class name\]` stands for the name of the image's class:
+The prompts, with `\[class name\]` in place of the class of the image:
 
 visual
 
@@ -110,14 +111,14 @@ shape
 <b>Shape</b> of \[class name\]\?
 ```
 
-## Limits
+## Limitations
 
-- The captions were written by a model that was told the label\. One can be right about the class without being right about the picture, and a wrong label goes into its caption\.
-- The checks look at words: they do not compare a caption with its picture\.
-- They are for training\. For evaluation, use images and labels alone\.
+- The captions were written by a model that was told the label\. A caption can fit the class and still be wrong about the picture, and a wrong label is repeated in its caption\.
+- The checks look only at words\. They do not compare a caption with its picture\.
+- The captions are for training\. Evaluate on images and labels alone\.
 
 ## Licence
 
-This card states no licence, since that of the images is not known here\. Whoever publishes the data set must choose one that allows it\. Captions that a model wrote may be under the terms of whoever offers it\.
+The licence of the images is not known here, so this card states none\. Whoever publishes the dataset must choose a licence that allows it\. Captions written by a model may be subject to the terms of its provider\.
 \Z"""
 )

@@ -27,7 +27,9 @@ from tiny_clip import COLOURS, colour_dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, pipeline
 
 import mmft_hf  # noqa: F401
-from mmft_hf.captioning.write.report import caption_card, caption_report, caption_statistics
+from mmft_hf.captioning.write.card import caption_card
+from mmft_hf.captioning.write.report import caption_report
+from mmft_hf.captioning.write.statistics import CaptionStatistics
 from mmft_hf.cli import main
 from mmft_hf.core.markdown import code, fenced, md, public_name, read_front_matter
 from mmft_hf.hub.cards import card_for_repository, model_card
@@ -342,8 +344,8 @@ def test_the_whole_card_of_captions(tmp_path, monkeypatch):
     dataset = captioned(MIXED)
     (tmp_path / "data").mkdir()
     dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    caption_report(dataset, tmp_path, DETAILS)
-    card = caption_card(dataset, tmp_path, DETAILS, caption_statistics(dataset)).read_text(encoding="utf-8")
+    caption_report(CaptionStatistics(dataset), tmp_path, DETAILS)
+    card = caption_card(CaptionStatistics(dataset), tmp_path, DETAILS).read_text(encoding="utf-8")
     assert DATASET_PATTERN.fullmatch(card), first_difference(DATASET_PATTERN, card)
     assert not PLACEHOLDERS.search(outside_code(card))
     assert DatasetCardData(**read_front_matter(card)[0]).pretty_name == "Captions of someone/colours"
@@ -367,10 +369,8 @@ def test_captions_without_their_images_are_joined_as_the_card_says(tmp_path, mon
     made.remove_columns("image").to_parquet(tmp_path / "texts" / "captions" / "train-00000-of-00001.parquet")
     details = {**DETAILS, "license": "cc-by-4.0"}
     options = {"repo_id": str(tmp_path / "texts"), "captions_only": True}
-    card = caption_card(made, tmp_path / "texts", details, caption_statistics(made), **options).read_text(
-        encoding="utf-8"
-    )
-    assert "captions.png" not in card and "`cc-by-4.0`. Captions that a model wrote" in card
+    card = caption_card(CaptionStatistics(made), tmp_path / "texts", details, **options).read_text(encoding="utf-8")
+    assert "captions.png" not in card and "`cc-by-4.0`. Captions written by a model" in card
     monkeypatch.chdir(tmp_path)
     (snippet,) = snippets(card)
     assert "[" in execute(snippet)

@@ -19,7 +19,7 @@ from ...core.errors import UserError
 from ...core.files import is_temporary, read_json, write_json
 from ...version import __version__
 
-RECORD_FILE = "captions.json"
+RECORD_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
 PARTIAL = ".partial"
 SHARD_BYTES = 500 * 2**20
 

@@ -1,30 +1,49 @@
-"""Counts a captioned data set in one pass over its records. No picture is read, and memory does not grow with them."""
+"""The statistics of a captioned dataset, which the console, the HTML page and the card all show.
+
+They are counted in one pass over the records. No picture is read, and memory does not grow with the size of the pictures.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
+from ...core.console import percent
 from ..judge.checks import CHECKS, DEFAULT_ACTIONS, duplicate_key
 from ..judge.cleaning import CLEANINGS
 from ..judge.wording import words_of
 from ..types import ACCEPTED, STATUSES
 
 UNANSWERED = ("failed", "bad_image", "not_run")  # there is no text whose checks could be counted
-CURIOUS = ("label_contradicted", "duplicate", "over_token_limit", "other_class", "url")  # shown although accepted
+NOTABLE = ("label_contradicted", "duplicate", "over_token_limit", "other_class", "url")  # shown although accepted
 FEWEST = 12
 
 
-class _Aspect:
+class Figure(NamedTuple):
+    """One figure for people: `unit` is `count`, `mean` or `share` (0 to 1); a `value` of None is undefined."""
+
+    label: str
+    value: float | None
+    unit: str = "count"
+
+    @property
+    def text(self) -> str:
+        if self.value is None:
+            return "–"
+        return {"count": "{:,}".format, "mean": "{:.2f}".format, "share": percent}[self.unit](self.value)
+
+
+class _Counts:
     """Counts of one aspect, or of all together."""
 
     def __init__(self):
-        self.answers, self.captions, self.trimmed, self.mentions = 0, 0, 0, 0
-        self.words, self.tokens, self.checks = Counter(), Counter(), Counter()
+        self.answers = self.captions = self.trimmed = self.mentions_label = 0
+        self.words, self.clip_tokens, self.checks = Counter(), Counter(), Counter()
 
     def add(self, record: dict, words: int) -> None:
         self.answers += record["status"] not in UNANSWERED
@@ -32,24 +51,22 @@ class _Aspect:
         if words:
             self.captions += 1
             self.trimmed += record["status"] == "trimmed"
-            self.mentions += bool(record["mentions_label"])
+            self.mentions_label += bool(record["mentions_label"])
             self.words[words] += 1
             if record["clip_tokens"] is not None:
-                self.tokens[record["clip_tokens"]] += 1
+                self.clip_tokens[record["clip_tokens"]] += 1
 
     def as_dict(self) -> dict:
+        others = sorted(set(self.checks) - set(CHECKS))
         return {
-            "answers": self.answers,
-            "captions": self.captions,
-            "trimmed": self.trimmed,
-            "mentions_label": self.mentions,
-            "words": _spread(self.words),
-            "clip_tokens": _spread(self.tokens),
-            "checks": {name: self.checks[name] for name in (*CHECKS, *sorted(set(self.checks) - set(CHECKS)))},
+            **{name: getattr(self, name) for name in ("answers", "captions", "trimmed", "mentions_label")},
+            "words": _distribution(self.words),
+            "clip_tokens": _distribution(self.clip_tokens),
+            "checks": {name: self.checks[name] for name in (*CHECKS, *others)},
         }
 
 
-def _spread(counts: Counter) -> dict | None:
+def _distribution(counts: Counter) -> dict | None:
     if not counts:
         return None
     values = np.repeat(list(counts), list(counts.values()))
@@ -61,153 +78,197 @@ def _spread(counts: Counter) -> dict | None:
     }
 
 
-class CaptionTally:
-    """All counts of a captioned data set, and which rows to show.
+class CaptionStatistics:
+    """All figures of a captioned dataset, and which of its rows to show.
 
     Args:
-        dataset: with the columns `label`, `caption_records` and `image_sha256`.
-        seed: of the draw of rows to show.
+        dataset: with the columns `label` (`ClassLabel`), `caption_records` and `image_sha256`.
+        seed: of the random choice of rows to show.
+
+    Attributes:
+        figures: see `caption_statistics`.
+        counts: counts by aspect; those of all aspects together under None.
+        notable: places of records worth a look, up to three for each kind: `(row, position in caption_records)`.
+        unreadable_row: the first row whose image cannot be read, or None.
     """
 
     def __init__(self, dataset: Dataset, seed: int = 0):
+        self.dataset = dataset
         self.class_names = dataset.features["label"].names
-        self.aspects: dict[str, _Aspect] = defaultdict(_Aspect)
-        self.all = _Aspect()
-        self.statuses, self.failures, self.models = Counter(), Counter(), Counter()
-        self.prompt_ids: dict[str, Counter] = defaultdict(Counter)
-        self.tokens_in = self.tokens_out = self.attempts = self.asked_again = self.without = self.kept = 0
-        self.unreadable, self.unreadable_row = 0, None  # how many images, and the first row with one
-        self.images_of, self.captions_of = Counter(), Counter()
-        self.odd: dict[str, list[tuple[int, int]]] = defaultdict(list)  # kind -> (row, place of the record)
+        self.counts: dict[str | None, _Counts] = defaultdict(_Counts, {None: _Counts()})
+        self.notable: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.unreadable_row: int | None = None
+        self._total = Counter()  # the figures that are plain sums
+        self._statuses, self._failures, self._models = Counter(), Counter(), Counter()
+        self._prompt_ids: dict[str, Counter] = defaultdict(Counter)
+        self._images_of, self._captions_of = Counter(), Counter()  # by label
         self._rows: dict[int, list[int]] = defaultdict(list)  # label -> rows with captions
         self._seen = Counter()
-        self._rng = random.Random(seed)
+        self._random = random.Random(seed)
         self._images: set[str] = set()
         self._asked: set[tuple] = set()
         self._texts: Counter = Counter()
         self._first: dict[str, str] = {}
-        self._repeated: set[str] = set()
-        self._overlap: dict[tuple[str, str], list] = {}
-        lean = dataset.select_columns(["label", "caption_records", "image_sha256"])
+        self._shared: set[str] = set()
+        self._overlap: dict[tuple[str, str], list] = defaultdict(lambda: [0.0, 0])  # sum and number of Jaccard indices
         row = 0
-        for batch in lean.iter(1000):
+        for batch in dataset.select_columns(["label", "caption_records", "image_sha256"]).iter(1000):
             for label, records, image in zip(*batch.values(), strict=True):
                 self._add(row, label, records or [], image)
                 row += 1
-        self.images = row
+        self.figures = self._figures(row)
 
     def _add(self, row: int, label: int | None, records: list[dict], image: str) -> None:
+        # Copies of a picture within a class share its answers, and their cost.
+        spent = Counter() if (image, label) in self._asked else self._total
         self._images.add(image)
-        paid = (image, label) in self._asked  # a repeated picture of this class shares the answers, and their cost
         self._asked.add((image, label))
-        self.images_of[label] += 1
-        last = {_slot(record): place for place, record in enumerate(records)}
+        self._images_of[label] += 1
+        last = {_slot(record): position for position, record in enumerate(records)}
         first_text: dict[str, str] = {}
         texts: set[str] = set()  # a text that two aspects or models gave is one caption
-        for place, record in enumerate(records):
-            status, aspect = record["status"], record["aspect"] or ""
+        for position, record in enumerate(records):
+            status, aspect, checks = record["status"], record["aspect"] or "", record["checks"] or ()
             accepted = status in ACCEPTED and bool(record["text"])
-            for counts in (self.all, self.aspects[aspect]):
+            for counts in (self.counts[None], self.counts[aspect]):
                 counts.add(record, len(record["text"].split()) if accepted else 0)
-            self.models[record["model"] or ""] += accepted
-            self.prompt_ids[aspect][record["prompt_id"] or ""] += accepted
-            self.tokens_in += 0 if paid else record["tokens_in"] or 0
-            self.tokens_out += 0 if paid else record["tokens_out"] or 0
-            self.attempts += 0 if paid else record["attempts"] or 0
+            self._models[record["model"] or ""] += accepted
+            self._prompt_ids[aspect][record["prompt_id"] or ""] += accepted
+            for name in ("tokens_in", "tokens_out", "attempts"):
+                spent[name] += record[name] or 0
             if accepted:
-                self.statuses[status] += 1
+                self._statuses[status] += 1
                 texts.add(record["text"])
                 first_text.setdefault(aspect, record["text"])
                 key = duplicate_key(record["text"])
                 self._texts[key] += 1
                 if self._first.setdefault(key, image) != image:
-                    self._repeated.add(key)
-                kinds = [check for check in CURIOUS if check in (record["checks"] or ())]
+                    self._shared.add(key)
+                kinds = [check for check in NOTABLE if check in checks]
             else:
-                kinds = [_kind(record)]
-                if last[_slot(record)] != place:
-                    self.asked_again += 1  # a later try of the same caption follows, which is what counts
+                kinds = [_kind_of_failure(record)]
+                if last[_slot(record)] != position:
+                    self._total["asked_again"] += 1  # a later try of the same caption counts instead
                 else:
-                    self.statuses[status] += 1
-                    self.failures[kinds[0]] += 1
+                    self._statuses[status] += 1
+                    self._failures[kinds[0]] += 1
             for kind in kinds if status != "not_run" else ():
-                self._keep(self.odd[kind], ("odd", kind), (row, place), 3)
-        self.kept += len(texts)
-        self.captions_of[label] += len(texts)
+                self._sample(self.notable[kind], ("notable", kind), (row, position), 3)
+        self._total["captions"] += len(texts)
+        self._captions_of[label] += len(texts)
         if any(record["status"] == "bad_image" for record in records):
-            self.unreadable += 1
+            self._total["unreadable_images"] += 1
             self.unreadable_row = row if self.unreadable_row is None else self.unreadable_row
         if first_text:
-            self._keep(self._rows[label], ("row", label), row, 2)
+            self._sample(self._rows[label], ("row", label), row, 2)
         else:
-            self.without += 1
+            self._total["images_without_caption"] += 1
         if len(first_text) > 1:
-            sets = {aspect: set(words_of(text)) for aspect, text in first_text.items()}
-            for pair in combinations(sorted(sets), 2):
-                one, two = (sets[aspect] for aspect in pair)
-                if one | two:
-                    entry = self._overlap.setdefault(pair, [0.0, 0])
-                    entry[0] += len(one & two) / len(one | two)
-                    entry[1] += 1
+            words = {aspect: set(words_of(text)) for aspect, text in first_text.items()}
+            for one, two in combinations(sorted(words), 2):
+                if union := words[one] | words[two]:
+                    sums = self._overlap[one, two]
+                    sums[0] += len(words[one] & words[two]) / len(union)
+                    sums[1] += 1
 
-    def _keep(self, kept: list, stream: tuple, item, size: int) -> None:
-        """Reservoir sampling: each item of a stream is kept with equal chance, however many follow."""
+    def _sample(self, kept: list, stream: tuple, item, size: int) -> None:
+        """Reservoir sampling: each item of a stream is kept with the same probability."""
         self._seen[stream] += 1
         if len(kept) < size:
             kept.append(item)
-        elif (place := self._rng.randrange(self._seen[stream])) < size:
+        elif (place := self._random.randrange(self._seen[stream])) < size:
             kept[place] = item
 
-    def rows_to_show(self, number: int) -> list[int]:
-        """Rows with captions, of as many classes as there are, in a seeded order."""
+    def sample_rows(self, number: int) -> list[int]:
+        """Rows with captions, from as many classes as possible, in a seeded order."""
         labels = sorted(self._rows, key=str)
         random.Random(len(labels)).shuffle(labels)
         turns = [[rows[turn] for label in labels if turn < len(rows := self._rows[label])] for turn in range(2)]
         return [*turns[0], *turns[1]][:number]
 
-    def statistics(self) -> dict:
-        """The figures, JSON-able. Counts are absolute; shares are for the reader to make."""
+    def _figures(self, images: int) -> dict:
         classes = [
-            {"label": name, "images": self.images_of[label], "captions": self.captions_of[label]}
+            {"label": name, "images": self._images_of[label], "captions": self._captions_of[label]}
             for label, name in enumerate(self.class_names)
-            if self.images_of[label]
+            if self._images_of[label]
         ]
         classes.sort(key=lambda entry: (entry["captions"] / entry["images"], entry["captions"], entry["label"]))
-        overlap = {pair: round(total / count, 4) for pair, (total, count) in self._overlap.items()}
+        sums = self._total
         return {
-            "images": self.images,
+            "images": images,
             "distinct_images": len(self._images),
-            "images_without_caption": self.without,
-            "captions": self.kept,
-            "unreadable_images": self.unreadable,
-            "statuses": {status: self.statuses[status] for status in STATUSES if self.statuses[status]},
-            "asked_again": self.asked_again,
-            "failures": dict(self.failures.most_common()),
-            "all": self.all.as_dict(),
-            "aspects": {name: counts.as_dict() for name, counts in self.aspects.items()},
-            "overlap": [{"aspects": list(pair), "jaccard": value} for pair, value in sorted(overlap.items())],
-            "duplicates": {
-                "texts": len(self._repeated),
-                "captions": sum(self._texts[key] for key in self._repeated),
-            },
+            **{name: sums[name] for name in ("images_without_caption", "captions", "unreadable_images")},
+            "statuses": {status: self._statuses[status] for status in STATUSES if self._statuses[status]},
+            "asked_again": sums["asked_again"],
+            "failures": dict(self._failures.most_common()),
+            "all": self.counts[None].as_dict(),
+            "aspects": {name: counts.as_dict() for name, counts in self.counts.items() if name is not None},
+            "overlap": [
+                {"aspects": list(pair), "jaccard": round(total / number, 4)}
+                for pair, (total, number) in sorted(self._overlap.items())
+            ],
+            "duplicates": {"texts": len(self._shared), "captions": sum(self._texts[key] for key in self._shared)},
             "classes": {
                 "with_images": len(classes),
                 "without_caption": sum(not entry["captions"] for entry in classes),
                 "fewest": classes[:FEWEST],
             },
-            "models": {name: count for name, count in self.models.most_common() if count},
-            "prompt_ids": {a: {i: n for i, n in ids.items() if n} for a, ids in self.prompt_ids.items()},
-            "tokens_in": self.tokens_in,
-            "tokens_out": self.tokens_out,
-            "attempts": self.attempts,
+            "models": {name: count for name, count in self._models.most_common() if count},
+            "prompt_ids": {a: {i: n for i, n in ids.items() if n} for a, ids in self._prompt_ids.items()},
+            **{name: sums[name] for name in ("tokens_in", "tokens_out", "attempts")},
         }
+
+    def headline(self) -> list[Figure]:
+        """The figures that console, page and card begin with."""
+        found, every = self.figures, self.figures["all"]
+        images, captions, tokens = found["images"], found["captions"], every["clip_tokens"]
+        rows = [
+            Figure("images", images),
+            Figure("unreadable images", found["unreadable_images"]),
+            Figure("images without a caption", found["images_without_caption"]),
+            Figure("captions", captions),
+            Figure("captions per image", captions / images if images else None, "mean"),
+            Figure("captions that name their class", share(every["mentions_label"], every["captions"]), "share"),
+            Figure("trimmed captions", share(every["trimmed"], every["captions"]), "share"),
+            Figure("longest caption in tokens", tokens and tokens["max"]),
+            Figure(
+                "answers over the token limit", share(every["checks"]["over_token_limit"], every["answers"]), "share"
+            ),
+            Figure("answers that deny their label", every["checks"]["label_contradicted"]),
+            Figure("texts shared by several images", found["duplicates"]["texts"]),
+        ]
+        hidden = set() if tokens else {"longest caption in tokens", "answers over the token limit"}
+        hidden |= set() if found["unreadable_images"] else {"unreadable images"}
+        return [row for row in rows if row.label not in hidden]
+
+    def by_aspect(self) -> list[tuple[str, dict, Counter]]:
+        """For each aspect, and for all together if there are several: name, figures, and the number of captions of each
+        length in tokens (in words if tokens were not counted)."""
+        rows = [(name, figures, self.counts[name]) for name, figures in self.figures["aspects"].items()]
+        rows += [("all", self.figures["all"], self.counts[None])] if len(rows) > 1 else []
+        return [(name, figures, counts.clip_tokens or counts.words) for name, figures, counts in rows]
+
+
+def share(count: int, total: int) -> float | None:
+    """`count / total`; None where `total` is 0."""
+    return count / total if total else None
+
+
+def percentage(count: int, total: int) -> str:
+    """`12.5 %`, or a dash where `total` is 0."""
+    return Figure("", share(count, total), "share").text
+
+
+def spread(distribution: dict | None) -> str:
+    """Median, 95th percentile and maximum."""
+    return "{median:g} · {p95:g} · {max}".format(**distribution) if distribution else "–"
 
 
 def _slot(record: dict) -> tuple:
     return record["aspect"], record["sample"], record["prompt_id"]
 
 
-def _kind(record: dict) -> str:
+def _kind_of_failure(record: dict) -> str:
     """Why there is no caption, in a few words: `rejected: repetition`, `failed`."""
     checks, status = record["checks"] or (), record["status"]
     why = [check for check in checks if DEFAULT_ACTIONS.get(check) == "reask" and check != "empty"]
@@ -219,16 +280,17 @@ def _kind(record: dict) -> str:
 
 
 def caption_statistics(dataset: Dataset) -> dict:
-    """Figures of a captioned data set, JSON-able.
+    """Figures of a captioned dataset, JSON-able: `statistics` in `captions.json`.
 
     Args:
         dataset: with the columns `label` (`ClassLabel`), `caption_records` and `image_sha256`; images are not read.
 
     Returns:
-        Counts of images, captions, statuses (of the last try of each caption), failures by kind and tries that were asked
-        again; for `all` and each of `aspects`: answers, captions, how many were trimmed and name their label, words and
-        `clip_tokens` (mean, median, 95th percentile, maximum; None without any) and how often each check fired in an
-        answer; mean Jaccard `overlap` of the word sets of two aspects of one image; `duplicates` across images; classes
-        with the fewest captions per image; models, prompt ids, and the tokens and attempts spent.
+        Counts of images, captions, statuses (of the last try of each caption), failures by kind, and tries that were
+        followed by another one; for `all` and for each of `aspects`: answers, captions, how many were trimmed and how many
+        name their label, the distribution of `words` and `clip_tokens` (mean, median, 95th percentile, maximum; None
+        without any), and how often each check fired in an answer; `overlap`: mean Jaccard index of the word sets of two
+        aspects of one image; `duplicates`: texts shared by several images; the classes with the fewest captions per image;
+        models, prompt ids, and the tokens and attempts spent.
     """
-    return CaptionTally(dataset).statistics()
+    return CaptionStatistics(dataset).figures

@@ -15,7 +15,8 @@ from ...captioning.ask.plan import Plan, WorkItem
 from ...captioning.split import SplitCaptioner
 from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionResult, CaptionWorkflow, WrittenFolder
-from ...captioning.write.card import PAGE
+from ...captioning.write.folder import PAGE_FILE
+from ...captioning.write.statistics import CaptionStatistics
 from ...core.console import many, printable_text, say, table
 from ...core.errors import PartialResult, nearest
 from ...data.texts import ASPECTS
@@ -178,39 +179,29 @@ def _calls(workflow: CaptionWorkflow, outcome: Outcome) -> str:
 
 def print_folder(written: WrittenFolder) -> None:
     """What is in a captioned data set, and some of its captions."""
-    dataset, statistics = written.dataset, written.statistics
-    everything, captions = statistics["all"], statistics["captions"]
-    unwanted = {name: count for name, count in statistics["statuses"].items() if name not in ACCEPTED}
-    others = "".join(f"; {count:,} {name}" for name, count in unwanted.items()) or "; 0 empty"
-    lines = {
-        "captions": f"{captions:,} kept, {captions / max(len(dataset), 1):.1f} per image{others}",
-        "no caption": many(statistics["images_without_caption"], "image"),
-    }
-    if statistics["unreadable_images"]:
-        row = written.tally.unreadable_row
-        image = dataset.cast_column("image", Image(decode=False))[row]["image"] or {}
+    statistics = written.statistics
+    lines = {figure.label: figure.text for figure in statistics.headline()}
+    if (row := statistics.unreadable_row) is not None:
+        image = statistics.dataset.cast_column("image", Image(decode=False))[row]["image"] or {}
         name = printable_text(Path(image.get("path") or "no name").name)
-        lines["unreadable"] = f"{many(statistics['unreadable_images'], 'image')}, e.g. {name} (row {row})"
-    if everything["clip_tokens"]:
-        tokens, over = everything["clip_tokens"], everything["checks"]["over_token_limit"]
-        limit = (written.details.get("checks") or {}).get("token_limit") or "limit"
-        lines["tokens"] = f"median {tokens['median']:.0f}, longest {tokens['max']}; {over} over the model's {limit}"
-    if captions:
-        lines["label named"] = f"in {everything['mentions_label'] / everything['captions']:.0%} of the captions"
-    lines["report"] = written.path / PAGE
+        lines["unreadable images"] += f", e.g. {name} (row {row})"
+    unwanted = {name: count for name, count in statistics.figures["statuses"].items() if name not in ACCEPTED}
+    if unwanted:
+        lines["not accepted"] = ", ".join(f"{count:,} {name}" for name, count in unwanted.items())
+    lines["report"] = written.path / PAGE_FILE
     say()
     table(lines)
     if written.journaled and unwanted:
         say(f"\nWhy some are missing: mmft-hf caption status --output_dir {written.path}")
-    _print_captions(written)
+    _print_captions(statistics)
 
 
-def _print_captions(written: WrittenFolder) -> None:
-    rows = written.tally.rows_to_show(3)
+def _print_captions(statistics: CaptionStatistics) -> None:
+    rows = statistics.sample_rows(3)
     if rows:
         say("\nFor example:")
-    names, blocks = written.dataset.features["label"].names, []
-    for row in written.dataset.select(rows).select_columns(["label", "captions"]):
+    names, blocks = statistics.class_names, []
+    for row in statistics.dataset.select(rows).select_columns(["label", "captions"]):
         shown = [f'"{shorten(text, WIDTH - 10, placeholder=" …")}"' for text in row["captions"][:3]]
         shown += [f"and {len(row['captions']) - 3} more"] if len(row["captions"]) > 3 else []
         blocks.append([f"{names[row['label']]}:", *shown])
@@ -222,7 +213,7 @@ def _print_captions(written: WrittenFolder) -> None:
 
 def next_line(written: WrittenFolder) -> str:
     """The command that trains on a captioned data set."""
-    skip = " --on_bad_image skip" if written.statistics["unreadable_images"] else ""
+    skip = " --on_bad_image skip" if written.statistics.figures["unreadable_images"] else ""
     return f"Next: mmft-hf finetune --dataset_name {written.path}{skip}"
 
 
