@@ -15,6 +15,7 @@ _PUBLIC = {
     "ClassPrototypes": "predict.heads.prototypes",
     "ClassificationReport": "predict.metrics",
     "Captioner": "captioning",
+    "ImageClassifier": "predict.classifier",
     "MMFTConfig": "train.config",
     "MMFTDataCollator": "model.collator",
     "MMFTImageClassificationPipeline": "predict.pipeline",

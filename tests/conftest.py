@@ -78,9 +78,9 @@ def captions_classify_nothing(monkeypatch):
 
     classify = evaluation.classify
 
-    def nothing_right(model, processor, prototypes, *args, **kwargs):
-        found = classify(model, processor, prototypes, *args, **kwargs)
-        if prototypes.source == "captions":
+    def nothing_right(classifier, *args, **kwargs):
+        found = classify(classifier, *args, **kwargs)
+        if classifier.head.source == "captions":
             found.scores[np.arange(len(found.labels)), found.labels] = -1
         return found
 

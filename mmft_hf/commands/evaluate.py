@@ -40,22 +40,21 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints accuracy, its interval, the baseline and a table per class."""
     from ..data.splits import load_splits, load_test_split
     from ..model.loading import default_device, load_model
+    from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
-    from ..predict.heads.prototypes import ClassPrototypes
+    from ..predict.heads import ClassPrototypes
 
     for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}.")
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
-    model, processor = load_model(args.model_name_or_path, args.model_revision)
-    prototypes.check_model(model, args.model_name_or_path)
-    model.to(default_device())
+    classifier = ImageClassifier.from_pretrained(args.model_name_or_path, args.model_revision).to(default_device())
+    names = classifier.class_names
 
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
-    dataset = load_test_split(data_args, prototypes.class_names)
+    dataset = load_test_split(data_args, names)
     if dataset is None:
         # As the training cut it, whatever the settings of this call are.
         again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
@@ -68,24 +67,16 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             )
         dataset = splits.test
 
-    mixed = f" and, with weight {prototypes.template_weight:g}, the class template" * (prototypes.template_weight > 0)
     say(
-        f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, "
-        f"{len(prototypes.class_names)} classes, compared with {prototypes.source}{mixed}\n"
+        f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, {len(names)} classes, "
+        f"{classifier.head.about}\n"
     )
 
-    def score(model, prototypes):
-        return classify(
-            model,
-            processor,
-            prototypes,
-            dataset,
-            args.per_device_eval_batch_size,
-            args.on_bad_image,
-            args.dataloader_num_workers,
-        ).report()
+    def score(classifier):
+        workers = args.dataloader_num_workers
+        return classify(classifier, dataset, args.per_device_eval_batch_size, args.on_bad_image, workers).report()
 
-    result = score(model, prototypes)
+    result = score(classifier)
     base = identity.get("base_model")
     zero_shot, missing = None, None
     if base:
@@ -94,11 +85,11 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         except UserError as error:
             missing = error
         else:
-            untuned.to(model.device)
-            template = identity["class_template"]
-            zero_shot = score(
-                untuned, ClassPrototypes.from_templates(untuned, processor, prototypes.class_names, template)
+            processor = classifier.processor
+            head = ClassPrototypes.from_templates(
+                untuned.to(default_device()), processor, names, identity["class_template"]
             )
+            zero_shot = score(ImageClassifier(untuned, processor, head))
 
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
@@ -115,7 +106,6 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if missing:
         say(f"\n  Note: no zero-shot baseline, since the untuned model is gone. {missing}")
     say("\nPer class, weakest first")
-    names = prototypes.class_names
     width = max(map(len, names))
     present = [c for c, row in enumerate(result["per_class"]) if row["images"]]
     for c in sorted(present, key=lambda c: result["per_class"][c]["accuracy"]):

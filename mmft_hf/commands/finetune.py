@@ -33,6 +33,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfi
     from ..data.splits import load_splits
     from ..model.loading import load_model
     from ..model.towers import Adapter, merge, parameter_counts, set_towers
+    from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
     from ..predict.heads.prototypes import ClassPrototypes
     from ..train.trainer import MMFTTrainer
@@ -60,9 +61,7 @@ def _run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfi
 
     def score(model, prototypes, dataset, name):
         return classify(
-            model,
-            processor,
-            prototypes,
+            ImageClassifier(model, processor, prototypes),
             dataset,
             config.per_device_eval_batch_size,
             config.on_bad_image,

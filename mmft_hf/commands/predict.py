@@ -34,12 +34,11 @@ POSITIONAL = ("images", "pictures, or folders of pictures")
 
 def run(args: PredictArguments, images: list[str]) -> None:
     """Prints one line per picture. A picture that cannot be read is named, and the others go on."""
-    import torch
     from tqdm.auto import tqdm
 
     from ..data.images import BadImage, read_image
-    from ..model.loading import default_device, encode_images, load_model
-    from ..predict.heads.prototypes import ClassPrototypes
+    from ..model.loading import default_device
+    from ..predict.classifier import ImageClassifier
 
     files = find_images(images)
     for name in ("top_k", "batch_size"):
@@ -49,13 +48,10 @@ def run(args: PredictArguments, images: list[str]) -> None:
         raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
     if args.output_file:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
-    prototypes = ClassPrototypes.from_pretrained(args.model_name_or_path, args.model_revision)
-    model, processor = load_model(args.model_name_or_path, args.model_revision)
-    prototypes.check_model(model, args.model_name_or_path)
-    model.to(default_device()).eval()
-    # Not among the answers on standard output, which other programs may read.
+    classifier = ImageClassifier.from_pretrained(args.model_name_or_path, args.model_revision).to(default_device())
+    # Other programs may read the answers on standard output; this line is not one of them.
     print(
-        f"Classifying {len(files):,} pictures with {args.model_name_or_path} ({len(prototypes.class_names)} classes)",
+        f"Classifying {len(files):,} pictures with {args.model_name_or_path} ({len(classifier.class_names)} classes)",
         file=sys.stderr,
     )
 
@@ -70,21 +66,14 @@ def run(args: PredictArguments, images: list[str]) -> None:
             except BadImage as error:
                 bad.append(file)
                 print(f"{file}: cannot be read ({error})", file=sys.stderr)
-        if not pictures:
-            continue
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
-        with torch.no_grad():
-            scores = prototypes.logits(encode_images(model, pixels)).softmax(dim=1)
-        best = scores.topk(min(args.top_k, scores.shape[1]), dim=1)
-        for file, values, classes in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
-            answers.append((file, [(prototypes.class_names[c], v) for c, v in zip(classes, values, strict=True)]))
+        answers += zip(readable, classifier.predict(pictures, args.top_k, args.batch_size), strict=True)
 
     if args.output_file:
         _write(Path(args.output_file), answers)
         print(f"{len(answers)} predictions written to {args.output_file}")
     else:
         for file, top in answers:
-            print(f"{file}: " + ", ".join(f"{name} {score:.1%}" for name, score in top))
+            print(f"{file}: " + ", ".join(f"{found['label']} {found['score']:.1%}" for found in top))
     if bad:
         raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
 
@@ -112,12 +101,11 @@ def find_images(arguments: list[str]) -> list[str]:
     return files
 
 
-def _write(path: Path, answers: list[tuple[str, list[tuple[str, float]]]]) -> None:
+def _write(path: Path, answers: list[tuple[str, list[dict]]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             for name, top in answers:
-                row = {"file": name, "predictions": [{"label": label, "score": score} for label, score in top]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"file": name, "predictions": top}, ensure_ascii=False) + "\n")
             return
         writer = csv.writer(file)
         writer.writerow(
@@ -125,4 +113,4 @@ def _write(path: Path, answers: list[tuple[str, list[tuple[str, float]]]]) -> No
             if answers
             else ["file"]
         )
-        writer.writerows([name, *(value for pair in top for value in pair)] for name, top in answers)
+        writer.writerows([name, *(value for found in top for value in found.values())] for name, top in answers)

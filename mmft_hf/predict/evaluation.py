@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import CLIPModel, CLIPProcessor
 
 from ..core.distributed import gather_shares, share_of
-from .heads.prototypes import ClassPrototypes, image_embeddings
+from .classifier import ImageClassifier
+from .heads.prototypes import image_embeddings
 from .metrics import report
 
 
@@ -34,9 +34,7 @@ class Predictions:
 
 @torch.no_grad()
 def classify(
-    model: CLIPModel,
-    processor: CLIPProcessor,
-    prototypes: ClassPrototypes,
+    classifier: ImageClassifier,
     dataset: Dataset,
     batch_size: int = 256,
     on_bad_image: str = "fail",
@@ -45,23 +43,23 @@ def classify(
     progress: bool = True,
     shard: bool = False,
 ) -> Predictions:
-    """Compares every image of a data set with the prototypes.
+    """Classifies every image of a data set.
 
     Args:
-        dataset: with columns `image` and `label`, the labels in the order of the prototypes' classes.
-        shard: each of several processes encodes its share, and each image once; all of them must call this, and all get
-            the whole.
+        dataset: with columns `image` and `label`; its labels have the order of the classifier's classes.
+        shard: each of several processes encodes its share, and each image once. All of them must call this, and all get
+            all predictions.
 
     Raises:
         UserError: an image that cannot be read, with `on_bad_image="fail"`.
     """
-    classes = len(prototypes.class_names)
-    scores, labels = [torch.zeros(0, classes)], [torch.zeros(0, dtype=torch.long)]
+    head = classifier.head
+    scores, labels = [torch.zeros(0, len(head.class_names))], [torch.zeros(0, dtype=torch.long)]
     rows = share_of(len(dataset)) if shard else None
     for embeds, batch_labels in image_embeddings(
-        model, processor, dataset, batch_size, on_bad_image, workers, progress, name, rows
+        classifier.model, classifier.processor, dataset, batch_size, on_bad_image, workers, progress, name, rows
     ):
-        scores.append(prototypes.logits(embeds).softmax(dim=1).cpu())
+        scores.append(head.scores(embeds).cpu())
         labels.append(batch_labels)
     whole = [gather_shares(torch.cat(part)) if shard else torch.cat(part) for part in (scores, labels)]
-    return Predictions(whole[0].numpy(), whole[1].numpy(), prototypes.class_names)
+    return Predictions(whole[0].numpy(), whole[1].numpy(), head.class_names)

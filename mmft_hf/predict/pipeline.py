@@ -1,4 +1,4 @@
-"""`transformers.pipeline("mmft-image-classification", model=folder_or_hub_id)`: the trained classifier, ready to use."""
+"""`transformers.pipeline("mmft-image-classification", model=folder_or_hub_id)`: a saved classifier, ready to use."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from transformers import AutoModel, Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from ..data.images import read_image
-from ..model.loading import encode_images, load_image_processor
-from .heads.prototypes import ClassPrototypes
+from ..model.loading import load_image_processor
+from .classifier import ImageClassifier
+from .heads import Head, load_head
 
 TASK = "mmft-image-classification"
 
-# evaluate.evaluator (up to 0.4.6) asks whether a pipeline is a transformers.TFPreTrainedModel, a class that transformers
-# 5 no longer has, and so fails for every pipeline. No object is an instance of this stand-in.
+# evaluate.evaluator (up to 0.4.6) asks whether a pipeline is a transformers.TFPreTrainedModel. transformers 5 no longer has
+# that class, so every pipeline would fail. No object is an instance of this stand-in.
 if not hasattr(transformers, "TFPreTrainedModel"):
     transformers.TFPreTrainedModel = type("TFPreTrainedModel", (), {})
 
 
 class NoSafetensors(Exception):
-    """No `UserError`: at a ValueError transformers tries the next class, which would open a pickle."""
+    """Not a `UserError`: at a ValueError transformers tries the next class, which would open a pickle."""
 
 
-class ModelWithPrototypes:
-    """Loads a dual encoder with what lies beside it: only here is it known which revision is meant, and which token."""
+class ModelWithHead:
+    """Loads a dual encoder together with the head and the image processor of its folder.
+
+    Only here are the revision and the token of `pipeline(…)` known.
+    """
 
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs):
@@ -36,28 +39,28 @@ class ModelWithPrototypes:
             raise NoSafetensors(f"{name!r}: expected the weights of a dual encoder as safetensors; {reason}") from error
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
         if getattr(model, "_hf_peft_config_loaded", False) and "revision" in hub:
-            # Of an adapter, pipeline() has looked the revision up at the base model; it goes by its name.
+            # For an adapter, pipeline() has resolved the revision in the base model's repository; its name still fits.
             hub["revision"] = str(hub["revision"])
-        model.mmft_prototypes = ClassPrototypes.from_pretrained(name, **hub)
+        model.mmft_head = load_head(name, **hub)
         model.mmft_image_processor = load_image_processor(name, **hub)
         return model
 
 
 class MMFTImageClassificationPipeline(Pipeline):
-    """Classifies images with a fine-tuned dual encoder and its saved class prototypes.
+    """Classifies images with a fine-tuned dual encoder and its saved head.
 
     Args:
-        model (`CLIPModel` or another dual encoder): from the folder or Hub repository that `mmft-hf finetune` made.
-        prototypes (`ClassPrototypes`, *optional*): those saved with the model, if not given.
+        model (`CLIPModel` or another dual encoder): from the folder or Hub repository that `mmft-hf finetune` wrote.
+        prototypes (`ClassPrototypes` or another head, *optional*): used in place of the head saved with the model.
 
-    Inputs of the call: a path, URL, `PIL.Image`, or a list or data set of them; `top_k` (5) classes are returned.
+    Call it with a path, URL or `PIL.Image`, or with a list or data set of them; `top_k` (5) classes are returned.
 
     Returns:
-        `[{"label", "score"}, …]` for one image, best first, scores being softmax probabilities over all classes; a list
-        of these for several.
+        `[{"label", "score"}, …]` for one image, best first; the scores are softmax probabilities over all classes. For
+        several images, a list of these.
 
     Raises:
-        UserError: no prototypes beside the model, or an image that cannot be read.
+        UserError: there is no head in the model's folder, or an image cannot be read.
     """
 
     _load_processor = False
@@ -65,18 +68,17 @@ class MMFTImageClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, *args, prototypes: ClassPrototypes | None = None, **kwargs):
+    def __init__(self, *args, prototypes: Head | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        # With torchvision installed the stock loader takes its backend, whose pixels differ a little from the trained ones.
-        beside = getattr(self.model, "mmft_image_processor", None)
-        self.image_processor = beside or load_image_processor(self.model.name_or_path)
-        # evaluate.evaluator("image-classification") takes no pipeline of another task name.
+        name = self.model.name_or_path
+        # With torchvision installed the stock loader takes its backend, whose pixels differ slightly from those of training.
+        self.image_processor = getattr(self.model, "mmft_image_processor", None) or load_image_processor(name)
+        # evaluate.evaluator("image-classification") accepts no pipeline with another task name.
         self.task = "image-classification"
-        beside = getattr(self.model, "mmft_prototypes", None)
-        beside = beside or (None if prototypes else ClassPrototypes.from_pretrained(self.model.name_or_path))
-        self.prototypes = prototypes or beside
+        head = prototypes or getattr(self.model, "mmft_head", None) or load_head(name)
         if not prototypes:
-            self.prototypes.check_model(self.model, self.model.name_or_path)
+            head.check_model(self.model, name)
+        self.classifier = ImageClassifier(self.model, self.image_processor, head)
 
     def _sanitize_parameters(self, top_k=None, timeout=None):
         preprocess = {} if timeout is None else {"timeout": timeout}
@@ -86,25 +88,18 @@ class MMFTImageClassificationPipeline(Pipeline):
         """One picture to `{"pixel_values": (1, 3, height, width)}`."""
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             image = load_image(image, timeout=timeout)
-        return self.image_processor(read_image(image), return_tensors="pt")
+        return {"pixel_values": self.classifier.preprocess([image])}
 
     def _forward(self, inputs):
         with torch.no_grad():
-            return {"logits": self.prototypes.logits(encode_images(self.model, inputs["pixel_values"]))}
+            return {"logits": self.classifier(inputs["pixel_values"])}
 
     def postprocess(self, outputs, top_k=5):
         """Logits `(1, C)` to the `top_k` labels with their probabilities."""
-        scores = outputs["logits"][0].float().softmax(dim=0)
-        best = scores.topk(min(top_k, len(scores)))
-        return [
-            {"label": self.prototypes.class_names[i], "score": score}
-            for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        return self.classifier.best(outputs["logits"], top_k)[0]
 
 
 def register() -> None:
-    """Makes the task known to `transformers.pipeline`; calling it again changes nothing."""
+    """Registers the task with `transformers.pipeline`; calling it again changes nothing."""
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(
-            TASK, MMFTImageClassificationPipeline, pt_model=ModelWithPrototypes, type="image"
-        )
+        PIPELINE_REGISTRY.register_pipeline(TASK, MMFTImageClassificationPipeline, pt_model=ModelWithHead, type="image")

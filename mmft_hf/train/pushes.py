@@ -92,11 +92,9 @@ class TrainingPushes:
         """
         self._finish_current_push()
         self.save_model(_internal_call=True)
-        self.current_prototypes()
         if not self.is_world_process_zero():
             return None
         folder = Path(self.args.output_dir)
-        self.prototypes.save_pretrained(folder)
         if not (folder / RUN_FILE).is_file():
             write_json(folder / RUN_FILE, {"completed": False})
         return push_files(

@@ -37,6 +37,7 @@ from ..hub.cards.sources import run_sources
 from ..model.towers import Adapter
 from ..predict import figures
 from ..predict import sheet as report
+from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
 from ..predict.heads.prototypes import ClassPrototypes
 from ..version import __version__
@@ -242,11 +243,7 @@ class Run:
             "seed": self.config.seed,
             **train_metrics,
         }
-        model.config.id2label = dict(enumerate(self.splits.class_names))
-        model.config.label2id = {name: i for i, name in enumerate(self.splits.class_names)}
-        model.save_pretrained(self.path)
-        processor.save_pretrained(self.path)
-        prototypes.save_pretrained(self.path)
+        ImageClassifier(model, processor, prototypes).save_pretrained(self.path)
         if adapter:
             base, revision = self.identity["base_model"], self.identity["base_model_revision"]
             adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)

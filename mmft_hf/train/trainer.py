@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from ..model.embedding import add_embedding_forward
 from ..model.loading import encode_images, is_dual_encoder, logit_scale
 from ..model.losses import MMFTLoss
 from ..model.towers import TOWERS, frozen_batch_norms
+from ..predict.classifier import set_class_names
 from ..predict.heads.prototypes import ClassPrototypes
 from ..predict.metrics import report
 from .averaging import WeightAveraging
+from .checkpoints import is_checkpoint
 from .config import MMFTConfig
 from .frozen import FrozenTowers
 from .progress import EpochLines
@@ -131,6 +134,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         )
         self.loss = MMFTLoss(args.supcon_weight, args.include_self)
         self.training_templates: str | tuple[str, ...] = args.class_template  # of several, one is drawn for each image
+        if self.class_names:
+            set_class_names(self.model, self.class_names)
         add_embedding_forward(self.model)
         self._batch_norms = frozen_batch_norms(self.model)
         self.prototypes: ClassPrototypes | None = None
@@ -281,17 +286,18 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         super().log(logs, start_time)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
-    def build_prototypes(self) -> ClassPrototypes:
+    def build_prototypes(self, shard: bool = True) -> ClassPrototypes:
         """Prototypes of the current weights, from the source that `args.prototypes` names.
 
-        With several processes every one of them must call it: each encodes its share.
+        Args:
+            shard: each of several processes encodes its share; all of them must call this.
         """
         model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
         source, template = self.args.prototypes, self.args.class_template
         options = {
             "batch_size": self.args.per_device_eval_batch_size,
             "progress": self.is_world_process_zero() and not self.args.disable_tqdm,
-            "shard": True,
+            "shard": shard,
         }
         if source == "captions":
             options["template_weight"] = self.args.template_weight
@@ -305,7 +311,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             return ClassPrototypes.from_images(model, processor, self.train_dataset, **options)
         # The user's own template comes first among several.
         templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
-        return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard=True)
+        return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard)
 
     def current_prototypes(self) -> ClassPrototypes:
         """`build_prototypes()`, or what it gave before if the weights that it depends on are still the same."""
@@ -355,6 +361,19 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         result = report(prediction.predictions, prediction.label_ids, self.prototypes.class_names)
         keys = ("accuracy", "top5_accuracy", "mean_per_class_accuracy")
         return {key: result[key] for key in keys if key in result}
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Saves a folder that predicts: model, processor, class names and head. Checkpoints get no head.
+
+        Args:
+            output_dir: the folder. Default: `args.output_dir`.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if self.class_names and not is_checkpoint(folder):
+            with self._averaged(), self._unsharded():
+                if self.args.should_save:
+                    self.build_prototypes(shard=False).save_pretrained(folder)
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: the stock card would overwrite the one with the results, which the output folder gets at the end."""

@@ -12,7 +12,7 @@ from tiny_clip import COLOURS, colour_dataset
 from torch.func import functional_call
 from transformers import set_seed
 
-from mmft_hf import ClassPrototypes, MMFTConfig, MMFTTrainer, load_model, set_towers
+from mmft_hf import ClassPrototypes, ImageClassifier, MMFTConfig, MMFTTrainer, load_model, set_towers
 from mmft_hf.baselines import linear
 from mmft_hf.baselines.clip_lora import QUERY_KEY_VALUE, clip_lora
 from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, train_class_texts, train_head
@@ -308,7 +308,7 @@ def test_validation_restores_the_head_of_the_best_epoch(clip, tmp_path):
     assert torch.equal(restored.weight, heads[best].weight)
     assert not torch.equal(restored.weight, heads[-1].weight)
     assert trainer.evaluate()["eval_accuracy"] == accuracies[best]
-    found = classify(model, processor, restored, validation, progress=False)
+    found = classify(ImageClassifier(model, processor, restored), validation, progress=False)
     assert found.report()["accuracy"] == accuracies[best]
 
 
@@ -323,7 +323,7 @@ def test_validation_compares_with_the_class_texts_of_the_best_epoch(clip, tmp_pa
     expected = ClassPrototypes.from_templates(model, processor, NAMES, TEMPLATE)
     torch.testing.assert_close(trainer.prototypes.embeddings, expected.embeddings)
     assert trainer.prototypes.logit_scale == pytest.approx(expected.logit_scale)
-    found = classify(model, processor, expected, validation, progress=False).report()["accuracy"]
+    found = classify(ImageClassifier(model, processor, expected), validation, progress=False).report()["accuracy"]
     assert found == trainer.state.best_metric
 
 
@@ -331,7 +331,7 @@ def test_it_learns_colours(clip, tmp_path):
     train, validation = colour_dataset(8, captions=False), colour_dataset(4, seed=1, captions=False)
     settings = {"num_train_epochs": 6, "learning_rate": 3e-3}
     head, _ = train_head(*clip, config(tmp_path / "a", **settings), train, zero_shot_head(clip), validation)
-    assert classify(*clip, head, validation, progress=False).report()["accuracy"] == 1.0
+    assert classify(ImageClassifier(*clip, head), validation, progress=False).report()["accuracy"] == 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(clip, tmp_path):

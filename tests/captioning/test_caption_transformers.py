@@ -282,7 +282,6 @@ def test_identity_is_that_of_the_weights_and_knows_no_path(vlm, copy, monkeypatc
     }
     (copy / "README.md").write_text("A card.")
     assert TransformersBackend(f"{copy}/").identity() == identity
-    assert TransformersBackend(str(vlm), dtype="bfloat16").identity() == {**identity, "dtype": "bfloat16"}
     monkeypatch.chdir(copy)
     assert TransformersBackend(".").identity() == identity
 
@@ -367,7 +366,6 @@ def test_weights_that_lack_something_are_refused(copy):
     ("arguments", "match"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"dtype": "float23"}, "dtype"),
         ({"sampling": Sampling(options={"top_kk": 5})}, "'top_k'"),
         ({"sampling": Sampling(options={"max_new_tokens": 5})}, "max_tokens"),
         ({"sampling": Sampling(options={"num_return_sequences": 5})}, "num_return_sequences"),

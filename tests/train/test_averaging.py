@@ -209,7 +209,11 @@ def test_a_save_within_training_has_the_average_and_nothing_beside(clip, tmp_pat
     trainer.train()
     saved = tmp_path / "saved"
     assert difference(load_file(saved / "model.safetensors"), average(steps.weights[:3])) < 1e-6
-    assert {path.name for path in saved.glob("*.safetensors")} == {"model.safetensors"}
+    names = {"model.safetensors", "head.safetensors", "prototypes.safetensors"}
+    assert {path.name for path in saved.glob("*.safetensors")} == names
+    model, processor = load_model(str(saved))
+    expected = ClassPrototypes.from_captions(model, processor, trainer.train_dataset).embeddings
+    torch.testing.assert_close(ClassPrototypes.from_pretrained(saved).embeddings, expected, atol=1e-5, rtol=0)
 
 
 def test_what_is_pushed_on_the_way_is_the_average_with_its_own_prototypes(clip, tmp_path):

@@ -19,6 +19,7 @@ from ...data.texts import TEMPLATES
 from ...model.features import image_features
 from ...model.loading import load_model, logit_scale
 from ...model.memory import give_memory_back
+from ...predict.classifier import ImageClassifier
 from ...predict.evaluation import classify
 from ...predict.heads import ClassPrototypes, LinearHead
 from ...predict.heads.prototypes import image_embeddings
@@ -116,7 +117,8 @@ class Context:
         def scores(dataset: Dataset) -> np.ndarray:
             if model is self.model:
                 return head.logits(torch.from_numpy(self.features(dataset))).numpy()
-            return classify(model, self.processor, head, dataset, *self._batches, progress=False).scores
+            found = ImageClassifier(model, self.processor, head)
+            return classify(found, dataset, *self._batches, progress=False).scores
 
         return scores
 

@@ -35,6 +35,11 @@ class Head:
     kind: ClassVar[str]
     class_names: list[str]
 
+    @property
+    def about(self) -> str:
+        """What the head is, in a few words, for a line that is printed."""
+        return f"{self.kind} head"
+
     def logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` logits of unit-norm image embeddings `(B, D)`; their softmax gives the probabilities."""
         raise NotImplementedError

@@ -62,6 +62,11 @@ class ClassPrototypes(Head):
     def __post_init__(self):
         self.fallback_classes = tuple(self.fallback_classes)  # JSON has lists only
 
+    @property
+    def about(self) -> str:
+        mixed = f" and, with weight {self.template_weight:g}, the class template" if self.template_weight else ""
+        return f"compared with {self.source}{mixed}"
+
     def logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
         return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T

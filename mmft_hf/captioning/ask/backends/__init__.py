@@ -1,1 +1,1 @@
-"""Who writes captions: one module per kind of server, one for a model in this process, one for texts without a model."""
+"""Backends, which answer requests: one module per kind of server, and one for a model in this process."""

@@ -1,4 +1,4 @@
-"""Anthropic's messages."""
+"""Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ _REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
 
 class AnthropicBackend(HTTPBackend):
-    """Posts to `{base_url}/v1/messages`, whether or not `base_url` ends in /v1.
-
-    Arguments: those of `HTTPBackend`. The provider takes no seed.
-    """
+    """Posts to `{base_url}/v1/messages`, whether or not `base_url` ends in /v1. The provider takes no seed."""
 
     name = "anthropic"
     default_url = "https://api.anthropic.com"
@@ -38,10 +35,10 @@ class AnthropicBackend(HTTPBackend):
         return merged(body, self.sampling.options)
 
     def _answer(self, data: dict[str, Any]) -> Answer:
-        # Thinking comes in blocks of its own kind.
+        # Thinking comes in blocks of another type.
         text = "".join(text_of(block["text"]) for block in data["content"] if block["type"] == "text")
         reason, usage = data["stop_reason"], data.get("usage") or {}
-        # What the cache wrote or served is billed, too, and not part of input_tokens.
+        # Tokens written to or read from the cache are billed too, and are not part of input_tokens.
         cached = (usage.get("cache_creation_input_tokens"), usage.get("cache_read_input_tokens"))
         return Answer(
             text=text,

@@ -1,4 +1,4 @@
-"""What backends over HTTP share: one request, one post; each says how a body is made and how an answer is read."""
+"""What the HTTP backends share: one request becomes one POST. Each backend builds the body and reads the answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ....core.errors import UserError
 from ...types import BUDGETS, Answer, Request, Sampling, Transient
 from .transport import Transport, check_url
 
-# These decide what is asked and how it is read: another value could not be understood, or would cost for nothing.
-_OURS = ("contents", "messages", "model", "n", "stream")
+# Options that cannot be overridden: they decide what is asked and how the answer is read.
+RESERVED = ("contents", "messages", "model", "n", "stream")
 MAX_COUNT = 10**8  # tokens: more than any model reads or writes
 MAX_NAME = 200
 
@@ -24,16 +24,14 @@ class HTTPBackend(ABC):
 
     Args:
         model: as the server names it.
-        base_url: of another server that speaks the same language. It gets no key unless `api_key_env` is given.
+        base_url: of another server with the same protocol. It gets no key unless `api_key_env` is given.
         api_key_env: name of the environment variable that holds the key. Default: the provider's usual one.
-        sampling: temperature and `options`, which override fields of the body; null takes a field away. The budget and
-            the seed are those of each request.
-        concurrency: connections at most.
-        timeout_s: of one call in seconds.
-        allow_http: send the key over http to another machine, too.
+        sampling: temperature, and `options` that override fields of the body (null removes a field). Token limit and
+            seed come from each request.
+        connection: `concurrency`, `timeout_s` and `allow_http` of `Transport`.
 
     Raises:
-        UserError: at construction, an argument that cannot be right.
+        UserError: an argument that cannot be right, at construction.
         Transient, Unanswerable, Fatal: from `generate`.
     """
 
@@ -51,9 +49,7 @@ class HTTPBackend(ABC):
         base_url: str | None = None,
         api_key_env: str | None = None,
         sampling: Sampling | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 120.0,
-        allow_http: bool = False,
+        **connection,
     ):
         if not model or not model.isprintable():
             raise UserError(f"--captioner_model: expected the name of a model, found {model!r}.")
@@ -63,16 +59,14 @@ class HTTPBackend(ABC):
         self.official = check_url(url).hostname == check_url(self.default_url).hostname
         if api_key_env is None and self.official:
             api_key_env = self.default_key_env
-        self.transport = Transport(
-            url, self.headers, api_key_env, concurrency, timeout_s, self.key_header, allow_http, self.not_found
-        )
+        self.transport = Transport(url, self.headers, api_key_env, self.key_header, self.not_found, **connection)
 
     def identity(self) -> dict[str, Any]:
         """Kind of backend and name of the model."""
         return {"backend": self.name, "model": self.model}
 
     def check_key(self) -> None:
-        """Raises `UserError` where a key is needed and its variable holds none."""
+        """Raises `UserError` if a key is needed and its environment variable is not set."""
         self.transport.check_key()
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer]:
@@ -89,29 +83,29 @@ class HTTPBackend(ABC):
             place[name] = request.max_tokens
         data = await self.transport.post(self._path(), body, request.picture.data)
         try:
-            return storable(self._answer(data))
+            return _storable(self._answer(data))
         except (AttributeError, IndexError, KeyError, TypeError):
             error: Transient = self.transport.bad_answer(json.dumps(data)[:1000])
         raise error
 
     @abstractmethod
     def _path(self) -> str:
-        """Where a request goes, after the base URL."""
+        """Path of a request after the base URL."""
 
     @abstractmethod
     def _body(self, request: Request) -> dict[str, Any]:
-        """What is sent, as JSON."""
+        """Content of a request, to be sent as JSON."""
 
     @abstractmethod
     def _answer(self, data: dict[str, Any]) -> Answer:
-        """Reads an answer. An error of look-up or of type means that it has another shape."""
+        """Reads an answer. A lookup error or type error means that it has another shape."""
 
 
 def merged(body: dict[str, Any], options: Mapping[str, Any], nested: bool = False) -> dict[str, Any]:
-    """Returns `body` with `options` over it; None takes a field away.
+    """Returns `body` with `options` merged over it; None removes a field.
 
     Args:
-        nested: dictionaries are merged one level deep instead of replaced.
+        nested: merge dictionaries one level deep instead of replacing them.
     """
     result = dict(body)
     for name, value in options.items():
@@ -141,8 +135,8 @@ def count_of(*values: object) -> int | None:
     return sum(counts) if counts else None
 
 
-def storable(answer: Answer) -> Answer:
-    """Returns `answer`; what names itself in it as text is text, and short."""
+def _storable(answer: Answer) -> Answer:
+    """Returns `answer` with a short model name; raises `TypeError` for a finish reason that is no text."""
     reason, model = answer.finish_reason, answer.model
     if reason is not None:
         text_of(reason)
@@ -150,7 +144,7 @@ def storable(answer: Answer) -> Answer:
 
 
 def _budgets(body: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Where a body has the budget of its answer: options may choose the field's name, but not another number."""
+    """Fields of a body that hold its token limit. Options may choose the name of the field, but not another number."""
     inner = body.get("generationConfig")
     places = [body, inner] if isinstance(inner, Mapping) else [body]
     return [(place, name) for place in places for name in BUDGETS if isinstance(place.get(name), (int, float))]
@@ -160,16 +154,14 @@ def _check_options(sampling: Sampling) -> None:
     options = sampling.options
     for place, name in _budgets(options):
         if place[name] != sampling.max_tokens:
-            # It is counted with: what a call may cost, what a second try needs.
+            # The cost limit and the second try reckon with --max_tokens.
             raise UserError(
                 f"sampling options: expected {name} to be the {sampling.max_tokens} of --max_tokens, found {place[name]}. "
                 f"Type --max_tokens {place[name]}."
             )
-    ours = sorted(set(options) & set(_OURS))
-    if ours:
-        raise UserError(
-            f"sampling options: expected none of {', '.join(_OURS)}, found {', '.join(ours)}. Leave it out."
-        )
+    if reserved := sorted(set(options) & set(RESERVED)):
+        found = f"expected none of {', '.join(RESERVED)}, found {', '.join(reserved)}"
+        raise UserError(f"sampling options: {found}. Leave it out.")
     try:
         json.dumps(dict(options), allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a model in this process needs to know of its device: which one, its random numbers, its memory."""
+"""The device of a model in this process: which one, its random numbers and its memory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-# CUDA, cuBLAS, MPS and the CPU each have their own words; some come without the class torch has for it.
+# How CUDA, cuBLAS, MPS and the CPU report it; some do not raise torch.OutOfMemoryError.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 def default_device() -> torch.device:
-    """The accelerator of this process under any launcher, else the CPU."""
+    """The accelerator of this process under any launcher, or the CPU."""
     if torch.cuda.is_available():
-        # Where a launcher shows each process its own device alone, that device has number 0.
+        # If a launcher shows each process only its own device, that device has number 0.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from `seed` within; after it, those of everybody else go on as if nothing had been drawn."""
+    """Seeds the random numbers inside the block; afterwards the global state is as if nothing had been drawn."""
     module = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         here = module.get_rng_state() if module else None
         state = torch.random.get_rng_state()
         try:
-            # torch.manual_seed would also seed the other devices, whose state is not kept here.
+            # torch.manual_seed would also seed other devices, whose state is not saved here.
             torch.default_generator.manual_seed(seed)
             if module:
                 module.manual_seed(seed)
@@ -41,14 +41,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives back what failed calls and freed models still hold."""
+    """Releases memory that failed calls and freed models still hold."""
     gc.collect()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch could have gone well."""
+    """Whether a smaller batch could have succeeded."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)

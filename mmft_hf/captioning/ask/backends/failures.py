@@ -1,4 +1,4 @@
-"""What an HTTP answer without a caption means: try again, give this request up, or stop. And no word of it holds a key."""
+"""What a failed HTTP call means: try again, give up this request, or stop. No message contains a key."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SECRETS = (
     (re.compile(r"([?&][\w.\-]{1,64}=)[^\s&\"'<>]+"), r"\1[key]"),
 )
 
-# What providers call an account without money. Gemini says "exceeded your current quota … billing" of a limit per
-# minute, too, so that its sentence decides nothing; the id of its quota does.
+# How providers say that an account has no money left. Gemini writes "exceeded your current quota … billing" for a limit
+# per minute too, so its sentence decides nothing; the id of its quota does.
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "billing_error"}
 _QUOTA_WORDS = re.compile(r"credit balance is too low|reached your specified API usage limits", re.IGNORECASE)
 _KEY_CODES = {"API_KEY_INVALID", "invalid_api_key", "authentication_error", "permission_error"}
@@ -32,7 +32,7 @@ _MODEL_WORDS = re.compile(
     r"|image_url is only supported|does not support (?:images|image input|vision)\b",
     re.IGNORECASE,
 )
-# A field that this model does not take, a country where the API is not offered: the same for every request.
+# A field that this model does not accept, or a country without the API: the same for every request.
 _FIELD_CODES = {"unsupported_parameter", "unsupported_value", "FAILED_PRECONDITION"}
 _TRANSIENT = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
 
@@ -41,9 +41,9 @@ def redact(text: str, *secrets: str | None) -> str:
     """Returns `text` as one printable line of at most 300 characters without markup and without keys.
 
     Args:
-        text: what a server or a library says.
-        secrets: values taken out wherever they stand. What looks like a key of a known provider, a bearer token, the
-            user part or the query of an address goes in any case.
+        text: a message of a server or a library.
+        secrets: values to remove. Anything that looks like a key of a known provider, a bearer token, or the user part or
+            query of an address is removed in any case.
     """
     for secret in secrets:
         if secret:
@@ -56,26 +56,16 @@ def redact(text: str, *secrets: str | None) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-def failure(
-    status: int,
-    headers: Mapping[str, str],
-    text: str,
-    host: str,
-    api_key_env: str | None = None,
-    not_found: str = "",
-    secret: str | None = None,
-) -> CallError:
-    """Returns (not: raises) what an answer other than a good one means.
+def failure(server, status: int, headers: Mapping[str, str], text: str) -> CallError:
+    """Returns (does not raise) what an unsuccessful answer means.
 
     Args:
-        status: HTTP status, or the code in the body of an answer that calls itself an error.
-        headers: of the answer, in any case.
-        text: its body.
-        host: named in the message.
-        api_key_env: the variable that the key came from.
-        not_found: what to try where the server knows no such address or model.
-        secret: the key, for `redact`.
+        server: the `Transport`, whose host, key variable and advice the message names.
+        status: HTTP status, or the code in the body of an answer that reports an error.
+        headers: of the answer, case-insensitive.
+        text: body of the answer.
     """
+    host, api_key_env, secret = server.host, server.api_key_env, server.secret()
     codes, quotas, delay, said = _read_error(text)
 
     def fatal(kind: str, expected: str, advice: str) -> Fatal:
@@ -86,15 +76,15 @@ def failure(
     line = redact(f"{host} answered {status}: {said.strip() or 'no word of why'}", secret)
     if status == 402 or codes & _QUOTA_CODES or _QUOTA_WORDS.search(said) or any("PerDay" in q for q in quotas):
         return fatal("quota", "an account with quota left", "Top it up or wait, then run the same command again.")
-    if status == 403 and "flagged_input" in codes:  # a router's moderation turned this picture down, not the key
+    if status == 403 and "flagged_input" in codes:  # a router's moderation rejected this picture; the key is fine
         return Unanswerable("moderation", line)
     if status in (401, 403) or codes & _KEY_CODES:
         advice = f"Type export {api_key_env}=…" if api_key_env else "Name a key's variable: --api_key_env NAME."
         return fatal("credentials", f"{key} to be accepted", advice)
     if status in (404, 405) or codes & _MODEL_CODES or (status in (400, 422) and _MODEL_WORDS.search(said)):
-        return fatal("model", "a model that takes pictures at this address", not_found)
+        return fatal("model", "a model that takes pictures at this address", server.not_found)
     if codes & _FIELD_CODES:
-        advice = "If it names a field: null in the sampling options takes it away."
+        advice = "If it names a field: null in the sampling options removes it."
         return fatal("server", "a request that this model and account may send", advice)
     if 300 <= status < 400:
         target = re.sub(r"^\w+://|^//", "", headers.get("Location", "")).partition("/")[0] or "itself"
@@ -109,7 +99,7 @@ def failure(
 
 
 def _read_error(text: str) -> tuple[set[str], list[str], float | None, str]:
-    """The codes, quota ids and waiting time in the body of an error, and its sentence."""
+    """Codes, quota ids, waiting time in seconds and message in the body of an error."""
     try:
         body: Any = json.loads(text)
     except (ValueError, RecursionError):
@@ -138,7 +128,7 @@ _DURATION = re.compile(r"(\d{1,12}(?:\.\d+)?)(ms|s|m|h|d)")
 
 
 def seconds(text: str) -> float | None:
-    """Returns a duration such as `20ms`, `1s`, `6m0s` or `37` in seconds, or None where it is none."""
+    """Returns a duration such as `20ms`, `1s`, `6m0s` or `37` in seconds, or None for other text."""
     text = text.strip()
     if _NUMBER.fullmatch(text):
         return float(text)
@@ -149,7 +139,7 @@ def seconds(text: str) -> float | None:
 
 
 def _until(text: str, now: float) -> float | None:
-    """Seconds from `now` to a date of HTTP or RFC 3339, 0 where it has passed."""
+    """Seconds from `now` to a date (HTTP or RFC 3339), 0 if it has passed, None for other text."""
     try:
         date = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
     except ValueError:
@@ -164,28 +154,26 @@ def _until(text: str, now: float) -> float | None:
 def wait_hint(headers: Mapping[str, str], limited: bool = True) -> float | None:
     """Returns how many seconds a server asks to wait, uncapped, or None.
 
-    `retry-after-ms` and `Retry-After` (seconds or a date) come first. Otherwise the longest of the rate limits' resets
-    counts: of the limits that are used up where the server says which, of all where it does not. Some servers write
-    these beside every answer: unless it is a rate limit (`limited`) that turned the call away, they say nothing of it.
+    `retry-after-ms` and `Retry-After` (seconds or a date) take precedence. Otherwise the longest reset of a rate limit
+    counts: among the exhausted limits if the server reports what remains, else among all. Some servers send these headers
+    with every answer, so they count only if a rate limit (`limited`) turned the call away.
     """
     found = {name.lower(): value for name, value in headers.items()}
-    # The server's own clock, where it shows it: ours may be wrong by more than the wait.
+    # The server's own clock if it shows it: ours may be wrong by more than the wait.
     sent = _until(found.get("date", ""), 0.0)
     now = sent if sent else time.time()
-    milliseconds = seconds(found.get("retry-after-ms", ""))
+    milliseconds, value = seconds(found.get("retry-after-ms", "")), found.get("retry-after", "")
     if milliseconds is not None:
         return milliseconds / 1000
-    if "retry-after" in found:
-        value = found["retry-after"]
-        wait = seconds(value) if _NUMBER.fullmatch(value.strip()) else _until(value, now)
-        if wait is not None:
-            return wait
+    wait = seconds(value) if _NUMBER.fullmatch(value.strip()) else _until(value, now)
+    if wait is not None or not limited:
+        return wait
     resets: dict[str, float] = {}
-    for name, value in found.items() if limited else ():
+    for name, value in found.items():
         if re.match(r"x-ratelimit-reset-|anthropic-ratelimit-.*-reset$", name):
             wait = seconds(value)
             wait = _until(value, now) if wait is None else wait
             if wait is not None:
                 resets[name] = wait
-    used_up = [w for name, w in resets.items() if found.get(name.replace("reset", "remaining")) == "0"]
-    return max(used_up or resets.values(), default=None)
+    exhausted = [w for name, w in resets.items() if found.get(name.replace("reset", "remaining")) == "0"]
+    return max(exhausted or resets.values(), default=None)

@@ -1,4 +1,4 @@
-"""Gemini's `generateContent`."""
+"""Gemini's `generateContent` API."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ from .base import HTTPBackend, count_of, merged, seed_of, text_of
 from .transport import PICTURE
 
 _REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
-_REFUSALS = {
-    "BLOCKLIST",
-    "IMAGE_PROHIBITED_CONTENT",
-    "IMAGE_RECITATION",
-    "IMAGE_SAFETY",
-    "PROHIBITED_CONTENT",
-    "RECITATION",
-    "SAFETY",
-    "SPII",
-}
+_REFUSALS = frozenset(
+    "BLOCKLIST IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION IMAGE_SAFETY PROHIBITED_CONTENT RECITATION SAFETY SPII".split()
+)
 
 
 class GeminiBackend(HTTPBackend):
-    """Posts to `{base_url}/models/{model}:generateContent`. Arguments: those of `HTTPBackend`.
+    """Posts to `{base_url}/models/{model}:generateContent`.
 
-    Options are merged into the body one level deep, as in `{"generationConfig": {"thinkingConfig": {…}}}`.
+    Sampling options are merged into the body one level deep, as in `{"generationConfig": {"thinkingConfig": {…}}}`.
     """
 
     name = "gemini"
@@ -61,7 +54,7 @@ class GeminiBackend(HTTPBackend):
             text, reason = "", "refusal"
         else:
             candidate = data["candidates"][0]
-            # A filtered answer comes without content, and so does one whose whole budget went into thinking.
+            # Filtered answers come without content, and so do answers that spent all their tokens on thinking.
             parts = (candidate.get("content") or {}).get("parts") or []
             text = "".join(text_of(p["text"]) for p in parts if "text" in p and not p.get("thought"))
             found = candidate["finishReason"]

@@ -1,10 +1,10 @@
-"""Chat completions as OpenAI defined them: OpenAI itself, `vllm serve`, `transformers serve`, TGI, Ollama, routers."""
+"""OpenAI's chat completions, as spoken by OpenAI, `vllm serve`, `transformers serve`, TGI, Ollama and routers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...types import Answer, Request, Sampling
+from ...types import Answer, Request
 from .base import HTTPBackend, count_of, merged, seed_of, text_of
 from .transport import PICTURE, check_url
 
@@ -13,30 +13,19 @@ class OpenAIBackend(HTTPBackend):
     """Posts to `{base_url}/chat/completions`.
 
     Args:
-        json_schema: ask for strict JSON where a request has several aspects. Default: only at OpenAI. With vLLM this
-            mode makes some answers blank up to the token limit, and the prompt asks for JSON in any case.
-
-    The others are those of `HTTPBackend`. The option `detail` (`low` or `high`) goes to the picture.
+        model, base_url, options: as for `HTTPBackend`. The sampling option `detail` (`low` or `high`) goes to the picture.
+        json_schema: ask for strict JSON if a request has several aspects. Default: only at OpenAI. With vLLM this mode
+            leaves some answers blank up to the token limit, and the prompt asks for JSON in any case.
     """
 
     name = "openai"
     default_url = "https://api.openai.com/v1"
     default_key_env = "OPENAI_API_KEY"
 
-    def __init__(
-        self,
-        model: str,
-        base_url: str | None = None,
-        api_key_env: str | None = None,
-        sampling: Sampling | None = None,
-        concurrency: int = 16,
-        timeout_s: float = 120.0,
-        json_schema: bool | None = None,
-        allow_http: bool = False,
-    ):
+    def __init__(self, model: str, base_url: str | None = None, *, json_schema: bool | None = None, **options):
         if base_url and not check_url(base_url).path.strip("/"):
             self.not_found = f"Perhaps --base_url needs /v1 at its end. {self.not_found}"
-        super().__init__(model, base_url, api_key_env, sampling, concurrency, timeout_s, allow_http)
+        super().__init__(model, base_url, **options)
         self.json_schema = self.official if json_schema is None else json_schema
 
     def _path(self) -> str:
@@ -44,15 +33,14 @@ class OpenAIBackend(HTTPBackend):
 
     def _body(self, request: Request) -> dict[str, Any]:
         options = dict(self.sampling.options)
-        image = merged(
-            {"url": f"data:{request.picture.mime};base64,{PICTURE}"}, {"detail": options.pop("detail", None)}
-        )
+        url = f"data:{request.picture.mime};base64,{PICTURE}"
+        image = merged({"url": url}, {"detail": options.pop("detail", None)})
         content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": request.prompt}]
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "temperature": self.sampling.temperature,
-            # OpenAI's newer models take only the new name, many other servers only the old one.
+            # OpenAI's newer models accept only the new name, many other servers only the old one.
             "max_completion_tokens" if self.official else "max_tokens": request.max_tokens,
             "seed": seed_of(request),
         }
@@ -70,7 +58,7 @@ class OpenAIBackend(HTTPBackend):
     def _answer(self, data: dict[str, Any]) -> Answer:
         choice = data["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")
-        if reason == "error":  # a router whose own server broke off
+        if reason == "error":  # from a router whose upstream server failed
             raise TypeError(reason)
         content = message.get("content")
         if isinstance(content, list):

@@ -1,4 +1,4 @@
-"""A vision-language model in this process, through transformers: any image-text-to-text model with a chat template."""
+"""A vision-language model in this process: any image-text-to-text model of transformers that has a chat template."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from .device import default_device, empty_cache, out_of_memory, seeded
 
 logger = logging.getLogger(__name__)
 
-# The files of a folder that decide what a model writes, beside its weights. Others (cards, logs) may change.
+# Files of a folder that, beside the weights, decide what a model writes. Others (cards, logs) may change.
 SETTINGS = (
     *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
 )
-WINDOWS, WINDOW = 64, 1 << 17  # of a file of weights: 8 MiB in all, spread from its first byte to its last
-# These are ours, or would give something else than one text per request.
+WINDOWS, WINDOW = 64, 1 << 17  # read of a weights file: 8 MiB, spread from its first byte to its last
+# Options of `generate` that we set ourselves, or that would not give one text per request.
 OWN_OPTIONS = ("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate", "pad_token_id")
 THINK, THOUGHT = "<think>", "</think>"
 
 
 class _Row(NamedTuple):
-    """A request as the processor takes it."""
+    """A request, as the processor takes it."""
 
     request: Request
     image: Image
@@ -49,16 +49,15 @@ class _Row(NamedTuple):
 class TransformersBackend:
     """Answers requests with a model in this process, one batch at a time. Several processes share nothing.
 
-    A request with its seed gives the same text again in the same batch; in another batch a sampled text may differ.
+    A request with its seed gives the same text again in the same batch; in another batch a sampled text may differ. The
+    model runs on the accelerator (the one of `LOCAL_RANK`), else on the CPU, in the precision that its config names.
 
     Args:
         model: Hub id or local folder. Only safetensors are loaded, and no code that comes with a model is run.
-        revision: branch, tag or commit on the Hub; without effect on a folder.
-        sampling: `options` are given to `generate`; `chat_template_kwargs` among them to the chat template, as servers
-            do (`{"chat_template_kwargs": {"enable_thinking": false}}`).
-        batch_size: at most so many pictures at a time. Halved, for good, when the memory does not suffice.
-        device: for example `cuda:1`; without it the accelerator (the one of `LOCAL_RANK`), else the CPU.
-        dtype: of the weights, for example `bfloat16`; `auto` is what the model says.
+        revision: branch, tag or commit on the Hub; ignored for a folder.
+        sampling: `options` go to `generate`; `chat_template_kwargs` among them go to the chat template, as at servers
+            (`{"chat_template_kwargs": {"enable_thinking": false}}`).
+        batch_size: maximum number of pictures at a time. It is halved permanently when memory runs out.
 
     Raises:
         UserError: an argument that cannot be used.
@@ -70,16 +69,11 @@ class TransformersBackend:
         revision: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         batch_size: int = 8,
-        device: str | torch.device | None = None,
-        dtype: str = "auto",
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: expected 1 or more, found {batch_size}.")
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise UserError(f"dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}.")
-        self.name, self.revision, self.sampling = str(model), revision, sampling
-        self.batch_size, self.dtype = batch_size, dtype
-        self.device = torch.device(device) if device is not None else default_device()
+        self.name, self.revision, self.sampling, self.batch_size = str(model), revision, sampling, batch_size
+        self.device = default_device()
         self._options = {**sampling.options}
         self._chat_options = self._options.pop("chat_template_kwargs", None) or {}
         known = vars(transformers.GenerationConfig())
@@ -98,15 +92,15 @@ class TransformersBackend:
     def identity(self) -> dict[str, Any]:
         """Model, revision and precision. Loads no weights.
 
-        The revision is the commit of a Hub model. For a folder it is a digest of its settings and of a sample of its
-        weights, so that it says the same on any machine; the folder's own name is the model.
+        The revision is the commit of a Hub model. For a folder, which counts under its own name, it is a digest of the
+        settings and of a sample of the weights, and so the same on any machine.
 
         Raises:
-            UserError: not found, no image-text-to-text model, or none that chats.
+            UserError: not found, not an image-text-to-text model, or without a chat template.
         """
         config, source = self._config, self._source
-        dtype = self.dtype if self.dtype != "auto" else config.dtype or config.get_text_config().dtype
-        _ = self._processor  # a missing chat template is told before the first picture is read
+        dtype = config.dtype or config.get_text_config().dtype
+        _ = self._processor  # reports a missing chat template before the first picture is read
         return {
             "backend": "transformers",
             "model": source.name if isinstance(source, Path) else source,
@@ -115,12 +109,12 @@ class TransformersBackend:
         }
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
-        """The answers in the order of the requests; in place of one that failed alone stands its error, not raised.
+        """The answers in the order of the requests; a request that failed alone has its error in place of an answer.
 
         Raises:
             UserError: the model cannot be loaded.
             Unanswerable: the only request failed.
-            Fatal: the accelerator cannot be used any more.
+            Fatal: the accelerator has failed.
         """
         results = await asyncio.to_thread(self._generate, list(requests))
         if len(results) == 1 and isinstance(results[0], CallError):
@@ -148,7 +142,7 @@ class TransformersBackend:
             config = transformers.AutoConfig.from_pretrained(self._source, **self._pinned)
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise UserError(
-                f"captioner {self.name!r}: expected an image-text-to-text model (one that is shown a picture and writes), "
+                f"captioner {self.name!r}: expected an image-text-to-text model (one that writes about a picture), "
                 f"found model_type {config.model_type!r}. Type for example llava-hf/llava-1.5-7b-hf."
             )
         if isinstance(self._source, Path) and not any(self._source.glob("*.safetensors")):
@@ -157,7 +151,7 @@ class TransformersBackend:
 
     @cached_property
     def _pinned(self) -> dict[str, Any]:
-        """How every part is loaded: from one commit, even if the branch moves on meanwhile; code of a model never runs."""
+        """How every part is loaded: from one commit, even if the branch moves on meanwhile, and never running its code."""
         if isinstance(self._source, Path):
             return {"trust_remote_code": False}
         file = cached_file(self._source, "config.json", revision=self.revision)
@@ -175,10 +169,10 @@ class TransformersBackend:
             )
         if not processor.chat_template:
             raise UserError(
-                f"captioner {self.name!r}: expected a chat template (chat_template.jinja), found none. A base model is "
-                "not asked questions: use the variant that was tuned for chat, mostly named -Instruct or -it."
+                f"captioner {self.name!r}: expected a chat template (chat_template.jinja), found none. A base model cannot "
+                "answer questions: use the variant that was tuned for chat, usually named -Instruct or -it."
             )
-        # A decoder goes on from its last token, which must therefore be a token and no padding.
+        # A decoder continues from the last position, which must therefore not be padding.
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -186,7 +180,7 @@ class TransformersBackend:
 
     @cached_property
     def _revision(self) -> str:
-        """The commit of a Hub model; of a folder a digest."""
+        """The commit of a Hub model, or a digest of a folder."""
         if isinstance(self._source, str):
             return self._pinned["revision"]
         files = [self._source / name for name in SETTINGS if (self._source / name).is_file()]
@@ -197,7 +191,7 @@ class TransformersBackend:
 
     @cached_property
     def _controls(self) -> set[str]:
-        """What the tokenizer reads as something else than text."""
+        """Strings that the tokenizer reads as control tokens."""
         added = self._processor.tokenizer.added_tokens_decoder.values()
         tokens = {str(token) for token in added if token.special} | {str(getattr(self._processor, "image_token", ""))}
         return {token for token in tokens if len(token) > 2}
@@ -210,13 +204,13 @@ class TransformersBackend:
             model, found = transformers.AutoModelForImageTextToText.from_pretrained(
                 self._source,
                 **self._pinned,
-                dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-                device_map={"": self.device},  # weights go straight to where they are used
+                dtype="auto",
+                device_map={"": self.device},  # loads the weights straight onto the device
                 use_safetensors=True,
                 output_loading_info=True,
             )
         if missing := sorted(found["missing_keys"]):
-            # They would be random numbers, and the captions noise.
+            # They would be initialised at random, and the captions would be noise.
             raise UserError(
                 f"captioner {self.name!r}: expected the weights of a {type(model).__name__}; {len(missing)} are missing, "
                 f"for example {missing[0]}."
@@ -230,7 +224,7 @@ class TransformersBackend:
 
     @contextmanager
     def _explained(self, expected: str) -> Iterator[None]:
-        """Turns what loading raises within into an error that says what to do."""
+        """Turns an error while loading into one that says what to do."""
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -251,12 +245,12 @@ class TransformersBackend:
 
     # -- generating ---------------------------------------------------------------------------------------------------
     def _generate(self, requests: list[Request]) -> list[Answer | CallError]:
-        """In a thread of its own, so that the event loop goes on. Models are not made for two threads at a time."""
+        """Runs in a thread of its own, so that the event loop goes on. The lock keeps the model to one thread at a time."""
         with self._lock:
             self._load()
             results: list[Any] = [self._prepare(request) for request in requests]
             rows = [i for i, row in enumerate(results) if isinstance(row, _Row)]
-            todo = self._cut(rows)
+            todo = self._batches(rows)
             while todo:
                 batch = todo.pop(0)
                 answers, failure = self._try([results[i] for i in batch])
@@ -267,19 +261,18 @@ class TransformersBackend:
                     results[batch[0]] = failure
                 elif failure.kind == "out_of_memory":
                     self._most = min(self._most, (len(batch) + 1) // 2)
-                    logger.warning("Out of memory with %d pictures: on with %d.", len(batch), self._most)
-                    # What is left was cut for the old size.
-                    todo = self._cut([i for rest in (batch, *todo) for i in rest])
+                    logger.warning("Out of memory with %d pictures: continuing with %d.", len(batch), self._most)
+                    todo = self._batches([i for rest in (batch, *todo) for i in rest])
                 else:
-                    # One row may be odd. Alone, each one tells.
+                    # A single row may be to blame: try each one alone.
                     todo[:0] = [[i] for i in batch]
             return results
 
-    def _cut(self, rows: list[int]) -> list[list[int]]:
+    def _batches(self, rows: list[int]) -> list[list[int]]:
         return [rows[start : start + self._most] for start in range(0, len(rows), self._most)]
 
     def _try(self, rows: list[_Row]) -> tuple[list[Answer], Unanswerable | None]:
-        """The answers, or what went wrong: a fresh error, since the caught one holds the tensors of its frames."""
+        """The answers, or a new error: the caught one would keep the tensors of its frames in memory."""
         try:
             return self._answers(rows), None
         except Exception as error:
@@ -287,7 +280,7 @@ class TransformersBackend:
             if out_of_memory(error):
                 kind = "out_of_memory"
             elif isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in message:
-                # A failed kernel leaves the process without its accelerator: every later call would fail, too.
+                # After a failed kernel the process cannot use its accelerator: every later call would fail too.
                 raise Fatal("model", f"the accelerator failed ({message}). Start the same command again.") from None
         if kind == "out_of_memory":
             empty_cache(self.device)
@@ -295,7 +288,7 @@ class TransformersBackend:
 
     def _prepare(self, request: Request) -> _Row | Unanswerable:
         if found := [token for token in self._controls if token in request.prompt]:
-            # As a token it would end the question or stand for a second picture.
+            # It would end the question or stand for a second picture.
             return Unanswerable("control_token", f"expected plain text as the prompt, found the token {found[0]!r}")
         content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
         try:
@@ -305,12 +298,12 @@ class TransformersBackend:
             return _Row(request, read_image(request.picture.data), text)
         except BadImage as error:
             return Unanswerable("bad_image", str(error))
-        except Exception as error:  # templates are programs: they raise anything
+        except Exception as error:  # templates are programs and may raise anything
             return Unanswerable("chat_template", f"{type(error).__name__}: {_first_line(error)}")
 
     def _answers(self, rows: list[_Row]) -> list[Answer]:
         model, tokenizer = self._model, self._processor.tokenizer
-        # Most templates write the begin token themselves; a second one is not what the model was trained on.
+        # Most templates write the begin token themselves, and models are not trained on two of them.
         bos = tokenizer.bos_token
         special = {"add_special_tokens": False} if bos and all(row.text.startswith(bos) for row in rows) else {}
         inputs = self._processor(
@@ -346,7 +339,7 @@ class TransformersBackend:
         return [self._read(*row, ends, options) for row in zip(rows, tokens, prompts, strict=True)]
 
     def _read(self, row: _Row, ids: list[int], tokens_in: int, ends: Sequence[int], options: Mapping) -> Answer:
-        """One row's answer. The batch ran up to its largest budget and to its last row's end."""
+        """The answer of one row. The batch ran up to its largest token limit, or until its last row ended."""
         tokenizer = self._processor.tokenizer
         ids = ids[: row.request.max_tokens]
         end = next((i for i, token in enumerate(ids) if token in ends), None)
@@ -355,15 +348,15 @@ class TransformersBackend:
         elif "stop_strings" in options:
             while ids and ids[-1] == tokenizer.pad_token_id:
                 ids = ids[:-1]
-        # Where the end of a thought is a special token, decoding would leave it out, and the thought read as an answer.
+        # Decoding leaves out special tokens. If the end of a thought is one, the thought would read as the answer.
         closes = tokenizer.get_added_vocab().get(THOUGHT)
-        cut = ids.index(closes) if closes in ids else None
-        parts = [ids] if cut is None else [ids[:cut], ids[cut + 1 :]]
+        split = ids.index(closes) if closes in ids else None
+        parts = [ids] if split is None else [ids[:split], ids[split + 1 :]]
         text = THOUGHT.join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
         if row.text.rstrip().endswith(THINK):
-            text = THINK + text  # the template began the block
-        if cut is not None:
-            thought = cut + 1
+            text = THINK + text  # the template opened the block
+        if split is not None:
+            thought = split + 1
         elif THOUGHT in text:  # written in several tokens
             thought = len(ids) * (text.index(THOUGHT) + len(THOUGHT)) // len(text)
         else:
@@ -385,7 +378,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _sample(path: Path) -> str:
-    """A digest of a small file, or of evenly spread windows of a large one: a tuned model keeps some of its tensors."""
+    """A digest of a small file, or of evenly spread windows of a large one, since fine-tuning may keep some tensors."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         if size <= WINDOWS * WINDOW:

@@ -1,6 +1,6 @@
-"""One HTTP connection pool to one server. The only module that imports an HTTP library.
+"""A pool of HTTP connections to one server. This is the only module that imports an HTTP library.
 
-The key is read from the environment when a call is made and goes into a header: it is no attribute, and in no message.
+The key is read from the environment for each call and goes into a header: no attribute and no message contains it.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from .failures import failure, redact
 MAX_ANSWER_BYTES = 8 * 2**20
 CONNECT_TIMEOUT_S = 15.0
 
-# Stands in a body where the picture goes: json.dumps of 130 kB of base64 would take four times as long as splicing it
-# in. Random, so that no prompt can contain it.
+# Stands for the picture in a body: encoding 130 kB of base64 with json.dumps would take four times as long as splicing
+# it in. Random, so that no prompt can contain it.
 PICTURE = f"picture-{secrets.token_hex(16)}"
 _PICTURE = PICTURE.encode()
 
 
 class Transport:
-    """Posts JSON to one server and returns JSON, or raises what the failure means.
+    """Posts JSON to one server and returns JSON, or raises what a failure means.
 
     Args:
-        base_url: http or https address that the paths of `post` are appended to.
+        base_url: http or https address to which the paths of `post` are appended.
         headers: sent with each call; never a key.
         api_key_env: name of the environment variable that holds the key; None: no key is sent.
-        concurrency: connections at most.
-        timeout_s: of one call, from connecting to the last byte, in seconds.
-        key_header: that carries the key; `Authorization` gets `Bearer ` before it.
-        allow_http: send the key over http to another machine, too.
-        not_found: what the message suggests where the server knows no such address or model.
+        key_header: the header for the key; for `Authorization`, `Bearer ` is put before the key.
+        not_found: advice for the message if the server knows no such address or model.
+        concurrency: maximum number of connections.
+        timeout_s: of one call in seconds, from connecting to the last byte.
+        allow_http: send the key to another machine even over http.
 
     Raises:
-        UserError: an address or a name that cannot be right. Whether the variable is set is the matter of `check_key`.
+        UserError: an address or a name that cannot be right. `check_key` checks whether the variable is set.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Transport:
         base_url: str,
         headers: Mapping[str, str] | None = None,
         api_key_env: str | None = None,
+        key_header: str = "Authorization",
+        not_found: str = "",
         concurrency: int = 16,
         timeout_s: float = 120.0,
-        key_header: str = "Authorization",
         allow_http: bool = False,
-        not_found: str = "",
     ):
         check_key_name(api_key_env)
         parts = check_url(base_url)
@@ -75,8 +75,8 @@ class Transport:
             )
         self.base_url, self.scheme, self.host = base_url.strip().rstrip("/"), parts.scheme, parts.netloc
         self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
-        self.api_key_env, self.key_header = api_key_env, key_header
-        self.concurrency, self.timeout_s, self.not_found = concurrency, timeout_s, not_found
+        self.api_key_env, self.key_header, self.not_found = api_key_env, key_header, not_found
+        self.concurrency, self.timeout_s = concurrency, timeout_s
         self._session: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
         self._connect_s = min(timeout_s, CONNECT_TIMEOUT_S)
@@ -85,27 +85,26 @@ class Transport:
         return {**self.__dict__, "_session": None, "_proxy": None}
 
     def check_key(self) -> None:
-        """Raises `UserError` where a key is needed and its variable holds none."""
+        """Raises `UserError` if a key is needed and its environment variable is not set."""
         if self.api_key_env:
             _read_key(self.api_key_env)
 
     async def post(self, path: str, body: Mapping[str, Any], picture: bytes | None = None) -> dict[str, Any]:
-        """Returns the JSON object that the server answers.
+        """Returns the JSON object with which the server answers.
 
         Args:
-            path: appended to the base URL; percent-encoded where it must be.
+            path: appended to the base URL, already percent-encoded.
             body: sent as JSON. `PICTURE` in one of its strings stands for the picture.
             picture: encoded picture, sent as base64.
 
         Raises:
-            Transient, Unanswerable, Fatal: one printable line of at most 300 characters each, free of keys.
+            Transient, Unanswerable, Fatal: with a message of one printable line, at most 300 characters, without keys.
         """
         data = json.dumps(body).encode()
         if picture is not None:
             before, after = data.split(_PICTURE)
             data = b"".join((before, binascii.b2a_base64(picture, newline=False), after))
-        # Raised here and not where it is found: the frames and exceptions there hold the headers, and a traceback can
-        # show those.
+        # Raised here because the frames and exceptions inside hold the headers, which a traceback could show.
         result = await self._exchange(path, data)
         if isinstance(result, CallError):
             raise result
@@ -132,10 +131,9 @@ class Transport:
             await session.close()
 
     def _open(self) -> aiohttp.ClientSession:
-        """A session of the running event loop.
+        """Opens a session in the running event loop.
 
-        aiohttp's `trust_env` would look for a .netrc file at every call and send what that holds; proxies are all that
-        is wanted of the environment, and are looked up once.
+        Proxies are looked up here, once. aiohttp's `trust_env` would also read .netrc at every call and send what it holds.
         """
         proxy = None if self.loopback or proxy_bypass(self.host) else getproxies().get(self.scheme)
         if proxy and "://" not in proxy:
@@ -158,15 +156,13 @@ class Transport:
         bearer = "Bearer " if self.key_header == "Authorization" else ""
         return {self.key_header: bearer + _read_key(self.api_key_env)}
 
-    def _secret(self) -> str | None:
+    def secret(self) -> str | None:
+        """The key, to be taken out of messages."""
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else None
-
-    def _failure(self, status: int, headers: Mapping[str, str], text: str) -> CallError:
-        return failure(status, headers, text, self.host, self.api_key_env, self.not_found, self._secret())
 
     def _read(self, status: int, headers: Mapping[str, str], data: bytes | None) -> dict[str, Any] | CallError:
         if status != 200:
-            return self._failure(status, headers, (data or b"").decode(errors="replace"))
+            return failure(self, status, headers, (data or b"").decode(errors="replace"))
         if data is None:
             return self.bad_answer(f"more than {MAX_ANSWER_BYTES // 2**20} MiB")
         try:
@@ -177,27 +173,27 @@ class Transport:
             return self.bad_answer(data[:1000].decode(errors="replace"))
         error = answer.get("error")
         if isinstance(error, dict):
-            # Routers say so when the server behind them failed: status 200, and the status of that one in the body.
+            # Routers report a failed upstream server with status 200, and its status in the body.
             code = error.get("code")
             known = isinstance(code, int) and 400 <= code < 600
-            return self._failure(code if known else 502, headers, json.dumps(answer))
+            return failure(self, code if known else 502, headers, json.dumps(answer))
         return answer
 
     def bad_answer(self, found: object) -> Transient:
-        """An answer of another shape than expected, to be raised."""
-        return Transient("bad_answer", redact(f"{self.host}: expected an answer, found {found}", self._secret()))
+        """The error for an answer of unexpected shape, to be raised."""
+        return Transient("bad_answer", redact(f"{self.host}: expected an answer, found {found}", self.secret()))
 
     def _unreachable(self, found: Exception) -> CallError:
-        said = redact(f"{self.host}: {type(found).__name__}: {found}", self._secret())
-        if isinstance(found, aiohttp.ServerTimeoutError):  # of connecting: no other but the total one is set
+        said = redact(f"{self.host}: {type(found).__name__}: {found}", self.secret())
+        if isinstance(found, aiohttp.ServerTimeoutError):  # while connecting: the only other timeout is the total one
             return Transient("connect", f"{self.host}: no connection within {self._connect_s:g} s")
         if isinstance(found, asyncio.TimeoutError):
             return Transient("timeout", f"{self.host}: no answer within {self.timeout_s:g} s")
         if isinstance(found, aiohttp.ClientConnectorCertificateError):
-            advice = "Where it is your own server, point SSL_CERT_FILE to its authority's certificate."
-            return Fatal("server", redact(f"expected a valid TLS certificate. {advice} Found {said}", self._secret()))
+            advice = "If the server is your own, point SSL_CERT_FILE to its authority's certificate."
+            return Fatal("server", redact(f"expected a valid TLS certificate. {advice} Found {said}", self.secret()))
         if isinstance(found, aiohttp.ClientConnectorError):
-            return Transient("connect", redact(f"{self.host}: {_cause(found.os_error)}", self._secret()))
+            return Transient("connect", redact(f"{self.host}: {_cause(found.os_error)}", self.secret()))
         if isinstance(found, aiohttp.ClientHttpProxyError):
             return Transient("connect", said)
         if isinstance(found, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
@@ -206,13 +202,13 @@ class Transport:
 
 
 def _cause(error: OSError) -> str:
-    """Why there is no connection, in the system's words: `connection refused`."""
+    """Why there is no connection in the words of the system, e.g. `connection refused`."""
     number = re.search(r"\[Errno (\d+)\] Connect call failed", str(error))
     return (os.strerror(int(number[1])) if number else error.strerror or str(error)).lower()
 
 
 async def _body(response: aiohttp.ClientResponse, cap: int) -> bytes | None:
-    """The body, or None where it is larger than `cap` bytes; the rest of it is never read."""
+    """The body, or None if it is larger than `cap` bytes; the rest is never read."""
     pieces, size = [], 0
     async for piece in response.content.iter_any():
         size += len(piece)
@@ -227,7 +223,7 @@ def check_url(url: str) -> SplitResult:
     """Returns the parts of a base URL.
 
     Raises:
-        UserError: it is no http(s) address, or holds more than an address. The message repeats none of what it holds.
+        UserError: not an http(s) address, or more than an address. The message does not repeat it.
     """
     example = "Type an address such as http://localhost:8000/v1."
     try:
@@ -235,7 +231,7 @@ def check_url(url: str) -> SplitResult:
         readable = URL(url.strip()).port is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         readable = False
-    if not readable:  # outside of the block above, whose exception may quote the address
+    if not readable:  # not inside the block above, whose exception may quote the address
         raise UserError(f"--base_url: expected http:// or https:// and a host, found something else. {example}")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError(
@@ -246,10 +242,10 @@ def check_url(url: str) -> SplitResult:
 
 
 def check_key_name(name: str | None) -> None:
-    """Raises `UserError` unless `name` is None or can be the name of a variable. Its message never repeats `name`."""
+    """Raises `UserError` unless `name` is None or a valid variable name. The message never repeats `name`."""
     if name is None:
         return
-    # Some keys would do as names: those of Google and Hugging Face, and letters with digits for twenty characters.
+    # Some keys are valid names: those of Google and Hugging Face, and twenty or more letters and digits.
     like_key = redact(name) != name or re.search(r"(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}", name)
     if like_key or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise UserError(
@@ -259,7 +255,7 @@ def check_key_name(name: str | None) -> None:
 
 
 def _read_key(name: str) -> str:
-    # The value is in no variable while an exception is raised.
+    # No local variable holds the value while an exception is raised.
     if re.fullmatch(r"\s*[!-~]+\s*", os.environ.get(name, "")):
         return os.environ[name].strip()
     found = "one with blanks or accents inside" if os.environ.get(name, "").strip() else "none"

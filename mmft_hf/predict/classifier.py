@@ -1,0 +1,115 @@
+"""`ImageClassifier`: the one place where a picture becomes class probabilities.
+
+Shapes: `B` pictures per batch, `C` classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
+
+from ..data.images import read_image
+from ..model.loading import encode_images, load_model
+from .heads import Head, load_head
+
+
+class ImageClassifier(nn.Module):
+    """A dual encoder and a head as one module: pixels `(B, 3, height, width)` to class logits `(B, C)`.
+
+    Args:
+        model: a dual encoder, as `load_model` returns it.
+        processor: that of the model, or its image processor alone.
+        head: `ClassPrototypes` or another head.
+
+    The softmax of the logits gives the class probabilities.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | BaseImageProcessor, head: Head):
+        super().__init__()
+        self.model, self.processor, self.head = model, processor, head
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> ImageClassifier:
+        """Loads a saved classifier on the CPU, in float32 and ready to predict.
+
+        Args:
+            folder_or_hub_id: what `mmft-hf finetune`, `trainer.save_model(…)` or `save_pretrained` wrote, or a Hub repository.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            UserError: there is no model or no head, or they do not fit each other.
+        """
+        name = str(folder_or_hub_id)
+        head = load_head(name, revision)
+        model, processor = load_model(name, revision)
+        head.check_model(model, name)
+        return cls(model, processor, head).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes all that prediction needs: model, processor, class names (in `config.json`) and head."""
+        set_class_names(self.model, self.head.class_names)
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        self.head.save_pretrained(folder)
+
+    @property
+    def class_names(self) -> list[str]:
+        """`C` names, in the order of the logits."""
+        return self.head.class_names
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Class logits `(B, C)` of pixels `(B, 3, height, width)`."""
+        return self.head.logits(encode_images(self.model, pixel_values))
+
+    def preprocess(self, images: Sequence) -> Tensor:
+        """Pixels `(B, 3, height, width)` of pictures: paths, bytes or `PIL.Image`s.
+
+        Raises:
+            BadImage: one that cannot be read.
+        """
+        image_processor = getattr(self.processor, "image_processor", self.processor)
+        return image_processor([read_image(image) for image in images], return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def predict(self, images, top_k: int = 5, batch_size: int = 64) -> list:
+        """Classifies pictures.
+
+        Args:
+            images: a path or a `PIL.Image`, or a list of them.
+            top_k: classes returned for each picture.
+            batch_size: pictures per batch.
+
+        Returns:
+            For each picture `[{"label", "score"}, …]`, best first; the scores are probabilities over all classes. For a
+            single picture that list alone.
+
+        Raises:
+            BadImage: a picture that cannot be read.
+        """
+        if isinstance(images, (str, os.PathLike, bytes, Image.Image)):
+            return self.predict([images], top_k)[0]
+        found = []
+        for start in range(0, len(images), batch_size):
+            pixels = self.preprocess(images[start : start + batch_size]).to(self.model.device)
+            found += self.best(self(pixels), top_k)
+        return found
+
+    def best(self, logits: Tensor, top_k: int) -> list[list[dict]]:
+        """The `top_k` classes of each row of logits `(B, C)`, as `predict` returns them."""
+        scores, classes = logits.float().softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
+        return [
+            [{"label": self.class_names[c], "score": score} for score, c in zip(*row, strict=True)]
+            for row in zip(scores.tolist(), classes.tolist(), strict=True)
+        ]
+
+
+def set_class_names(model: PreTrainedModel, class_names: Sequence[str]) -> None:
+    """Writes the class names into a model's config, where stock tools and `Head.check_model` look for them."""
+    model.config.id2label = dict(enumerate(class_names))
+    model.config.label2id = {name: i for i, name in enumerate(class_names)}

@@ -1,0 +1,150 @@
+"""`ImageClassifier`: pixels to logits, the same numbers from the pipeline, the command line and the folder of a Trainer."""
+
+import importlib
+import json
+import sys
+import textwrap
+
+import pytest
+import torch
+from datasets import load_dataset
+from tiny_clip import COLOURS, colour_dataset
+from transformers import pipeline
+
+from mmft_hf import ClassPrototypes, ImageClassifier, MMFTConfig, MMFTTrainer
+from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
+from mmft_hf.data.images import BadImage
+from mmft_hf.model.loading import encode_images
+from mmft_hf.predict import heads
+from mmft_hf.predict.heads import LinearHead
+
+NAMES = list(COLOURS)
+
+
+@pytest.fixture
+def classifier(clip) -> ImageClassifier:
+    return ImageClassifier(*clip, ClassPrototypes.from_captions(*clip, colour_dataset(2))).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    data = colour_dataset(2, seed=3, captions=False)
+    for i, row in enumerate(data):
+        row["image"].save(tmp_path / f"{i}.png")
+    return [str(tmp_path / f"{i}.png") for i in range(len(data))]
+
+
+@torch.no_grad()
+def test_one_module_from_pixels_to_logits(classifier, pictures):
+    pixels = classifier.preprocess(pictures)
+    logits = classifier(pixels)
+    assert logits.shape == (6, 3)
+    assert torch.equal(logits, classifier.head.logits(encode_images(classifier.model, pixels)))
+
+
+def test_predict_takes_one_picture_or_many_and_names_a_bad_one(classifier, pictures, tmp_path):
+    many = classifier.predict(pictures, top_k=2, batch_size=4)
+    assert [len(found) for found in many] == [2] * 6
+    for i in (0, 5):
+        one = classifier.predict(pictures[i], top_k=2)
+        assert [found["label"] for found in one] == [found["label"] for found in many[i]]
+        assert [found["score"] for found in one] == pytest.approx([found["score"] for found in many[i]], abs=1e-6)
+    everything = classifier.predict(pictures[0], top_k=99)
+    assert {found["label"] for found in everything} == set(NAMES)
+    assert sum(found["score"] for found in everything) == pytest.approx(1)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(BadImage):
+        classifier.predict(tmp_path / "bad.png")
+
+
+def test_the_folder_of_a_trainer_predicts(clip, tmp_path, pictures):
+    model, processor = clip
+    config = MMFTConfig(str(tmp_path / "run"), use_cpu=True, disable_tqdm=True, num_train_epochs=1)
+    data = colour_dataset(4)
+    trainer = MMFTTrainer(model, config, data, processing_class=processor)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+
+    loaded = ImageClassifier.from_pretrained(tmp_path / "saved")
+    assert loaded.class_names == NAMES == list(loaded.model.config.id2label.values())
+    expected = ImageClassifier(model, processor, ClassPrototypes.from_captions(model, processor, data)).predict(
+        pictures
+    )
+    from_pipeline = pipeline("mmft-image-classification", model=str(tmp_path / "saved"))(pictures)
+    for other in (loaded.predict(pictures), from_pipeline):
+        assert [[p["label"] for p in row] for row in other] == [[p["label"] for p in row] for row in expected]
+        for found, wanted in zip(other, expected, strict=True):
+            assert [p["score"] for p in found] == pytest.approx([p["score"] for p in wanted], abs=1e-5)
+
+    # A head of other classes, put into that folder from Python, is refused by everything that reads it.
+    ClassPrototypes.from_templates(model, processor, ["cat", "dog", "cow"]).save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="expected a head for the model's 3 classes red thing"):
+        ImageClassifier.from_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="expected a head for the model's 3 classes red thing"):
+        pipeline("mmft-image-classification", model=str(tmp_path / "saved"))
+
+
+TOY = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmft_hf.predict.heads.base import Head
+
+
+@dataclass
+class NearestMean(Head):
+    """Minus the squared distance to each class's mean image embedding."""
+
+    kind: ClassVar[str] = "nearest-mean"
+
+    means: Tensor
+    class_names: list[str]
+
+    def logits(self, image_embeds):
+        return -10 * torch.cdist(image_embeds, self.means.to(image_embeds.device)) ** 2
+'''
+
+
+@pytest.fixture
+def nearest_mean(tmp_path, monkeypatch):
+    """A new kind of head: one file, and one entry in the table of kinds."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "nearest_mean.py").write_text(textwrap.dedent(TOY))
+    monkeypatch.syspath_prepend(tmp_path / "plugins")
+    module = importlib.import_module("nearest_mean")
+    monkeypatch.setitem(heads.HEADS, "nearest-mean", module.NearestMean)
+    yield module.NearestMean
+    del sys.modules["nearest_mean"]
+
+
+@pytest.mark.parametrize("kind", ["nearest-mean", "linear"])
+def test_any_head_is_saved_loaded_and_used_everywhere(
+    kind, nearest_mean, clip, data_folder, pictures, tmp_path, capsys
+):
+    model, processor = clip
+    train = load_dataset("parquet", data_files=str(data_folder / "train.parquet"), split="train")
+    means = ClassPrototypes.from_images(model, processor, train)
+    head = nearest_mean(means.embeddings, NAMES) if kind == "nearest-mean" else LinearHead.from_prototypes(means)
+    folder = tmp_path / "saved"
+    ImageClassifier(model, processor, head).save_pretrained(folder)
+
+    loaded = ImageClassifier.from_pretrained(folder)
+    assert loaded.head.kind == kind
+    pixels = loaded.preprocess(pictures)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels), head.logits(encode_images(model, pixels)))
+    expected = loaded.predict(pictures[0])
+    found = pipeline("mmft-image-classification", model=str(folder))(pictures[0])
+    assert [(p["label"], pytest.approx(p["score"], abs=1e-6)) for p in found] == [tuple(p.values()) for p in expected]
+
+    report = tmp_path / "report"
+    names = ["--model_name_or_path", str(folder), "--dataset_name", str(data_folder), "--output_dir", str(report)]
+    assert main(["evaluate", *names]) == 0
+    assert f"{kind} head" in capsys.readouterr().out
+    assert json.loads((report / "report.json").read_text())["accuracy"] == 1.0
+    assert main(["predict", pictures[0], "--model_name_or_path", str(folder), "--top_k", "1"]) == 0
+    assert f"{expected[0]['label']} {expected[0]['score']:.1%}" in capsys.readouterr().out
