@@ -30,7 +30,7 @@ def test_the_wheel_holds_assets_templates_and_licences(tmp_path):
         "mmft_hf/hub/templates/model_card.md",
         "mmft_hf/captioning/write/templates/captions.html.j2",
         "mmft_hf/captioning/write/templates/caption_card.md.j2",
-        "mmft_hf/benchmark/report/templates/benchmark.html",
+        "mmft_hf/benchmark/report/templates/report.html.j2",
     }
     assert tracked <= set(names)
     assert any(name.endswith("/LICENSE") for name in names)

@@ -321,6 +321,6 @@ def _about_duplicates(data: dict) -> list[str]:
 
 def _write_report(folder: Path) -> None:
     """Draws the report of a folder of results."""
-    from ..benchmark.report.report import write_report
+    from ..benchmark.report import write_report
 
     say(f"Report: {write_report(folder)}")

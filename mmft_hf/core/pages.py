@@ -6,7 +6,7 @@ Every value is escaped, so that nothing in data, models or answers becomes marku
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,17 +16,17 @@ from .console import percent, printable_text
 from .markdown import code, fenced, md, one_line
 
 
-def render_page(template: Path, **values: object) -> str:
+def render_page(template: Path, filters: Mapping[str, Callable] | None = None, **values: object) -> str:
     """Renders an HTML template; `{% include %}` and `{% import %}` find their files in its folder.
 
     A value that is None prints nothing, and control characters are removed. Filters of ours: `one_line(limit=120)`,
-    `thousands` (`1,234`), `percent` (a share as `31.5 %`) and `base64` (of bytes).
+    `thousands` (`1,234`), `percent` (a share as `31.5 %`) and `base64` (of bytes), and those that the caller adds.
 
     Raises:
         jinja2.UndefinedError: the template uses a name that `values` lacks.
     """
-    base64_of = {"base64": lambda data: base64.b64encode(data).decode()}
-    return _render(template, _printable, base64_of, values)
+    more = {"base64": lambda data: base64.b64encode(data).decode(), **(filters or {})}
+    return _render(template, _printable, more, values)
 
 
 def render_card(template: Path, **values: object) -> str:

@@ -11,15 +11,11 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from mmft_hf.benchmark.report import figures as report_figures
-from mmft_hf.benchmark.report import report
-from mmft_hf.benchmark.report.data import command, fewer_than_thought
-from mmft_hf.benchmark.report.methods import about, family, reads_captions
-from mmft_hf.benchmark.report.page import difference_cell, results_table
-from mmft_hf.benchmark.report.report import write_report
-from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, confusions, drawn, gather
-from mmft_hf.benchmark.report.style import apart
-from mmft_hf.benchmark.report.verdict import intervals, shots_list, verdict
+from mmft_hf.benchmark.report import DRAWN, page, write_report
+from mmft_hf.benchmark.report.figures import apart, map_panels
+from mmft_hf.benchmark.report.provenance import class_notes, command
+from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, drawn, gather
+from mmft_hf.benchmark.report.verdict import baselines, intervals, shots_list, verdict
 from mmft_hf.benchmark.run.results import read_results
 from mmft_hf.benchmark.run.summary import image_note, interval, summary_table
 from mmft_hf.core.errors import UserError
@@ -244,20 +240,20 @@ def test_few_groups_give_no_interval_over_images(tmp_path):
         gains = class_gains(results, "mmft", "mmft-no-captions")
         assert np.isfinite(gains.low).all() == np.isfinite(gains.high).all() == (count == 10)
     page = Page(write_report(tmp_path / "9"))
-    why = "the images are of 9 groups, too few for an interval over them"
-    assert f"The chance of the test images is not counted: {why}" in page.text
+    why = "the images form 9 groups, too few for an interval over images"
+    assert f"The choice of test images is not covered: {why}" in page.text
     assert (
-        "shift: the images are of 2 groups, too few" in page.text
-        and "9 groups, too few" in page.text.split("Data, and")[-1]
+        "shift: the images form 2 groups, too few" in page.text
+        and "9 groups, too few" in page.text.split("What was run, and")[-1]
     )
     page = Page(write_report(tmp_path / "10"))
-    assert "had the test images been others" in page.text and "10 groups that are drawn as one" in page.text
+    assert "with other test images" in page.text and "10 groups of images" in page.text
     # images that stand alone are groups of their own
     results = gathered("alone", groups=None, labels={"test": [0] * 9, "shift": [0] * 10})
     assert (results.few_groups(), results.few_groups("shift")) == (9, 0)
 
 
-def test_gains_of_classes_and_confusions(tmp_path):
+def test_gains_of_classes(tmp_path):
     right, wrong = TRUTH.copy(), TRUTH.copy()
     wrong[:12] = 1  # class 0 is taken for class 1
     wrong[12:15] = 4
@@ -268,8 +264,6 @@ def test_gains_of_classes_and_confusions(tmp_path):
     gains = class_gains(results, "mmft", "mmft-no-captions")
     assert gains.shots == 4 and gains.gain.tolist() == [50, 12.5, 0, 0, 0] and gains.images.tolist() == [12] * 5
     assert (gains.low[0], gains.high[0]) == (50, 50) and gains.low[1] == 0 < gains.high[1]
-    counts, images = confusions(results, "mmft-no-captions", 4)
-    assert counts[0, 1] == 6 and counts[1, 4] == 1.5 and counts.sum() == 7.5 and images.tolist() == [12] * 5
 
 
 # -- verdict -------------------------------------------------------------------------------------------------------------
@@ -288,15 +282,17 @@ def test_the_verdict_follows_from_the_numbers(tmp_path):
     assert headline == "With 4 shots, captions helped." and "+10.7 points with 4 shots" in text
     assert "it is behind (−10.0 points against lp with 4 shots)" in text
     assert found["best without captions"][0] == "lp" and found["flyp"][1].verdict == "not distinguishable"
-    assert told(tmp_path, mmft=[0.4, 0.41, 0.42], **control)[0] == "With 4 shots, captions did harm."
+    assert told(tmp_path, mmft=[0.4, 0.41, 0.42], **control)[0] == "With 4 shots, captions hurt."
     headline, text, _ = told(tmp_path, mmft=[0.4, 0.6, 0.52], **control)
-    assert headline == "With 4 shots, captions made no difference that can be told from chance."
+    assert headline == "With 4 shots, captions made no difference that stands out from chance."
     assert "MMFT against the same training without captions (mmft-no-captions)" in text
     headline, text, _ = told(tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52])
     assert "too few seeds to say" in headline and "rests on 2 seeds" in text
     assert "Type --seeds with 3 numbers or more" in text and "missing" not in text
-    headline, text, _ = told(tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52], lp=[0.4, 0.4, 0.4])  # it was cut
-    assert "one. 2 cells are missing: the grid is not finished. Type the same command to go on." in text
+    headline, text, _ = told(
+        tmp_path, mmft=[0.6, 0.62], mmft_no_captions=[0.5, 0.52], lp=[0.4, 0.4, 0.4]
+    )  # interrupted
+    assert "one. 2 cells are missing: the grid is not finished. Type the same command to continue." in text
     assert "1 cell is missing: the grid is" in told(tmp_path, lp=[0.6, 0.62, 0.6], ce=[0.6, 0.62])[1]
     rows = [row("lp", 4, s, accuracy=0.5) for s in range(3)] + [row("ce", 4, 0, accuracy=0.5), failed("ce", 4, 1)]
     assert "1 cell is missing and 1 cell failed: the" in " ".join(verdict(gather(rows, tmp_path))[1])
@@ -323,10 +319,10 @@ def test_what_the_verdict_lacks_is_named(tmp_path):
         failed("mmft", 4, 0, "out of memory."),
         failed("mmft", 4, 1, "out of memory."),
     ]
-    assert verdict(gather(rows, tmp_path))[0].endswith("told: every cell of mmft failed (out of memory).")
+    assert verdict(gather(rows, tmp_path))[0].endswith("helped: every cell of mmft failed (out of memory).")
     for captions in (None, {"images": 0, "captions": 0}):
         results = gather(rows[:1], a_folder(tmp_path, rows, {"captions": captions}))
-        assert verdict(results)[0].endswith("told: the training images have no captions.")
+        assert verdict(results)[0].endswith("helped: the training images have no captions.")
     assert "not among" in verdict(gather(rows[:1], a_folder(tmp_path, rows, DATA)))[0]
 
 
@@ -346,6 +342,7 @@ def test_what_is_the_same_for_every_seed_is_sure_of_nothing(tmp_path):
     for seed in range(3):
         rows += [row("gda", "full", seed, better), row("lp", "full", seed, base)]
         rows.append(row("mmft", "full", seed, some_predictions(0.9, [3, seed])))
+    without_mmft = a_folder(tmp_path / "c", [r for r in rows if r["method"] != "mmft"], DATA)
     results = gather(rows, a_folder(tmp_path, rows, DATA))
     for other in ("zs", "lp"):
         found = compare(results, "gda", other, "full")
@@ -354,12 +351,16 @@ def test_what_is_the_same_for_every_seed_is_sure_of_nothing(tmp_path):
     assert compare(results, "mmft", "lp", "full").verdict == "better"
     # the same for differences that are level by chance, and known to the last bit alone
     headline, text, found = told(tmp_path / "b", mmft=[0.3, 0.7, 0.6], mmft_no_captions=[0.1, 0.5, 0.4])
-    assert "all seeds give the same, too little to say whether captions helped" in headline and "rests on" not in text
+    assert (
+        "all seeds give the same, which is too little to say whether captions helped" in headline
+        and "rests on" not in text
+    )
     assert found["mmft-no-captions"][1].over_seeds is None
     page = Page(write_report(tmp_path))
     assert "± 0.0" not in page.text and "± 0.0" not in summary_table(rows) and "±" in summary_table(rows)
-    cell = difference_cell(compare(results, "gda", "zs", "full"))
-    assert "the same for every seed" in cell and "unclear" in cell and "? " in cell
+    page = Page(write_report(without_mmft))
+    cell = page.source.split("<th>gda<small>")[1].split("</td>")[0]  # gda minus zs
+    assert 'class="unclear"' in cell and "<b>? " in cell and "the same for every seed" in cell
 
 
 def test_a_method_that_failed_on_a_hard_seed_gains_nothing_by_it(tmp_path):
@@ -374,7 +375,7 @@ def test_a_method_that_failed_on_a_hard_seed_gains_nothing_by_it(tmp_path):
     # gda, too: that it is ahead in one seed says less than three seeds do
     table = summary_table(rows)
     assert "58.0 (2 seeds) |" in table and "| 70.0 (1 seed) |" in table and table.count("seed)") == 1
-    cells = re.split("<tr", results_table(results))
+    cells = re.split("<tr", Page(write_report(a_folder(tmp_path, rows))).source.split("<h2>Accuracy</h2>")[1])
     cells = {m: next(line for line in cells if f"<th>{m}</th>" in line) for m in values}
     assert "<b>52.3</b>" in cells["ce"] and not any("<b>" in cells[m] for m in ("mmft", "lp", "gda"))
     assert "(2 seeds)" in cells["lp"] and "(1 seed)" in cells["gda"] and "seeds)" not in cells["ce"] + cells["mmft"]
@@ -407,11 +408,12 @@ def test_two_seeds_give_no_interval_and_few_images_are_named(tmp_path):
     assert image_note(rows) == f"No ± above counts the chance of the test images: with 8 of them, about {points}."
     assert "of 3 groups, ±" in image_note(rows, 3) and image_note([failed("mmft", 4, 0)]) == ""
     page = Page(write_report(a_folder(tmp_path, rows)))
-    top, box = page.text.split("With 4 shots, there are too few seeds")
-    assert "8 test images are few" in top and "one image is 12.5 points" in box.split("Results")[0]
+    box = page.text.split("With 4 shots, there are too few seeds")[1].split("points of test accuracy")[0]
+    chance = f"moves any accuracy by about ±{50 * (found.high - found.low):.0f} points."
+    assert "With 8 test images this is a trial, not a result: one image is 12.5 points, and" in box and chance in box
     assert points in page.text and "two seeds" in page.text and "87.5 <small>±" not in page.source
     rows = [r | {"test_images": 100} for r in rows]
-    assert "images are few" not in (text := Page(write_report(a_folder(tmp_path, rows))).text) and "a trial" not in text
+    assert "a trial" not in Page(write_report(a_folder(tmp_path, rows))).text
 
 
 def test_marks_are_explained_once_and_nothing_else_stands_above_nothing(tmp_path):
@@ -421,20 +423,32 @@ def test_marks_are_explained_once_and_nothing_else_stands_above_nothing(tmp_path
     without = some_rows({"lp": 0.5, "gda": 0.4}, shots=[4], seeds=[0, 1])
     for name, rows in (("with", with_verdict), ("without", without)):
         page = Page(write_report(a_folder(tmp_path / name, rows, DATA)))
-        assert (
-            page.text.count("? fewer than three seeds, or all give the same.") == 1 and "Ablations" not in page.headings
-        )
-    assert "not distinguishable: one does" in page.text.split("The figures")[1].split("Robustness")[0]
+        assert page.text.count("? fewer than three seeds, or all give the same.") == 1
+        assert ("mmft-w0" in page.text) == (name == "with") and page.text.count("the CLIP loss alone:") == 0
+    assert "not distinguishable: one does" in page.text.split("All differences")[1].split("Robustness to shift")[0]
 
 
-def test_names_of_methods_and_shots():
-    assert [family(m) for m in ("zs-cap", "lp++", "ce+wise", "mmft+wise", "mmft-w0+wise", "mmft-lora", "new")] == [
-        "untuned", "features", "tuned", "mmft", "ablation", "mmft", "tuned",
-    ]  # fmt: skip
-    assert [reads_captions(m) for m in ("zs-cap", "mmft+wise", "mmft-no-captions", "flyp", "mmft-no-captions+wise")] == [
-        True, True, False, False, False,
-    ]  # fmt: skip
-    assert about("mmft+wise") == "Weights halfway to those of the untuned model." and "variant" in about("mmft-new")
+def test_what_a_baseline_is(tmp_path):
+    names = [
+        "zs-cap",
+        "mmft+wise",
+        "mmft-no-captions",
+        "flyp",
+        "mmft-no-captions+wise",
+        "lp-permuted-labels",
+        "unheard-of",
+    ]
+    rows = [row(name, 4, 0, accuracy=0.5) for name in names]
+    results = gather(rows, tmp_path)
+    assert baselines(results) == ["flyp", "mmft-no-captions", "mmft-no-captions+wise"]
+    assert results.methods[0] == "zs-cap" and results.methods[-1] == "unheard-of"
+    assert (
+        "A method of another version."
+        in Page(write_report(a_folder(tmp_path, [*rows, row("mmft", 4, 0, accuracy=1)]))).text
+    )
+
+
+def test_names_of_shots_and_places_of_labels():
     assert shots_list([1, 4, "full"]) == "1 and 4 shots, and all images"
     assert shots_list([4, "full"]) == "4 shots and all images" and shots_list(["full"]) == "all images"
     places = apart([1.0, 1.0, 5.0, 1.1], 1.0, 0.0, 6.0)
@@ -445,17 +459,16 @@ def test_names_of_methods_and_shots():
 def test_a_whole_report_has_every_part_and_nothing_from_elsewhere(whole):
     page = Page(whole / "report.html")
     assert page.headings == [
-        "Results", "Accuracy against shots", "Differences to mmft", "Robustness", "Cost against accuracy", "Ablations",
-        "Which classes gain from captions", "Most frequent confusions", "Embeddings before and after",
-        "Data, and how to repeat this",
+        "Accuracy", "Differences", "Robustness to shift", "Cost", "Which classes gain from captions",
+        "Embeddings before and after training", "What was run, and how to repeat it",
     ]  # fmt: skip
-    assert {p.name for p in (whole / "report").iterdir()} == {f"{name}.png" for name in report.DRAWN}
+    assert {p.name for p in (whole / "report").iterdir()} == {f"{name}.png" for name in DRAWN}
     for path in (whole / "report").iterdir():
         with Image.open(path) as figure:
             assert figure.width > 600 and base64.b64encode(path.read_bytes()).decode() in page.source
     assert page.text.count("captions helped") == 1 and "250 calls" in page.text and "$0.50" in page.text
     assert "7 images are in more than one split" in page.text and "fine" in page.text
-    assert "20 groups that are drawn as one" in page.text and "mmft − mmft-no-captions on" in page.text
+    assert "20 groups of images" in page.text and "mmft − mmft-no-captions on" in page.text
     # nothing of others became markup
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form", "base"})
     assert HOSTILE[:27] in page.text
@@ -502,31 +515,30 @@ def test_with_less_there_is_less(tmp_path):
     (folder / "data.json").unlink()
     (folder / "maps.json").write_text("[{")
     page = Page(write_report(folder))
-    assert "Which classes gain from captions" not in page.headings and "Results" in page.headings
+    assert "Which classes gain from captions" not in page.headings and "Accuracy" in page.headings
     assert "maps.json could not be read" in page.text and "one seed" in page.text
     assert not (folder / "report" / "classes.png").exists() and not (folder / "report" / "map.png").exists()
     for rows in ([row("zs", 0, 0, accuracy=0.5)], [failed("mmft", 4, 0)], [row("lp", "full", 1, accuracy=0.5)]):
         page = Page(write_report(a_folder(tmp_path / "out", rows)))
-        assert "cannot be told" in page.text and "Results" in page.headings
+        assert "cannot be told" in page.text and "Accuracy" in page.headings
 
 
-def test_the_map_after_training_is_that_of_most_shots_in_whatever_order_it_was_made(tmp_path, monkeypatch):
+def test_the_map_after_training_is_that_of_most_shots_in_whatever_order_it_was_made(tmp_path):
     entries = [
         MAPS[0],
         *(MAPS[1] | {"shots": n, "seed": seed} for n, seed in ((16, 0), ("full", 3), ("full", 1), (4, 0))),
     ]
-    told = []
-    monkeypatch.setattr(report_figures, "maps_figure", lambda panels, titles, *more: told.extend(titles))
-    write_report(a_folder(tmp_path, some_rows({"mmft": 0.9}, shots=[4], seeds=[0]), DATA, entries))
-    assert told == ["before: zs", "after: mmft, all images, seed 1"]
+    rows = some_rows({"mmft": 0.9}, shots=[4], seeds=[0])
+    panels = map_panels(gather(rows, a_folder(tmp_path, rows, DATA, entries)))
+    assert panels == {"before: zs": entries[0], "after: mmft, all images, seed 1": entries[3]}
 
 
 def test_predictions_of_another_run_are_left_out(tmp_path):
     other = DATA | {"labels": {"test": [4] * 60, "shift": [1, 2]}}
     page = Page(write_report(a_folder(tmp_path, some_rows({"mmft": 0.9, "flyp": 0.4}, shots=[4]), other)))
     assert "18 lists of predictions do not fit the labels" in page.text
-    assert "The chance of the test images is not counted" in page.text
-    assert "Most frequent confusions" not in page.headings
+    assert "The choice of test images is not covered" in page.text
+    assert "Which classes gain from captions" not in page.headings
 
 
 def test_rows_of_differing_identities_are_refused(tmp_path):
@@ -559,7 +571,7 @@ def test_a_folder_without_results_is_not_to_be_filled_with_some(tmp_path):
 
 
 def test_without_matplotlib_it_says_what_to_type(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mmft_hf\[benchmark\]'"):
         write_report(a_folder(tmp_path, some_rows()))
 
@@ -569,13 +581,13 @@ def test_classes_with_fewer_images_than_shots_or_without_any_are_named(tmp_path)
     counts = {"train_images_per_class": [2, 20, 9, 4, 16]}
     data = DATA | counts | {"labels": {"test": TRUTH.tolist(), "shift": np.where(TRUTH == 3, 2, TRUTH).tolist()}}
     page = Page(write_report(a_folder(tmp_path, rows, data)))
-    results = page.text.split("Accuracy against shots")[1]
+    results = page.text.split("Accuracy against shots")[0]
     assert "16 shots: 3 of 5 classes have fewer training images (2 to 9); all of them were taken." in results
     assert "4 shots: 1 of 5 classes has fewer training images (2); all" in results
-    assert "1 of 5 classes has no shift image: クラス. Accuracy is over the others." in results
+    assert "1 of 5 classes has no shift image: クラス. Accuracy is over the other classes." in results
     assert "1 shot: " not in results and "all images: " not in results and "no test image" not in page.text
     without = gather(rows, a_folder(tmp_path / "without", rows))
-    assert fewer_than_thought(without) == []
+    assert class_notes(without) == []
 
 
 def test_the_command_repeats_the_grid(tmp_path):

@@ -1,4 +1,4 @@
-"""Did captions help? In words, computed from the results."""
+"""Did captions help? The answer in words, computed from the results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterable
 
 from ...core.markdown import listed, one_line
 from ..run.summary import FEWEST_SEEDS, FULL, image_chance, shots_name
-from .methods import base_of, reads_captions
-from .statistics import Difference, Findings, compare
+from .statistics import Difference, Findings, compare, method_of
 
 METHOD, CONTROL = "mmft", "mmft-no-captions"
-# What MMFT is held against first, and what each comparison means.
+# What MMFT is compared with first, and what each comparison shows.
 RIVALS = {
     CONTROL: "the same training without captions",
     "flyp": "both towers on class templates, CLIP loss alone",
@@ -20,89 +19,69 @@ RIVALS = {
 BEST = "best without captions"
 FEWEST_IMAGES = 100  # of the test split
 
+Comparisons = dict[object, tuple[str, Difference]]  # by shots: the other method, and mmft minus that method
 
-def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dict]]]:
-    """A headline, sentences, and comparisons `(name, meaning, {shots: (other method, Difference)})`."""
-    headline, sentences, comparisons = _compared(results)
-    images = few_images(results)
-    if images:
-        count = images[0]
+
+def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, Comparisons]]]:
+    """A headline, sentences, and comparisons of mmft as `(name, meaning, {shots: (other method, Difference)})`."""
+    comparisons = _comparisons(results)
+    headline, sentences = _answer(results, comparisons) if comparisons else _no_answer(results)
+    chance = image_chance(results.all_rows())
+    if chance and chance[0] < FEWEST_IMAGES:
         sentences.append(
-            f"With {count} test images this is a trial, not a result: one image is {100 / count:.1f} points."
+            f"With {chance[0]} test images this is a trial, not a result: one image is {100 / chance[0]:.1f} points, and the "
+            f"choice of test images alone moves any accuracy by about ±{chance[1]:.0f} points."
         )
-    return headline, sentences, comparisons
+    return headline, sentences, [(name, meaning, found) for name, (meaning, found) in comparisons.items() if found]
 
 
-def few_images(results: Findings) -> tuple[int, float] | None:
-    """Number of test images and what chance in them comes to, in points, if they are too few to say much; else None."""
-    found = image_chance(results.all_rows())
-    return found if found and found[0] < FEWEST_IMAGES else None
+def _comparisons(results: Findings) -> dict[str, tuple[str, Comparisons]]:
+    """Comparisons by name; a name without a common seed has no entries. Empty without a cell of mmft."""
+    shots = [n for n in results.shots if results.rows(METHOD, n)]
+    others = {other: (meaning, dict.fromkeys(shots, other)) for other, meaning in RIVALS.items()}
+    best = {n: names[0] for n in shots if (names := results.best(n, baselines(results), METHOD))}
+    others[BEST] = ("chosen by its test accuracy, which favours it", best)
+    return {
+        name: (meaning, {n: (m, d) for n, m in methods.items() if (d := compare(results, METHOD, m, n))})
+        for name, (meaning, methods) in others.items()
+        if shots
+    }
 
 
-def _compared(results: Findings) -> tuple[str, list[str], list[tuple[str, str, dict]]]:
-    done = [n for n in results.shots if results.rows(METHOD, n)]
-    if not done:
-        return *_without_mmft(results), []
-    comparisons = []
-    for other, meaning in RIVALS.items():
-        found = {n: (other, d) for n in done if (d := compare(results, METHOD, other, n))}
-        if found:
-            comparisons.append((other, meaning, found))
-    best = {}
-    for n in done:
-        for name in results.best(n, baselines(results), METHOD)[:1]:
-            best[n] = (name, compare(results, METHOD, name, n))
-    if best:
-        comparisons.append((BEST, "chosen by its test accuracy, which favours it", best))
-    found = {name: rest for name, _, rest in comparisons}
-    control = CONTROL if CONTROL in found else "flyp" if "flyp" in found else None
+def _answer(results: Findings, comparisons: dict[str, tuple[str, Comparisons]]) -> tuple[str, list[str]]:
+    found = {name: differences for name, (_, differences) in comparisons.items()}
+    control = next((name for name in (CONTROL, "flyp") if found[name]), None)
     if control is None:
-        headline = "Whether captions helped cannot be told: there is no control without them."
+        headline = "It cannot be told whether captions helped: there is no control without them."
         sentences = [f"Add {CONTROL} to --methods: the same training on class templates alone."]
     else:
-        level = "captions made no difference that can be told from chance"
-        headline = in_words(found[control], "captions helped", "captions did harm", level, " whether captions helped")
-        headline = headline[:1].upper() + headline[1:] + "."
-        against = (
-            "the same training without captions (mmft-no-captions)"
-            if control == CONTROL
-            else "flyp (on class templates)"
+        answer = in_words(
+            found[control],
+            "captions helped",
+            "captions hurt",
+            "captions made no difference that stands out from chance",
+            " whether captions helped",
         )
-        sentences = [f"MMFT against {against}: {figures(found[control])}."]
+        headline = answer[0].upper() + answer[1:] + "."
+        what = f"the same training without captions ({CONTROL})" if control == CONTROL else "flyp (on class templates)"
+        sentences = [f"MMFT against {what}: {figures(found[control])}."]
         if control == "flyp":
             sentences.append(f"The closer control, {CONTROL}, was not run.")
-    if best:
-        text = in_words(best, "it is ahead", "it is behind", "no difference can be told from chance")
-        sentences.append(f"MMFT against the best method without captions: {text} ({figures(best, named=True)}).")
-    seeds = {d.seeds for rest in found.values() for _, d in rest.values()}
-    if seeds and min(seeds) < FEWEST_SEEDS:
-        count = "one seed" if min(seeds) == 1 else f"{min(seeds)} seeds"
-        sentences.append(f"Some of this rests on {count}: too few to call a difference one. {_more_seeds(results)}")
-    return headline, sentences, comparisons
+    if found[BEST]:
+        text = in_words(found[BEST], "it is ahead", "it is behind", "no difference stands out from chance")
+        sentences.append(f"MMFT against the best method without captions: {text} ({figures(found[BEST], named=True)}).")
+    fewest = min((d.seeds for rest in found.values() for _, d in rest.values()), default=FEWEST_SEEDS)
+    if fewest < FEWEST_SEEDS:
+        # More seeds may have been asked for and the grid been interrupted; the results do not tell.
+        todo = _unfinished(results)
+        if len(results.seeds()) < FEWEST_SEEDS:
+            todo = f"Type --seeds with {FEWEST_SEEDS} numbers or more."
+        count = "one seed" if fewest == 1 else f"{fewest} seeds"
+        sentences.append(f"Some of this rests on {count}, too few to call a difference one. {todo}")
+    return headline, sentences
 
 
-def _more_seeds(results: Findings) -> str:
-    """What to type for more: enough may have been typed, and the grid be cut. Which were typed, results do not say."""
-    rows = [*results.all_rows(), *results.failed]
-    if len({row["seed"] for row in rows if row["shots"] != 0}) < FEWEST_SEEDS:
-        return f"Type --seeds with {FEWEST_SEEDS} numbers or more."
-    return _unfinished(results)
-
-
-def _unfinished(results: Findings) -> str:
-    """What is not there yet, as far as cells that are there tell; nothing where none is missing or failed."""
-    missing, failed = results.missing(), len(results.failed)
-    what = [f"{missing} cell{'s are' if missing > 1 else ' is'} missing"] if missing else []
-    what += [f"{failed} cell{'s' if failed > 1 else ''} failed"] if failed else []
-    return f"{listed(what)}: the grid is not finished. Type the same command to go on." if what else ""
-
-
-def baselines(results: Findings) -> list[str]:
-    """Methods that read no caption, MMFT's own training without them among these; a control that should lose is none."""
-    return [m for m in results.methods if not reads_captions(m) and not base_of(m).endswith("permuted-labels")]
-
-
-def _without_mmft(results: Findings) -> tuple[str, list[str]]:
+def _no_answer(results: Findings) -> tuple[str, list[str]]:
     leaders = [text for n in results.shots if (text := _leader(results, n))]
     errors = Counter(str(row.get("error")) for row in results.failed if row["method"] == METHOD)
     if "captions" in results.data and (results.data["captions"] or {"images": 0}).get("images") == 0:
@@ -113,11 +92,25 @@ def _without_mmft(results: Findings) -> tuple[str, list[str]]:
         why = "mmft is not among the results."
     highest = f"Highest test accuracy on the same seeds: {listed(leaders)}." if leaders else ""
     rest = _unfinished(results) if results.missing() else ""
-    return f"Whether captions helped cannot be told: {why}", [text for text in (highest, rest) if text]
+    return f"It cannot be told whether captions helped: {why}", [text for text in (highest, rest) if text]
+
+
+def _unfinished(results: Findings) -> str:
+    """How many cells are missing or failed; empty if none."""
+    missing, failed = results.missing(), len(results.failed)
+    what = [f"{missing} cell{'s are' if missing > 1 else ' is'} missing"] if missing else []
+    what += [f"{failed} cell{'s' if failed > 1 else ''} failed"] if failed else []
+    return f"{listed(what)}: the grid is not finished. Type the same command to continue." if what else ""
+
+
+def baselines(results: Findings) -> list[str]:
+    """Methods that read no captions, MMFT's own training without them included; sanity checks are no baselines."""
+    known = [method_of(name) for name in results.methods]
+    return [method.name for method in known if not (method.needs_captions or method.sanity_check)]
 
 
 def _leader(results: Findings, shots) -> str:
-    """`lp with 1 shot`, or `none above zs (70.8) with 1 shot`, since an untuned model has no shots; nothing without results."""
+    """`lp with 1 shot`; `none above zs (70.8) with 1 shot` if an untuned model leads; empty without results."""
     names = results.best(shots, results.methods) if results.most_seeds(shots) else []
     where = shots_name(shots) if shots == 0 else f"with {shots_name(shots)}"
     if untuned := [name for name in names if not results.rows(name, shots)]:
@@ -125,19 +118,17 @@ def _leader(results: Findings, shots) -> str:
     return f"{listed(names)} {where}" if names else ""
 
 
-def in_words(found: dict, better: str, worse: str, level: str, what: str = "") -> str:
-    """`with 1 and 4 shots, captions helped; with all images, captions made no difference that can be told from chance`"""
-    groups: dict[str, list] = {}
-    for n, (_, difference) in found.items():
-        groups.setdefault(difference.verdict, []).append(n)
+def in_words(found: Comparisons, better: str, worse: str, level: str, what: str = "") -> str:
+    """`with 1 and 4 shots, captions helped; with all images, captions made no difference that stands out from chance`"""
     words = {
         "better": better,
         "worse": worse,
         "not distinguishable": level,
         "too few seeds": f"there are too few seeds to say{what}",
-        "same for every seed": f"all seeds give the same, too little to say{what}",
+        "same for every seed": f"all seeds give the same, which is too little to say{what}",
     }
-    return "; ".join(f"with {shots_list(groups[key])}, {word}" for key, word in words.items() if key in groups)
+    groups = {verdict: [n for n, (_, d) in found.items() if d.verdict == verdict] for verdict in words}
+    return "; ".join(f"with {shots_list(shots)}, {words[verdict]}" for verdict, shots in groups.items() if shots)
 
 
 def shots_list(shots: Iterable) -> str:
@@ -148,19 +139,18 @@ def shots_list(shots: Iterable) -> str:
     return (", and " if len(counts) > 1 else " and ").join(parts)
 
 
-def figures(found: dict, named: bool = False) -> str:
-    """`+8.2 points with 1 shot, +4.4 with 4 shots`."""
-    texts = []
-    for i, (n, (other, difference)) in enumerate(found.items()):
-        name = f" against {other}" if named else ""
-        texts.append(f"{signed(difference.points)}{' points' if i == 0 else ''}{name} with {shots_name(n)}")
-    return ", ".join(texts)
+def figures(found: Comparisons, named: bool = False) -> str:
+    """`+8.2 points with 1 shot, +4.4 with 4 shots`; `named` adds what each is against."""
+    texts = [
+        f"{signed(difference.points)} points{f' against {other}' if named else ''} with {shots_name(n)}"
+        for n, (other, difference) in found.items()
+    ]
+    return ", ".join([*texts[:1], *(text.replace(" points", "", 1) for text in texts[1:])])
 
 
 def signed(points: float) -> str:
     """`+1.2`, `−0.3`, `0.0`."""
-    text = f"{abs(points):.1f}"
-    return text if float(text) == 0 else f"{'+' if points > 0 else '−'}{text}"
+    return f"{points:+.1f}".replace("-", "−") if f"{abs(points):.1f}" != "0.0" else "0.0"
 
 
 def between(pair: tuple[float, float]) -> str:
@@ -172,7 +162,7 @@ MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few
 
 
 def intervals(difference: Difference) -> list[str]:
-    """Its intervals in words."""
+    """The intervals of a difference in words: over seeds, and over test images if there is one."""
     few = {1: "one seed", 2: "two seeds"}
     without = few.get(difference.seeds, "the same for every seed")
     found = [f"seeds {between(difference.over_seeds)}" if difference.over_seeds else without]

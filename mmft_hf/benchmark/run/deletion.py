@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ...core.errors import UserError
-from ..report.report import DRAWN, FIGURES, PAGE
+from ..report import DRAWN, FIGURES, PAGE
 from .data_summary import DATA_FILE
 from .embedding_map import MAPS_FILE
 from .processes import Claims, count_of_processes
