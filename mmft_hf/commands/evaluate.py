@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.arguments import DataArguments
+from ..core.arguments import DataArguments, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..core.files import RUN_FILE
@@ -17,20 +17,14 @@ from ..core.files import RUN_FILE
 class EvaluateArguments:
     """Which classifier, and where the figures go."""
 
-    model_name_or_path: str = field(
-        default="outputs/mmft", metadata={"help": "Folder that finetune left, or its Hub repository."}
+    model_name_or_path: str = setting("outputs/mmft", "Folder that finetune left, or its Hub repository.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    output_dir: str | None = setting(
+        None, "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."},
-    )
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per batch."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    on_bad_image: str = field(
-        default="fail",
-        metadata={"help": "fail: stop at an unreadable image; skip: count it.", "choices": ("fail", "skip")},
-    )
+    per_device_eval_batch_size: int = setting(256, "Images per batch.")
+    dataloader_num_workers: int = setting(0, "Processes that read images.")
+    on_bad_image: str = setting("fail", "fail: stop at an unreadable image; skip: count it.", choices=("fail", "skip"))
 
 
 ARGUMENTS = (DataArguments, EvaluateArguments)

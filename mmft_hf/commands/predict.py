@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.arguments import setting
 from ..core.errors import PartialResult, UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -17,15 +18,11 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 class PredictArguments:
     """Which classifier, and how its answers are written."""
 
-    model_name_or_path: str = field(
-        default="outputs/mmft", metadata={"help": "Folder that finetune left, or its Hub repository."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    top_k: int = field(default=3, metadata={"help": "Classes printed for each picture."})
-    output_file: str | None = field(
-        default=None, metadata={"help": "A .csv or .jsonl file for the answers. Default: they are printed."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Pictures per batch."})
+    model_name_or_path: str = setting("outputs/mmft", "Folder that finetune left, or its Hub repository.")
+    model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    top_k: int = setting(3, "Classes printed for each picture.")
+    output_file: str | None = setting(None, "A .csv or .jsonl file for the answers. Default: they are printed.")
+    batch_size: int = setting(64, "Pictures per batch.")
 
 
 ARGUMENTS = (PredictArguments,)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.arguments import setting
 from ..core.console import say
 from ..core.errors import UserError
 
@@ -15,29 +16,22 @@ POSITIONAL = ("folder", "The --output_dir of mmft-hf finetune, or of mmft-hf cap
 class PushArguments:
     """What goes where."""
 
-    repo_id: str | None = field(default=None, metadata={"help": "Name on the Hub: user/name or organisation/name."})
-    repo_type: str | None = field(
-        default=None,
-        metadata={"help": "model or dataset. Default: what the folder holds.", "choices": ("model", "dataset")},
+    repo_id: str | None = setting(None, "Name on the Hub: user/name or organisation/name.")
+    repo_type: str | None = setting(
+        None, "model or dataset. Default: what the folder holds.", choices=("model", "dataset")
     )
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch; made if it is missing. Default: main."})
-    create_pr: bool = field(default=False, metadata={"help": "As a pull request, which leaves the branch as it is."})
-    license: str | None = field(default=None, metadata={"help": "Licence for the card, e.g. mit or cc-by-4.0."})
-    captions_only: bool = field(
-        default=False,
-        metadata={"help": "Data set without its images: others join the captions to theirs by content."},
+    private: bool = setting(False, "Make a new repository private.")
+    revision: str | None = setting(None, "Branch; made if it is missing. Default: main.")
+    create_pr: bool = setting(False, "As a pull request, which leaves the branch as it is.")
+    license: str | None = setting(None, "Licence for the card, e.g. mit or cc-by-4.0.")
+    captions_only: bool = setting(False, "Data set without its images: others join the captions to theirs by content.")
+    parts: str = setting(
+        "merged",
+        "Of a LoRA run: merged (a plain model), adapter (for peft), or both.",
+        choices=("merged", "adapter", "both"),
     )
-    parts: str = field(
-        default="merged",
-        metadata={
-            "help": "Of a LoRA run: merged (a plain model), adapter (for peft), or both.",
-            "choices": ("merged", "adapter", "both"),
-        },
-    )
-    with_inference_code: bool = field(
-        default=False,
-        metadata={"help": "Add a file with which pipeline(…, trust_remote_code=True) works without mmft_hf."},
+    with_inference_code: bool = setting(
+        False, "Add a file with which pipeline(…, trust_remote_code=True) works without mmft_hf."
     )
 
 

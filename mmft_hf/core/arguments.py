@@ -44,34 +44,26 @@ class ModelArguments:
 
     GROUPS: ClassVar = {"model": "*"}
 
-    model_name_or_path: str = field(
-        default="builtin/tiny-clip",
-        metadata={
-            "help": "Hub id or folder of a dual encoder: CLIP, MetaCLIP, SigLIP, SigLIP 2 (fixed size), Chinese-CLIP, AltCLIP, "
-            "ALIGN or a VisionTextDualEncoderModel. builtin/tiny-clip comes with this package."
-        },
+    model_name_or_path: str = setting(
+        "builtin/tiny-clip",
+        "Hub id or folder of a dual encoder: CLIP, MetaCLIP, SigLIP, SigLIP 2 (fixed size), Chinese-CLIP, AltCLIP, "
+        "ALIGN or a VisionTextDualEncoderModel. builtin/tiny-clip comes with this package.",
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit on the Hub. Default: the main branch."}
+    model_revision: str | None = setting(None, "Branch, tag or commit on the Hub. Default: the main branch.")
+    vision_tower: str = setting(
+        "full",
+        "How the image tower is trained. full: all weights; lora: low-rank matrices, merged into the weights at "
+        "the end (use --learning_rate 1e-4 or more); frozen: not at all.",
+        choices=TOWER_MODES,
     )
-    vision_tower: str = field(
-        default="full",
-        metadata={
-            "help": "How the image tower is trained. full: all weights; lora: low-rank matrices, merged into the weights at "
-            "the end (use --learning_rate 1e-4 or more); frozen: not at all.",
-            "choices": TOWER_MODES,
-        },
-    )
-    text_tower: str = field(default="full", metadata={"help": "How the text tower is trained.", "choices": TOWER_MODES})
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA matrices."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA matrices are scaled by lora_alpha / lora_rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the LoRA matrices."})
-    lora_targets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names (or their ends) of the linear layers that get LoRA matrices. Default: all in the tower's blocks; for "
-            "CLIP q_proj k_proj v_proj out_proj fc1 fc2."
-        },
+    text_tower: str = setting("full", "How the text tower is trained.", choices=TOWER_MODES)
+    lora_rank: int = setting(8, "Rank of the LoRA matrices.")
+    lora_alpha: int = setting(16, "LoRA matrices are scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.")
+    lora_targets: list[str] | None = setting(
+        None,
+        "Names (or their ends) of the linear layers that get LoRA matrices. Default: all in the tower's blocks; for "
+        "CLIP q_proj k_proj v_proj out_proj fc1 fc2.",
     )
 
     def __post_init__(self):
@@ -98,64 +90,46 @@ class DataArguments:
 
     GROUPS: ClassVar = {"data": "*"}
 
-    dataset_name: str = field(
-        default="builtin/emoji-mini",
-        metadata={
-            "help": "Hub id, folder of parquet files, folder with one subfolder of images per class, CSV/JSONL file of image "
-            "paths and labels, or CoOp split file (split_zhou_*.json). builtin/emoji-mini comes with this package."
-        },
+    dataset_name: str = setting(
+        "builtin/emoji-mini",
+        "Hub id, folder of parquet files, folder with one subfolder of images per class, CSV/JSONL file of image "
+        "paths and labels, or CoOp split file (split_zhou_*.json). builtin/emoji-mini comes with this package.",
     )
-    image_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that image paths are relative to. Default: the folder of the file that lists them; for a CoOp split "
-            "file also a folder next to it."
-        },
+    image_root: str | None = setting(
+        None,
+        "Folder that image paths are relative to. Default: the folder of the file that lists them; for a CoOp split "
+        "file also a folder next to it.",
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
-    validation_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split that selects the best epoch. Default: validation (or valid, val, dev); without one, or if "
-            "--test_split names it, part of the training split is held out (--validation_size)."
-        },
+    dataset_config_name: str | None = setting(None, "Configuration of a Hub dataset.")
+    dataset_revision: str | None = setting(None, "Branch, tag or commit of a Hub dataset.")
+    train_split: str | None = setting(None, "Split to train on. Default: train.")
+    validation_split: str | None = setting(
+        None,
+        "Split that selects the best epoch. Default: validation (or valid, val, dev); without one, or if "
+        "--test_split names it, part of the training split is held out (--validation_size).",
     )
-    test_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split that is read once, after selection. Default: test; without one, part of the training split is held "
-            "out (--test_size)."
-        },
+    test_split: str | None = setting(
+        None,
+        "Split that is read once, after selection. Default: test; without one, part of the training split is held "
+        "out (--test_size).",
     )
-    validation_size: float = field(
-        default=0.1, metadata={"help": "Share of each class to hold out if there is no validation split."}
+    validation_size: float = setting(0.1, "Share of each class to hold out if there is no validation split.")
+    test_size: float = setting(0.2, "Share of each class to hold out if there is no test split.")
+    image_column: str = setting("image", "Column with the images or their paths.")
+    label_column: str = setting("label", "Column with the class: ClassLabel, text or number.")
+    captions_column: str | None = setting(
+        None,
+        "Column with the captions: a text or a list of texts. Default: captions if that column exists; otherwise "
+        "training uses the class template alone.",
     )
-    test_size: float = field(
-        default=0.2, metadata={"help": "Share of each class to hold out if there is no test split."}
+    captions_dataset: str | None = setting(
+        None,
+        "Hub id or folder with captions but no images. They are joined to the training images by file content "
+        "(sha256).",
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the images or their paths."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class: ClassLabel, text or number."})
-    captions_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column with the captions: a text or a list of texts. Default: captions if that column exists; otherwise "
-            "training uses the class template alone."
-        },
-    )
-    captions_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder with captions but no images. They are joined to the training images by file content "
-            "(sha256)."
-        },
-    )
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "Class names, if the label column holds plain numbers."}
-    )
-    shots: int | None = field(default=None, metadata={"help": "Number of training images per class. Default: all."})
-    shots_seed: int = field(default=0, metadata={"help": "Seed for the few-shot subset and for held-out splits."})
+    class_names: list[str] | None = setting(None, "Class names, if the label column holds plain numbers.")
+    shots: int | None = setting(None, "Number of training images per class. Default: all.")
+    shots_seed: int = setting(0, "Seed for the few-shot subset and for held-out splits.")
 
     def __post_init__(self):
         for name in ("validation_size", "test_size"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from ..core import launch
-from ..core.arguments import choice
+from ..core.arguments import choice, setting
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, check_template
 
@@ -49,160 +49,109 @@ class MMFTConfig(TrainingArguments):
         "hub_private_repo": "Create the Hub repository as private.",
     }
 
-    output_dir: str | None = field(
-        default="outputs/mmft",
-        metadata={"help": "Folder of the results. A folder that holds a run is not overwritten."},
+    output_dir: str | None = setting(
+        "outputs/mmft", "Folder of the results. A folder that holds a run is not overwritten."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the run that output_dir holds, and start a new one there."}
+    overwrite_output_dir: bool = setting(False, "Delete the run that output_dir holds, and start a new one there.")
+    supcon_weight: float = setting(0.1, "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1.")
+    supcon_weight_end: float | None = setting(
+        None,
+        "w goes in a straight line, step by step, from supcon_weight to this, which it would reach after the last "
+        "step. Default: it stays.",
     )
-    supcon_weight: float = field(
-        default=0.1, metadata={"help": "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1."}
+    include_self: bool = setting(False, "UniCL form: the pair itself is a positive of the SupCon term, too.")
+    class_template: str = setting(
+        DEFAULT_TEMPLATE, "Text before every caption, and the zero-shot prompt; {} stands for the class name."
     )
-    supcon_weight_end: float | None = field(
-        default=None,
-        metadata={
-            "help": "w goes in a straight line, step by step, from supcon_weight to this, which it would reach after the last "
-            "step. Default: it stays."
-        },
+    caption_dropout: float = setting(
+        0.0, "Probability, from 0 to 1, that a training text is the class template alone, without a caption."
     )
-    include_self: bool = field(
-        default=False, metadata={"help": "UniCL form: the pair itself is a positive of the SupCon term, too."}
+    samples_per_class: int | None = setting(
+        None,
+        "Class-balanced batches: so many images of each class in a batch (2 or more), which gives SupCon its "
+        "positives where there are many classes. Default: plain shuffle.",
     )
-    class_template: str = field(
-        default=DEFAULT_TEMPLATE,
-        metadata={"help": "Text before every caption, and the zero-shot prompt; {} stands for the class name."},
+    loss_chunk_size: int | None = setting(
+        None,
+        "Encode a batch in chunks of so many images, to save memory at the cost of one more forward; the loss and "
+        "its gradient stay those of the whole batch. Default: all at once.",
     )
-    caption_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability, from 0 to 1, that a training text is the class template alone, without a caption."
-        },
+    prototypes: str = setting(
+        "captions",
+        "What an image is compared with: class averages of the training captions, of one template, of "
+        "several templates, or of the training images.",
+        choices=PROTOTYPE_SOURCES,
     )
-    samples_per_class: int | None = field(
-        default=None,
-        metadata={
-            "help": "Class-balanced batches: so many images of each class in a batch (2 or more), which gives SupCon its "
-            "positives where there are many classes. Default: plain shuffle."
-        },
+    weight_averaging: float = setting(
+        0.0,
+        "Decay, below 1 (0.99, say), of an exponential moving average of the trained weights, which is what is "
+        "evaluated and saved; it takes memory for one more copy of them. 0: off.",
     )
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Encode a batch in chunks of so many images, to save memory at the cost of one more forward; the loss and "
-            "its gradient stay those of the whole batch. Default: all at once."
-        },
+    template_weight: float = setting(
+        0.0,
+        "Share t, from 0 to 1, of the class template in prototypes of captions: (1 - t) * captions + t * template, "
+        "normalised.",
     )
-    prototypes: str = field(
-        default="captions",
-        metadata={
-            "help": "What an image is compared with: class averages of the training captions, of one template, of "
-            "several templates, or of the training images.",
-            "choices": PROTOTYPE_SOURCES,
-        },
+    crop_min_area: float = setting(
+        0.9,
+        "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cut to 4:3 in the middle); 1: no random crop.",
     )
-    weight_averaging: float = field(
-        default=0.0,
-        metadata={
-            "help": "Decay, below 1 (0.99, say), of an exponential moving average of the trained weights, which is what is "
-            "evaluated and saved; it takes memory for one more copy of them. 0: off."
-        },
-    )
-    template_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share t, from 0 to 1, of the class template in prototypes of captions: (1 - t) * captions + t * template, "
-            "normalised."
-        },
-    )
-    crop_min_area: float = field(
-        default=0.9,
-        metadata={
-            "help": "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cut to 4:3 in the middle); 1: no random crop."
-        },
-    )
-    on_bad_image: str = field(
-        default="fail",
-        metadata={
-            "help": "fail: stop at an image that cannot be read; skip: go on and count it.",
-            "choices": ("fail", "skip"),
-        },
+    on_bad_image: str = setting(
+        "fail", "fail: stop at an image that cannot be read; skip: go on and count it.", choices=("fail", "skip")
     )
 
-    cache_frozen_features: bool = field(
-        default=True,
-        metadata={
-            "help": "Encode with a frozen tower once, and keep the embeddings on disk (mmft-hf env says where) for every later "
-            "epoch and run on the same content."
-        },
+    cache_frozen_features: bool = setting(
+        True,
+        "Encode with a frozen tower once, and keep the embeddings on disk (mmft-hf env says where) for every later "
+        "epoch and run on the same content.",
     )
-    decode_cache: int | None = field(
-        default=None,
-        metadata={
-            "help": "Keep training pictures on disk as decoded and made smaller once, their short side so many pixels (256, say), "
-            "which saves time where decoding takes most of it. The result is not that of the pictures themselves to "
-            "the last bit. Evaluation reads the pictures themselves. Default: no such cache."
-        },
+    decode_cache: int | None = setting(
+        None,
+        "Keep training pictures on disk as decoded and made smaller once, their short side so many pixels (256, say), "
+        "which saves time where decoding takes most of it. The result is not that of the pictures themselves to "
+        "the last bit. Evaluation reads the pictures themselves. Default: no such cache.",
     )
 
     # Defaults of the method, or of what a classifier's user expects, where they differ from the Trainer's.
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay (not on norms and biases)."})
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0: none."})
-    num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs of training."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training batch per process."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch per process."})
-    eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When validation accuracy is measured."}
+    learning_rate: float = setting(1e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = setting(1e-4, "Weight decay (not on norms and biases).")
+    lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
+    max_grad_norm: float = setting(0.0, "Gradient clipping; 0: none.")
+    num_train_epochs: float = setting(50.0, "Epochs of training.")
+    per_device_train_batch_size: int = setting(64, "Training batch per process.")
+    per_device_eval_batch_size: int = setting(256, "Evaluation batch per process.")
+    eval_strategy: IntervalStrategy | str = setting("epoch", "When validation accuracy is measured.")
+    eval_on_start: bool = setting(True, "Make the untuned model a candidate of the selection, as epoch 0.")
+    save_strategy: SaveStrategy | str = setting("epoch", "When a checkpoint is saved.")
+    save_total_limit: int | None = setting(1, "Checkpoints kept, beside the best one. Nothing: all.")
+    load_best_model_at_end: bool = setting(True, "Keep the weights of the best validation accuracy, not the last ones.")
+    metric_for_best_model: str | None = setting("accuracy", "What selection compares.")
+    greater_is_better: bool | None = setting(None, "Whether more of that is better. Default: yes, but for a loss.")
+    logging_strategy: IntervalStrategy | str = setting("epoch", "When the losses are logged.")
+    logging_nan_inf_filter: bool = setting(
+        False, "Hide non-finite losses. Off: training stops at one and names the step."
     )
-    eval_on_start: bool = field(
-        default=True, metadata={"help": "Make the untuned model a candidate of the selection, as epoch 0."}
+    bf16: bool | None = setting(
+        None,
+        "Compute in bfloat16, with weights in float32. Default: yes on GPUs that have it, no on a CPU (where it is "
+        "faster if the CPU has AMX or AVX512-BF16).",
     )
-    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When a checkpoint is saved."})
-    save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints kept, beside the best one. Nothing: all."}
+    dataloader_num_workers: int | None = setting(
+        None, "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU."
     )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Keep the weights of the best validation accuracy, not the last ones."}
+    dataloader_persistent_workers: bool | None = setting(
+        None, "Keep them from epoch to epoch. Default: yes, where there are any."
     )
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What selection compares."})
-    greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Whether more of that is better. Default: yes, but for a loss."}
+    auto_find_batch_size: bool = setting(
+        False,
+        "Where memory runs out, start again with the batch encoded in smaller chunks, as of loss_chunk_size; the "
+        "batch of the loss stays. Evaluation is not adjusted.",
     )
-    logging_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When the losses are logged."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses. Off: training stops at one and names the step."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute in bfloat16, with weights in float32. Default: yes on GPUs that have it, no on a CPU (where it is "
-            "faster if the CPU has AMX or AVX512-BF16)."
-        },
-    )
-    dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU."},
-    )
-    dataloader_persistent_workers: bool | None = field(
-        default=None, metadata={"help": "Keep them from epoch to epoch. Default: yes, where there are any."}
-    )
-    auto_find_batch_size: bool = field(
-        default=False,
-        metadata={
-            "help": "Where memory runs out, start again with the batch encoded in smaller chunks, as of loss_chunk_size; the "
-            "batch of the loss stays. Evaluation is not adjusted."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=None,
-        metadata={"help": "Look for parameters without a gradient in each step. Default: no; there are none."},
+    ddp_find_unused_parameters: bool | None = setting(
+        None, "Look for parameters without a gradient in each step. Default: no; there are none."
     )
     # HfArgumentParser reads no other order of these types.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Trackers, e.g. tensorboard, wandb."}
-    )
+    report_to: None | str | list[str] = setting("none", "Trackers, e.g. tensorboard, wandb.")  # noqa: RUF036
 
     def __post_init__(self):
         accelerated = torch.accelerator.is_available() and not self.use_cpu
