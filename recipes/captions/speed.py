@@ -30,7 +30,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
 from mmft_hf.captioning import Captioner
-from mmft_hf.captioning.ask import driver as fill
+from mmft_hf.captioning.ask import driver
 from mmft_hf.captioning.ask.journal import Journal
 from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.plan import Keys
@@ -159,8 +159,8 @@ def main() -> None:
         checker = make_checker(captioner, data.features["label"].names)
         limits = Limits(concurrency=IN_FLIGHT)
         before, memory = anonymous_mb(), Memory()
-        timed = Timed(fill.Driver._picture)
-        fill.Driver._picture = lambda driver, job: timed(driver, job)
+        timed = Timed(driver.Driver._picture)
+        driver.Driver._picture = lambda made, item: timed(made, item)
         with SplitCaptioner(captioner, data, work / "run", checker, limits, progress=False) as run:
             plan = run.plan()
             cpu = cpu_s()

@@ -1,4 +1,4 @@
-"""What captions cost: a dated table of prices that users can override, and how many tokens a picture counts for."""
+"""What captions cost: a dated price table that users can override, a meter that keeps a limit, and sums of what was spent."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from ...core.errors import UserError
 
-# What may follow a name in the table: a date, a version. `-mini` or `-image` is another model at another price.
+BUILTIN = Path(__file__).with_name("prices.yaml")
+# What may follow a name of the table: a date or version. `-mini` or `-image` is another model at another price.
 _VERSION = re.compile(r"(?:[-@](?:v?\d[\d.]*|latest|preview|exp))*")
 _FIELDS = {"input", "output", "image"}
-# base: always; tile (OpenAI), crop (Gemini) and patch: side in pixels of what costs `tokens`; pixels: of one token.
+# base: always added; tile (OpenAI), crop (Gemini) and patch: side in pixels of what costs `tokens`; pixels: per token.
 _IMAGE_FIELDS = {"base", "tile", "crop", "patch", "tokens", "pixels", "most"}
 
 
+# -- prices -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Price:
-    """Of one model.
+    """The price of one model.
 
     Args:
         model: name in the table.
-        input, output: USD per million tokens.
+        input, output: US dollars per million tokens.
         date: when the table was made, or empty.
-        image: how a picture is counted, as in `prices.yaml`; empty where that is unknown.
+        image: how the tokens of a picture are counted, as in `prices.yaml`; empty if unknown.
     """
 
     model: str
@@ -41,14 +43,14 @@ class Price:
 
 
 def price_of(model: str, overrides: str | os.PathLike | None = None) -> Price | None:
-    """Returns the price of a model, or None where it is in no table: it is unknown then, not zero.
+    """Returns the price of a model, or None if it is in no table: unknown then, not zero.
 
     Args:
         model: as the provider names it; `gemini-2.5-flash-lite-001` finds `gemini-2.5-flash-lite`.
-        overrides: YAML file in the shape of `prices.yaml`, whose models come first.
+        overrides: YAML file in the form of `prices.yaml`, whose models take precedence.
 
     Raises:
-        UserError: the file cannot be read, or has another shape.
+        UserError: the file cannot be read, or has another form.
     """
     model = model.removeprefix("models/")
     for table in ([_read(os.fspath(overrides))] if overrides else []) + [_builtin()]:
@@ -59,9 +61,9 @@ def price_of(model: str, overrides: str | os.PathLike | None = None) -> Price | 
 
 
 def estimate_tokens(width: int, height: int, price: Price | None) -> int:
-    """Returns about how many tokens a picture of `width` x `height` pixels counts for, rather too many than too few.
+    """Estimates the tokens of a picture of `width` x `height` pixels, rather too high than too low.
 
-    Where the model or its way of counting is unknown, it is a token for every 28 x 28 pixels, as open models count.
+    If the model or its way of counting is unknown, one token per 28 x 28 pixels is assumed, as open models count.
     """
     rule = dict(price.image) if price is not None and price.image else {"patch": 28, "tokens": 1}
     tokens = rule.get("base", 0)
@@ -71,7 +73,7 @@ def estimate_tokens(width: int, height: int, price: Price | None) -> int:
         scale *= min(1, 768 / (min(width, height) * scale))
         tokens += rule["tokens"] * _cells(width * scale, height * scale, rule["tile"])
     if "crop" in rule:
-        # Gemini: one up to 384 x 384, else crops of two thirds of the short side.
+        # Gemini: one crop up to 384 x 384, else crops of two thirds of the short side.
         side = min(max(min(width, height) // 1.5, 256), rule["crop"])
         tokens += rule["tokens"] * (1 if max(width, height) <= 384 else _cells(width, height, side))
     if "patch" in rule:
@@ -88,65 +90,61 @@ def _cells(width: float, height: float, side: float) -> int:
 
 @lru_cache(maxsize=1)
 def _builtin() -> dict[str, Price]:
-    return _table(yaml.safe_load(files(__package__).joinpath("prices.yaml").read_text("utf-8")), "prices.yaml")
+    return _read(BUILTIN)
 
 
-def _read(path: str) -> dict[str, Price]:
+def _read(path: str | Path) -> dict[str, Price]:
     try:
         with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
+            data: Any = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"price file {path}: expected a YAML file that can be read, found: {said}") from None
-    return _table(data, path)
 
+    def check(holds: bool, expected: str, place: str = "") -> None:
+        if not holds:
+            example = "Write models: {my-model: {input: 0.10, output: 0.40}}, in USD per million tokens."
+            raise UserError(f"price file {path}{place}: expected {expected}, found something else. {example}")
 
-def _table(data: Any, path: str) -> dict[str, Price]:
-    example = "Write models: {my-model: {input: 0.10, output: 0.40}}, in USD per million tokens."
     models = data.get("models") if isinstance(data, dict) else None
-    if not isinstance(models, dict) or set(data) - {"date", "models"}:
-        raise UserError(f"price file {path}: expected `models` and perhaps `date`, found something else. {example}")
+    check(isinstance(models, dict) and set(data) <= {"date", "models"}, "`models` and perhaps `date`")
     table = {}
     for name, row in models.items():
-        if not isinstance(row, dict) or not {"input", "output"} <= set(row) <= _FIELDS:
-            raise UserError(f"price file {path}, {name}: expected input, output and perhaps image. {example}")
+        place, fields = f", {name}", set(row) if isinstance(row, dict) else set()
+        check({"input", "output"} <= fields <= _FIELDS, "input, output and perhaps image", place)
         image = row.get("image") or {}
-        counted = isinstance(image, dict) and set(image) <= _IMAGE_FIELDS
-        numbers = [row["input"], row["output"], *(image.values() if counted else ())]
-        if not counted or any(_not_a_number(n) for n in numbers):
-            raise UserError(f"price file {path}, {name}: expected numbers from 0 on, found others. {example}")
-        if (set(image) & {"tile", "crop", "patch"} and "tokens" not in image) or 0 in image.values():
-            raise UserError(f"price file {path}, {name}: expected the tokens of a tile, crop or patch above 0.")
+        check(isinstance(image, dict) and set(image) <= _IMAGE_FIELDS, f"an image of {sorted(_IMAGE_FIELDS)}", place)
+        numbers = [row["input"], row["output"], *image.values()]
+        check(all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers), "numbers from 0 on", place)
+        counted = "tokens" in image or not set(image) & {"tile", "crop", "patch"}
+        check(counted and 0 not in image.values(), "the tokens of a tile, crop or patch above 0", place)
         table[str(name)] = Price(str(name), row["input"], row["output"], str(data.get("date") or ""), image)
     return table
 
 
-def _not_a_number(value: object) -> bool:
-    return isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
-
-
+# -- what is spent ----------------------------------------------------------------------------------------------------
 class CostMeter:
-    """What was spent, and what calls in flight may still cost, so that a limit is never passed.
+    """What was spent, and what calls in flight may still cost, so that a limit is never exceeded.
 
     Args:
-        price: of the model (`prices.Price`: dollars per million tokens in and out); None where it is unknown.
-        spent: dollars of earlier runs.
-        limit: dollars, of all runs together.
+        price: of the model; None if unknown.
+        spent: US dollars that earlier runs cost.
+        limit: US dollars that all runs may cost together.
     """
 
-    def __init__(self, price=None, spent: float = 0.0, limit: float | None = None):
+    def __init__(self, price: Price | None = None, spent: float = 0.0, limit: float | None = None):
         self.price, self.spent, self.limit = price, spent, limit
         self._reserved = 0.0
         self._dearest = 0.0
 
     def of(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
-        """Dollars for so many tokens; None where the price or the tokens are unknown."""
+        """US dollars for this many tokens; None if the price or the tokens are unknown."""
         if self.price is None or tokens_in is None or tokens_out is None:
             return None
         return (tokens_in * self.price.input + tokens_out * self.price.output) / 1e6
 
     def reserve(self, tokens_in: int, tokens_out: int) -> float | None:
-        """Sets the most that a call can cost aside. None: the limit would be passed."""
+        """Sets aside the most that a call can cost, in US dollars; None if that would exceed the limit."""
         if self.limit is None or self.price is None:
             return 0.0
         dollars = max(self.of(tokens_in, tokens_out), self._dearest)
@@ -156,7 +154,7 @@ class CostMeter:
         return dollars
 
     def settle(self, reserved: float, dollars: float | None) -> None:
-        """The call ended and cost so much."""
+        """Replaces what was set aside for a call by what it cost."""
         self._reserved -= reserved
         if dollars:
             self.spent += dollars
@@ -165,13 +163,15 @@ class CostMeter:
 
 @dataclass
 class Spending:
-    """Sums of answers. What a single answer leaves unknown is unknown of all: no sum is too small.
+    """What the captions of a data set took over all runs, as far as the journal knows.
+
+    A quantity that any answer leaves unknown is None in the sum, so that no sum is too small.
 
     Args:
-        calls: answered ones; `attempts` counts those without an answer, too.
+        calls: number of answered calls; `attempts` counts failed ones too.
         tokens_in, tokens_out: as the servers count them.
-        cost: dollars, at the prices of the day.
-        runs: when each run began and ended, in seconds.
+        cost: US dollars, at the prices when the calls were made.
+        runs: start and end of each run, in seconds since the epoch.
     """
 
     calls: int = 0
@@ -181,51 +181,52 @@ class Spending:
     cost: float | None = 0.0
     runs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    # What `add` reads of a row of the journal.
-    COLUMNS: ClassVar = (
-        *("key", "call_id", "raw_text", "error", "attempts", "tokens_in", "tokens_out", "cost"),
-        *("latency_ms", "run_id", "updated_at"),
+    # The columns of the journal that `add` reads.
+    COLUMNS: ClassVar = tuple(
+        "key call_id raw_text error attempts tokens_in tokens_out cost latency_ms run_id updated_at".split()
     )
 
     def add(self, row: Mapping) -> None:
-        """Adds a row of the journal, of `COLUMNS`."""
+        """Adds a row of the journal."""
         if row["call_id"] not in (None, row["key"]):
-            return  # one call answered several captions, and counts with the first
+            return  # a call that answered several captions is counted with the first
         self.attempts += row["attempts"] or 0
         end = row["updated_at"]
-        begin, last = self.runs.get(row["run_id"], (end, end))
-        self.runs[row["run_id"]] = min(begin, end - (row["latency_ms"] or 0) / 1000), max(last, end)
+        self._add_run(row["run_id"], end - (row["latency_ms"] or 0) / 1000, end)
         if row["raw_text"] or (row["raw_text"] is not None and not row["error"]):
             self.calls += 1
-            for name in ("tokens_in", "tokens_out", "cost"):
-                both = getattr(self, name), row[name]
-                setattr(self, name, None if None in both else sum(both))
+            self._add_sums(row)
 
     def __add__(self, other: Spending) -> Spending:
-        """Of two splits, which one run may have captioned."""
-        found = Spending(self.calls + other.calls, self.attempts + other.attempts, runs=dict(self.runs))
-        for name in ("tokens_in", "tokens_out", "cost"):
-            both = getattr(self, name), getattr(other, name)
-            setattr(found, name, None if None in both else sum(both))
-        for run, (begin, end) in other.runs.items():
-            mine = found.runs.get(run, (begin, end))
-            found.runs[run] = min(begin, mine[0]), max(end, mine[1])
+        """The sum for two splits, which the same run may have captioned."""
+        found = Spending(self.calls + other.calls, self.attempts + other.attempts)
+        for one in (self, other):
+            found._add_sums(vars(one))
+            for run, times in one.runs.items():
+                found._add_run(run, *times)
         return found
+
+    def _add_sums(self, row: Mapping) -> None:
+        for name in ("tokens_in", "tokens_out", "cost"):
+            both = getattr(self, name), row[name]
+            setattr(self, name, None if None in both else sum(both))
+
+    def _add_run(self, run: str, begin: float, end: float) -> None:
+        first, last = self.runs.get(run, (end, end))
+        self.runs[run] = min(begin, first), max(end, last)
 
     @property
     def seconds(self) -> float | None:
-        """The time in which a run was at work, from its first question to its last answer; None without any."""
-        total, until = 0.0, float("-inf")
+        """How long runs were at work, from first question to last answer, without overlaps; None without any run."""
+        total, until = 0.0, -math.inf
         for begin, end in sorted(self.runs.values()):  # processes work side by side
             total += max(0.0, end - max(begin, until))
             until = max(until, end)
         return total if self.runs else None
 
     def summary(self) -> dict:
-        """For `captions.json`; None: unknown."""
-        names = ("calls", "attempts", "tokens_in", "tokens_out")
+        """Entry of `captions.json`; None: unknown."""
+        counts = {name: getattr(self, name) for name in ("calls", "attempts", "tokens_in", "tokens_out")}
         cost, seconds = self.cost, self.seconds
-        return {name: getattr(self, name) for name in names} | {
-            "cost_usd": None if cost is None else round(cost, 6),
-            "seconds": None if seconds is None else round(seconds, 1),
-        }
+        counts["cost_usd"] = None if cost is None else round(cost, 6)
+        return counts | {"seconds": None if seconds is None else round(seconds, 1)}

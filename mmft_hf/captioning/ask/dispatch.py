@@ -1,4 +1,4 @@
-"""Calls to a backend: how many at a time, how often again, when to stop; and what they took."""
+"""Sends requests to a backend: how many at a time, how often again, when to stop, and what that took."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from ..types import Answer, Backend, CallError, Fatal, Request, Transient, Unans
 from .cost import CostMeter, estimate_tokens
 from .limits import CircuitBreaker, ConcurrencyLimit, Limits, RateLimit, RetryPolicy
 
-# The first call goes alone, and gives up sooner: a wrong key or a server that is down costs one call, not one of each.
+# The first call goes alone and gives up sooner, so that a wrong key or a server that is down costs a single call.
 PROBE = RetryPolicy(max_attempts=3, base_s=0.5, cap_s=4.0)
 WINDOW = 4  # batches of a model in this process that are sorted by length together
 
 
-_ENDS = ("stopped", "why", "kind")
-
-
 @dataclass
 class Outcome:
-    """What a run of the driver did.
+    """What a run of the driver came to.
 
-    `stopped`: why it ended early (`fatal`, `quota`, `breaker`, `cost`, `user`, `error`), None where it came to its end; `why`
-    says it in words, and `kind` names the failure.
+    Args:
+        calls: number of answered calls; `attempts` counts every try.
+        results: captions by status; `failures`: failed tries by kind.
+        latencies_s: seconds that each answered call took.
+        cost: US dollars, as far as known.
+        seconds: duration of the run.
+        stopped: why it ended early (`fatal`, `quota`, `breaker`, `cost`, `user`, `error`), or None; `why` says it in words,
+            `kind` is the kind of the failure.
     """
 
     calls: int = 0
@@ -43,13 +46,14 @@ class Outcome:
     kind: str = ""
 
     def __add__(self, other: Outcome) -> Outcome:
-        """Of two runs, one after the other."""
-        summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in _ENDS}
+        """The outcome of two runs, one after the other."""
         last = other if other.stopped or not self.stopped else self
-        return Outcome(**summed, **{name: getattr(last, name) for name in _ENDS})
+        ends = {"stopped": last.stopped, "why": last.why, "kind": last.kind}
+        names = [f.name for f in fields(self) if f.name not in ends]
+        return Outcome(**{name: getattr(self, name) + getattr(other, name) for name in names}, **ends)
 
     def summary(self) -> dict:
-        """For a record of the run."""
+        """Entry of `captions.json`."""
         names = ("calls", "attempts", "tokens_in", "tokens_out", "stopped")
         counts = {name: getattr(self, name) for name in names}
         counts |= {"results": dict(self.results), "failures": dict(self.failures), "seconds": round(self.seconds, 1)}
@@ -57,14 +61,14 @@ class Outcome:
 
 
 class Stopped(Exception):
-    """This call was not made, or not made again, because the run is ending."""
+    """A call was not made, or not repeated, because the run is ending."""
 
 
 class Dispatcher:
     """Makes the calls of one run. Lives within one event loop.
 
     Args:
-        on_stop: called once when the run has to end.
+        on_stop: called once, when the run has to end.
     """
 
     def __init__(self, backend: Backend, limits: Limits, meter: CostMeter, on_stop: Callable[[], None]):
@@ -74,12 +78,11 @@ class Dispatcher:
         self.flying: set[asyncio.Task] = set()
         self._batched = backend.batch_size > 1
         self.most = backend.batch_size * WINDOW if self._batched else limits.concurrency
-        self.width = ConcurrencyLimit(self.most, start=1)
-        self._breaker = CircuitBreaker()
+        self._concurrency, self._breaker = ConcurrencyLimit(self.most), CircuitBreaker()
         self._requests, self._tokens = RateLimit(limits.requests_per_minute), RateLimit(limits.tokens_per_minute)
         self._rng = random.Random()
-        self._largest_in, self._probing, self._unheard, self._answered = 0, True, 0, 0.0
-        self._waiting: list[tuple[Request, asyncio.Future]] = []
+        self._largest_in, self._probing, self._unreached, self._answered = 0, True, 0, 0.0
+        self._queue: list[tuple[Request, asyncio.Future]] = []
         self._stop, self._landed = asyncio.Event(), asyncio.Event()
         self._batches_task = asyncio.create_task(self._batches()) if self._batched else None
 
@@ -95,7 +98,7 @@ class Dispatcher:
             self._on_stop()
 
     def crashed(self, error: BaseException) -> None:
-        """A full disk, or a defect of ours: nothing more can be kept, so nothing more is asked."""
+        """Ends the run after a full disk or a defect of ours: as no answer can be kept, no more is asked."""
         self.error = self.error or error
         self.stop("error", str(error))
 
@@ -105,38 +108,32 @@ class Dispatcher:
         await self.backend.aclose()
 
     async def ask(self, request: Request) -> tuple[Answer, dict]:
-        """The answer and what it took: `tokens_in`, `tokens_out`, `cost`, `attempts`, `latency_ms`."""
+        """Returns the answer and what it took: `tokens_in`, `tokens_out`, `cost`, `attempts`, `latency_ms`.
+
+        Raises:
+            Transient, Unanswerable: no answer after all tries.
+            Stopped: the run is ending.
+        """
         picture = request.picture
         tokens_in = estimate_tokens(picture.width, picture.height, self.meter.price) + len(request.prompt) // 3
         estimate = max(tokens_in, self._largest_in) + request.max_tokens
         failures = limited = 0
         first = None
         while True:
-            started = await self._take_off(request, tokens_in, estimate)
-            began, reserved = started
+            began, reserved = await self._take_off(request, tokens_in, estimate)
             first = first or began
             self.outcome.attempts += 1
             dollars = used = None
             try:
                 answer = await self._generate(request)
+                # If the server does not say what it took, a cost limit counts the most that it can be.
                 dollars = self.meter.of(answer.tokens_in, answer.tokens_out)
-                if dollars is None:  # the server does not say what it took: a limit counts the most that it can be
-                    dollars = reserved or None
+                dollars = (reserved or None) if dollars is None else dollars
                 if answer.tokens_in is not None and answer.tokens_out is not None:
                     used = answer.tokens_in + answer.tokens_out
             except Transient as error:
-                self.outcome.failures[error.kind] += 1
                 failures, limited = failures + (not error.limited), limited + error.limited
-                policy = PROBE if self._probing and not error.limited else self.limits.retry
-                tries = failures
-                if self._probing and error.kind in ("connect", "timeout"):
-                    # Calls take turns, in case a picture is to blame. Nobody there is nobody there for all of them.
-                    self._unheard += 1
-                    tries = max(failures, self._unheard)
-                since = max(first, self._answered) if error.limited else first
-                wait = policy.wait(error, tries, limited, time.monotonic() - since, self._rng)
-                if error.limited:
-                    self.width.limited(began, error.wait)
+                wait = self._wait(error, failures, limited, began, first)
                 if wait is None:
                     self._gave_up(error)
                     raise
@@ -157,39 +154,49 @@ class Dispatcher:
                 self.meter.settle(reserved, dollars)
                 self._tokens.settle(estimate, used if used is not None else estimate)
                 self.flying.discard(asyncio.current_task())
-                self.width.release()
+                self._concurrency.release()
                 self._landed.set()
-            await self._sleep(wait)
+            try:
+                await asyncio.wait_for(self._stop.wait(), wait)
+            except asyncio.TimeoutError:
+                continue
+            raise Stopped
 
     async def _take_off(self, request: Request, tokens_in: int, estimate: int) -> tuple[float, float]:
-        """Waits for a place, for the rate limits and for the budget. Returns the time and the dollars set aside."""
-        if self.stopping:  # before any wait, which nobody would end
+        """Waits for the limits and for the budget. Returns the start time and the US dollars set aside."""
+        if self.stopping:  # before waiting for what nobody would end
             raise Stopped
         await self._requests.take()
         await self._tokens.take(estimate)
-        began = await self.width.acquire()
+        began = await self._concurrency.acquire()
         while True:
             reserved = self.meter.reserve(max(tokens_in, self._largest_in), request.max_tokens)
             if reserved is not None or self.stopping or not self.flying:
                 break
-            self._landed.clear()  # a call in flight mostly costs less than what is set aside for it
+            self._landed.clear()  # a call in flight usually costs less than what is set aside for it
             await self._landed.wait()
         if reserved is None and not self.stopping:
             self.stop("cost", f"the next call could pass --max_cost_usd {self.meter.limit:g}")
         if self.stopping:
-            self.width.release()
+            self._concurrency.release()
             if reserved:
                 self.meter.settle(reserved, None)
             raise Stopped
         self.flying.add(asyncio.current_task())
         return began, reserved
 
-    async def _sleep(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._stop.wait(), seconds)
-        except asyncio.TimeoutError:
-            return
-        raise Stopped
+    def _wait(self, error: Transient, failures: int, limited: int, began: float, first: float) -> float | None:
+        """Seconds until the next try of a call that failed, or None to give it up."""
+        self.outcome.failures[error.kind] += 1
+        policy = PROBE if self._probing and not error.limited else self.limits.retry
+        if self._probing and error.kind in ("connect", "timeout"):
+            # While probing, calls take turns in case a picture is to blame. But a server that is down is down for all.
+            self._unreached += 1
+            failures = max(failures, self._unreached)
+        since = max(first, self._answered) if error.limited else first
+        if error.limited:
+            self._concurrency.limited(began, error.wait)
+        return policy.wait(error, failures, limited, time.monotonic() - since, self._rng)
 
     def _succeeded(self, answer: Answer, dollars: float | None, seconds: float) -> None:
         outcome = self.outcome
@@ -200,16 +207,16 @@ class Dispatcher:
         outcome.latencies_s.append(seconds)
         self._largest_in = max(self._largest_in, answer.tokens_in or 0)
         self._breaker.record(None)
-        self.width.succeeded()
+        self._concurrency.succeeded()
         self._answered = time.monotonic()
         if self._probing:
             self._probing = False
-            self.width.open()
+            self._concurrency.open()
 
     def _gave_up(self, error: CallError) -> None:
         self._breaker.record(error)
         if self._probing:
-            # The first pictures may be such as the server does not take: others may do.
+            # If the server only rejects the first pictures, others may do.
             if isinstance(error, Transient) or self._breaker.why:
                 why = f"the first calls failed: {error}"
                 if error.kind == "connect":
@@ -221,25 +228,25 @@ class Dispatcher:
             self.stop("breaker", f"{why}: {error}")
 
     async def _generate(self, request: Request) -> Answer:
-        if not self._batched:
-            (answer,) = await self.backend.generate([request])
-        else:
+        if self._batched:
             future = asyncio.get_running_loop().create_future()
-            self._waiting.append((request, future))
+            self._queue.append((request, future))
             answer = await future
+        else:
+            (answer,) = await self.backend.generate([request])
         if isinstance(answer, CallError):
             raise answer
         return answer
 
     async def _batches(self) -> None:
-        """Serves those who wait in batches of similar length; what arrives meanwhile is the next window."""
+        """Serves the queue in batches of similar length; requests that arrive meanwhile form the next window."""
         while True:
             seen = -1
-            while (len(self._waiting) < self.most and len(self._waiting) != seen) or not self._waiting:
-                seen = len(self._waiting)
+            while (len(self._queue) < self.most and len(self._queue) != seen) or not self._queue:
+                seen = len(self._queue)
                 await asyncio.sleep(0.02)
-            window = sorted(self._waiting, key=lambda pair: len(pair[0].prompt))
-            self._waiting = []
+            window = sorted(self._queue, key=lambda pair: len(pair[0].prompt))
+            self._queue = []
             for start in range(0, len(window), self.backend.batch_size):
                 batch = window[start : start + self.backend.batch_size]
                 try:

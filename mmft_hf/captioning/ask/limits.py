@@ -1,4 +1,4 @@
-"""How fast a backend is called: concurrency that yields to rate limits, calls and tokens per minute, retries, a circuit breaker."""
+"""How fast a backend is called: calls in flight, calls and tokens per minute, waits between tries, and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -10,59 +10,76 @@ from dataclasses import dataclass, field
 
 from ..types import CallError, Transient
 
-MAX_ATTEMPTS = 6
-MAX_ELAPSED_S = 600.0
-# A server that asks for more than this speaks of a quota of the day: waiting in front of the screen makes no sense.
+# A server that asks for a longer wait means a daily quota, for which it makes no sense to wait.
 LONGEST_WAIT_S = 300.0
 
 
 @dataclass
 class RetryPolicy:
-    """Which failures are tried again, and after how long.
+    """Which failed calls are tried again, and after how long.
 
-    Full jitter (Brooker 2015, "Exponential Backoff and Jitter"): a wait drawn from 0 to `min(cap, base * 2^k)` seconds.
-    A server's own hint is a lower bound. Rate limits do not use up attempts, only the time that a call may take.
+    Full jitter: a wait drawn from 0 to `min(cap, base * 2^k)` seconds. The wait that a server asks for is a lower bound.
+    Rate limits do not use up the attempts of a call, only its time.
+
+    Reference: Brooker 2015, "Exponential Backoff and Jitter" (AWS Architecture Blog).
     """
 
-    max_attempts: int = MAX_ATTEMPTS
-    max_elapsed_s: float = MAX_ELAPSED_S
+    max_attempts: int = 6
+    max_elapsed_s: float = 600.0
     base_s: float = 1.0
     cap_s: float = 60.0
 
     def wait(self, error: Transient, failures: int, limited: int, elapsed_s: float, rng: random.Random) -> float | None:
-        """Seconds until the next try, None where there should be none.
+        """Seconds until the next try, or None if there is to be none.
 
         Args:
-            failures: tries of this call that failed so far, without those that a rate limit turned away (`limited`).
-            elapsed_s: seconds since its first try; where a rate limit holds, since anybody got an answer, too.
+            failures: failed tries of this call so far, without those that a rate limit turned away (`limited`).
+            elapsed_s: seconds since its first try; under a rate limit, since any call was answered, if that is later.
         """
         if failures >= self.max_attempts or elapsed_s >= self.max_elapsed_s:
             return None
-        doublings = min(failures + limited - 1, 60)  # of those that a rate limit sends away there is no end
+        doublings = min(failures + limited - 1, 60)  # the number of rate limits has no bound
         jitter = rng.uniform(0, min(self.cap_s, self.base_s * 2**doublings))
-        if not error.wait:  # "at once" from a server that has just refused is no hint
+        if not error.wait:  # "at once" from a server that has just refused tells nothing
             return jitter
         if error.wait > LONGEST_WAIT_S:
             return None
-        # Those who were sent away together do not come back together.
+        # The jitter keeps calls that were turned away together from returning together.
         return error.wait + min(jitter, 0.1 * error.wait + 0.05)
 
 
+@dataclass
+class Limits:
+    """How fast a backend is called.
+
+    Args:
+        concurrency: maximum number of calls in flight.
+        requests_per_minute, tokens_per_minute: as the provider grants them; None: no limit of our own.
+        max_reasks: how often a caption is asked for again after a check turned it down.
+        retry: waits between the tries of a call that failed.
+    """
+
+    concurrency: int = 16
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_reasks: int = 1
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+
 class ConcurrencyLimit:
-    """How many calls may be in flight: halved by a rate limit, one more after each round without one (AIMD).
+    """How many calls may be in flight: half as many after a rate limit, one more after each round without one (AIMD).
 
     A pause that a server asks for holds back every call, not only the one that was told.
 
     Args:
-        most: calls.
-        start: calls until `open`.
+        most: number of calls after `open`; 1 before it.
     """
 
-    def __init__(self, most: int, start: int | None = None):
-        self.most, self.now, self.in_flight = most, start or most, 0
+    def __init__(self, most: int):
+        self.most, self.now, self.in_flight = most, 1, 0
         self.paused_until = 0.0
-        self._clean, self._last_cut = 0, 0.0
-        self._free: deque[asyncio.Future] = deque()
+        self._clean, self._last_halved = 0, 0.0
+        self._waiting: deque[asyncio.Future] = deque()
 
     async def acquire(self) -> float:
         """Waits for a place. Returns the time at which the call starts."""
@@ -74,9 +91,8 @@ class ConcurrencyLimit:
                 self.in_flight += 1
                 return time.monotonic()
             else:
-                waiter = asyncio.get_running_loop().create_future()
-                self._free.append(waiter)
-                await waiter
+                self._waiting.append(asyncio.get_running_loop().create_future())
+                await self._waiting[-1]
 
     def release(self) -> None:
         self.in_flight -= 1
@@ -93,24 +109,24 @@ class ConcurrencyLimit:
             self._wake()
 
     def limited(self, started: float, wait: float | None) -> None:
-        """A rate limit turned away a call that started then. Those that were in flight together halve the width once."""
+        """A rate limit turned away a call that started then. Calls that were in flight together halve the limit once."""
         if wait:
             self.paused_until = max(self.paused_until, time.monotonic() + min(wait, LONGEST_WAIT_S))
         self._clean = 0
-        if started >= self._last_cut:
-            self.now, self._last_cut = max(1, self.now // 2), time.monotonic()
+        if started >= self._last_halved:
+            self.now, self._last_halved = max(1, self.now // 2), time.monotonic()
 
     def _wake(self) -> None:
         places = self.now - self.in_flight
-        while self._free and places > 0:
-            waiter = self._free.popleft()
+        while self._waiting and places > 0:
+            waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
                 places -= 1
 
 
 class RateLimit:
-    """At most so many per minute, evenly: a bucket that holds `burst_s` seconds' worth and refills all the time."""
+    """A token bucket: it refills evenly with `per_minute` and holds what `burst_s` seconds bring; None: no limit."""
 
     def __init__(self, per_minute: float | None, burst_s: float = 5.0):
         self.per_second = per_minute / 60 if per_minute else None
@@ -118,10 +134,8 @@ class RateLimit:
         self._level, self._then = self._room, time.monotonic()
 
     async def take(self, amount: float = 1.0) -> None:
-        """Waits until the bucket is not in debt, then takes. What is larger than the bucket leaves it in debt."""
-        if self.per_second is None:
-            return
-        while True:
+        """Waits until the bucket is not in debt, then takes. An amount larger than the bucket leaves it in debt."""
+        while self.per_second is not None:
             now = time.monotonic()
             self._level = min(self._room, self._level + (now - self._then) * self.per_second)
             self._then = now
@@ -132,12 +146,12 @@ class RateLimit:
             await asyncio.sleep((need - self._level) / self.per_second)
 
     def settle(self, estimated: float, actual: float) -> None:
-        """Corrects what was taken by what was used."""
+        """Replaces what was taken by what was used."""
         self._level += estimated - actual
 
 
 class CircuitBreaker:
-    """Opens when calls fail as a rule: the first 20 all in the same way, or more than half of the last 200."""
+    """Opens when most calls fail: the first 20 all in the same way, or more than half of the last 200."""
 
     FIRST, RECENT = 20, 200
 
@@ -146,13 +160,13 @@ class CircuitBreaker:
         self._succeeded = False
 
     def record(self, error: CallError | None) -> None:
-        """One call that ended, after all its tries."""
+        """A call ended, after all its tries."""
         self._recent.append(error.kind if error else None)
         self._succeeded = self._succeeded or error is None
 
     @property
     def why(self) -> str | None:
-        """What to tell the user, once it is open."""
+        """What to tell the user, once the breaker is open."""
         kinds = Counter(kind for kind in self._recent if kind)
         if not kinds:
             return None
@@ -162,21 +176,3 @@ class CircuitBreaker:
         if len(self._recent) == self.RECENT and failed > self.RECENT / 2:
             return f"{failed} of the last {self.RECENT} calls failed (most of them: {kind})"
         return None
-
-
-@dataclass
-class Limits:
-    """How fast, and for how much.
-
-    Args:
-        concurrency: calls in flight at most.
-        requests_per_minute, tokens_per_minute: as the provider grants them; None: no limit of our own.
-        max_reasks: further tries of a caption that a check turned down.
-        retry: waits between tries of a call that failed.
-    """
-
-    concurrency: int = 16
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    max_reasks: int = 1
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
