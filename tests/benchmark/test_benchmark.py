@@ -92,6 +92,7 @@ def test_a_second_run_changes_nothing_and_a_cut_one_goes_on_to_the_same_numbers(
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_processes_of_a_launcher_share_the_cells(run, clip_folder, data_folder, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "recipes" / "benchmark.py"]
     printed, _ = end(start([*words, *command(clip_folder, data_folder, tmp_path / "out", *SMALL)[1:]]))
@@ -121,6 +122,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_was_at_is_taken_over(run, clip_folder, data_folder, tmp_path, capsys):
     out = tmp_path / "out"
     words = command(clip_folder, data_folder, out, *SMALL)
@@ -294,7 +296,7 @@ def a_grid(every, splits, folder, **more) -> grid.Grid:
     return grid.Grid(every, splits, folder, {}, say=lambda text: None, **more)
 
 
-@pytest.mark.parametrize("shots", [3, "full"])
+@pytest.mark.parametrize("shots", [3, pytest.param("full", marks=pytest.mark.slow)])
 def test_no_method_can_read_the_test_split_before_it_is_judged(clip_folder, tmp_path, monkeypatch, shots):
     touched, at_judgement = [], []
     splits = some_splits()

@@ -227,6 +227,7 @@ def test_what_was_tried_on_validation_is_counted(context, task):
     assert tried == {"zs": 1, "lp": 96, "gda": 7, "lp++": 1, "flyp": 1}
 
 
+@pytest.mark.slow
 def test_a_linear_probe_of_permuted_labels_falls_to_chance(context, task):
     task = dataclasses.replace(task, train=colour_dataset(16, seed=1))
     test = colour_dataset(40, seed=3)

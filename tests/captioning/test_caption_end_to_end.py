@@ -96,6 +96,7 @@ def test_the_same_model_behind_a_real_server(server, in_process, pictures, vlm, 
     assert "data:image" in page and "<script" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_share_the_pictures(in_process, pictures, vlm, tmp_path):
     out = tmp_path / "out"

@@ -322,7 +322,16 @@ def start(clip_folder, data_folder, output, *more) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
-@pytest.mark.parametrize("sign", ["mmft.json", "checkpoint-3", "checkpoint-9/optimizer.pt", "prototypes.safetensors"])
+@pytest.mark.parametrize(
+    "sign",
+    [
+        "checkpoint-9/optimizer.pt",
+        *(
+            pytest.param(sign, marks=pytest.mark.slow)
+            for sign in ("mmft.json", "checkpoint-3", "prototypes.safetensors")
+        ),
+    ],
+)
 def test_killed_and_resumed_gives_the_same_weights(run, clip_folder, data_folder, tmp_path, sign):
     """SIGKILL at the moment a file appears: before the first checkpoint, within one, between two, at the very end."""
     output = tmp_path / "out"

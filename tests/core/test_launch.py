@@ -77,6 +77,7 @@ def start_two_machines(*folders, **more):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_machines_equal_one_process(one, clip_folder, data_folder, tmp_path):
     folder = tmp_path / "machines"
@@ -87,6 +88,7 @@ def test_two_machines_equal_one_process(one, clip_folder, data_folder, tmp_path)
     assert difference(weights(one), weights(folder)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_machines_without_a_common_folder_are_refused(clip_folder, data_folder, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -96,6 +98,7 @@ def test_two_machines_without_a_common_folder_are_refused(clip_folder, data_fold
 
 
 # -- what would have trained alone without a word ----------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_processes_that_do_not_come_up_are_an_error(clip_folder, data_folder, tmp_path):
     common = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -121,6 +124,7 @@ def test_one_process_that_was_meant_to_be_one_is_left_alone(monkeypatch):
         launching.check(1)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_meet_are_an_error_after_the_timeout(monkeypatch):
     address = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in address.items():

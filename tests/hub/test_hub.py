@@ -136,6 +136,7 @@ with torch.no_grad():
     assert files["lora-both"] == files["lora"] | {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "towers"), [("full2", []), ("lora2", LORA)])
 def test_two_processes(hub, published, picture, tmp_path, name, towers):
@@ -196,6 +197,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_revisions_inference_code_and_offline(hub, runs, alice, picture):
     """Prototypes and weights are of one commit, be it named by hash, tag or branch; with and without this library."""
     folder, _ = runs
@@ -350,7 +352,10 @@ for token in ("hf_alice", "hf_bob", False):
     assert hub.files("datasets/alice/captions2") == main
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["end", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every_save", "checkpoint", "all_checkpoints"))],
+)
 def test_what_training_publishes(hub, runs, strategy):
     """A plain model at any time, checkpoints in folders of their own, and the token nowhere."""
     folder, child = runs

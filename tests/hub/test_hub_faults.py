@@ -131,6 +131,7 @@ def test_a_fault_that_stays(hub, alice, run, case):
         assert len(hub.requests(UPLOAD)) == sent, "what was uploaded is not uploaded again"
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_killed_goes_on_where_it_was(hub, alice, run):
     """A process that dies while one file is on its way: the others are not sent again."""
     hub.rules = [{"match": "PUT /cdn/models/alice/killed/", "do": "hang", "from": 3}]
@@ -372,6 +373,7 @@ def cutting(run):
         thread.join()
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_always_cut(cutting, run):
     found, thread = cutting
     thread.join()

@@ -284,6 +284,7 @@ out["merged"] = api.get_discussion_details("alice/m", 1).merge_commit_oid
     assert (files["a.txt"], files["b.txt"], files["w.bin"]) == (b"a2", b"b2", b"w" * 1000)
 
 
+@pytest.mark.slow
 def test_datasets_and_transformers(hub, clip_folder):
     """A data set with pictures and a model: pushed, and opened by name in a process with an empty cache."""
     colour_dataset(2).save_to_disk(hub.folder / "colours")

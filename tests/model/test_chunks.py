@@ -179,6 +179,7 @@ STEP = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_chunks_is_that_of_one_chunk_and_the_estimate_is_near(tmp_path):
     # The peak is the process' own, and what threads and allocators add to it differs from run to run: the least of two.
@@ -219,6 +220,7 @@ AUTO = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_auto_find_batch_size_makes_chunks_smaller_and_not_the_batch(tmp_path):
     """Memory really runs out, and the loss is still that of 128 images."""

@@ -295,6 +295,7 @@ WORKER = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_share_the_work_and_get_the_bits_of_one(tmp_path, clip):
     from safetensors.torch import load_file

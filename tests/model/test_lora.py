@@ -315,6 +315,7 @@ def test_wrong_settings(words, message, clip_folder, data_folder, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_equal_one(clip_folder, data_folder, tmp_path):
     # SGD: Adam would blow the rounding of gradients that are zero up to whole steps.

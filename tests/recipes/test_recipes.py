@@ -37,6 +37,7 @@ def test_scripts_are_thin_and_named_after_their_verb(path):
     assert len(path.read_text().splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_accelerate_launch_runs_the_finetune_recipe(clip_folder, data_folder, tmp_path):
     settings = f"""
 model_name_or_path: {clip_folder}
@@ -66,6 +67,7 @@ per_device_train_batch_size: 8
     assert (tmp_path / "out" / "prototypes.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_speed_prints_its_tables():
     words = "--geometries tiny-clip --batches 4 --rounds 1 --sections steps chunks --chunks 2 6".split()
     done = subprocess.run([sys.executable, BENCHMARK, *words], capture_output=True, text=True, timeout=300)

@@ -66,7 +66,9 @@ def test_loss_and_gradients_equal_one_process(tmp_path, sizes):
     assert found["gradient"] < 1e-12
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["two processes", "three processes"]
+)
 def several(request, tmp_path_factory):
     """The folder of all cases, each trained by so many processes."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
@@ -105,6 +107,7 @@ def test_training_on_several_processes_equals_one(several, alone, name):
     assert found_numbers == pytest.approx({k: v for k, v in numbers.items() if k != "world"}, abs=10 * atol)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_finetune_on_two_processes_equals_one(clip_folder, data_folder, tmp_path):
     def finetune(launcher: list[str], name: str, batch: int) -> dict:
@@ -136,6 +139,7 @@ def test_finetune_on_two_processes_equals_one(clip_folder, data_folder, tmp_path
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_cut_within_an_epoch_go_on_as_if_they_had_not_been_on_two_or_one(
     clip_folder, data_folder, tmp_path
