@@ -28,7 +28,7 @@ from .ask.limits import Limits
 from .ask.pictures import prepare, sha256
 from .ask.plan import Keys, Plan, WorkItem, make_plan
 from .judge.checks import CaptionChecker
-from .write.dataset import JournalSource, Results, add_captions, results_of, text_source
+from .write.dataset import JournalSource, Results, TextSource, add_captions, results_of
 
 
 def new_run_id() -> str:
@@ -54,7 +54,7 @@ def add_texts(
 ) -> Dataset:
     """Captions a split from its text columns or from class templates (`columns`, `template`), without a model."""
     undecoded = dataset.cast_column("image", Image(decode=False))
-    source = text_source(undecoded, captioner, checker, run_id)
+    source = TextSource(undecoded, captioner, checker, run_id)
     asked = None if rows is None else sorted(rows)
     fingerprint = Hasher.hash((undecoded._fingerprint, captioner.spec(), checker.spec(), run_id, asked, 1))
     return add_captions(undecoded, source, fingerprint, progress, rows)

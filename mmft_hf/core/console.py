@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 
 def is_main() -> bool:
@@ -32,6 +33,11 @@ def percent(share: float, interval: tuple[float, float] | None = None) -> str:
 def many(count: int, noun: str) -> str:
     """`1 caption`, `2,223 captions`."""
     return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def few(names: Sequence, most: int = 3) -> str:
+    """The first names, for a message: `a, b, c, …`."""
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 
 
 def printable_text(text: str) -> str:

@@ -220,7 +220,7 @@ def test_both_sides_are_reported(photos, tmp_path):
     assert report.images_without == ["cats/001.jpg", "cats/002.jpg", "dogs/000.jpg", "dogs/001.jpg"]
     text = "\n".join(report.lines())
     assert "1 of 3 keys matched" in text and "2 keys fit no image: cats/999.jpg, birds/000.jpg." in text
-    assert "4 of 6 images got no caption" in text and "cats/001.jpg, cats/002.jpg, dogs/000.jpg, …" in text
+    assert "4 of 6 images got no usable caption" in text and "cats/001.jpg, cats/002.jpg, dogs/000.jpg, …" in text
 
 
 def test_a_file_that_fits_nothing_is_refused_with_the_rule_that_fits(photos, tmp_path):
@@ -232,7 +232,7 @@ def test_a_file_that_fits_nothing_is_refused_with_the_rule_that_fits(photos, tmp
     good = write(tmp_path / "good.json", {"cats/000.jpg": "a cat"})
     with pytest.raises(UserError, match=r"x\.json"):
         run(photos, [good, path], "class/file_name")
-    with pytest.raises(UserError, match="another data set"):
+    with pytest.raises(UserError, match="another dataset"):
         run(photos, write(path, {"zebra.png": "a zebra"}), "class_file_name")
 
 
@@ -243,7 +243,7 @@ def test_pictures_without_file_names_need_the_index(tmp_path):
         run(data, path, "file_name")
     captions, report = run(data, path, "index")
     check_pairs(captions, [picture(1), picture(2)])
-    assert report.images_without == ["row 0 of the data set"]
+    assert report.images_without == ["row 0 of the dataset"]
 
 
 # -- values -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""The read side: a `datasets.map` that adds the contract's three columns and leaves every image byte as it is."""
+"""Turns results into a captioned dataset: a `datasets.map` that adds three columns and keeps every image byte."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..ask.cost import Spending
 from ..ask.journal import JournalReader, by_slot
 from ..ask.pictures import sha256
 from ..ask.plan import Keys, digests
-from ..judge.checks import duplicate_key, duplicates
+from ..judge.checks import CaptionChecker, Checked, duplicate_key, duplicates
 from ..types import ACCEPTED, OPEN
 
 RECORD = {
@@ -44,22 +44,33 @@ RECORD = {
 CAPTION_FEATURES = {"captions": List(Value("string")), "caption_records": [RECORD], "image_sha256": Value("string")}
 
 
-@dataclass
 class TextSource:
-    """Records from texts that need no model: columns of the data set, or class templates.
+    """Caption records from texts that need no model: columns of the dataset, or class templates.
 
     Args:
-        repeated: texts of more than one picture, for the check `duplicate`.
+        dataset: the split, with its images not decoded.
+
+    Raises:
+        UserError: a column that the captioner reads is missing.
     """
 
-    captioner: Captioner
-    checker: object
-    class_names: Sequence[str]
-    run_id: str | None = None
-    repeated: frozenset[str] = frozenset()
+    def __init__(self, dataset: Dataset, captioner: Captioner, checker: CaptionChecker, run_id: str | None):
+        for column in captioner.columns:
+            if column not in dataset.column_names:
+                raise UserError(
+                    f"column {column!r} is missing: found {', '.join(dataset.column_names)}. Type --text_columns NAME."
+                )
+        self.captioner, self.checker, self.run_id = captioner, checker, run_id
+        self.class_names = dataset.features["label"].names
+        self.repeated: frozenset[str] = frozenset()
+        if captioner.backend == "columns":
+            rows = dataset.select_columns([*captioner.columns, "label"])
+            pairs = ((str(digest), self.texts(row)) for (digest, _), row in zip(digests(dataset), rows, strict=True))
+            texts = ((image, text) for image, found in pairs for _, text, _ in found if text)
+            self.repeated = frozenset(duplicates(texts))
 
     def texts(self, row: Mapping) -> list[tuple[str, str, int]]:
-        """`(aspect, text, sample)` of one row; blank texts are kept, so that they are counted."""
+        """`(aspect, text, sample)` of one row; blank texts are included, so that they are counted."""
         if self.captioner.backend == "template":
             name = self.class_names[row["label"]]
             return [("template", class_prompt(t, name), i) for i, t in enumerate(self.captioner.templates)]
@@ -77,21 +88,22 @@ class TextSource:
             record = {"aspect": aspect, "sample": sample, "model": self.captioner.backend, "prompt_id": aspect}
             if self.captioner.backend == "template":
                 record["prompt_id"] = self.captioner.templates[sample]
-            records.append(record | {"attempts": 1, "run_id": self.run_id} | _verdict(checked, self.repeated))
+            records.append(record | {"attempts": 1, "run_id": self.run_id} | verdict(checked, self.repeated))
         return records
 
 
 @dataclass
 class JournalSource:
-    """Records from a journal: every try of every slot, in the order of the aspects.
+    """Caption records from a journal: every try of every slot, in the order of the aspects.
 
     Args:
-        asked: slots that were asked for: those without a result get a record of status `not_run`.
+        asked: slots that were asked for. Those without a result get a record of status `not_run`.
+        repeated: keys of texts that several images share, for the check `duplicate`.
     """
 
     keys: Keys
     reader: JournalReader
-    checker: object
+    checker: CaptionChecker
     class_names: Sequence[str]
     asked: Container[str]
     repeated: frozenset[str] = frozenset()
@@ -105,33 +117,30 @@ class JournalSource:
             same = {"aspect": slot.aspect, "sample": slot.sample, "prompt_id": slot.prompt_id}
             same["model"] = public_name(self.keys.captioner.model)
             tries = history.get(slot.key)
-            if not tries and slot.key not in self.asked:
-                continue
-            if not tries:
+            if not tries and slot.key in self.asked:
                 records.append(same | {"status": "not_run", "checks": [], "attempts": 0})
-                continue
             prompt = slot.single
-            for i, tried in enumerate(tries):
+            for i, tried in enumerate(tries or ()):
                 record, reask = self._record(tried, label, prompt, last=i == len(tries) - 1)
                 records.append(same | record)
                 prompt = f"{slot.single}\n{reask}" if reask else prompt
         return records
 
     def raw_texts(self, row: Mapping, image_sha256: str) -> list[str | None]:
-        """What the model wrote, for each of the row's records; for those that look at answers that were not accepted."""
+        """What the model wrote for each of the row's records, accepted or not."""
         slots = self.keys.slots(image_sha256, self.class_names[row["label"]])
         history = self.reader.history([slot.key for slot in slots])
         known = [slot for slot in slots if slot.key in history or slot.key in self.asked]
         return [tried["raw_text"] for slot in known for tried in history.get(slot.key, [{"raw_text": None}])]
 
     def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> tuple[dict, str | None]:
-        """The record of a try, and what the prompt of the next one said besides."""
+        """The record of a try, and what was added to the prompt of the next one."""
         record = {name: tried[name] for name in ("finish_reason", "tokens_in", "tokens_out", "attempts", "run_id")}
         if tried["model"]:
             record["model"] = public_name(tried["model"])  # a server may call it by its folder
         if tried["raw_text"] is None or tried["error_class"] or tried["status"] in ("failed", "bad_image", "not_run"):
             return record | {"status": tried["status"], "checks": json.loads(tried["checks"] or "[]")}, None
-        # The checks of today, on what the model wrote: a rule that was changed since costs no call.
+        # The journal keeps the model's own words, so that changed checks apply without another call.
         final = last and not tried["pending"]
         checked = self.checker.check(
             tried["raw_text"], tried["finish_reason"], label, prompt, tried["thinking_tokens"] or 0, last_try=final
@@ -140,10 +149,11 @@ class JournalSource:
         if not final or reask:
             status = checked.status if checked.status not in ACCEPTED else "rejected"
             checked = replace(checked, text=None, status=status)
-        return record | _verdict(checked, self.repeated), reask
+        return record | verdict(checked, self.repeated), reask
 
 
-def _verdict(checked, repeated: frozenset[str]) -> dict:
+def verdict(checked: Checked, repeated: Container[str] = ()) -> dict:
+    """The fields of a caption record that the checks decide on."""
     text = checked.text if checked.status in ACCEPTED else None
     checks = [*checked.checks, *(["duplicate"] if text and duplicate_key(text) in repeated else [])]
     return {
@@ -155,6 +165,26 @@ def _verdict(checked, repeated: frozenset[str]) -> dict:
     }
 
 
+def captions_from(records: Iterable[Mapping], others: Iterable[str] = ()) -> list[str]:
+    """The `captions` of an image: accepted texts in the order of the records, then `others`, each once."""
+    accepted = [record["text"] for record in records if record["status"] in ACCEPTED and record["text"]]
+    return list(dict.fromkeys([*accepted, *others]))
+
+
+def stored_image(image: Mapping | None) -> tuple[dict, str | None]:
+    """An undecoded image with its original bytes and its base name, as a dataset stores it; and its sha256.
+
+    The bytes and the sha256 of an image that cannot be read are None.
+    """
+    path = (image or {}).get("path")
+    name = path.replace("\\", "/").rsplit("/", 1)[-1] if path else None
+    try:
+        data = original_bytes(image)
+    except BadImage:
+        return {"bytes": None, "path": name}, None
+    return {"bytes": data, "path": name}, sha256(data)
+
+
 def add_captions(
     dataset: Dataset,
     source: Callable[[Mapping, str], list[dict]],
@@ -162,55 +192,41 @@ def add_captions(
     progress: bool = True,
     rows: Container[int] | None = None,
 ) -> Dataset:
-    """Adds `captions`, `caption_records` and `image_sha256`; nothing else changes.
+    """Adds `captions`, `caption_records` and `image_sha256`, and changes nothing else.
 
     Args:
-        dataset: `image` (not decoded), `label` and what the source reads.
-        source: the records of a row, from the row and the sha256 of its picture.
-        rows: that get captions; None: all.
-        fingerprint: names the result in the cache of `datasets`; must change with everything that the source reads.
+        dataset: `image` (not decoded), `label` and whatever the source reads.
+        source: gives the records of a row, from the row and the sha256 of its picture.
+        fingerprint: identifies the result in the cache of `datasets`; must change with everything that the source reads.
+        rows: rows that get captions; None: all.
 
     Returns:
-        The data set, its images with their original bytes. A picture that cannot be read keeps its row, with one record
+        The dataset, its images with their original bytes. A picture that cannot be read keeps its row, with one record
         of status `bad_image` and no caption.
 
     Raises:
-        RuntimeError: a picture's bytes are not what they were (a defect).
+        RuntimeError: the bytes of a picture changed on the way (a defect).
     """
     columns = {name for name in CAPTION_FEATURES if name in dataset.column_names}
     features = Features({k: v for k, v in dataset.features.items() if k not in columns} | CAPTION_FEATURES)
 
     def add(row: dict, index: int) -> dict:
-        name = file_name(row["image"])
-        try:
-            data = original_bytes(row["image"])
-        except BadImage:
-            record = {**dict.fromkeys(RECORD), "status": "bad_image", "checks": [], "attempts": 0}
-            return {
-                "image": {"bytes": None, "path": name},
-                "captions": [],
-                "caption_records": [record],
-                "image_sha256": None,
-            }
-        digest = sha256(data)
-        found = source(row, digest) if rows is None or index in rows else []
+        image, digest = stored_image(row["image"])
+        if digest is None:
+            found = [{"status": "bad_image", "checks": [], "attempts": 0}]
+        else:
+            found = source(row, digest) if rows is None or index in rows else []
         records = [dict.fromkeys(RECORD) | record for record in found]
-        captions = list(dict.fromkeys(r["text"] for r in records if r["status"] in ACCEPTED and r["text"]))
-        return {
-            "image": {"bytes": data, "path": name},
-            "captions": captions,
-            "caption_records": records,
-            "image_sha256": digest,
-        }
+        captions = captions_from(records)
+        return {"image": image, "captions": captions, "caption_records": records, "image_sha256": digest}
 
-    # Small batches: a batch is held in memory with its pictures.
     captioned = dataset.map(
         add,
         with_indices=True,
         features=features,
         remove_columns=sorted(columns),
         new_fingerprint=fingerprint,
-        writer_batch_size=100,
+        writer_batch_size=100,  # rows that are in memory at a time, with their pictures
         desc="Writing" if progress else None,
     )
     for row in captioned.select_columns(["image", "image_sha256"]):
@@ -220,41 +236,24 @@ def add_captions(
 
 
 def without_captions(dataset: Dataset, progress: bool = True) -> Dataset:
-    """The same columns with nothing in them: for splits that are not captioned, so that all splits are alike."""
+    """Adds the same columns without captions, so that splits that are not captioned have the columns of the others."""
     undecoded = dataset.cast_column("image", Image(decode=False))
-    pictures = [str(digest) for digest, _ in digests(undecoded)]  # files may have changed
+    pictures = [str(digest) for digest, _ in digests(undecoded)]  # the content of files may have changed
     fingerprint = Hasher.hash((undecoded._fingerprint, pictures, "without captions", 1))
     return add_captions(undecoded, lambda row, digest: [], fingerprint, progress)
 
 
-def text_source(dataset: Dataset, captioner: Captioner, checker, run_id: str | None) -> TextSource:
-    """The source for a captioner without a model.
-
-    Raises:
-        UserError: a column that it reads is missing.
-    """
-    for column in captioner.columns:
-        if column not in dataset.column_names:
-            raise UserError(
-                f"column {column!r} is missing: found {', '.join(dataset.column_names)}. Type --text_columns NAME."
-            )
-    source = TextSource(captioner, checker, dataset.features["label"].names, run_id)
-    if captioner.backend == "columns":
-        texts = dataset.select_columns([*captioner.columns, "label"])
-        pairs = (
-            (str(digest), text)
-            for (digest, _), row in zip(digests(dataset), texts, strict=True)
-            for _, text, _ in source.texts(row)
-            if text
-        )
-        source.repeated = frozenset(duplicates(pairs))
-    return source
-
-
 @dataclass(frozen=True)
 class Results:
-    """What a journal holds for a plan: a name of it all, texts that several pictures share, slots still open, statuses, and
-    what it all took."""
+    """What a journal holds for a plan.
+
+    Args:
+        digest: of all results.
+        repeated: keys of texts that several pictures share.
+        open: number of slots that the next run asks for again.
+        statuses: number of slots by status.
+        spent: tokens, attempts and cost of all results.
+    """
 
     digest: str
     repeated: frozenset[str]
@@ -264,7 +263,7 @@ class Results:
 
 
 def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset()) -> Results:
-    """Reads the results of a plan once, slot by slot; of `others`, what there is counts for digest and spending alone."""
+    """Reads the results of a plan, slot by slot. Those of `others` count only towards the digest and the spending."""
     columns = {"slot", "reask", "pending", "status", "text", "image_sha256", "error_class", *Spending.COLUMNS}
     spent, lines, first, repeated, statuses = Spending(), [], {}, set(), Counter()
     for slot, rows in by_slot(folder, tuple(columns)):
@@ -284,9 +283,3 @@ def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset
     statuses["not_run"] += len(slots) - sum(statuses.values())
     open_ = sum(count for status, count in statuses.items() if status in OPEN)
     return Results(sha256("\n".join(lines).encode()), frozenset(repeated), open_, +statuses, spent)
-
-
-def file_name(image: Mapping | None) -> str | None:
-    """The last part of an undecoded image's path."""
-    path = (image or {}).get("path")
-    return path.replace("\\", "/").rsplit("/", 1)[-1] if path else None
