@@ -1,4 +1,4 @@
-"""What the parts of the captioning step say to each other: a request, an answer, three kinds of failure, a backend."""
+"""The vocabulary of the captioning package: statuses, requests, answers, failures, sampling and the backend protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 # -- the status of a request ------------------------------------------------------------------------------------------
-# TERMINAL ones are never asked again by themselves; the others are by the next run of the same command.
+# The next run of the same command asks again for OPEN ones, never for TERMINAL ones.
 ACCEPTED = ("ok", "trimmed")
 TERMINAL = (*ACCEPTED, "refused", "rejected", "bad_image")
 OPEN = ("failed", "empty", "truncated", "not_run")
@@ -16,7 +16,7 @@ STATUSES = (*TERMINAL, *OPEN)
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it is sent: encoded bytes, their media type, width and height in pixels."""
+    """A picture as it is sent: encoded bytes, media type, width and height in pixels."""
 
     data: bytes
     mime: str
@@ -31,9 +31,9 @@ class Request:
     Args:
         picture: sent before the text, so that a server can reuse what it computed for it.
         prompt: the whole text.
-        max_tokens: budget of the answer, in the captioner's tokens.
-        aspects: one name, or several where the answer must be a JSON object with these keys.
-        seed: of the sampling, for backends that take one.
+        max_tokens: token limit of the answer, in the captioner's tokens.
+        aspects: one name, or several if the answer must be a JSON object with these keys.
+        seed: seed of the sampling, for backends that take one.
     """
 
     picture: Picture
@@ -48,11 +48,11 @@ class Answer:
     """What came back.
 
     Args:
-        text: as the model wrote it, thinking blocks included; empty where there is none.
-        finish_reason: `stop`, `length` (the token budget was used up) or `refusal` (the provider says that it or its
-            filter refused); anything else as the provider names it.
-        model: as the provider names the model that answered.
-        tokens_in, tokens_out: as billed, thinking included; None where the provider does not say.
+        text: as the model wrote it, thinking blocks included; empty if there is none.
+        finish_reason: `stop`, `length` (the token limit was reached) or `refusal` (of the provider or its filter);
+            anything else as the provider names it.
+        model: the model that answered, as the provider names it.
+        tokens_in, tokens_out: as billed, thinking included; None if the provider does not say.
         thinking_tokens: how many of `tokens_out` were spent before the answer.
     """
 
@@ -66,9 +66,9 @@ class Answer:
 
 # -- failures ---------------------------------------------------------------------------------------------------------
 class CallError(Exception):
-    """A call without an answer. `kind` is a short word to count by (`http_503`, `timeout`, `connect`, …).
+    """A call without an answer. `kind` is a short word for statistics (`http_503`, `timeout`, `connect`, …).
 
-    The message must be free of keys: `transport.redact` sees to it.
+    The message must not contain keys: see `failures.redact`.
     """
 
     def __init__(self, kind: str, message: str):
@@ -77,7 +77,7 @@ class CallError(Exception):
 
 
 class Transient(CallError):
-    """Worth trying again. `wait`: seconds that the server asks for. `limited`: a rate limit, which slows all calls."""
+    """Worth trying again. `wait`: seconds that the server asks to wait. `limited`: a rate limit, which slows all calls."""
 
     def __init__(self, kind: str, message: str, wait: float | None = None, limited: bool = False):
         super().__init__(kind, message)
@@ -85,7 +85,7 @@ class Transient(CallError):
 
 
 class Unanswerable(CallError):
-    """This request will fail each time (the server calls it invalid), others may not."""
+    """This request will always fail (the server calls it invalid), but others may not."""
 
 
 class Fatal(CallError):
@@ -93,23 +93,23 @@ class Fatal(CallError):
 
 
 class Backend(Protocol):
-    """Who answers requests. Written for HTTP servers and for a model in this process alike."""
+    """Answers requests, through an HTTP server or with a model in this process."""
 
     batch_size: int
-    """How many requests one `generate` takes at best: 1 for a server, which batches by itself."""
+    """Best number of requests for one `generate`: 1 for a server, which batches by itself."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells its answers from another's: provider, model, revision, … Never a key, an address or a path."""
+        """What distinguishes its answers: provider, model, revision, … Never a key, an address or a path."""
         ...
 
     def check_key(self) -> None:
-        """Raises `UserError` where a key is needed and its variable holds none."""
+        """Raises `UserError` if a key is needed and its environment variable is not set."""
         ...
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
-        """The answers in the order of the requests; an error in the place of an answer concerns that request alone.
+        """The answers in the order of the requests; an error in place of an answer concerns that request alone.
 
-        Raises `Transient`, `Unanswerable` or `Fatal` where it concerns them all.
+        Raises `Transient`, `Unanswerable` or `Fatal` if all requests are concerned.
         """
         ...
 
@@ -118,7 +118,7 @@ class Backend(Protocol):
         ...
 
 
-# What providers call the budget of an answer.
+# What providers call the token limit of an answer.
 BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
@@ -127,10 +127,10 @@ class Sampling:
     """How a captioner writes.
 
     Args:
-        temperature: 0 for the likeliest text; the method's own captions were written at 0.2.
-        max_tokens: budget of one caption in the captioner's tokens (thinking models need more).
-        seed: of the sampling.
-        options: sent as they are in the body of a request (or given to `generate`); null takes a field away.
+        temperature: 0 always takes the most likely token; the captions of the method were written at 0.2.
+        max_tokens: token limit of one caption, in the captioner's tokens (models that think first need more).
+        seed: seed of the sampling.
+        options: sent as they are in the body of a request (or given to `generate`); null removes a field.
     """
 
     temperature: float = 0.2
@@ -139,7 +139,7 @@ class Sampling:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def spec(self) -> dict:
-        """What decides on a text that came to its end by itself: all but the budget, which only cuts."""
+        """What decides on a text that came to its end: everything but the token limit, which only truncates."""
         options = {
             name: {n: v for n, v in value.items() if n not in BUDGETS} if isinstance(value, Mapping) else value
             for name, value in self.options.items()

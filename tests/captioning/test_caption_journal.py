@@ -11,7 +11,7 @@ from caption_tools import NAMES, asked, dataset, pairs, picture, undecoded, wron
 from datasets import concatenate_datasets
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.journal import Journal, JournalError, by_slot, settled_slots
+from mmft_hf.captioning.ask.journal import Journal, JournalError, by_slot, read_rows, settled_slots
 from mmft_hf.captioning.ask.journal_parquet import export_journal, import_journal
 from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.pictures import PicturePolicy
@@ -174,7 +174,7 @@ def test_a_journal_that_cannot_be_ours_is_refused_whole(tmp_path, change):
         with Journal(tmp_path / "b") as journal, pytest.raises(UserError, match="expected an exported journal"):
             import_journal(journal, tmp_path / name)
         with Journal(tmp_path / "b") as journal:
-            assert not list(journal.rows())
+            assert not list(read_rows(journal.folder))
 
 
 # -- locks, damage, full disks ----------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_answered(server, tmp_path,
         running.journal._db.execute(f"PRAGMA max_page_count={pages + 12}")  # sqlite says then what it says at ENOSPC
         with pytest.raises(JournalError, match="Make room; what was answered so far is kept"):
             running.fill(running.plan())
-        kept = len(list(running.journal.rows(("key",))))
+        kept = len(list(read_rows(running.journal.folder, ("key",))))
     assert 0 < kept and len(server.requests()) - kept <= 4
     captioned, requests = run(data)
     assert len(requests) == 3 * 52 - kept and not wrong(captioned)

@@ -1,4 +1,4 @@
-"""`Captioner`: who is asked, what, and how."""
+"""`Captioner`: which model is asked, with which prompts, and how."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from ...data.texts import DEFAULT_TEMPLATE, PromptSet, check_template
 from ..types import Backend, Sampling
 from .pictures import PicturePolicy
 
-BACKENDS = ("transformers", "openai", "gemini", "anthropic")
+# Backends that ask a model, each with a model for example.
+EXAMPLES = {
+    "transformers": "Qwen/Qwen3-VL-4B-Instruct",
+    "openai": "gpt-4.1-mini",
+    "gemini": "gemini-2.5-flash-lite",
+    "anthropic": "claude-haiku-4-5",
+}
+BACKENDS = tuple(EXAMPLES)
 WITHOUT_MODEL = ("columns", "template")
 KEY_VERSION = 1
 
@@ -21,26 +28,26 @@ class Captioner:
     """Who writes captions, from which prompts, and how. It holds no key, no connection and no model.
 
     Args:
-        backend: `transformers` (a model in this process), `openai` (any server that speaks its protocol), `gemini`,
-            `anthropic`; `columns` (texts that the data set has) or `template` (class templates) need no model.
-        model: its name at the server, its Hub id or its folder.
-        prompts: what is asked, one prompt per aspect.
-        sampling: temperature, budget of tokens, seed.
+        backend: `transformers` (a model in this process), `openai` (any server that speaks its protocol), `gemini` or
+            `anthropic`; `columns` (texts of the data set) and `template` (class templates) need no model.
+        model: its name at the server, Hub id or folder.
+        prompts: one prompt per aspect.
+        sampling: temperature, token limit and seed.
         revision: of a Hub model.
         base_url: of the server; default: the provider's own.
         api_key_env: NAME of the environment variable that holds the key.
-        aspects_per_call: `one`, or `all` for one JSON answer with all aspects (one call each where that fails).
+        aspects_per_call: `one`, or `all` for one JSON answer with all aspects (and one call each if that fails).
         samples: captions per aspect.
-        pictures: how pictures are made smaller before they are sent.
-        allow_http: lets a key travel over plain http to another machine.
-        tag: tells two servers apart that serve different weights under one name.
-        columns: of text, for `columns`.
+        pictures: how pictures are reduced before they are sent.
+        allow_http: allow a key to travel to another machine over plain http.
+        tag: distinguishes servers that serve different weights under the same name.
+        columns: text columns, for `columns`.
         templates: with `{}` for the class name, for `template`.
         batch_size: pictures at a time, for `transformers`.
-        timeout_s: seconds that a call may take.
+        timeout_s: timeout of a call in seconds.
 
     Raises:
-        UserError: an unknown backend, no model where one is needed, a value out of range.
+        UserError: an unknown backend, a missing model, or a value out of range.
     """
 
     backend: str = "transformers"
@@ -67,14 +74,9 @@ class Captioner:
                 f"--captioner: expected one of {', '.join(known)}, found {self.backend!r}.{nearest(self.backend, known)}"
             )
         if self.asks and not self.model:
-            example = {
-                "transformers": "Qwen/Qwen3-VL-4B-Instruct",
-                "openai": "gpt-4.1-mini",
-                "gemini": "gemini-2.5-flash-lite",
-                "anthropic": "claude-haiku-4-5",
-            }[self.backend]
             raise UserError(
-                f"--captioner {self.backend}: expected the name of a model. Type for example --captioner_model {example}."
+                f"--captioner {self.backend}: expected the name of a model. Type for example --captioner_model "
+                f"{EXAMPLES[self.backend]}."
             )
         if self.aspects_per_call not in ("one", "all"):
             raise UserError(f"--aspects_per_call: expected one or all, found {self.aspects_per_call!r}.")
@@ -88,7 +90,7 @@ class Captioner:
 
     @property
     def asks(self) -> bool:
-        """Whether a model is asked, so that there is something to pay for and to journal."""
+        """Whether a model is asked, so that answers cost something and are journaled."""
         return self.backend not in WITHOUT_MODEL
 
     @property
@@ -97,36 +99,29 @@ class Captioner:
         return self.aspects_per_call == "all" and len(self.prompts.aspects) > 1
 
     def open(self, concurrency: int = 1) -> Backend:
-        """A new backend for at most so many calls at once.
+        """A new backend for at most this many calls at once.
 
         Raises:
-            UserError: an address or the name of a variable is not what it should be.
+            UserError: an address or variable name that cannot be right.
         """
         if self.backend == "transformers":
             from .backends.transformers import TransformersBackend
 
             return TransformersBackend(self.model, self.revision, self.sampling, self.batch_size)
-        options = {
-            "base_url": self.base_url,
-            "api_key_env": self.api_key_env,
-            "sampling": self.sampling,
-            "concurrency": concurrency,
-            "timeout_s": self.timeout_s,
-            "allow_http": self.allow_http,
-        }
         if self.backend == "openai":
             from .backends.openai import OpenAIBackend as Served
         elif self.backend == "gemini":
             from .backends.gemini import GeminiBackend as Served
         else:
             from .backends.anthropic import AnthropicBackend as Served
-        return Served(self.model, **options)
+        connection = {"concurrency": concurrency, "timeout_s": self.timeout_s, "allow_http": self.allow_http}
+        return Served(self.model, self.base_url, api_key_env=self.api_key_env, sampling=self.sampling, **connection)
 
     def spec(self, identity: Mapping[str, Any] | None = None) -> dict:
-        """All that makes a caption what it is; neither address, key, concurrency nor batch size.
+        """Everything that decides on a caption: neither address, key, concurrency nor batch size.
 
         Args:
-            identity: of the backend, where a model is asked.
+            identity: of the backend, if a model is asked.
         """
         if self.backend == "columns":
             return {"version": KEY_VERSION, "backend": "columns", "columns": list(self.columns)}

@@ -1,7 +1,7 @@
-"""The journal: every result of a captioning run, committed as it comes, so that nothing is lost or paid for twice.
+"""The journal: every result of a captioning run, committed as it arrives, so that nothing is lost or paid for twice.
 
-One sqlite file per process in `OUTPUT_DIR/journal/`; a reader takes the union. A result is stored under the key of its
-request; the *slot* says what the plan asked for, so that a second try, under its own key, answers the same slot.
+One sqlite file per process in `OUTPUT_DIR/journal/`; readers take the union. A result is stored under the key of its
+request. Its *slot* names what the plan asked for, so that a second try, under its own key, fills the same slot.
 """
 
 from __future__ import annotations
@@ -19,62 +19,39 @@ from operator import itemgetter
 from pathlib import Path
 
 from ...core.errors import UserError
-from ..types import STATUSES, TERMINAL
+from ..types import TERMINAL
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-TEXT = (
-    "key",
-    "slot",
-    "call_id",
-    "image_sha256",
-    "label",
-    "prompt_id",
-    "aspect",
-    "status",
-    "raw_text",
-    "text",
-    "checks",
-)
-TEXT += ("finish_reason", "model", "error_class", "error", "run_id")
+TEXT = "key slot call_id image_sha256 label prompt_id aspect status raw_text text checks finish_reason model error_class error"
+NUMBERS = "sample reask pending max_tokens tokens_in tokens_out thinking_tokens attempts latency_ms"
 COLUMNS = {
-    **dict.fromkeys(TEXT, "TEXT"),
-    **dict.fromkeys(
-        (
-            "sample",
-            "reask",
-            "pending",
-            "max_tokens",
-            "tokens_in",
-            "tokens_out",
-            "thinking_tokens",
-            "attempts",
-            "latency_ms",
-        ),
-        "INTEGER",
-    ),
+    **dict.fromkeys([*TEXT.split(), "run_id"], "TEXT"),
+    **dict.fromkeys(NUMBERS.split(), "INTEGER"),
     **dict.fromkeys(("cost", "updated_at"), "REAL"),
 }
-SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # a request that is asked again adds to what it cost before
-WAIT_S = 60  # for a lock: without a write-ahead log, whoever reads holds up the writer
-# Memory-mapped files, which sqlite's write-ahead log needs, are not shared between the machines of these.
-NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "9p"}
-NETWORK_FILE_SYSTEMS |= {"fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "fuse.juicefs", "fuse.rclone", "afs", "orangefs"}
+SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # asking again adds to what a request cost before
+WAIT_S = 60  # for a lock: without a write-ahead log, readers block the writer
+# sqlite's write-ahead log needs memory-mapped files, which machines cannot share on these.
+NETWORK_FILE_SYSTEMS = frozenset(
+    "nfs nfs4 cifs smb3 smbfs lustre beegfs gpfs ceph glusterfs 9p afs orangefs fuse.sshfs fuse.gcsfuse fuse.s3fs fuse.juicefs "
+    "fuse.rclone".split()
+)
 
 
 class JournalError(UserError):
-    """The journal cannot be written or read: a full disk, a damaged file, another process at work."""
+    """The journal cannot be written or read: full disk, damaged file, or another process at work."""
 
 
 class Journal:
-    """Writes one file of a journal folder and reads them all.
+    """Writes one file of a journal folder, and holds its lock.
 
     Args:
-        folder: made if it is missing.
-        rank: which process this is; each has its own file.
+        folder: created if missing.
+        rank: index of this process; each has its own file.
 
     Raises:
         JournalError: another process of this rank is at work in the folder.
@@ -87,26 +64,26 @@ class Journal:
         self._lock = self._take_lock(rank)
         self.path = self.folder / f"journal-{rank:05d}.sqlite"
         if self._lock is None:
-            # Without locks nobody can be told apart from somebody: a file that only this process knows.
+            # Without locks another writer would go unnoticed: use a file that only this process knows.
             self.path = self.folder / f"journal-{rank:05d}-{uuid.uuid4().hex[:12]}.sqlite"
         kind = file_system(self.folder)
         shared = self._lock is None or kind in NETWORK_FILE_SYSTEMS
         if shared:
             self.notes.append(
-                f"The journal is on a file system ({kind}) whose locks cannot be trusted: it is written without a "
+                f"The journal is on a file system ({kind}) whose locks cannot be trusted, so it is written without a "
                 "write-ahead log. Use one machine at a time."
             )
         try:
             self._db = sqlite3.connect(self.path, WAIT_S, isolation_level=None, check_same_thread=False)
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
-            # A killed process loses nothing under NORMAL; a machine without power may lose the last answers.
+            # Under NORMAL a killed process loses nothing; a power failure may lose the last answers.
             self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
-            # One tree, in which a commit touches one page: a slot's tries lie together.
+            # WITHOUT ROWID: one tree in which the tries of a slot lie together, and a commit touches one page.
             columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
             self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (slot, key)) WITHOUT ROWID")
         except sqlite3.Error as error:
-            self._give_back()
-            raise self._broken(self.path, error) from error
+            self._release_lock()
+            raise _broken(self.path, error) from error
         names = ", ".join(COLUMNS)
         marks = ", ".join(f":{name}" for name in COLUMNS)
         update = ", ".join(
@@ -118,7 +95,7 @@ class Journal:
 
     # -- writing ------------------------------------------------------------------------------------------------------
     def put(self, rows: Sequence[dict]) -> None:
-        """Commits rows of `COLUMNS` (missing ones are null) in one transaction."""
+        """Commits rows of `COLUMNS` (missing columns are null) in one transaction."""
         now = time.time()
         rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **_utf8(row)} for row in rows]
         try:
@@ -131,44 +108,35 @@ class Journal:
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise self._broken(self.path, error) from error
+            raise _broken(self.path, error) from error
 
     def reopen(self, statuses: Iterable[str], among: Container[str]) -> int:
-        """Opens slots whose result has one of these statuses, so that the next run asks again. Returns how many.
+        """Opens slots whose result has one of these statuses, so that the next run asks again. Returns their number.
 
         Args:
-            among: slots that may be opened. Others in the folder are of other pictures, models or prompts, which the next
-                run does not ask for: they would be without a result.
+            among: slots that may be opened. Others in the folder belong to pictures, models or prompts that the next run
+                does not ask for, and would be left without a result.
         """
-        statuses = list(statuses)
-        for status in statuses:
-            if status not in STATUSES:
-                raise UserError(f"retry: expected statuses among {', '.join(STATUSES)}, found {status!r}.")
         columns = ("key", "slot", "status", "pending", "reask", "updated_at")
         found = ((slot, rows[-1]["status"]) for slot, rows in by_slot(self.folder, columns) if slot in among)
         slots = [(slot,) for slot, status in found if status in statuses]
-        for path in self._paths():
+        for path in journal_files(self.folder):
             db = self._db if path == self.path else sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
             try:
-                db.execute("BEGIN")  # all tries of a slot: one that was turned down is forgotten with the next
+                db.execute("BEGIN")  # all tries of a slot, including those that were turned down
                 db.executemany("UPDATE results SET status = 'not_run', pending = 0 WHERE slot = ?", slots)
                 db.execute("COMMIT")
             except sqlite3.Error as error:
-                raise self._broken(path, error) from error
+                raise _broken(path, error) from error
             finally:
                 if db is not self._db:
                     db.close()
         return len(slots)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
-    def rows(self, columns: Sequence[str] = tuple(COLUMNS), where: str = "", values: Sequence = ()) -> Iterator[dict]:
-        """Rows of all files, file by file. A key may come from more than one: see `best`."""
-        yield from read_rows(self._paths(), columns, where, values)
-
     def close(self) -> None:
-        """Folds the write-ahead log into the file and gives the lock back."""
+        """Folds the write-ahead log into the file and releases the lock."""
         self._db.close()
-        self._give_back()
+        self._release_lock()
 
     def __enter__(self) -> Journal:
         return self
@@ -176,12 +144,9 @@ class Journal:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _paths(self) -> list[Path]:
-        return journal_files(self.folder)
-
     # -- locks --------------------------------------------------------------------------------------------------------
     def _take_lock(self, rank: int) -> int | None:
-        """A lock that ends with this process, however it ends; None where the file system has none."""
+        """A lock that ends with this process, however it ends; None if the file system has no locks."""
         if fcntl is None:
             return None
         path = self.folder / f"journal-{rank:05d}.lock"
@@ -202,26 +167,26 @@ class Journal:
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return handle
 
-    def _give_back(self) -> None:
+    def _release_lock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    @staticmethod
-    def _broken(path: Path, error: sqlite3.Error) -> JournalError:
-        what = str(error)
-        if "full" in what or "disk I/O" in what:  # the latter over a quota, too
-            return JournalError(
-                f"{path}: expected a disk with room, found: {what}. Make room; what was answered so far is kept."
-            )
+
+def _broken(path: Path, error: sqlite3.Error) -> JournalError:
+    what = str(error)
+    if "full" in what or "disk I/O" in what:  # the latter also over a quota
         return JournalError(
-            f"{path}: expected a journal that can be read and written, found: {what}. Nothing was changed. If the file "
-            "is damaged, move it away: its answers will be asked for again."
+            f"{path}: expected a disk with room, found: {what}. Make room; what was answered so far is kept."
         )
+    return JournalError(
+        f"{path}: expected a journal that can be read and written, found: {what}. Nothing was changed. If the file "
+        "is damaged, move it away: its answers will be asked for again."
+    )
 
 
 def _utf8(row: dict) -> dict:
-    """The row without halves of surrogate pairs: JSON and names of folders can hold them, no file of ours can."""
+    """The row without lone surrogates: JSON and folder names can contain them, but sqlite and parquet cannot."""
     return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
@@ -230,55 +195,56 @@ def journal_files(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("journal-*.sqlite"))
 
 
-def read_rows(paths: Iterable[Path], columns: Sequence[str], where: str = "", values: Sequence = ()) -> Iterator[dict]:
-    """Rows of several files, one after the other, without waiting for those who write."""
-    for path in paths:
+def read_rows(
+    folder: str | Path, columns: Sequence[str] = tuple(COLUMNS), where: str = "", values: Sequence = ()
+) -> Iterator[dict]:
+    """Rows of all files of a journal, file by file. A key may occur in several of them: see `best`."""
+    for path in journal_files(folder):
+        yield from _read_file(path, columns, where, values)
+
+
+def _read_file(path: Path, columns: Sequence[str], where: str = "", values: Sequence = ()) -> Iterator[dict]:
+    try:
+        db = sqlite3.connect(path, timeout=WAIT_S)
         try:
-            db = sqlite3.connect(path, timeout=WAIT_S)
-            try:
-                for row in db.execute(f"SELECT {', '.join(columns)} FROM results {where}", values):
-                    yield dict(zip(columns, row, strict=True))
-            finally:
-                db.close()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                continue  # another process has just made the file
-            raise Journal._broken(path, error) from error
-        except sqlite3.Error as error:
-            raise Journal._broken(path, error) from error
+            for row in db.execute(f"SELECT {', '.join(columns)} FROM results {where}", values):
+                yield dict(zip(columns, row, strict=True))
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        if "no such table" not in str(error):  # another process has only just created the file
+            raise _broken(path, error) from error
 
 
 def settled_slots(folder: str | Path, max_tokens: int = 0) -> set[str]:
-    """Slots that need no further call: a result that is final, and after which no other try was due.
+    """Slots that need no further call: their result is final, and no other try was due.
 
     Args:
-        max_tokens: the budget of today. What was cut by as much or more would be cut again, and is left alone.
+        max_tokens: today's token limit. An answer that this limit or a larger one truncated would be truncated again, and is
+            left alone.
     """
     marks = ", ".join("?" * len(TERMINAL))
-    cut = "status IN ('truncated', 'empty') AND finish_reason = 'length' AND max_tokens >= ?"
-    where = f"WHERE pending = 0 AND (status IN ({marks}) OR ({cut} AND ? > 0))"
-    rows = read_rows(journal_files(folder), ("slot",), where, (*TERMINAL, max_tokens, max_tokens))
-    return {row["slot"] for row in rows}
+    truncated = "status IN ('truncated', 'empty') AND finish_reason = 'length' AND max_tokens >= ?"
+    where = f"WHERE pending = 0 AND (status IN ({marks}) OR ({truncated} AND ? > 0))"
+    return {row["slot"] for row in read_rows(folder, ("slot",), where, (*TERMINAL, max_tokens, max_tokens))}
 
 
 def unsettled_slots(folder: str | Path) -> set[str]:
-    """Slots that have results, though none that settles them: few, mostly, beside those that have none."""
-    marks = ", ".join("?" * len(TERMINAL))
-    where = f"WHERE pending = 1 OR status NOT IN ({marks})"
-    return {row["slot"] for row in read_rows(journal_files(folder), ("slot",), where, TERMINAL)}
+    """Slots that have results, but none that settles them."""
+    where = f"WHERE pending = 1 OR status NOT IN ({', '.join('?' * len(TERMINAL))})"
+    return {row["slot"] for row in read_rows(folder, ("slot",), where, TERMINAL)}
 
 
 def spent_dollars(folder: str | Path) -> float:
-    """What all results so far cost, in US dollars, as far as prices were known."""
-    return sum(row["cost"] or 0.0 for row in read_rows(journal_files(folder), ("cost",), "WHERE cost IS NOT NULL"))
+    """Cost of all results so far in US dollars, as far as prices were known."""
+    return sum(row["cost"] for row in read_rows(folder, ("cost",), "WHERE cost IS NOT NULL"))
 
 
 def best(rows: Iterable[dict]) -> list[dict]:
-    """The rows of one slot as its history: one per try, the one that counts last.
+    """The history of one slot: one row per try, the one that counts last.
 
-    A key in several files counts once: a final result beats an answer after which another try was due, that beats the
-    others, then the oldest. Of the tries, a final one beats others, then the latest counts. So every reader of the same
-    files sees the same.
+    A key in several files counts once: a final result takes precedence, then an answer after which another try was due,
+    then the oldest row. Among the tries, a final one counts, else the latest. So all readers of the same files agree.
     """
     rows = sorted(rows, key=lambda r: (r["key"], not _final(r), r["status"] not in TERMINAL, r["updated_at"]))
     once = {row["key"]: row for row in reversed(rows)}
@@ -290,14 +256,14 @@ def _final(row: dict) -> bool:
 
 
 def by_slot(folder: str | Path, columns: Sequence[str] = tuple(COLUMNS)) -> Iterator[tuple[str, list[dict]]]:
-    """All slots of a journal folder in order, each with its tries (see `best`); one slot is held at a time."""
-    files = [read_rows([path], columns, "ORDER BY slot") for path in journal_files(folder)]
+    """All slots of a journal in order, each with its tries (see `best`); one slot is in memory at a time."""
+    files = [_read_file(path, columns, "ORDER BY slot") for path in journal_files(folder)]
     for slot, rows in groupby(heapq.merge(*files, key=itemgetter("slot")), key=itemgetter("slot")):
         yield slot, best(rows)
 
 
 class JournalReader:
-    """Looks up slots, opened when it is first asked: it can be pickled, and `datasets.map` can start processes with it."""
+    """Looks up slots. It opens the files on first use, so that it can be pickled for the processes of `datasets.map`."""
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder)
@@ -307,7 +273,7 @@ class JournalReader:
         return {"folder": self.folder, "_dbs": None}
 
     def history(self, slots: Sequence[str]) -> dict[str, list[dict]]:
-        """For each slot that has results, its tries in order, the one that counts last (see `best`)."""
+        """The tries of each slot that has results, the one that counts last (see `best`)."""
         if self._dbs is None:
             self._dbs = [sqlite3.connect(path, timeout=WAIT_S) for path in journal_files(self.folder)]
         found: dict[str, list[dict]] = {}
@@ -320,14 +286,14 @@ class JournalReader:
         return {slot: best(rows) for slot, rows in found.items()}
 
     def close(self) -> None:
-        """Lets the files go: only without readers is a write-ahead log folded into its file."""
+        """Closes the files: a write-ahead log is folded into its file only when nobody reads it."""
         for db in self._dbs or ():
             db.close()
         self._dbs = None
 
 
 def file_system(folder: Path) -> str:
-    """The kind of file system that holds a folder (`ext4`, `nfs4`, …), `unknown` where the system does not say."""
+    """The type of the file system that holds a folder (`ext4`, `nfs4`, …); `unknown` if the system does not say."""
     if not sys.platform.startswith("linux"):
         return "unknown"
     place, longest, kind = str(folder.resolve()), -1, "unknown"

@@ -1,21 +1,21 @@
-"""A journal as one parquet file, so that a cache of captions can live on the Hub, or move to another machine."""
+"""A journal as one parquet file, to publish it on the Hub or move it to another machine."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ...core.errors import UserError
 from ...core.files import atomic_write
 from ..types import STATUSES, TERMINAL
-from .journal import COLUMNS, Journal, by_slot, journal_files
+from .journal import COLUMNS, Journal, by_slot, journal_files, read_rows
 
 
 def export_journal(folder: str | Path, file: str | Path) -> int:
-    """Writes the union of a journal folder as one parquet file. Returns its number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Writes the union of a journal folder to one parquet file. Returns its number of rows."""
     kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
     schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
     if not journal_files(folder):
@@ -32,9 +32,7 @@ def export_journal(folder: str | Path, file: str | Path) -> int:
 
 
 def import_journal(journal: Journal, file: str | Path) -> int:
-    """Adds the rows of an exported journal that are not yet there. Returns how many."""
-    import pyarrow.parquet as pq
-
+    """Adds the rows of an exported journal that are not there yet. Returns their number."""
     try:
         source = pq.ParquetFile(file)
         missing = [name for name in COLUMNS if name not in source.schema_arrow.names]
@@ -52,11 +50,11 @@ def import_journal(journal: Journal, file: str | Path) -> int:
                     f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}."
                 )
     terminal: dict[str, bool] = {}
-    for row in journal.rows(("key", "status")):
+    for row in read_rows(journal.folder, ("key", "status")):
         terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
     added = 0
     for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
-        # New ones, and results of what failed here.
+        # New rows, and results of what failed here.
         rows = [
             row
             for row in batch.to_pylist()

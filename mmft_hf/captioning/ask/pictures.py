@@ -1,4 +1,4 @@
-"""Pictures on their way to a captioner: original bytes read when they are due, checked, made small, and encoded."""
+"""Pictures on their way to a captioner: decoded, made smaller and encoded."""
 
 from __future__ import annotations
 
@@ -11,20 +11,12 @@ from PIL import Image
 from ...data.images import open_image, reading, upright_rgb
 from ..types import Picture
 
-SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every provider reads
-# What a header may say beside the pixels without telling of people or places.
-HARMLESS = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "gamma", "srgb", "chromaticity", "icc_profile"}
-HARMLESS |= {
-    "progressive",
-    "progression",
-    "interlace",
-    "adobe",
-    "adobe_transform",
-    "aspect",
-    "loop",
-    "timestamp",
-    "background",
-}
+SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # formats that every provider reads
+# Fields of a header that tell nothing about people or places.
+HARMLESS = set(
+    "jfif jfif_version jfif_unit jfif_density dpi gamma srgb chromaticity icc_profile progressive progression interlace adobe "
+    "adobe_transform aspect loop timestamp background".split()
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +24,8 @@ class PicturePolicy:
     """How a picture is changed before it is sent. Part of every request's key.
 
     Args:
-        max_side: the longer side is made at most this many pixels; smaller pictures are not enlarged.
-        quality: of the JPEG, where one has to be made.
+        max_side: longer side in pixels to which larger pictures are reduced.
+        quality: JPEG quality of the pictures that are encoded again.
     """
 
     max_side: int = 512
@@ -44,15 +36,15 @@ class PicturePolicy:
 
 
 def sha256(data: bytes) -> str:
-    """Hex digest: what an image is known by."""
+    """Hex digest, which identifies an image."""
     return hashlib.sha256(data).hexdigest()
 
 
 def prepare(data: bytes, policy: PicturePolicy) -> Picture:
     """Decodes the whole picture, which finds damage before it is paid for, and encodes what is sent.
 
-    A small upright JPEG, PNG or WebP without transparency goes as it is. All else becomes an RGB JPEG, so that neither
-    EXIF data (places, people's names) nor rare formats leave the machine.
+    Small upright JPEG, PNG and WebP files without transparency are sent as they are. Anything else becomes an RGB JPEG, so
+    that neither EXIF data (places, names) nor rare formats leave the machine.
 
     Raises:
         BadImage: it cannot be decoded, or has far too many pixels.
@@ -65,7 +57,9 @@ def prepare(data: bytes, policy: PicturePolicy) -> Picture:
             image.load()
             return Picture(data, Image.MIME[kind], width, height)
         if kind == "JPEG":
-            image.draft("RGB", (policy.max_side, policy.max_side))  # decodes at a half, a quarter or an eighth
+            image.draft(
+                "RGB", (policy.max_side, policy.max_side)
+            )  # decodes at a half, a quarter or an eighth of the size
         image = upright_rgb(image)
         image.thumbnail((policy.max_side, policy.max_side), Image.Resampling.LANCZOS)
         encoded = io.BytesIO()

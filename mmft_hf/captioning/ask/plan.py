@@ -1,4 +1,4 @@
-"""The plan of a data set's requests, and the keys under which their results are stored."""
+"""The plan: which requests a data set needs, and the keys under which their results are stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .pictures import sha256
 
 
 def canonical(value: Any) -> str:
-    """JSON with one spelling: sorted keys, no spaces, text as it is."""
+    """JSON in canonical form: sorted keys, no spaces, text unescaped."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -25,10 +25,10 @@ class Slot:
     """One caption that the plan asks for.
 
     Args:
-        key: of its first request; the slot's own name.
-        prompt: of the first request, for one aspect or for all of them.
-        single: of later requests, always for this aspect alone.
-        prompt_id: of the wording, without the class name.
+        key: key of its first request, which names the slot.
+        prompt: prompt of the first request, for one aspect or for all of them.
+        single: prompt of later requests, always for this aspect alone.
+        prompt_id: names the wording, whatever the class name.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Slot:
 
 
 class Keys:
-    """Makes slots and request keys. The same request has the same key in any data set, order, process or folder.
+    """Makes slots and request keys. A request has the same key in any data set, order, process or folder.
 
     Args:
         captioner: with a backend that asks a model.
@@ -63,16 +63,16 @@ class Keys:
         self._prompts: dict[str, tuple[str | None, dict[str, str]]] = {}
 
     def key(self, image_sha256: str, aspect: str, prompt: str, sample: int, reask: int) -> str:
-        """sha256 of everything that decides on the answer, in hex.
+        """sha256 in hex of everything that decides on the answer.
 
-        The budget of tokens is not in it: an answer that came to its end would be the same with more, and one that was cut
-        is asked for again once there is more.
+        The token limit is not part of it: an answer that came to its end would be the same under a larger limit, and a
+        truncated one is asked for again once the limit is larger.
         """
         changing = {"image": image_sha256, "aspect": aspect, "prompt": prompt, "sample": sample, "reask": reask}
         return sha256(canonical({**self._same, **changing}).encode())
 
     def slots(self, image_sha256: str, class_name: str) -> list[Slot]:
-        """All slots of one picture: aspects in their order, then samples."""
+        """All slots of one picture, by aspect, then by sample."""
         if class_name not in self._prompts:
             prompts = self.captioner.prompts
             single = {aspect: prompts.prompt(aspect, class_name) for aspect in prompts.aspects}
@@ -87,13 +87,13 @@ class Keys:
         return slots
 
     def budget(self) -> int:
-        """Tokens that the first request of a slot may be answered with."""
+        """Token limit of the first request of a slot."""
         return self.captioner.sampling.max_tokens * (len(self._ids) if self.captioner.joint else 1)
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One picture with the slots that are still open. `row`: where its bytes are."""
+    """One picture with its open slots. `row`: the row of the data set that holds its bytes."""
 
     row: int
     label: int
@@ -104,14 +104,14 @@ class WorkItem:
 
 @dataclass
 class Plan:
-    """What a data set needs, and what of it the journal already has.
+    """What a data set needs, and what of it is still open.
 
     Args:
         items: distinct pictures with open slots, for this process.
-        slots: of all rows that were asked for; `others`: of the rest, which may have results of an earlier run.
-        rows, repeated: how many rows were asked for, and how many of them show a picture of an earlier row.
-        unreadable: why the bytes of these rows cannot be had.
-        digest: of the pictures in their order, and of which were asked for.
+        slots: all slots of the rows to caption; `others`: of the other rows, which may have results of an earlier run.
+        rows, repeated: number of rows to caption, and how many of them repeat the picture of an earlier row.
+        unreadable: for each row whose bytes cannot be read, the reason.
+        digest: of the pictures in their order, and of which rows are to be captioned.
     """
 
     items: list[WorkItem]
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def open(self) -> int:
-        """Captions still to be had."""
+        """Number of captions to ask for."""
         return sum(len(item.slots) for item in self.items)
 
 
@@ -136,14 +136,14 @@ def make_plan(
     part: tuple[int, int] = (0, 1),
     seen: Callable[[], object] | None = None,
 ) -> Plan:
-    """The plan of one split. Pictures are read one by one, and let go.
+    """The plan of one split. Reads one picture at a time.
 
     Args:
         dataset: columns `image` (not decoded) and `label`.
         done: slots that need no call.
-        rows: asked for; None: all.
-        part: `(rank, world)`: jobs of every world-th distinct picture, from the rank-th on. Strided, because neighbours
-            are often of one class and take equally long.
+        rows: the rows to caption; None: all.
+        part: `(rank, world)`: this process takes every world-th distinct picture, from the rank-th on. Strided, because
+            neighbours are often of the same class and take equally long.
         seen (*optional*): called after each row, for a progress bar.
     """
     names = dataset.features["label"].names
@@ -177,7 +177,7 @@ def make_plan(
 
 
 def digests(dataset: Dataset) -> Iterator[tuple[str | BadImage, int]]:
-    """For each row the sha256 of its picture's bytes (or why there are none) and its label."""
+    """For each row the sha256 of its picture's bytes (or why they cannot be read) and its label."""
     for row in dataset.select_columns(["image", "label"]):
         try:
             yield sha256(original_bytes(row["image"])), row["label"]

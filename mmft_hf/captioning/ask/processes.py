@@ -1,7 +1,7 @@
-"""Several processes, each with its share of the pictures: who this one is, and when the others are done.
+"""Several processes that share the pictures: which one this is, and when the others are done.
 
-Nothing is exchanged while they work: shares end hours apart, and a collective would time out. Each leaves a mark beside
-the journal, and the first process waits for the marks of all.
+They exchange nothing while they work, since their shares end hours apart and a collective would time out. Each leaves a
+mark beside the journal, and the first process waits for the marks of all.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 class Processes:
-    """As `accelerate launch` or `torchrun` started them; alone without them.
+    """The processes that `accelerate launch` or `torchrun` started, or this one alone.
 
     Args:
-        shared: False where this one does all the work, and the others have left.
+        shared: whether they share the work; if not, this one does it all.
     """
 
     def __init__(self, shared: bool = True):
@@ -25,25 +25,25 @@ class Processes:
         if self.world > 1:
             import torch.distributed as dist
 
-            # One word for this launch, so that marks of an earlier one count for nothing. The group is given up at once.
+            # A name for this launch, so that marks of an earlier one do not count. The process group ends at once.
             dist.init_process_group("gloo")
-            word = [self.launch]
-            dist.broadcast_object_list(word, src=0)
-            self.launch = word[0]
+            launch = [self.launch]
+            dist.broadcast_object_list(launch, src=0)
+            (self.launch,) = launch
             dist.destroy_process_group()
 
     def done(self, folder: Path, split: str) -> None:
-        """Leaves this process's mark."""
+        """Leaves the mark of this process."""
         if self.world > 1:
             self._mark(folder, split, self.rank).write_text("done\n")
 
     def wait(self, folder: Path, split: str) -> None:
-        """Returns once all marks are there, and takes them away. A process that dies takes the launch with it."""
+        """Waits for the marks of all processes and removes them. If a process dies, the launcher ends the others."""
         marks = [self._mark(folder, split, rank) for rank in range(self.world)] if self.world > 1 else []
         while not all(mark.exists() for mark in marks):
             time.sleep(0.2)
         for mark in folder.glob("rank-*.done"):
-            # Another process may be further: its marks of the next splits stay.
+            # Another process may be ahead: its marks for the next splits stay.
             if mark in marks or self.launch not in mark.name:
                 mark.unlink(missing_ok=True)
 
