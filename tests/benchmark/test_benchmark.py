@@ -18,16 +18,16 @@ from tiny_clip import COLOURS, colour_dataset
 from mmft_hf.baselines import linear
 from mmft_hf.benchmark.run import grid
 from mmft_hf.benchmark.run.context import Context
-from mmft_hf.benchmark.run.grid import cells, parse_shots
+from mmft_hf.benchmark.run.grid import cells
+from mmft_hf.benchmark.run.identity import revision_of
 from mmft_hf.benchmark.run.inference import on_features
 from mmft_hf.benchmark.run.methods import METHODS
 from mmft_hf.benchmark.run.processes import count_of_processes, number_of_process, work_alone
-from mmft_hf.benchmark.run.protocol import Cell, SealedTest, make_task
+from mmft_hf.benchmark.run.protocol import Cell, SealedTest, make_task, parse_shots
 from mmft_hf.benchmark.run.results import RESULTS_FILE, append_row, check_identity, read_results
 from mmft_hf.benchmark.run.summary import summary_table
 from mmft_hf.benchmark.run.trainings import shuffled_captions
 from mmft_hf.cli import main
-from mmft_hf.commands import benchmark
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import labels_of
 from mmft_hf.model.features import image_features
@@ -238,7 +238,7 @@ def test_a_folder_is_told_by_what_a_model_is_read_from(clip_folder, tmp_path):
         shutil.copytree(clip_folder, folder)
         for name, text in changes.items():
             (folder / name).write_text(text)
-        return benchmark._content_of(str(folder), None)
+        return revision_of(str(folder), None)
 
     whole = content()
     more = {"README.md": "of", "all_results.json": "a run", "training_args.bin": "too"}

@@ -11,8 +11,8 @@ from test_benchmark import some_splits
 from test_benchmark_data import parts_of, with_bad_picture
 from tiny_clip import colour_dataset
 
-from mmft_hf.benchmark.run import deletion
-from mmft_hf.benchmark.run.checks import notes_on, refuse_unreadable, unreadable, with_what_they_need
+from mmft_hf.benchmark.run import workflow
+from mmft_hf.benchmark.run.data_checks import notes_on, refuse_unreadable, runnable, unreadable
 from mmft_hf.benchmark.run.grid import Grid
 from mmft_hf.benchmark.run.processes import Claims
 from mmft_hf.benchmark.run.protocol import Cell, make_task
@@ -87,7 +87,7 @@ def test_notes_on_what_is_fewer_than_it_seems():
         "Held out.",
         "8 shots: 2 of 3 classes have fewer images (7); all of them are taken.",
         "16 shots: 3 of 3 classes have fewer images (7 to 8); all of them are taken.",
-        "1 of 18 test images cannot be read and count for nothing: row 4 of test.",
+        "1 of 18 test images cannot be read and are not counted: row 4 of test.",
         "1 of 3 classes has no far image: blue thing. Accuracy is over the others.",
     ]
 
@@ -125,9 +125,9 @@ def test_texts_that_could_be_captions_are_named():
     texts = colour_dataset(2).rename_column("captions", "texts")
     splits = SimpleNamespace(train=texts, has_captions=False)
     assert text_columns(texts) == ["texts"]
-    left, (note,) = with_what_they_need(["mmft", "lp", "mmft"], splits, "D")
+    left, (note,) = runnable(["mmft", "lp", "mmft"], splits, "D")
     assert left == ["lp"] and "no captions: mmft. It has texts in texts: type --captions_column texts to" in note
-    assert with_what_they_need(["zs", "mmft-no-captions"], splits, "D") == (["zs", "mmft-no-captions"], [])
+    assert runnable(["zs", "mmft-no-captions"], splits, "D") == (["zs", "mmft-no-captions"], [])
 
 
 # -- --overwrite_output_dir ------------------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ def test_a_benchmark_is_deleted_with_its_own_files_alone(clip_folder, data_folde
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
         return capsys.readouterr().err
 
-    assert "--shots 9: expected so many training images" in refused(9)  # what cannot be run deletes nothing
+    assert "--shots 9: expected this many training images" in refused(9)  # what cannot be run deletes nothing
     with Claims(out / "claims").take("lp 1 shots seed 0"):
         assert "expected one process at" in refused(2)
     with monkeypatch.context() as patch:
-        patch.setattr(deletion, "count_of_processes", lambda: 8)
+        patch.setattr(workflow, "count_of_processes", lambda: 8)
         assert "found 8, which would delete each other's results" in refused(2)
     with monkeypatch.context() as patch:
         patch.setattr(Grid, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

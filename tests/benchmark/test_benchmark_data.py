@@ -63,7 +63,7 @@ def test_shifts_that_cannot_be_judged_on_are_refused(clip_folder, tmp_path, caps
 def test_too_few_images_are_refused_before_anything_is_run(clip_folder, data_folder, tmp_path, capsys):
     words = command(clip_folder, data_folder, tmp_path / "out", "--methods", "lp", "--shots", 2, 9, "--seeds", 0)
     assert main(words) == 2
-    assert "--shots 9: expected so many training images of every class" in capsys.readouterr().err
+    assert "--shots 9: expected this many training images of every class" in capsys.readouterr().err
     assert not (tmp_path / "out" / RESULTS_FILE).exists()
 
 

@@ -15,8 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from mmft_hf import cli
-from mmft_hf.benchmark.run.grid import parse_shots
 from mmft_hf.benchmark.run.methods import METHODS
+from mmft_hf.benchmark.run.protocol import parse_shots
 from mmft_hf.captioning.arguments import CaptionArguments
 from mmft_hf.commands.parser import parse
 from mmft_hf.core.arguments import DataArguments

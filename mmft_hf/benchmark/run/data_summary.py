@@ -1,4 +1,4 @@
-"""`data.json`: what the methods are compared on, for a report that opens neither the data set nor a model."""
+"""`data.json`: a summary of the data, from which a report is written without opening the data set or a model."""
 
 from __future__ import annotations
 
@@ -6,51 +6,113 @@ import base64
 import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Image
 
+from ...core.arguments import DataArguments, ModelArguments
 from ...core.errors import UserError
+from ...core.files import read_json, write_json
+from ...core.repositories import describe_source
 from ...data.images import BadImage, content_hash, read_image
 from ...data.splits import Splits, captions_of, labels_of
+from ...hub.cards.sources import captioning_cost
+from .arguments import BenchmarkArguments, BenchmarkData
+from .identity import fingerprint_of
 
 DATA_FILE = "data.json"
-PIXELS = 96  # of the longer side of an example
-CAPTIONS = 3  # of an example
-MANY_CLASSES = 200  # of more there is one example each, otherwise two
-MOST_DUPLICATES = 100  # that are listed
+PIXELS = 96  # longer side of an example image
+CAPTIONS = 3  # per example
+MANY_CLASSES = 200  # with more classes each has one example, otherwise two
+MOST_DUPLICATES = 100  # in the list
 
 
-def describe(splits: Splits, judged: Mapping[str, Dataset], group_column: str | None = None) -> dict:
-    """What there is to know of the data without opening them: see the keys below.
+def load_or_summarize(
+    folder: Path,
+    splits: Splits,
+    judged: Mapping[str, Dataset],
+    args: BenchmarkArguments,
+    model_args: ModelArguments,
+    data_args: BenchmarkData,
+) -> dict:
+    """The content of `data.json`: read from the folder, or written to it where it is missing or describes other data.
 
     Args:
-        judged: the splits that methods are judged on, by name, `test` first.
-        group_column: images with the same value there are not independent, as drawings of one concept.
+        judged: the splits that methods are evaluated on, by name, `test` first.
 
     Returns:
-        `class_names` (C), `labels` by judged split, `groups` likewise (None without a column),
-        `train_images_per_class` (C), `validation_images`, `captions` (None without any: `images` that have some,
-        `captions`), `duplicates` (`splits` and `images`, two each) with `duplicates_count`, `examples` of training images by
-        class number.
+        `dataset` and `model` (names), `arguments` (further settings to type for the same data), `made_from`
+        (fingerprints), `pictures_read_for` (the tasks whose pictures were all read), and the keys of `summarize`.
+    """
+    made_from = {
+        "data": splits.fingerprint(),
+        "judged": {name: fingerprint_of(dataset) for name, dataset in judged.items()},
+        "group_column": args.group_column,
+    }
+    found = read_json(folder / DATA_FILE)
+    if isinstance(found, dict) and found.get("made_from") == made_from:
+        return found
+    known = ("dataset_name", "shots")
+    typed = {
+        f.name: value
+        for f in fields(DataArguments)
+        if f.name not in known and (value := getattr(data_args, f.name)) != f.default
+    }
+    found = {
+        "dataset": describe_source(data_args.dataset_name, data_args.dataset_revision, "dataset", offline=True)["name"],
+        "model": describe_source(model_args.model_name_or_path, model_args.model_revision, "model", offline=True)[
+            "name"
+        ],
+        **summarize(splits, judged, args.group_column),
+        "arguments": typed | ({"allow_fewer": True} if args.allow_fewer else {}),
+        "made_from": made_from,
+    }
+    if found["captions"]:
+        cost = None
+        if data_args.captions_column in (None, "captions"):  # mmft-hf caption writes no other column
+            source, revision = data_args.dataset_name, data_args.dataset_revision
+            if data_args.captions_dataset:
+                source, revision = data_args.captions_dataset, None
+            cost = captioning_cost(source, revision)
+        found["captions"] |= cost or dict.fromkeys(
+            ("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds")
+        )
+    write_summary(folder, found)
+    return found
+
+
+def write_summary(folder: Path, content: dict) -> None:
+    """Writes `data.json`."""
+    write_json(folder / DATA_FILE, content, indent=None, ensure_ascii=False, allow_nan=False)
+
+
+def summarize(splits: Splits, judged: Mapping[str, Dataset], group_column: str | None = None) -> dict:
+    """A description of the data, enough for a report.
+
+    Args:
+        judged: as in `load_or_summarize`.
+        group_column: images with the same value there are not independent, such as several drawings of one concept.
+
+    Returns:
+        `class_names` (C), `labels` by judged split, `groups` likewise (None without a column), `train_images_per_class` (C),
+        `validation_images`, `captions` (None without any: `images` that have some, `captions`), `duplicates` (`splits` and
+        `images`, two each) and `duplicates_count`, `examples` of training images by class number.
 
     Raises:
         UserError: a judged split has no such column.
     """
     classes = len(splits.class_names)
     duplicates = find_duplicates({"train": splits.train, "validation": splits.validation, **judged})
-    captions = None
-    if splits.has_captions:
-        counts = splits.captions_per_image()
-        captions = {"images": int((counts > 0).sum()), "captions": int(counts.sum())}
+    counts = splits.captions_per_image() if splits.has_captions else None
     return {
         "class_names": list(splits.class_names),
         "labels": {name: labels_of(dataset).tolist() for name, dataset in judged.items()},
         "groups": groups_of(judged, group_column),
         "train_images_per_class": np.bincount(labels_of(splits.train), minlength=classes).tolist(),
         "validation_images": len(splits.validation),
-        "captions": captions,
+        "captions": None if counts is None else {"images": int((counts > 0).sum()), "captions": int(counts.sum())},
         "duplicates": duplicates[:MOST_DUPLICATES],
         "duplicates_count": len(duplicates),
         "examples": examples(splits.train, classes),
@@ -58,7 +120,7 @@ def describe(splits: Splits, judged: Mapping[str, Dataset], group_column: str | 
 
 
 def groups_of(judged: Mapping[str, Dataset], column: str | None) -> dict[str, list[str]] | None:
-    """The group of each image of each split; an image without one is its own."""
+    """The group of each image, by split; an image without a value is a group of its own. None without a column."""
     if column is None:
         return None
     for name, dataset in judged.items():
@@ -73,7 +135,7 @@ def groups_of(judged: Mapping[str, Dataset], column: str | None) -> dict[str, li
 
 
 def find_duplicates(splits: Mapping[str, Dataset]) -> list[dict]:
-    """Images of a split whose bytes an earlier split has, too: `splits` and `images`, the earlier ones first."""
+    """Images that an earlier split holds too, byte for byte: `splits` and `images`, the earlier one first."""
     first: dict[bytes, tuple[str, int]] = {}
     found = []
     for name, dataset in splits.items():
@@ -83,7 +145,7 @@ def find_duplicates(splits: Mapping[str, Dataset]) -> list[dict]:
             for batch in images.iter(256):
                 hashes += threads.map(content_hash, batch["image"])
         for row, digest in enumerate(hashes):
-            if digest == bytes(32):  # there is nothing to read
+            if digest == bytes(32):  # the file is missing
                 continue
             if digest in first:
                 split, other = first[digest]
@@ -95,18 +157,18 @@ def find_duplicates(splits: Mapping[str, Dataset]) -> list[dict]:
 
 
 def _name(dataset: Dataset, row: int) -> str:
-    """What an image is called: its own id, its file with the folder, which every class may have one of, or its row."""
+    """The name of an image: its id, else its folder and file name (classes may share file names), else its row."""
     known = [name for name in ("id", "source_row", "image") if name in dataset.column_names]
     found = dataset.select([row]).select_columns(known).cast_column("image", Image(decode=False))[0]
     if "id" in found:
         return str(found["id"])
     path = (found["image"] or {}).get("path") or ""
-    # What is in an archive is called `zip://bird/1.png::/home/me/birds.zip`.
+    # In an archive: `zip://bird/1.png::/home/me/birds.zip`.
     return "/".join(Path(path.split("::")[0]).parts[-2:]).lstrip("/") or f"row {found.get('source_row', row)}"
 
 
 def examples(train: Dataset, classes: int) -> dict[str, list[dict]]:
-    """Small training images of each class as base64 JPEG, with some of their captions; those with captions first, and different ones."""
+    """Small training images of each class as base64 JPEG with some of their captions, preferably with different captions."""
     each = 2 if classes <= MANY_CLASSES else 1
     rows = train.select_columns([c for c in ("image", "captions") if c in train.column_names])
     rows = rows.cast_column("image", Image(decode=False))
@@ -114,7 +176,7 @@ def examples(train: Dataset, classes: int) -> dict[str, list[dict]]:
     labels, found = labels_of(train), {}
     for label in range(classes):
         own = np.flatnonzero(labels == label).tolist()
-        if texts:  # those with texts of their own first: pictures of one thing may share theirs
+        if texts:  # the first image with each set of texts comes first
             once = {tuple(texts[row]): row for row in reversed(own) if texts[row]}
             own.sort(key=lambda row: (once.get(tuple(texts[row])) != row, not texts[row]))
         shown = []

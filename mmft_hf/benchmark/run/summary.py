@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from scipy.stats import t
 
-from .results import FULL
+from .results import FULL, latest
 
 FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that nothing is outside of
 
@@ -33,16 +33,6 @@ def in_order(shots: Iterable) -> list:
 def shots_name(n) -> str:
     """`1 shot`, `16 shots`, `all images`."""
     return "all images" if n == FULL else "untuned" if n == 0 else f"{n} shot{'' if n == 1 else 's'}"
-
-
-def latest(rows: Iterable[dict]) -> list[dict]:
-    """One row per cell: what was done, or else how it failed last. A cell that failed is tried again by the next run."""
-    found: dict[tuple, dict] = {}
-    for row in rows:
-        key = row["method"], row["shots"], row["seed"]
-        if row["status"] == "done" or found.get(key, row)["status"] != "done":
-            found[key] = row
-    return list(found.values())
 
 
 def seeds_text(counts: Iterable[int]) -> str:

@@ -1,0 +1,64 @@
+"""The settings of `mmft-hf benchmark` beside those of model, data and training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from ...core.arguments import DataArguments, setting
+from ...core.errors import UserError
+from .methods import METHODS
+
+
+@dataclass
+class BenchmarkArguments:
+    """Which methods to compare, and how."""
+
+    GROUPS: ClassVar = {"benchmark": "*"}
+
+    methods: list[str] = setting(
+        "zs zs-ens zs-cap lp gda tip-f lp++ flyp mmft mmft-no-captions".split(),
+        f"Methods by name: {', '.join(name for name, method in METHODS.items() if method.alpha == 1)}; NAME+wise: halfway "
+        "between the untuned weights and those of NAME, for methods that train weights.",
+    )
+    seeds: list[int] = setting([0, 1, 2], "Each seed draws a subset, an order and captions, the same for all methods.")
+    allow_fewer: bool = setting(False, "Take all images of a class that has fewer images than shots.")
+    learning_rates: list[float] | None = setting(
+        None,
+        "Fit each fine-tuning method once with each of these rates (ten times as large for LoRA); validation chooses. "
+        "Default: learning_rate alone.",
+    )
+    min_steps: int = setting(
+        0, "Train on few images for at least this many steps. Default: 0, num_train_epochs alone decides."
+    )
+    shift_splits: list[str] | None = setting(
+        None, "Further splits of the same classes to evaluate every method on, in addition to the test split."
+    )
+    group_column: str | None = setting(
+        None, "Test images with the same value here are not independent: intervals count them as one."
+    )
+    report: str | None = setting(None, "Only write the report of this folder of results again.")
+
+    def __post_init__(self):
+        if any(rate <= 0 for rate in self.learning_rates or ()):
+            raise UserError(f"--learning_rates: expected numbers above 0, found {min(self.learning_rates):g}.")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise UserError(f"--seeds: expected numbers from 0 to {2**32 - 1}, found {wrong[0]}.")
+        if self.min_steps < 0:
+            raise UserError(f"--min_steps: expected 0 or more, found {self.min_steps}.")
+
+
+@dataclass
+class BenchmarkData(DataArguments):
+    """The data set, and the numbers of shots in place of one.
+
+    Attributes:
+        whole: the same data set with all training images, as `load_splits` takes it.
+    """
+
+    GROUPS: ClassVar = {"benchmark": "shots", "data": "*"}
+
+    shots: list[str] = setting(["1", "4", "16", "full"], "Training images per class: several numbers, or full for all.")
+
+    def __post_init__(self):
+        self.whole = DataArguments(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "shots"})

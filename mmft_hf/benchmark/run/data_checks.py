@@ -1,0 +1,196 @@
+"""What is checked and noted about the data before the first cell, so that hours of work do not end in an error."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image
+from tqdm.auto import tqdm
+
+from ...core.arguments import DataArguments
+from ...core.errors import UserError, nearest
+from ...data.sources import SPLIT_NAMES, load_raw
+from ...data.splits import Splits, labels_of, text_columns
+from .methods import METHODS
+from .protocol import Cell, is_readable, make_task
+from .results import FULL
+from .summary import in_order, shots_name
+
+MOST_NAMED = 8
+# How a note of `load_splits` begins that is not true here: methods that need captions are left out.
+NO_CAPTIONS = "There are no captions"
+
+
+# -- splits ----------------------------------------------------------------------------------------------------------------
+def check_labels(args: DataArguments, shift_splits: Sequence[str]) -> None:
+    """Checks that the test split and the shift splits exist, have labels and serve no other purpose.
+
+    Raises:
+        UserError: one of them does not. A missing test split is fine: `load_splits` holds one out.
+    """
+    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+    roles = _roles(raw, args)
+    test = roles.get("test")
+    if test in raw and len(raw[test]) and not _has_labels(raw[test], args.label_column):
+        others = [name for name in raw if _has_labels(raw[name], args.label_column)]
+        raise UserError(
+            f"split {test!r}: expected labels to judge the methods by, found none. Type --test_split NAME with one that has "
+            f"labels ({', '.join(others) or 'there is none'})."
+        )
+    free = f"Splits that are free: {', '.join(name for name in raw if name not in roles.values()) or 'none'}."
+    for name in shift_splits:
+        role = next((role for role, split in roles.items() if split == name), None)
+        if name not in raw:
+            wrong = f"a split of the data set, found {', '.join(raw)}.{nearest(name, raw)}"
+        elif role:
+            wrong = f"one role for each split, found it as {role} split, too."
+        elif shift_splits.count(name) > 1:
+            wrong = "one role for each split, found it as a shift twice."
+        elif not len(raw[name]):
+            wrong = "images with labels, found 0 images."
+        elif not _has_labels(raw[name], args.label_column):
+            wrong = f"images with labels, found {len(raw[name])} images without any."
+        else:
+            continue
+        raise UserError(f"--shift_splits {name}: expected {wrong} {free}")
+
+
+def _roles(raw: DatasetDict, args: DataArguments) -> dict[str, str]:
+    """The split that `load_splits` takes for each role, where there is one."""
+    found = {}
+    for role, aliases in SPLIT_NAMES.items():
+        name = getattr(args, f"{role}_split") or next((alias for alias in aliases if alias in raw), None)
+        if name is not None and name not in found.values():
+            found[role] = name
+    return found if "train" in found else {"train": next(iter(raw)), **found}
+
+
+def _has_labels(dataset: Dataset, column: str) -> bool:
+    """Whether any row has a label; in test splits of challenges all labels are -1."""
+    return column not in dataset.column_names or not set(dataset[column][:]) <= {None, -1}
+
+
+# -- captions --------------------------------------------------------------------------------------------------------------
+def runnable(methods: Sequence[str], splits: Splits, dataset_name: str) -> tuple[list[str], list[str]]:
+    """The methods that can run on this data set, and a note on those that lack the captions they need.
+
+    Raises:
+        UserError: none can run.
+    """
+    without = [name for name in dict.fromkeys(methods) if METHODS[name].needs_captions]
+    if not without or (splits.has_captions and splits.captions_per_image().any()):
+        return list(methods), []
+    texts = text_columns(splits.train)
+    if texts and not splits.has_captions:
+        how = f"It has texts in {', '.join(texts)}: type --captions_column {texts[0]} to take them as captions."
+    else:
+        how = (
+            f"To write them, type: mmft-hf caption --dataset_name {shlex.quote(dataset_name)} --captioner transformers "
+            "--captioner_model HUB_ID --output_dir outputs/captioned (other captioners: mmft-hf caption --help); then "
+            "--dataset_name outputs/captioned here."
+        )
+    left = [name for name in methods if name not in without]
+    if not left:
+        raise UserError(f"--methods {' '.join(without)}: expected captions of the training images, found none. {how}")
+    return left, [f"Left out, because the training images have no captions: {', '.join(without)}. {how}"]
+
+
+# -- notes -----------------------------------------------------------------------------------------------------------------
+def notes_on(
+    splits: Splits, judged: Mapping[str, Dataset], shots: Iterable, unreadable: Mapping[str, list[str]]
+) -> list[str]:
+    """Sentences on missing images, which a reader of the results should know.
+
+    Args:
+        judged: the splits that methods are evaluated on, by name.
+        shots: of all cells.
+        unreadable: the images of each judged split that are skipped.
+    """
+    names, notes = splits.class_names, [note for note in splits.notes if not note.startswith(NO_CAPTIONS)]
+    counts = np.bincount(labels_of(splits.train), minlength=len(names))
+    for n in in_order(shots):
+        few = counts[counts < n] if n != FULL else ()
+        if len(few):
+            low, high = few.min(), few.max()
+            notes.append(
+                f"{shots_name(n)}: {_some_have(len(few), names)} fewer images ({low if low == high else f'{low} to {high}'}); "
+                "all of them are taken."
+            )
+    for split, dataset in judged.items():
+        missing = np.flatnonzero(np.bincount(labels_of(dataset), minlength=len(names)) == 0)
+        if len(missing):
+            notes.append(
+                f"{_some_have(len(missing), names)} no {split} image: {_some([names[c] for c in missing])}. Accuracy is over "
+                "the others."
+            )
+        if bad := unreadable.get(split):
+            notes.append(
+                f"{len(bad)} of {len(dataset):,} {split} images cannot be read and are not counted: {_some(bad)}."
+            )
+    return notes
+
+
+def duplicates_note(summary: dict) -> list[str]:
+    """A sentence on pictures that are in two splits, if there are any.
+
+    Args:
+        summary: see `data_summary`.
+    """
+    count = summary["duplicates_count"]
+    if not count:
+        return []
+    some = "; ".join(
+        f"{images[0]} of {splits[0]} is {images[1]} of {splits[1]}"
+        for splits, images in ((d["splits"], d["images"]) for d in summary["duplicates"][:3])
+    )
+    return [
+        f"{count} {'pictures are' if count > 1 else 'picture is'} in two splits, byte for byte ({some}): what is learnt or chosen "
+        "on one is then measured on the other. They stay in; for a fair comparison remove them from one split."
+    ]
+
+
+def _some_have(count: int, names: Sequence[str]) -> str:
+    return f"{count} of {len(names)} classes {'have' if count > 1 else 'has'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", …" if len(names) > MOST_NAMED else "")
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------------
+def refuse_unreadable(splits: Splits, judged: Mapping[str, Dataset], cells: Iterable[Cell], allow_fewer: bool) -> None:
+    """Reads every picture that these cells need.
+
+    Raises:
+        UserError: some cannot be read.
+    """
+    tasks = {(cell.shots, cell.seed) for cell in cells}
+    used = {row for task in tasks for row in make_task(splits, *task, allow_fewer)[1]["train"]}
+    parts = {"train": splits.train.select(sorted(used)), "validation": splits.validation, **judged}
+    bad = [place for name, dataset in parts.items() for place in unreadable(name, dataset)]
+    if bad:
+        them = "them" if len(bad) > 1 else "it"
+        raise UserError(
+            f"expected pictures that can be read, found {len(bad)} that cannot: {_some(bad)}. Repair or remove {them}, or type "
+            f"--on_bad_image skip to leave {them} out."
+        )
+
+
+def unreadable(name: str, dataset: Dataset) -> list[str]:
+    """The places of pictures in a split that cannot be decoded."""
+    columns = [column for column in ("image", "source_row") if column in dataset.column_names]
+    rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))
+    found, batch_size = [], 64
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding releases the interpreter lock
+        for start in tqdm(range(0, len(rows), batch_size), desc=f"Reading {name} images", leave=False, delay=1):
+            batch = rows[start : start + batch_size]
+            for i, readable in enumerate(threads.map(is_readable, batch["image"])):
+                if not readable:
+                    place = f"row {batch['source_row'][i] if 'source_row' in batch else start + i} of {dataset.split or name}"
+                    path = (batch["image"][i] or {}).get("path")
+                    found.append(f"{path} ({place})" if path else place)
+    return found

@@ -1,0 +1,206 @@
+"""`run_benchmark`: the whole of `mmft-hf benchmark` as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasets import Dataset
+
+from ...core.arguments import ModelArguments
+from ...core.console import many, say
+from ...core.errors import UserError, nearest
+from ...data.splits import Splits, load_splits, load_test_split
+from ...train.config import MMFTConfig
+from ..report import DRAWN, FIGURES, PAGE, write_report
+from .arguments import BenchmarkArguments, BenchmarkData
+from .context import Context
+from .data_checks import check_labels, duplicates_note, notes_on, refuse_unreadable, runnable, unreadable
+from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
+from .embedding_map import MAPS_FILE
+from .grid import Grid, cells
+from .identity import identity_of
+from .methods import METHODS
+from .processes import Claims, count_of_processes, number_of_process
+from .protocol import Cell, make_task, parse_shots
+from .results import CLAIMS, RESULTS_FILE, SUBSETS, read_results
+from .summary import image_note
+
+
+@dataclass
+class BenchmarkResult:
+    """The results of a grid.
+
+    Args:
+        folder: of results, subsets and report.
+        report: the page; only the first process of a launcher writes it, and the others have None.
+        rows: one for each cell, as in `results.jsonl`.
+        note: on the sampling error of the test images, for a reader of a table of the rows.
+    """
+
+    folder: Path
+    report: Path | None
+    rows: list[dict]
+    note: str
+
+
+def run_benchmark(
+    args: BenchmarkArguments,
+    model_args: ModelArguments,
+    data_args: BenchmarkData,
+    config: MMFTConfig,
+    say: Callable[[str], None] = say,
+) -> BenchmarkResult:
+    """Runs the cells of a grid that have no result yet, and writes the report.
+
+    Every cell is a method at a number of shots with a seed. Its result is a line of `results.jsonl` in `config.output_dir`;
+    the images that each task had are in `subsets/`. Several processes may share a folder.
+
+    Args:
+        say: prints a line of progress; only the first process of a launcher calls it.
+
+    Raises:
+        UserError: a setting that is wrong or has no effect here, data that cannot be judged on, results of another identity.
+    """
+    check_settings(args, model_args, config)
+    shots = parse_shots(data_args.shots)
+    if not cells(args.methods, shots, args.seeds):
+        raise UserError(
+            f"--shots: expected a number above 0 for {', '.join(args.methods)}, found {' '.join(data_args.shots)}. Type --shots 1 4, or "
+            "a method that needs no images: --methods zs."
+        )
+    shift_names = args.shift_splits or []
+    check_labels(data_args.whole, shift_names)
+    splits = load_splits(data_args.whole)
+    methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
+    grid_cells = cells(methods, shots, args.seeds)
+    shifts = {
+        name: load_test_split(replace(data_args.whole, test_split=name), splits.class_names) for name in shift_names
+    }
+    judged = {"test": splits.test, **shifts}
+    groups_of(judged, args.group_column)  # raises an error if there is no such column
+    identity = identity_of(args, model_args, data_args, config, splits, shifts)
+    folder, skip = Path(config.output_dir), config.on_bad_image == "skip"
+    if config.overwrite_output_dir:
+        for n in {cell.shots for cell in grid_cells}:
+            make_task(splits, n, 0, args.allow_fewer)  # a grid that cannot run deletes nothing
+        delete_benchmark(folder)
+    grid = Grid(grid_cells, splits, folder, identity, shifts, args.allow_fewer, skip, say)
+    left = grid.open_cells()
+    with Claims(folder / CLAIMS).alone("data"):
+        summary = load_or_summarize(folder, splits, judged, args, model_args, data_args)
+        if not skip:
+            _read_pictures(folder, summary, left, splits, judged, args.allow_fewer)
+    first = number_of_process() == 0
+    if first:
+        count = many(len(methods), "method")
+        images = {"train": splits.train, "validation": splits.validation, **judged}
+        say(f"Comparing {count} on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
+        say(f"  classes  {len(splits.class_names)}")
+        say(f"  images   {', '.join(f'{len(dataset):,} {name}' for name, dataset in images.items())}")
+        seeds = " ".join(map(str, args.seeds))
+        say(f"  cells    {len(grid_cells)}: {count}, shots {' '.join(data_args.shots)}, seeds {seeds}")
+        say(f"  output   {folder}")
+        skipped = {name: unreadable(name, dataset) for name, dataset in judged.items()} if skip and left else {}
+        notes = notes_on(splits, judged, {cell.shots for cell in grid_cells}, skipped)
+        for note in (*left_out, *notes, *duplicates_note(summary)):
+            say(f"\n  Note: {note}")
+        say("")
+        if len(left) < len(grid_cells):
+            say(f"{len(grid_cells) - len(left)} of {len(grid_cells)} cells are done already.")
+    context = None
+    if left:
+        model, revision = model_args.model_name_or_path, model_args.model_revision
+        context = Context(model, revision, config, args.learning_rates, args.min_steps)
+    rows = grid.run(context)
+    page = None
+    if first:
+        with grid.claims.alone("report"):
+            page = write_report(folder)
+    groups = (summary["groups"] or {}).get("test", ())
+    return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))))
+
+
+def check_packages() -> None:
+    """Raises `UserError` where scikit-learn or matplotlib is missing."""
+    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        if find_spec(module) is None:
+            raise UserError(f"benchmark: expected {package}, found none. Type: pip install 'mmft_hf[benchmark]'")
+
+
+def check_settings(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:
+    """Raises `UserError` for an unknown method, a missing package, or a setting that has no effect in a benchmark."""
+    check_packages()
+    for name in args.methods:
+        if name not in METHODS:
+            raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
+    towers = "A method says what it trains: --methods mmft-lora."
+    no_model = "A benchmark keeps and publishes no model, and an interrupted one continues by itself. Leave it out."
+    for settings, name, expected, why in (
+        (model_args, "vision_tower", "full", towers),
+        (model_args, "text_tower", "full", towers),
+        (config, "push_to_hub", False, no_model),
+        (config, "resume_from_checkpoint", None, no_model),
+        (config, "data_seed", None, "Each of --seeds draws an order, crops and captions of its own. Leave it out."),
+        (
+            config,  # otherwise other prototypes would select the epoch than those that are judged
+            "prototypes",
+            "captions",
+            "A method says what images are compared with: --methods mmft-train-captions for the class template, flyp-ens for "
+            "several. Leave it out.",
+        ),
+    ):
+        found = getattr(settings, name)
+        if found is not None and found is not False and found != expected:
+            raise UserError(f"--{name}: expected {expected or 'nothing'}, found {found}. {why}")
+
+
+def _read_pictures(
+    folder: Path,
+    summary: dict,
+    left: list[Cell],
+    splits: Splits,
+    judged: Mapping[str, Dataset],
+    allow_fewer: bool,
+) -> None:
+    """Refuses unreadable pictures in all tasks that are left; `data.json` records the tasks, so that each is read once."""
+    wanted, seen = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}, set(summary.get("pictures_read_for", ()))
+    if not wanted <= seen:
+        refuse_unreadable(splits, judged, left, allow_fewer)
+        write_summary(folder, summary | {"pictures_read_for": sorted(wanted | seen)})
+
+
+def delete_benchmark(folder: Path) -> None:
+    """Deletes results, subsets and report of an earlier benchmark, and no other file.
+
+    The lock files stay: they are empty, and a process that waits at one would wait in vain.
+
+    Raises:
+        UserError: other processes work in the folder; its `results.jsonl` is not that of a benchmark.
+    """
+    what = f"--overwrite_output_dir true: expected one process at {folder}, found"
+    if count_of_processes() > 1:
+        raise UserError(
+            f"{what} {count_of_processes()}, which would delete each other's results. Type another --output_dir, or delete it "
+            "beforehand."
+        )
+    if not read_results(folder / RESULTS_FILE):
+        return
+    claims = Claims(folder / CLAIMS)
+    with ExitStack() as held:
+        for lock in sorted(claims.folder.glob("*.lock")):
+            if not held.enter_context(claims.take(lock.stem)):
+                raise UserError(f"{what} another one at {lock.stem}. Wait for its end, or type another --output_dir.")
+        paths = [folder / name for name in (RESULTS_FILE, DATA_FILE, MAPS_FILE, PAGE)]
+        paths += [
+            *(folder / SUBSETS).glob("shots-*_seed-*.json"),
+            *(folder / FIGURES / f"{name}.png" for name in DRAWN),
+        ]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for inside in (folder / SUBSETS, folder / FIGURES):
+            if inside.is_dir() and not any(inside.iterdir()):
+                inside.rmdir()
