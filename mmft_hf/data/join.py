@@ -1,4 +1,4 @@
-"""Captions without images, joined to images that the user has: by the content of the files, whatever they are called."""
+"""Joins captions without images to images that the user has, by the sha256 of the image files."""
 
 from __future__ import annotations
 
@@ -12,60 +12,75 @@ from .texts import clean_class_name
 
 
 def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Dataset, list[str]]:
-    """Puts captions beside images whose bytes have their sha256.
+    """Adds captions to the images whose bytes have their sha256.
 
     Args:
         images: columns `image` (not decoded) and `label` (`ClassLabel`).
-        captions: every split has `captions` and `image_sha256`, and perhaps `label`.
-        name: of the captions' data set, for messages.
+        captions: every split has `captions` and `image_sha256`, and possibly `label`.
+        name: of the dataset of captions, for messages.
 
     Returns:
-        The images with `captions` (empty where there are none), and what did not match, in sentences.
+        The images with `captions` (empty if there are none), and sentences about what did not match.
 
     Raises:
-        UserError: a column is missing; not a single image matches.
+        UserError: a column is missing; no image matches.
     """
+    found = _captions_by_digest(captions, name)
+    names = images.features["label"].names
+    joined, matched, without, other_class = [], set(), 0, 0
+    for row in images.select_columns(["image", "label"]):
+        digest = _digest(row["image"])
+        entries = found.get(digest, ())
+        # A caption describes its class. It would be wrong for the same image under the name of another class.
+        own = _same_name(names[row["label"]])
+        texts = [text for label, texts in entries if label in (None, own) for text in texts]
+        matched |= {digest} if entries else set()
+        other_class += bool(entries) and not texts
+        without += not texts
+        joined.append(list(dict.fromkeys(texts)))
+    if found and not matched:
+        raise UserError(
+            f"{name}: expected captions of these images, found none: no image file has the content of any of its "
+            f"{len(found):,} captioned images. Files that were converted or resized do not match."
+        )
+    notes = [f"Captions of {name}: {len(joined) - without:,} of {len(joined):,} images have some."]
+    if without - other_class:
+        notes.append(f"{without - other_class:,} images are not in {name}, and train with the class template alone.")
+    if len(found) > len(matched):
+        notes.append(f"{len(found) - len(matched):,} captioned images of {name} are not among these images.")
+    if other_class:
+        notes.append(f"{other_class:,} images have another class there; those captions are left out.")
+    if "captions" in images.column_names:
+        images = images.remove_columns("captions")
+    return images.add_column("captions", joined, feature=List(Value("string"))), notes
+
+
+def _captions_by_digest(captions: DatasetDict, name: str) -> dict[str, list[tuple[str | None, list[str]]]]:
+    """The captions of each sha256, with the name of their class if it is known."""
     found: dict[str, list[tuple[str | None, list[str]]]] = {}
     for split, rows in captions.items():
         missing = [column for column in ("captions", "image_sha256") if column not in rows.column_names]
         if missing:
             raise UserError(
                 f"{name}, split {split!r}: expected columns captions and image_sha256, found {', '.join(rows.column_names)}. "
-                "Type the name of a data set that mmft-hf push made."
+                "Type the name of a dataset that mmft-hf push published."
             )
         kind = rows.features.get("label")
-        lean = rows.select_columns([c for c in ("captions", "image_sha256", "label") if c in rows.column_names])
-        for row in lean:
-            label = kind.names[row["label"]] if isinstance(kind, ClassLabel) and row["label"] is not None else None
+        for row in rows.select_columns([c for c in ("captions", "image_sha256", "label") if c in rows.column_names]):
+            known = isinstance(kind, ClassLabel) and row["label"] is not None
+            label = _same_name(kind.names[row["label"]]) if known else None
             if row["image_sha256"] and row["captions"]:
                 found.setdefault(row["image_sha256"], []).append((label, row["captions"]))
-    names = images.features["label"].names
-    joined, used, without, other_class = [], set(), 0, 0
-    for row in images.select_columns(["image", "label"]):
-        try:
-            digest = hashlib.sha256(original_bytes(row["image"])).hexdigest()
-        except BadImage:
-            digest = ""
-        own = clean_class_name(names[row["label"]]).casefold()
-        entries = found.get(digest, ())
-        # A caption speaks of its class: under another name of the same picture it would be wrong.
-        fitting = [texts for label, texts in entries if label is None or clean_class_name(label).casefold() == own]
-        other_class += bool(entries) and not fitting
-        without += not fitting
-        used |= {digest} if entries else set()
-        joined.append(list(dict.fromkeys(text for texts in fitting for text in texts)))
-    if found and not used:
-        raise UserError(
-            f"{name}: expected captions of these images, found none: no image file has the content that any of its "
-            f"{len(found):,} captioned images has. Files that were converted or resized do not match."
-        )
-    notes = [f"Captions of {name}: {len(joined) - without:,} of {len(joined):,} images have some."]
-    if without - other_class:
-        notes.append(f"{without - other_class:,} images are not in {name}, and train with the class template alone.")
-    if len(found) > len(used):
-        notes.append(f"{len(found) - len(used):,} captioned images of {name} are not among these images.")
-    if other_class:
-        notes.append(f"{other_class:,} images have another class there; those captions are left out.")
-    if "captions" in images.column_names:
-        images = images.remove_columns("captions")
-    return images.add_column("captions", joined, feature=List(Value("string"))), notes
+    return found
+
+
+def _same_name(class_name: str) -> str:
+    """Equal for names that differ only in case, hyphens or underscores."""
+    return clean_class_name(class_name).casefold()
+
+
+def _digest(image: dict | None) -> str:
+    try:
+        return hashlib.sha256(original_bytes(image)).hexdigest()
+    except BadImage:
+        return ""

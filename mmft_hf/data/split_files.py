@@ -1,6 +1,6 @@
-"""Split files of CoOp (`split_zhou_*.json`), which many few-shot papers share: the pictures of each split, by path.
+"""CoOp split files (`split_zhou_*.json`), which many few-shot papers share: the image paths of each split.
 
-Only these: CoOp's few-shot subsets are pickles, and opening a pickle runs what is in it.
+CoOp's few-shot subsets are not read: they are pickles, and opening a pickle can run any code.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
 
     Args:
         name: path of a JSON file.
-        image_root (*optional*): folder that its paths start from. Default: the file's own, or the one folder beside the
-            file that has the first picture, as CoOp lays them out.
+        image_root (*optional*): folder that the paths are relative to. Default: the folder of the file, or the single
+            folder next to the file that holds the first image, as in CoOp's layout.
 
     Returns:
         Splits `train`, `validation` and `test` with `image` (absolute paths) and `label`, classes in the order of their
-        numbers; None: the file is something else.
+        numbers. None if the file is something else.
 
     Raises:
-        UserError: other splits or rows; two names of a class; a picture that is missing or there twice.
+        UserError: other splits or rows; a class with two names; an image that is missing or listed twice.
     """
     file = Path(name)
     try:
         found = json.loads(file.read_text("utf-8"))
-    except ValueError:  # JSON lines, for one
+    except ValueError:  # for example JSON lines
         found = None
     if not isinstance(found, dict) or "train" not in found:
         return None
@@ -75,7 +75,7 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
 
 
 def _root(file: Path, first: str, image_root: str | None) -> Path:
-    """The folder that the paths start from, absolute."""
+    """The folder that the paths are relative to, as an absolute path."""
     if image_root:
         return Path(image_root).absolute()
     beside = file.absolute().parent

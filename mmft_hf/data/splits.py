@@ -1,7 +1,7 @@
-"""The data contract: load, map columns by name, validate, split. No image is opened here.
+"""Loads datasets under the contract's column names, checks them, and splits them. No image is opened here.
 
-Columns after loading: `image`, `label` (a `ClassLabel` whose names are the class names) and, where there are captions,
-`captions` (text or list of texts per image; none and empty are allowed). Other columns stay as they are.
+Columns after loading: `image`, `label` (a `ClassLabel` whose names are the class names) and, if there are captions,
+`captions` (a text or a list of texts per image; null and empty are allowed). Other columns stay as they are.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from ..core.builtin import builtin
 from ..core.errors import UserError, nearest
 from .join import join_captions
 from .sampling import few_shot_split, hold_out
-from .sources import SPLIT_NAMES, empty_split, load_raw, what_was_read
+from .sources import NULL, SPLIT_NAMES, empty_split, load_raw, what_was_read
 from .texts import clean_class_name
 
 logger = logging.getLogger(__name__)
 
 TEXT = (Value("string"), Value("large_string"))
-NOTHING = (Value("null"),)  # what a column of JSON is read as if no row has a value
 
 
 @dataclass
 class Splits:
-    """What a run works on. `notes` says in sentences what was decided for the user."""
+    """The data of a run. `notes` are sentences about decisions that were made for the user."""
 
     train: Dataset
     validation: Dataset
@@ -47,9 +46,9 @@ class Splits:
         return np.array([len(captions_of(value)) for value in self.train["captions"][:]])
 
     def fingerprint(self) -> str:
-        """16 hex digits of class names and, for each split, labels, picture files and (training) captions.
+        """16 hex digits that depend on the class names, the labels and images of each split, and the training captions.
 
-        Pictures are told apart by file name and size, so none is opened; the folder that holds them does not count.
+        Images are identified by file name and size, so none is opened. The folder that holds them does not count.
         """
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for split in (self.train, self.validation, self.test):
@@ -60,8 +59,8 @@ class Splits:
         return digest.hexdigest()[:16]
 
 
-def _add_source(dataset: Dataset) -> Dataset:
-    """Adds `source_row`, to name a bad picture after splits were cut, and `image_id`, to tell pictures apart unopened."""
+def _add_ids(dataset: Dataset) -> Dataset:
+    """Adds `source_row`, which still names a row after a split was divided, and `image_id`, file name and size."""
     ids = []
     for chunk in dataset.data.column("image").chunks:
         content, paths = chunk.field("bytes"), chunk.field("path")
@@ -74,18 +73,18 @@ def _add_source(dataset: Dataset) -> Dataset:
 
 
 def labels_of(dataset: Dataset) -> np.ndarray:
-    """The labels `(rows,)`, read without touching any other column."""
+    """The labels `(rows,)`. No other column is read."""
     return np.asarray(dataset["label"][:], dtype=np.int64)
 
 
 def captions_of(value: str | list | None) -> list[str]:
-    """The captions of one row: nothing, one text or a list become a list of texts that are not blank."""
+    """The captions of one row as a list. Blank ones are dropped."""
     texts = [value] if isinstance(value, str) else value or []
     return [text.strip() for text in texts if text and text.strip()]
 
 
 def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bool]:
-    """Renames the three columns, checks their types and makes image paths absolute."""
+    """Gives the columns of the contract their names, checks their types and makes image paths absolute."""
     path = Path(builtin(args.dataset_name))
     base = Path(args.image_root or (path.parent if path.is_file() else path))
     features = next(iter(raw.values())).features
@@ -95,7 +94,7 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
         wanted["captions"] = captions
     if list(features) == ["image"] and path.is_dir():
         raise UserError(
-            f"data set {args.dataset_name!r}: expected one subfolder of images per class, and two classes or more; found "
+            f"dataset {args.dataset_name!r}: expected one subfolder of images per class, and two classes or more; found "
             "images without a class. Move them, or type --dataset_name FILE.csv with columns image and label."
         )
     for role, column in wanted.items():
@@ -106,14 +105,14 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
                 + (f" Columns of text: {', '.join(lists)}." if lists else "")
                 + (nearest(column, features) or f" Type --{role}_column NAME.")
             )
-    if captions and not is_text(features[captions], *NOTHING):
+    if captions and not is_text(features[captions]) and features[captions] not in (NULL, List(NULL)):
         raise UserError(
             f"column {captions!r}: expected text or a list of texts as captions, found {features[captions]}. "
-            "Type --captions_column NAME, or leave it out to train with class templates alone."
+            "Type --captions_column NAME, or leave it out to train with the class template alone."
         )
     mapped = DatasetDict()
     for split, dataset in raw.items():
-        # A column that already has a contract's name without playing that role makes way.
+        # Another column that already has a name of the contract is dropped.
         in_the_way = [role for role, column in wanted.items() if role != column and role in dataset.column_names]
         dataset = dataset.remove_columns(in_the_way)
         dataset = dataset.rename_columns({column: role for role, column in wanted.items() if role != column})
@@ -136,13 +135,13 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
     return mapped, bool(captions)
 
 
-def is_text(kind, *others) -> bool:
-    """Whether a column's type is text or a list of texts (or one of `others`)."""
-    return (kind.feature if isinstance(kind, List) else kind) in (*TEXT, *others)
+def is_text(kind) -> bool:
+    """Whether a column's type is text or a list of texts."""
+    return (kind.feature if isinstance(kind, List) else kind) in TEXT
 
 
 def text_columns(dataset: Dataset) -> list[str]:
-    """Names of the columns that hold a list of texts per row, which could serve as captions."""
+    """Names of the columns with a list of texts per row, which could be captions."""
     return [name for name, kind in dataset.features.items() if isinstance(kind, List) and is_text(kind)]
 
 
@@ -157,8 +156,8 @@ def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str
     elif isinstance(kind, Value) and kind.dtype.startswith(("int", "uint")):
         count = len(set(data[train]["label"]))
         raise UserError(
-            f"column {args.label_column!r}: expected class names, found bare numbers ({count} different ones), from "
-            "which no prompt can be made. Type --class_names NAME_OF_0 NAME_OF_1 …"
+            f"column {args.label_column!r}: expected class names, found plain numbers ({count} different ones), "
+            "which cannot be used in a prompt. Type --class_names NAME_OF_0 NAME_OF_1 …"
         )
     else:
         raise UserError(f"column {args.label_column!r}: expected class names or numbers, found {kind}.")
@@ -175,11 +174,11 @@ def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str
 
 
 def _encode_labels(dataset: Dataset, split: str, names: list[str], column: str) -> Dataset:
-    """Labels as `ClassLabel` over `names`; text is looked up, numbers are checked."""
-    values = dataset["label"][:]
-    if isinstance(dataset.features["label"], ClassLabel) and dataset.features["label"].names != names:
-        own = dataset.features["label"].names
-        values = [own[v] if v is not None and 0 <= v < len(own) else v for v in values]
+    """Converts the labels to a `ClassLabel` over `names`. Classes are matched by name, plain numbers are checked."""
+    values, kind = dataset["label"][:], dataset.features["label"]
+    own = kind.names if isinstance(kind, ClassLabel) else []
+    if own != names:
+        values = [own[v] if own and v is not None and 0 <= v < len(own) else v for v in values]
     lookup = {name: i for i, name in enumerate(names)}
     labels = [lookup.get(v, -1) if isinstance(v, str) else v for v in values]
     for row, label in enumerate(labels):
@@ -189,7 +188,7 @@ def _encode_labels(dataset: Dataset, split: str, names: list[str], column: str) 
                 f"({len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}). "
                 "Correct the row, or leave the split out."
             )
-    if isinstance(dataset.features["label"], ClassLabel) and dataset.features["label"].names == names:
+    if own == names:
         return dataset
     dataset = dataset.remove_columns("label").add_column("label", labels)
     return dataset.cast_column("label", ClassLabel(names=names))
@@ -199,26 +198,26 @@ def _find_split(data: DatasetDict, role: str, name: str | None) -> str | None:
     if name is not None:
         if name not in data:
             raise UserError(
-                f"split {name!r} is missing: found {', '.join(data)}.{nearest(name, data) or ''} Type --{role}_split NAME."
+                f"split {name!r} is missing: found {', '.join(data)}.{nearest(name, data)} Type --{role}_split NAME."
             )
         return name
     return next((alias for alias in SPLIT_NAMES[role] if alias in data), None)
 
 
 def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None = None, **options) -> DatasetDict:
-    """Loads labelled images, with captions where there are any, under the contract's column names.
+    """Loads labelled images and their captions under the contract's column names.
 
     Args:
-        name: Hub id, folder of parquet files, folder of images in class folders, CSV/JSONL file, split file of CoOp, or
+        name: Hub id, folder of parquet files, folder of images in class folders, CSV/JSONL file, CoOp split file, or
             `builtin/emoji-mini`.
-        config: configuration of a Hub data set.
+        config: configuration of a Hub dataset.
         options: any field of `DataArguments`, e.g. `captions_column="text"`.
 
     Returns:
-        All splits, each with `image` (decoded on access), `label` (`ClassLabel`) and perhaps `captions`.
+        All splits, each with `image` (decoded on access), `label` (`ClassLabel`) and, if there are any, `captions`.
 
     Raises:
-        UserError: nothing there, a missing column, a wrong type, a label outside the class list, two equal class names.
+        UserError: no such dataset, a missing column, a wrong type, a label outside the class list, two equal class names.
     """
     data, _, _, notes = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
     for note in notes:
@@ -239,12 +238,12 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]
     data, has_captions = _map_columns(raw, args)
     notes = what_was_read(args.dataset_name, raw)
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
-        if set(data[split]["label"][:]) <= {None, -1}:  # as in the test split of a challenge
+        if set(data[split]["label"][:]) <= {None, -1}:  # for example the test split of a challenge
             del data[split]
             notes.append(f"Split {split!r} has no labels and is left out.")
     names = _class_names(data, train, args)
     if args.class_names:
-        # Names typed by the user are given by position.
+        # Names that the user types are given by position.
         data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
     encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
     if args.captions_dataset:
@@ -264,13 +263,13 @@ def _rename_classes(dataset: Dataset, names: list[str]) -> Dataset:
 
 
 def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | None:
-    """One labelled split with its labels matched, by name, to the classes of a trained model.
+    """Loads the test split, with its labels matched by name to the classes of a trained model.
 
     Returns:
-        The split named by `test_split` (or `test`); None where no split is named and there is no `test`.
+        The split named by `test_split` (default `test`). None if no split is named and there is no `test`.
 
     Raises:
-        UserError: as `load_captioned_dataset`; a class that the model does not know.
+        UserError: as `load_captioned_dataset`, and for a class that the model does not know.
     """
     raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
     split = _find_split(raw, "test", args.test_split)
@@ -282,20 +281,21 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     dataset = data[split]
     if args.class_names:
         dataset = _encode_labels(_rename_classes(dataset, args.class_names), split, args.class_names, args.label_column)
-    return _add_source(_encode_labels(dataset, split, class_names, args.label_column))
+    return _add_ids(_encode_labels(dataset, split, class_names, args.label_column))
 
 
 def load_splits(args: DataArguments) -> Splits:
-    """Loads a data set and decides what is trained on, what selects, and what is tested.
+    """Loads a dataset and decides which images are for training, validation and test.
 
-    Where a split is missing, part of every class of the training split is held out, the same for every seed of the
-    training. Few-shot subsets (`shots`) are drawn from what is left; validation and test stay whole.
+    If a split is missing, part of each class of the training split is held out for it. `shots_seed` alone decides which
+    part, so it does not depend on the seed of the training. Few-shot subsets (`shots`) are drawn from the rest;
+    validation and test stay whole.
 
     Raises:
         UserError: as `load_captioned_dataset`, and for a class without a training image.
     """
     data, names, has_captions, notes = _load(args)
-    data = DatasetDict({name: _add_source(split) for name, split in data.items()})
+    data = DatasetDict({name: _add_ids(split) for name, split in data.items()})
     train_name = _find_split(data, "train", args.train_split) or next(iter(data))
     train = data[train_name]
     chosen, used = {}, {train_name: "train"}
@@ -304,7 +304,9 @@ def load_splits(args: DataArguments) -> Splits:
         found = _find_split(data, role, named)
         tested = found is not None and found == args.test_split and named is None
         if tested:
-            found = None  # what is called validation is tested on, so selection needs a part of train
+            found = (
+                None  # the validation split is the test split, so part of the training split is held out for selection
+            )
         if found in used:
             raise UserError(
                 f"split {found!r}: expected one role for each split, found {used[found]} and {role}. Found splits: "
@@ -321,8 +323,8 @@ def load_splits(args: DataArguments) -> Splits:
             )
         chosen[role], train = train.select(held), train.select(rest)
         notes.append(
-            f"There is no {role} split{' but the one that is tested on' * tested}: {len(held)} images ({share:.0%} of each class, seed {args.shots_seed}) were held "
-            f"out of {train_name!r} for it."
+            f"There is no {role} split{' but the one that is tested on' * tested}: {len(held)} images ({share:.0%} of each "
+            f"class, seed {args.shots_seed}) were held out of {train_name!r} for it."
         )
     counts = np.bincount(labels_of(train), minlength=len(names))
     if (counts == 0).any():

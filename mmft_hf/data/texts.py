@@ -1,4 +1,4 @@
-"""Words around a class name: clean-up, the class template before every caption, and what a captioner is asked."""
+"""Texts about a class: clean class names, the class template, and the prompts for a captioner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.errors import UserError, nearest
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
-# CLIP's 80 wordings for ImageNet (OpenAI, MIT licence), whose embeddings are averaged by `--prototypes templates` and `zs-ens`.
+# CLIP's 80 ImageNet templates (OpenAI, MIT licence). `--prototypes templates` and `zs-ens` average their embeddings.
 TEMPLATES = tuple((ASSETS / "clip_templates" / "templates.txt").read_text(encoding="utf-8").splitlines())
 
 
@@ -24,7 +24,7 @@ def clean_class_name(name: str) -> str:
 
 
 def check_template(template: str) -> str:
-    """Returns the template, or raises `UserError` unless it holds `{}` exactly once."""
+    """Returns the template. Raises `UserError` unless it contains `{}` exactly once."""
     if template.count("{}") != 1:
         raise UserError(
             f"class_template: expected a text with {{}} once, where the class name goes, found {template!r}. "
@@ -39,14 +39,14 @@ def class_prompt(template: str, class_name: str) -> str:
 
 
 def training_text(template: str, class_name: str, caption: str | None) -> str:
-    """`a photo of a {class}. {caption}`, or the class prompt alone where there is no caption."""
+    """`a photo of a {class}. {caption}`, or the class prompt alone if there is no caption."""
     prompt = class_prompt(template, class_name)
     return f"{prompt} {caption}" if caption else prompt
 
 
-# -- what a captioner is asked --------------------------------------------------------------------------------------------
-# The method's own prompt (Enomoto & Yamaguchi 2026, arXiv 2601.21426), with its eight aspects and the domain words of its
-# benchmark data sets. "aircrafts" and "satellite" read oddly, but are what the captions were asked with.
+# -- prompts for a captioner --------------------------------------------------------------------------------------------
+# The prompt of the method (Enomoto & Yamaguchi 2026, arXiv 2601.21426), with its eight aspects and the domain words for its
+# benchmark datasets. "aircrafts" and "satellite" read oddly, but are the words that the authors used.
 PROMPT = (
     "To differentiate this {class_name} photo from other {domain} photos, describe its primary {aspect} characteristics "
     "based on the photo in {words} words."
@@ -71,7 +71,7 @@ PLACEHOLDERS = ("class_name", "domain", "aspect", "words")
 
 
 def printable(name: str) -> str:
-    """A class name that can neither break a line nor hide or turn text: at most 80 visible characters on one line."""
+    """A class name as at most 80 visible characters on one line, without control or bidirectional characters."""
     name = unicodedata.normalize("NFKC", name)
     kept = "".join(
         " " if c.isspace() else c for c in name if c.isspace() or not unicodedata.category(c).startswith("C")
@@ -81,18 +81,18 @@ def printable(name: str) -> str:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a captioning run: one for each aspect.
+    """The prompts of a captioning run, one per aspect.
 
     Args:
-        aspects: names of `ASPECTS`, or own ones that `own_prompts` or `template` can serve.
-        domain: what the pictures are of, e.g. `pets`; a name of `DOMAINS` stands for its word.
-        words: length asked for, in words.
+        aspects: names from `ASPECTS`, or other names that `own_prompts` or `template` covers.
+        domain: what the pictures show, e.g. `pets`. A name from `DOMAINS` stands for its word.
+        words: requested length in words.
         template: text with the placeholders `{class_name}`, `{domain}`, `{aspect}`, `{words}`, each optional.
-        own_prompts: a template of its own for some aspects.
-        clean_names: whether class names are cleaned (`saint_bernard` -> `saint bernard`) and written in lower case.
+        own_prompts: templates for single aspects.
+        clean_names: whether class names are cleaned (`saint_bernard` -> `saint bernard`) and put in lower case.
 
     Raises:
-        UserError: no aspect, one named twice, an unknown placeholder, fewer than one word.
+        UserError: no aspect, a repeated aspect, an unknown placeholder, fewer than one word.
     """
 
     aspects: tuple[str, ...] = ("visual", "shape", "texture")
@@ -129,7 +129,7 @@ class PromptSet:
             )
 
     def prompt(self, aspect: str, class_name: str) -> str:
-        """The text asked about one picture. Substitution is one pass: braces inside a class name stay text."""
+        """The prompt for one picture. Substitution is one pass, so braces inside a class name stay text."""
         name = printable(clean_class_name(class_name).lower() if self.clean_names else class_name)
         values = {
             "class_name": name,
@@ -141,7 +141,7 @@ class PromptSet:
         return re.sub(r"\{(\w*)\}", lambda match: values[match[1]], template)
 
     def joint_prompt(self, class_name: str) -> str:
-        """One text that asks for all aspects at once, to be answered with a JSON object that has their names as keys."""
+        """One prompt that asks for all aspects at once, as a JSON object with their names as keys."""
         tasks = "\n".join(f"{json.dumps(a)}: {self.prompt(a, class_name)}" for a in self.aspects)
         return (
             "Do each of these tasks for the picture. Answer with one JSON object and nothing else; its keys are "
@@ -149,5 +149,5 @@ class PromptSet:
         )
 
     def prompt_id(self, aspect: str) -> str:
-        """8 hex digits of the prompt before the class name is filled in: equal for equal wording."""
+        """8 hex digits that identify the wording of a prompt, whatever the class name."""
         return hashlib.sha256(self.prompt(aspect, "\0").encode()).hexdigest()[:8]

@@ -333,7 +333,7 @@ def test_row_without_a_label(fails, finetune, tmp_path):
 
 def test_bare_numbers_without_names(fails, finetune, tmp_path):
     path = write_csv(tmp_path / "a.csv", [{"image": f"{i}.png", "label": i % 3} for i in range(9)])
-    fails(finetune(data=path), "expected class names", "bare numbers (3 different", "--class_names")
+    fails(finetune(data=path), "expected class names", "plain numbers (3 different", "--class_names")
 
 
 def test_labels_of_the_wrong_type(fails, finetune, tmp_path):

@@ -156,7 +156,7 @@ def test_metadata_of_training_pictures_alone(labelled, tmp_path):
         assert [splits.class_names[c] for c in labels_of(split)] == [path.split("/")[-2] for path in paths_of(split)]
     assert [len(splits.validation), len(splits.test)] == [9, 9]
     assert splits.train["captions"][:] == [row["text"] for row in rows[1:]]
-    assert splits.notes == ["1 of 27 pictures are in no metadata file, and are left out."]
+    assert splits.notes == ["1 of 27 images are in no metadata file and are left out."]
     assert "type --captions_column text" in splits_of(tmp_path).notes[-1]
 
 
@@ -215,7 +215,7 @@ def test_files_beside_train_are_its_other_splits(kind, pictures, tmp_path):
     write(tmp_path / f"test.{kind}", lean[12:][::-1])
     write_csv(tmp_path / "dev.txt", lean)
     splits = splits_of(path, captions_column="text")
-    assert splits.notes == [f"Beside train.{kind}, val.{kind} and test.{kind} are read as further splits."]
+    assert splits.notes == [f"val.{kind} and test.{kind} next to train.{kind} are read as further splits."]
     assert splits.class_names == ["7", "8", "nine"] and splits.captions_per_image().tolist() == [1] * 9
     for split, expected in (
         (splits.validation, [r for r in rows[9:15] if r["label"] != "nine"]),

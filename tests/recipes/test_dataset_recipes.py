@@ -429,7 +429,7 @@ def test_what_is_wrong_with_a_split_file_is_said(coop, tmp_path):
         load_splits(DataArguments(str(file)))
     pickle = tmp_path / "shot_16-seed_1.pkl"
     pickle.write_bytes(b"")
-    with pytest.raises(UserError, match="A pickle can run anything when it is opened"):
+    with pytest.raises(UserError, match="A pickle can run any code when it is opened"):
         load_splits(DataArguments(str(pickle)))
 
 
