@@ -28,7 +28,7 @@ from .split import SplitCaptioner, add_texts, make_checker, new_run_id
 from .types import ACCEPTED, OPEN
 from .write.card import CLASS_MARK, caption_card
 from .write.dataset import JournalSource, without_captions
-from .write.folder import CaptionFolder
+from .write.output_folder import CaptionFolder
 from .write.report import caption_report
 from .write.statistics import CaptionStatistics
 

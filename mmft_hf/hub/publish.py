@@ -182,14 +182,14 @@ def dataset_files(
     from datasets import Image, load_dataset
 
     from ..captioning.write.card import caption_card
-    from ..captioning.write.folder import PAGE_FILE, PICTURE_FILE, RECORD_FILE, CaptionFolder
+    from ..captioning.write.output_folder import DETAILS_FILE, PAGE_FILE, PICTURE_FILE, CaptionFolder
     from ..captioning.write.statistics import CaptionStatistics
 
-    folder, record = Path(folder), CaptionFolder(folder).record()
+    folder, record = Path(folder), CaptionFolder(folder).details()
     data_files = [folder / name for name in record.get("files", ()) if DATA_FILES.fullmatch(name)]
     if not data_files or not all(path.is_file() for path in data_files):
         raise UserError(
-            f"{folder}: expected the output folder of mmft-hf caption, found no {RECORD_FILE} whose parquet files are all there. "
+            f"{folder}: expected the output folder of mmft-hf caption, found no {DETAILS_FILE} whose parquet files are all there. "
             "Run mmft-hf caption first, or again."
         )
     scratch.mkdir(parents=True)
@@ -216,7 +216,9 @@ def dataset_files(
     first = first.cast_column("image", Image(decode=False))
     card = caption_card(CaptionStatistics(first), scratch, details, repo_id, captions_only)
     files[CARD_FILE] = card.read_bytes()
-    files[RECORD_FILE] = (json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n").encode()
+    files[DETAILS_FILE] = (
+        json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n"
+    ).encode()
     return files
 
 
@@ -225,7 +227,7 @@ def _written(dataset, folder: Path) -> Path:
     from datasets import Dataset, DatasetDict
 
     from ..captioning.write.dataset import CAPTION_FEATURES
-    from ..captioning.write.folder import CaptionFolder
+    from ..captioning.write.output_folder import CaptionFolder
     from ..captioning.write.report import caption_report
     from ..captioning.write.statistics import CaptionStatistics
 

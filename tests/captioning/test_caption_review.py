@@ -26,7 +26,7 @@ from mmft_hf.captioning.ask.processes import Processes
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.split import SplitCaptioner
 from mmft_hf.captioning.types import Sampling, Transient
-from mmft_hf.captioning.write.folder import CaptionFolder
+from mmft_hf.captioning.write.output_folder import CaptionFolder
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import BadImage, original_bytes
 from mmft_hf.hub.cards.sources import captioning_cost

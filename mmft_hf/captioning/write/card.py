@@ -14,7 +14,7 @@ from ...core.pages import render_card
 from ...core.repositories import describe_recorded_dataset
 from ...version import __version__
 from ..judge.checks import TABLE
-from .folder import PAGE_FILE, PICTURE_FILE
+from .output_folder import PAGE_FILE, PICTURE_FILE
 from .statistics import CaptionStatistics, percentage, spread
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -19,7 +19,7 @@ from ...version import __version__
 from ..judge.checks import CHECKS, TABLE
 from ..types import ACCEPTED, OPEN
 from .card import TEMPLATES, captioned_splits, title
-from .folder import PAGE_FILE, PICTURE_FILE
+from .output_folder import PAGE_FILE, PICTURE_FILE
 from .statistics import CaptionStatistics, percentage, spread
 
 SAMPLES, NOTABLE_SAMPLES, ON_PICTURE = 12, 12, 6

@@ -21,7 +21,7 @@ from ...captioning.judge.tokens import load_counter
 from ...captioning.types import ACCEPTED, OPEN, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionWorkflow, load_data, write_folder
 from ...captioning.write.dataset import without_captions
-from ...captioning.write.folder import CaptionFolder
+from ...captioning.write.output_folder import CaptionFolder
 from ...core.arguments import DataArguments
 from ...core.console import is_main, many, printable_text, say, table
 from ...core.errors import UserError, nearest
@@ -68,7 +68,7 @@ def plan(data_args: DataArguments, args: CaptionArguments) -> None:
 def status(data_args: DataArguments, args: CaptionArguments) -> None:
     """Shows what a journal holds: results by aspect, checks that fired, failures with their reasons."""
     folder = CaptionFolder(args.output_dir)
-    record = folder.record()
+    record = folder.details()
     made_from = record.get("made_from") or {}
     backend = (made_from.get("captioner") or {}).get("backend")  # only of a captioner that asks no model
     journal = _journal(args, f"a data set of captioner {backend}, which needs none" if backend else "none")
@@ -129,7 +129,7 @@ def _journal(args: CaptionArguments, found: str = "none") -> Path:
 def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
     """File names of the images with these sha256, from the data set in the folder as far as it is written."""
     found: dict[str, str] = {}
-    for name in folder.record().get("files", ()):
+    for name in folder.details().get("files", ()):
         if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():
             with pq.ParquetFile(folder.path / name) as file:
                 shard = file.read(["image.path", "image_sha256"])  # no picture is read

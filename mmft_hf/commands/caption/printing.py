@@ -15,7 +15,7 @@ from ...captioning.ask.plan import Plan, WorkItem
 from ...captioning.split import SplitCaptioner
 from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionResult, CaptionWorkflow, WrittenFolder
-from ...captioning.write.folder import PAGE_FILE
+from ...captioning.write.output_folder import PAGE_FILE
 from ...captioning.write.statistics import CaptionStatistics
 from ...core.console import many, printable_text, say, table
 from ...core.errors import PartialResult, nearest

@@ -1,14 +1,14 @@
-"""The folder of a captioning run: `data/*.parquet`, `captions.json`, a report, a card; and `journal/`, which stays.
+"""The output folder of a captioning run: `data/*.parquet`, `captions.json`, the report, the card, and the `journal/`.
 
-A new data set takes the place of an old one file by file, the record last: whatever a kill leaves, the folder is known
-as ours, and the same command mends it.
+A new dataset replaces an old one file by file, `captions.json` last. After a kill the folder is still recognised as ours,
+and the same command repairs it. The journal always stays.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
 
@@ -19,7 +19,7 @@ from ...core.errors import UserError
 from ...core.files import is_temporary, read_json, write_json
 from ...version import __version__
 
-RECORD_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
+DETAILS_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
 PARTIAL = ".partial"
 SHARD_BYTES = 500 * 2**20
 
@@ -31,7 +31,7 @@ def _who(captioner: Mapping | None) -> str:
 
 
 def _changes(name: str, before, now) -> list[str]:
-    """What differs, one setting each: `max_tokens 200 there, 400 here`."""
+    """The settings that differ: `max_tokens 200 there, 400 here`."""
     if name == "captioner" and _who(before) != _who(now):
         before, now = _who(before), _who(now)
     if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -43,35 +43,32 @@ def _changes(name: str, before, now) -> list[str]:
 
 
 class CaptionFolder:
-    """An `output_dir` of captions.
-
-    Args:
-        path: the folder; need not exist.
-    """
+    """An `output_dir` of captions, which need not exist yet."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def record(self) -> dict:
-        """`captions.json` of an earlier run; empty where there is none."""
-        found = read_json(self.path / RECORD_FILE)
+    def details(self) -> dict:
+        """The content of `captions.json`; empty if there is none."""
+        found = read_json(self.path / DETAILS_FILE)
         known = isinstance(found, dict) and isinstance(found.get("files"), list)
-        # Its files are removed when others take their place: none outside of the folder can be.
+        # A new dataset removes the files of the old one, so none of them may be outside the folder.
         return found if known and all(_inside(name) for name in found["files"]) else {}
 
     def claim(self, made_from: Mapping, overwrite: bool) -> None:
-        """Makes sure that a data set may be written here.
+        """Makes sure that a dataset may be written here.
 
         Args:
-            made_from: what the data set is made from: its name, the captioner with its prompts. A folder with other
-                entries is another's.
+            made_from: what the dataset is made from: its name, the captioner, the prompts. A folder with other entries
+                holds another dataset.
+            overwrite: allow another dataset to be replaced.
 
         Raises:
-            UserError: the folder holds another captioned data set, or files that are not ours.
+            UserError: the folder holds another captioned dataset, or files that are not ours.
         """
-        record = self.record()
-        if not record:
-            journal = self.path / "journal"  # with a lock alone where a run was killed at once
+        details = self.details()
+        if not details:
+            journal = self.path / "journal"  # holds only a lock if a run was killed at once
             ours = {PARTIAL}
             if journal.is_dir() and all(p.name.startswith(("journal-", "rank-")) for p in journal.iterdir()):
                 ours.add("journal")
@@ -81,55 +78,51 @@ class CaptionFolder:
                     "Type another --output_dir."
                 )
             return
-        before = record.get("made_from", {})
+        before = details.get("made_from", {})
         different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
         if different and not overwrite:
             now = json.loads(json.dumps(made_from))
             found = [change for name in different for change in _changes(name, before.get(name), now[name])]
             raise UserError(
                 f"--output_dir {self.path}: expected the settings of the captions there, found others: {'; '.join(found)}. "
-                "Type another --output_dir, or --overwrite_output_dir true to replace the data set (the journal stays, "
-                "and nothing in it is asked twice)."
+                "Type another --output_dir, or --overwrite_output_dir true to replace the dataset (the journal stays, "
+                "and nothing in it is asked for again)."
             )
 
     def is_current(self, fingerprints: Mapping[str, str]) -> bool:
-        """Whether the data set here is the one with these fingerprints, whole."""
-        record = self.record()
-        files = [self.path / name for name in record.get("files", ())]
-        return bool(files) and record.get("fingerprints") == fingerprints and all(file.exists() for file in files)
+        """Whether the folder holds the complete dataset with these fingerprints."""
+        details = self.details()
+        files = [self.path / name for name in details.get("files", ())]
+        return bool(files) and details.get("fingerprints") == fingerprints and all(file.exists() for file in files)
 
-    def write(self, splits: Mapping[str, Dataset], record: Mapping, extras=None) -> dict:
-        """Writes the splits as parquet files, with `record` in `captions.json`.
+    def write(
+        self, splits: Mapping[str, Dataset], details: Mapping, add_files: Callable[[Path], object] | None = None
+    ) -> None:
+        """Writes the splits as parquet files, and `details` to `captions.json`.
 
         Args:
-            extras (*optional*): called with the new folder before it takes its place, to put a report and a card there.
-
-        Returns:
-            The record as it was written.
+            add_files (*optional*): called with the new folder before it replaces the old one, to add a report and a card.
         """
         partial = self.path / PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "data").mkdir(parents=True)
         for name, split in splits.items():
             _write_shards(split, partial / "data", name)
-        if extras:
-            extras(partial)
+        if add_files:
+            add_files(partial)
         files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-        record = {**record, "mmft_hf": __version__, "files": files}
-        write_json(partial / RECORD_FILE, record, ensure_ascii=False)
-
-        old = [name for name in self.record().get("files", ()) if name not in files]
-        # Until the new files are all there, the record names the old and the new.
-        between = {**record, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
-        write_json(self.path / RECORD_FILE, between, ensure_ascii=False)
+        details = {**details, "mmft_hf": __version__, "files": files}
+        old = [name for name in self.details().get("files", ()) if name not in files]
+        # Until all new files are in place, `captions.json` names the old and the new ones.
+        between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
+        write_json(self.path / DETAILS_FILE, between, ensure_ascii=False)
         (self.path / "data").mkdir(exist_ok=True)
         for name in old:
             (self.path / name).unlink(missing_ok=True)
         for name in files:
             (partial / name).replace(self.path / name)
-        (partial / RECORD_FILE).replace(self.path / RECORD_FILE)
+        write_json(self.path / DETAILS_FILE, details, ensure_ascii=False)
         shutil.rmtree(partial)
-        return record
 
 
 def _inside(name: object) -> bool:
@@ -138,7 +131,7 @@ def _inside(name: object) -> bool:
 
 
 def _write_shards(dataset: Dataset, folder: Path, split: str) -> None:
-    """`{split}-{i:05d}-of-{n:05d}.parquet`, each of about `SHARD_BYTES`, with few rows in memory at a time."""
+    """Writes `{split}-{i:05d}-of-{n:05d}.parquet`, each of about `SHARD_BYTES`, with few rows in memory at a time."""
     undecoded = dataset.cast_column("image", Image(decode=False))
     count = max(1, -(-undecoded.data.nbytes // SHARD_BYTES))
     for i in range(count):
