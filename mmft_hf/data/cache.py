@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,9 @@ from safetensors import SafetensorError
 from ..core.errors import UserError
 from ..core.files import atomic_write
 from .images import BadImage, read_image, stored_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,18 @@ def cache_folder(kind: str = "") -> Path:
     from huggingface_hub.constants import HF_HOME
 
     return Path(os.environ.get(VARIABLE) or Path(HF_HOME) / "mmft_hf", kind)
+
+
+class Features(NamedTuple):
+    """Embeddings of a frozen tower, see `model.features`.
+
+    `embeds` `(n, D)`, unit-norm, float32, mapped from the file where there is one; `flags` `(n,)`, bool: which pictures
+    could be read, or which texts were truncated; `hit`: whether they were on disk already.
+    """
+
+    embeds: Tensor
+    flags: Tensor
+    hit: bool
 
 
 def folder_size(folder: Path) -> int:

@@ -1,48 +1,104 @@
-"""What a data loader sees of a data set: rows that are read, cropped and given a text at the moment they are needed."""
+"""What a data loader sees of a data set: rows that are read, cropped and given a text when they are needed."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Image
-from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from ..core.errors import UserError
-from .cache import DecodedPictures
+from .cache import DecodedPictures, Features
 from .images import BadImage, random_crop_box, read_image
 from .sampling import IGNORED, PADDING, generator
-from .splits import captions_of
-from .texts import training_text
+from .splits import captions_of, labels_of
+from .texts import DEFAULT_TEMPLATE, class_prompt, training_text
 
 logger = logging.getLogger(__name__)
 
 
-class Features(NamedTuple):
-    """Unit-norm embeddings `(n, D)`, float32, mapped from the file where there is one; a flag per row, bool `(n,)`
-    (pictures: readable; texts: cut at the tower's limit); whether they were on disk already."""
-
-    embeds: Tensor
-    flags: Tensor
-    hit: bool
-
-
 @functools.cache
 def _warn_once(message: str) -> None:
-    """A bad picture is met again in every epoch: it is named once."""
+    """A bad picture is met again in every epoch, but reported once."""
     logger.warning(message)
 
 
-class ImageView(TorchDataset):
-    """Rows for evaluation: `image`, `label`, `skipped`.
+@dataclass(frozen=True)
+class TextView:
+    """Which texts an image may get, and which one it gets: a caption after the class template, or the template alone.
 
     Args:
-        dataset: with columns `image` and `label`; `source_row`, if there is one, names a bad picture in its own split.
-        on_bad_image: `fail` raises `UserError` with the row's number; `skip` gives `image=None`, which the collator
-            turns into a blank picture with label -100, left out of every metric and counted.
+        class_names: `C` names, in the order of the labels.
+        templates: with `{}` for the class name; of several, one is drawn for each read.
+        caption_dropout: probability of the class template alone in place of a caption.
+        seed: of all draws.
+
+    A row is a mapping with `label` and, perhaps, `captions`.
+    """
+
+    class_names: Sequence[str]
+    templates: str | Sequence[str] = DEFAULT_TEMPLATE
+    caption_dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
+        object.__setattr__(self, "templates", templates)
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+
+    def class_texts(self, label: int) -> list[str]:
+        """The templates with the name of a class."""
+        return [class_prompt(template, self.class_names[label]) for template in self.templates]
+
+    def caption_texts(self, row: Mapping) -> list[str]:
+        """Each caption of a row after each template."""
+        captions, name = captions_of(row.get("captions")), self.class_names[row["label"]]
+        return [training_text(template, name, caption) for template in self.templates for caption in captions]
+
+    def possible_texts(self, row: Mapping) -> list[str]:
+        """Every text that `draw` may give to a row."""
+        texts = self.caption_texts(row)
+        return texts if texts and not self.caption_dropout else texts + self.class_texts(row["label"])
+
+    def draw(
+        self, row: Mapping, epoch: int, place: int, crop: Callable[[np.random.Generator], tuple] | None = None
+    ) -> tuple[str, tuple | None]:
+        """The text of a row in one epoch, and what `crop` draws: a function of (seed, epoch, place) alone.
+
+        Args:
+            place: number of the row in its data set.
+            crop: draws from the generator that also draws the caption, before it, and the template, after it.
+        """
+        # 1: a stream of its own, apart from the sampler's (seed, epoch).
+        rng = generator(self.seed, epoch, place, 1)
+        captions = captions_of(row.get("captions"))
+        caption = captions[rng.integers(len(captions))] if captions else None
+        # 2: again a stream of its own, so that every other draw is what it would be without dropout.
+        if self.caption_dropout and generator(self.seed, epoch, place, 2).random() < self.caption_dropout:
+            caption = None
+        drawn = crop(rng) if crop else None
+        template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
+        return training_text(template, self.class_names[row["label"]], caption), drawn
+
+
+def text_rows(dataset: Dataset) -> Iterator[dict]:
+    """The rows of a data set as `TextView` takes them, without opening a picture."""
+    captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
+    for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
+        yield {"label": label, "captions": value}
+
+
+class ImageView(TorchDataset):
+    """Rows for evaluation: `image` (or `image_embeds`), `label`, `skipped`.
+
+    Args:
+        dataset: with columns `image` and `label`. A column `source_row` names a bad picture by its row in its own split.
+        on_bad_image: `fail` raises `UserError` with the row's number; `skip` gives `image=None` with label -100, which
+            the collator turns into a blank picture; it is left out of every metric and counted.
         name: of the split, for messages.
         short_side: of pictures as the decode cache keeps them (`cache.DecodedPictures`), in pixels; None: no such cache.
     """
@@ -60,112 +116,117 @@ class ImageView(TorchDataset):
         self.features: Features | None = None
         # Rows held out of another split are named by their place there.
         split = str(dataset.split or "")
-        self.origin = "" if split in ("", name, name.removesuffix("ing")) else f" of split {split!r}"
+        self.split_name = "" if split in ("", name, name.removesuffix("ing")) else f" of split {split!r}"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def use_features(self, features: Features) -> None:
-        """From now on a row's `image` is its embedding `(D,)`, and no picture is opened."""
+        """From now on a row has `image_embeds` `(D,)` in place of `image`, and no picture is opened."""
         self.features = features
         self.rows = self.rows.remove_columns("image")
 
+    @property
+    def key(self) -> str:
+        """Whether rows have an `image`, or `image_embeds`."""
+        return "image" if self.features is None else "image_embeds"
+
     def read(self, row: int) -> dict:
-        """The row with its picture read (None where it cannot be, and `on_bad_image` is `skip`)."""
+        """The row with its picture or embedding; None where there is none and `on_bad_image` is `skip`."""
         values = self.rows[row]
         try:
-            values["image"] = self._read(values["image"]) if self.features is None else self._embedding(row)
+            values[self.key] = self._read(values["image"]) if self.features is None else self._embedding(row)
         except BadImage as error:
             path = (values.get("image") or {}).get("path")
-            place = f"row {values.get('source_row', row)}{self.origin}"
+            place = f"row {values.get('source_row', row)}{self.split_name}"
             where = f"{self.name} image, {place}{f' ({path})' if path else ''}"
             if self.on_bad_image == "fail":
                 raise UserError(
                     f"{where} cannot be read: {error}. Repair or remove it, or type --on_bad_image skip."
                 ) from error
             _warn_once(f"{where} is skipped: {error}")
-            values["image"] = None
+            values[self.key] = None
         return values
 
-    def _embedding(self, row: int) -> Tensor:
+    def _embedding(self, row: int):
         if not self.features.flags[row]:
             raise BadImage("it could not be read when it was encoded")
         return self.features.embeds[row]
 
+    def no_example(self) -> dict:
+        """A row that stands for no image."""
+        image = None if self.features is None else self.features.embeds.new_zeros(self.features.embeds.shape[1])
+        return {self.key: image, "label": IGNORED}
+
     def __getitem__(self, row: int) -> dict:
         values = self.read(row)
-        return {"image": values["image"], "label": values["label"], "skipped": int(values["image"] is None)}
+        if values[self.key] is None:
+            return self.no_example() | {"skipped": 1}
+        return {self.key: values[self.key], "label": values["label"], "skipped": 0}
 
 
 class TrainingView(ImageView):
     """Rows for training: `image`, `box`, `label`, `text`, `skipped`, as a function of (seed, epoch, row) alone.
 
-    Indexed by `epoch * length + row`, which `EpochSampler` yields. One caption is drawn uniformly from those of the
-    image; it follows the class template. With `on_bad_image="skip"` the next readable row takes the place of a bad one,
-    so that batches keep their size in every process, and `skipped` counts the rows passed over. A number of the sampler that
-    stands for no row gives `image=None` and the label -100.
+    Indexed by `epoch * length + row`, which `EpochSampler` yields. With `on_bad_image="skip"` the next readable row takes
+    the place of a bad one, so that batches keep their size in every process, and `skipped` counts the rows passed over. The
+    sampler's `PADDING` gives a row with the label -100.
 
     Args:
-        class_names: `C` names, in the order of the labels.
-        template: with `{}` for the class name; of several, one is drawn for each read.
-        seed: of all draws.
+        texts: which texts the images get. Its seed is that of the crops, too.
         crop_min_area: smallest share of the area that a random crop keeps; 1 means no random crop.
-        caption_dropout: probability of the class template alone in place of a caption.
+        on_bad_image, short_side: see `ImageView`.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        class_names: list[str],
-        template: str | Sequence[str],
-        seed: int = 0,
+        texts: TextView,
         crop_min_area: float = 0.9,
         on_bad_image: str = "fail",
         short_side: int | None = None,
-        caption_dropout: float = 0.0,
     ):
         super().__init__(dataset, on_bad_image, "training", short_side)
-        self.class_names = class_names
-        self.templates = (template,) if isinstance(template, str) else tuple(template)
-        self.seed = seed
+        self.texts = texts
         self.crop_min_area = crop_min_area
-        self.caption_dropout = caption_dropout
         self.text_features: tuple[dict[str, int], Features] | None = None
 
     def use_text_features(self, positions: dict[str, int], features: Features) -> None:
-        """From now on a row's `text` is its embedding `(D,)`, and `cut` says whether the text lost tokens.
+        """From now on a row has `text_embeds` `(D,)` in place of `text`, and `cut` says whether the text lost tokens.
 
         Args:
             positions: the row of `features` of every text that can be drawn.
         """
         self.text_features = positions, features
 
+    def _text(self, text: str) -> dict:
+        if self.text_features is None:
+            return {"text": text}
+        positions, features = self.text_features
+        return {"text_embeds": features.embeds[positions[text]], "cut": bool(features.flags[positions[text]])}
+
+    def _no_text(self) -> dict:
+        if self.text_features is None:
+            return {"text": ""}
+        embeds = self.text_features[1].embeds
+        return {"text_embeds": embeds.new_zeros(embeds.shape[1]), "cut": False}
+
     def __getitem__(self, key: int) -> dict:
         if key == PADDING:
-            return {"image": None, "box": None, "label": IGNORED, "text": "", "skipped": 0}
+            return self.no_example() | {"box": None, "skipped": 0} | self._no_text()
         epoch, row = divmod(key, len(self))
         for skipped in range(len(self)):
             values = self.read((row + skipped) % len(self))
-            if values["image"] is not None:
+            if values[self.key] is not None:
                 break
         else:
             raise UserError("none of the training images can be read.")
-        # 1: a stream of its own, apart from the sampler's (seed, epoch).
-        rng = generator(self.seed, epoch, row, 1)
-        captions = captions_of(values.get("captions"))
-        caption = captions[rng.integers(len(captions))] if captions else None
-        # 2: again a stream of its own, so that every other draw is what it would be without.
-        if self.caption_dropout and generator(self.seed, epoch, row, 2).random() < self.caption_dropout:
-            caption = None
-        box = random_crop_box(*values["image"].size, self.crop_min_area, rng) if self.crop_min_area < 1 else None
-        template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
-        text = training_text(template, self.class_names[values["label"]], caption)
-        found = {"image": values["image"], "box": box, "label": values["label"], "text": text, "skipped": skipped}
-        if self.text_features is None:
-            return found
-        positions, features = self.text_features
-        place = positions[text]
-        return found | {"text": features.embeds[place], "cut": bool(features.flags[place])}
+        image = values[self.key]
+        crop = None
+        if self.crop_min_area < 1:
+            crop = functools.partial(random_crop_box, *image.size, self.crop_min_area)
+        text, box = self.texts.draw(values, epoch, row, crop)
+        return {self.key: image, "box": box, "label": values["label"], "skipped": skipped} | self._text(text)
 
 
 def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:

@@ -54,66 +54,73 @@ class MMFTDataCollator:
     """Batches of images, with one text each in training.
 
     Args:
-        processor: of the model; resizes, crops and normalises, and tokenises.
+        processor: that of the model; it resizes, crops, normalises and tokenises.
         distinct_texts: each text is tokenised (and so encoded) once, however many images of the batch have it.
         pad_to_limit: texts are padded to the tower's limit, so that every batch has the same shapes, for `torch.compile`.
+        texts: False leaves out the texts of the rows, for a loss that uses none.
+        class_texts: one text of each of `C` classes, which every training batch has in addition.
 
-    Each row has `image` (a PIL image; None for one that could not be read) and `label`. A row of training also has
-    `text`, and `box` (left, top, right, bottom in pixels): the crop that is resized to the model's input. Without a box
-    the processor's own resize and centre crop apply. `skipped` counts unreadable images that the row stands for.
+    A row has `image` (a PIL image, or None for one that could not be read) and `label`. A training row also has `text`, and
+    `box` (left, top, right, bottom in pixels): the crop that is resized to the model's input. Without a box the processor's
+    own resize and centre crop apply. `skipped` counts the unreadable images that the row stands for. Embeddings of a frozen
+    tower (see `train.frozen`) come as `image_embeds` and `text_embeds` `(D,)` in place of `image` and `text`; `cut` says
+    whether such a text lost tokens.
 
     Returns:
         `pixel_values` `(B, 3, height, width)`, `labels` `(B,)` (-100 where the image is None), `skipped` `(B,)`, and in
-        training `input_ids`, `attention_mask` `(B, T)` and `captions_cut` `(B,)`. With `distinct_texts` these are `(U, T)`,
-        of the U distinct texts, and `text_rows` `(B,)` says which of them each image has. Rows whose `image` or `text` is
-        an embedding `(D,)` (of a frozen tower, see `frozen`) give `image_embeds`, `text_embeds` `(B, D)` in place of pixels
-        or tokens; such a row says with `cut` whether its text lost tokens.
+        training `input_ids`, `attention_mask` `(U, T)` of U texts and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
+        of the U texts each image has, `class_rows` `(C,)` which are the class texts; without `text_rows` the first B texts
+        are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` in place of pixels and
+        tokens.
     """
 
     processor: ProcessorMixin
     distinct_texts: bool = False
     pad_to_limit: bool = False
+    texts: bool = True
+    class_texts: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        batch = self._images(rows)
-        batch["labels"] = torch.tensor([IGNORED if row["image"] is None else row["label"] for row in rows])
-        batch["skipped"] = torch.tensor([row.get("skipped", 0) for row in rows])
-        return batch | self._texts(rows) if "text" in rows[0] else batch
+        if "image_embeds" in rows[0]:
+            batch = {"image_embeds": torch.stack([row["image_embeds"] for row in rows])}
+        else:
+            batch = self._images(rows)
+        unreadable = [row.get("image", row) is None for row in rows]
+        labels = [IGNORED if bad else row["label"] for bad, row in zip(unreadable, rows, strict=True)]
+        batch |= {"labels": torch.tensor(labels), "skipped": torch.tensor([row.get("skipped", 0) for row in rows])}
+        if "text_embeds" in rows[0]:
+            batch["text_embeds"] = torch.stack([row["text_embeds"] for row in rows])
+            batch["captions_cut"] = torch.tensor([row["cut"] for row in rows])
+        if "text" in rows[0] or "text_embeds" in rows[0]:
+            batch |= self._texts([row["text"] for row in rows] if self.texts and "text" in rows[0] else [])
+        return batch
 
     def _images(self, rows: list[dict]) -> dict[str, Tensor]:
-        embeds = _stacked([row["image"] for row in rows])
-        if embeds is not None:
-            return {"image_embeds": embeds}
         size = input_size(self.processor)
         images = [Image.new("RGB", size) if row["image"] is None else row["image"] for row in rows]
+        options = {}
         if any(row.get("box") is not None for row in rows):
+            options = {"do_resize": False, "do_center_crop": False}
             images = [
                 image.resize(size, Image.Resampling.BICUBIC, box=row["box"])
                 for image, row in zip(images, rows, strict=True)
             ]
-            options = {"do_resize": False, "do_center_crop": False}
-        else:
-            options = {}
         return dict(self.processor.image_processor(images, return_tensors="pt", **options))
 
-    def _texts(self, rows: list[dict]) -> dict[str, Tensor]:
-        texts = [row["text"] for row in rows]
-        embeds = _stacked(texts)
-        if embeds is not None:
-            return {"text_embeds": embeds, "captions_cut": torch.tensor([row.get("cut", False) for row in rows])}
-        batch = {}
+    def _texts(self, own: list[str]) -> dict[str, Tensor]:
+        texts = [*own, *self.class_texts]
+        if not texts:
+            return {}
+        rows = torch.arange(len(texts))
         if self.distinct_texts:
             place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            batch["text_rows"] = torch.tensor([place[text] for text in texts])
-            texts = list(place)
+            rows, texts = torch.tensor([place[text] for text in texts]), list(place)
         tokens, cut = tokenize(self.processor, texts, "max_length" if self.pad_to_limit else True)
-        batch["captions_cut"] = cut[batch["text_rows"]] if self.distinct_texts else cut
-        return batch | tokens
-
-
-def _stacked(values: list) -> Tensor | None:
-    """Embeddings `(B, D)` of a frozen tower, zeros for a row without; None where the rows hold pictures or texts."""
-    known = next((value for value in values if isinstance(value, Tensor)), None)
-    if known is None:
-        return None
-    return torch.stack([value if isinstance(value, Tensor) else torch.zeros_like(known) for value in values])
+        batch = dict(tokens)
+        if own:
+            batch["captions_cut"] = cut[rows[: len(own)]]
+            if self.distinct_texts:
+                batch["text_rows"] = rows[: len(own)]
+        if self.class_texts:
+            batch["class_rows"] = rows[len(own) :]
+        return batch

@@ -5,46 +5,68 @@ Shapes: `B` images, `U` distinct texts, `T` tokens, `D` embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .loading import encode_images, encode_texts, logit_scale
 
 
-def add_embedding_forward(model: PreTrainedModel) -> None:
-    """Teaches `model(..., chunk_size=n)` to return what a loss over many chunks needs; without it, its forward is the stock one.
+def add_embedding_forward(
+    model: PreTrainedModel, parameters: Mapping[str, Mapping[str, nn.Parameter]] | None = None
+) -> None:
+    """Makes `model(..., chunk_size=n)` return all that a loss needs. Without `chunk_size` the forward is the stock one.
 
     All that a step needs of the model must come from one call of it: DDP, FSDP and DeepSpeed follow what goes through the
     wrapped model, and nothing else.
 
+    Args:
+        parameters: what loss terms train of their own, by the name of the term. It becomes a part of the model
+            (`model.loss_terms`), and so of its optimiser, checkpoints and forward.
+
     Inputs of the call:
-        pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what a tower
-            is to encode. A tower without inputs has no output.
-        chunk_size (`int`): rows encoded at a time; 0: all at once. Chunks leave only their embeddings behind, and are
+        pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what the towers
+            encode. A tower without inputs has no output.
+        chunk_size (`int`): rows encoded at a time; 0: all at once. Chunks leave only their embeddings behind. They are
             encoded once more, with the same random numbers, when their gradient is computed: the gradient is that of the
             whole batch, and the memory that of one chunk, for one more forward.
 
     Returns:
-        `{"image_embeds": (B, D), "text_embeds": (U, D), "scale": ()}`, unit-norm in float32, with gradient.
+        `{"image_embeds": (B, D), "text_embeds": (U, D), "scale": (), "parameters": {}}`, embeddings unit-norm in float32,
+        with gradient.
 
     References: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv
     2101.06983), whose gradient cache this is; here the recomputation is activation checkpointing of whole chunks.
     """
+    remove_embedding_forward(model)
+    own = {term: nn.ParameterDict(values) for term, values in (parameters or {}).items() if values}
+    if own:
+        model.loss_terms = nn.ModuleDict(own)
     # A bound method, so that a deep copy of the model calls itself and not the original.
     model.forward = MethodType(embedding_forward, model)
 
 
+def remove_embedding_forward(model: PreTrainedModel) -> None:
+    """Undoes `add_embedding_forward`: the model has its stock forward, and nothing that a loss term trained."""
+    vars(model).pop("forward", None)
+    if hasattr(model, "loss_terms"):
+        del model.loss_terms
+
+
+def term_parameters(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
+    """What loss terms train of their own, by the name of the term."""
+    return {term: dict(values.items()) for term, values in getattr(model, "loss_terms", {}).items()}
+
+
 def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
-    """The forward itself, see `add_embedding_forward`; `self` is the model."""
     if chunk_size is None:
         return type(self).forward(self, *args, **inputs)
-    found = {"scale": logit_scale(self)}
+    found = {"scale": logit_scale(self), "parameters": term_parameters(self)}
     if "pixel_values" in inputs:
         found["image_embeds"] = _in_chunks(lambda x: encode_images(self, x), [inputs["pixel_values"]], chunk_size)
     texts = [inputs[name] for name in ("input_ids", "attention_mask") if name in inputs]

@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 
 from ..core.distributed import communication_device, process_index, world_size
 from ..core.errors import UserError
-from ..data.cache import cache_folder, keep
+from ..data.cache import Features, cache_folder, keep
 from ..data.images import content_hash
 from ..data.sampling import IGNORED
 from ..data.splits import labels_of
-from ..data.views import Features, ImageView
+from ..data.views import ImageView
 from ..version import __version__
 from .collator import MMFTDataCollator, tokenize
 from .loading import encode_images, encode_texts

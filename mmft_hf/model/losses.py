@@ -1,11 +1,14 @@
 """The losses of MMFT: pure functions of embeddings and labels, without parameters, models or I/O.
 
-Shapes: `B` anchors, `N` candidates (of all processes), `D` embedding size. Embeddings are L2-normalised inside, so any
-scale of input is fine. All of it is computed in float32 at least, also inside autocast, and through log-sum-exp: the
-plain exponential overflows at logits above 88, a cosine of 0.89 at CLIP's scale of 100.
+Shapes: `B` images of this process, `N` images and `M` texts of all processes, `D` embedding size. Embeddings are
+L2-normalised inside, so any scale of input is fine. Everything is computed in float32 at least, also inside autocast, and
+through log-sum-exp: the plain exponential overflows at logits above 88, which is a cosine of 0.89 at CLIP's scale of 100.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,134 @@ from ..core.distributed import gather
 from ..data.sampling import IGNORED
 
 
+@dataclass
+class Batch:
+    """What a loss sees: the embeddings of all processes, and what is known of them.
+
+    Args:
+        image_embeds (`(N, D)`, float32): with gradient.
+        labels (`(N,)`, int64): class of each image. -100 marks a row that is no example: neither anchor nor candidate.
+        scale (scalar): `exp(logit_scale)`, multiplies cosines.
+        text_embeds (`(M, D)`, float32, *optional*): None where no term needs texts.
+        owner (`(M,)`, int64, *optional*): which image each text belongs to, -1 for a text without one. Default: text i
+            belongs to image i.
+        weights (`(N,)`), text_weights (`(M,)`, *optional*): how much a row counts as an anchor. Default: all alike.
+        extras: further tensors, by name. `class_embeds` `(C, D)` are the embeddings of the class texts.
+        parameters: what the loss terms train of their own, by the name of the term.
+    """
+
+    image_embeds: Tensor
+    labels: Tensor
+    scale: Tensor | float
+    text_embeds: Tensor | None = None
+    owner: Tensor | None = None
+    weights: Tensor | None = None
+    text_weights: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.one_to_one = self.owner is None
+        if self.owner is None:
+            self.owner = torch.arange(len(self.labels), device=self.labels.device)
+
+    @classmethod
+    def gathered(
+        cls,
+        image_embeds: Tensor,
+        labels: Tensor,
+        scale: Tensor | float,
+        text_embeds: Tensor | None = None,
+        equal_sizes: bool = False,
+        **more,
+    ) -> Batch:
+        """The batch of all processes, in rank order and with gradient, from the rows of this one.
+
+        Args:
+            image_embeds (`(B, D)`), labels (`(B,)`), text_embeds (`(B, D)`): text i belongs to image i.
+            equal_sizes: whether every process is known to have the same B. Otherwise they tell each other first, for
+                which a GPU has to be waited for.
+            more: fields that are the same in every process.
+
+        Every process then computes the same loss, so that the mean of the gradients over processes (DDP, FSDP) is exactly
+        the gradient of one process.
+        """
+        parts = [image_embeds] if text_embeds is None else [image_embeds, text_embeds]
+        # Side by side, so that they travel at once.
+        both = gather(torch.cat(parts, dim=1) if len(parts) > 1 else image_embeds, equal_sizes)
+        embeds = both.split([part.shape[1] for part in parts], dim=1)
+        return cls(embeds[0], gather(labels, equal_sizes), scale, *embeds[1:], **more)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """`(N,)` bool: which images are examples."""
+        return self.labels != IGNORED
+
+    @cached_property
+    def text_labels(self) -> Tensor:
+        """`(M,)`: class of the image that each text belongs to, -100 for a text without one."""
+        return self.labels if self.one_to_one else self.labels[self.owner].where(self.owner >= 0, IGNORED)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """`(N, M)` bool: which texts belong to which image."""
+        return torch.arange(len(self.labels), device=self.labels.device)[:, None] == self.owner[None, :]
+
+    @cached_property
+    def same_class(self) -> Tensor:
+        """`(N, M)` bool: which images and texts are examples of one class."""
+        return (self.labels[:, None] == self.text_labels[None, :]) & (self.text_labels != IGNORED)
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        return _logits(self.image_embeds, self.text_embeds, self.scale)
+
+    @cached_property
+    def image_logits(self) -> Tensor:
+        """`(N, M)` scaled cosines of images with texts. Texts that are no examples get the least finite number, not -inf:
+        a batch without any example would be NaN."""
+        return self._logits.masked_fill(self.text_labels == IGNORED, torch.finfo(self._logits.dtype).min)
+
+    @cached_property
+    def text_logits(self) -> Tensor:
+        """`(M, N)`: as `image_logits`, of texts with images."""
+        return self._logits.T.masked_fill(~self.valid, torch.finfo(self._logits.dtype).min)
+
+    @cached_property
+    def clip_loss(self) -> Tensor:
+        """Symmetric contrastive loss of the pairs, a scalar. It is computed once: `batch_supcon` falls back on it.
+
+        References: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3.
+        """
+        if self.one_to_one and self.weights is None and self.text_weights is None:
+            return (_cross_entropy(self.image_logits, self.valid) + _cross_entropy(self.text_logits, self.valid)) / 2
+        own = self.own & self.same_class
+        return (
+            contrast(self.image_logits, own, self.weights) + contrast(self.text_logits, own.T, self.text_weights)
+        ) / 2
+
+
+def batch_supcon(batch: Batch, include_self: bool = False) -> tuple[Tensor, Tensor]:
+    """Supervised contrastive loss between images and texts of a class, in both directions.
+
+    Args:
+        include_self: whether an image's own text is a positive, too.
+
+    Returns:
+        The loss, a scalar, which is CLIP's where no image has a positive; and the share of the images that have one.
+    """
+    positives = batch.same_class if include_self else batch.same_class & ~batch.own
+    of_texts = positives.T.contiguous()
+    loss = (
+        contrast(batch.image_logits, positives, batch.weights)
+        + contrast(batch.text_logits, of_texts, batch.text_weights)
+    ) / 2
+    share = positives.any(dim=1).sum() / batch.valid.sum().clamp(min=1)
+    return torch.where(positives.any(), loss, batch.clip_loss), share
+
+
 def _logits(anchors: Tensor, candidates: Tensor, scale: Tensor | float) -> Tensor:
-    """Scaled cosines `(B, N)` in float32 or float64, never in half precision."""
+    """Scaled cosines `(N, M)` in float32 or float64, never in half precision."""
     dtype = torch.promote_types(torch.promote_types(anchors.dtype, candidates.dtype), torch.float32)
     with torch.autocast(anchors.device.type, enabled=False):
         anchors = F.normalize(anchors.to(dtype), dim=-1)
@@ -24,13 +153,23 @@ def _logits(anchors: Tensor, candidates: Tensor, scale: Tensor | float) -> Tenso
         return scale * anchors @ candidates.T
 
 
-def _supcon(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over the rows with a positive of the mean negative log-probability of their positives; `()`."""
+def contrast(logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The contrastive formula: mean over anchors of the mean negative log-probability of their positives; a scalar.
+
+    Args:
+        logits (`(A, K)`): of anchors against candidates. The softmax of a row runs over all of it.
+        positives (`(A, K)`, bool): a row without any contributes nothing; if none has one, the value is 0 with zero
+            gradient.
+        weights (`(A,)`, *optional*): of the anchors.
+    """
     log_prob = logits.log_softmax(dim=1)
     count = positives.sum(dim=1)
     # where(), not a product: 0 * -inf would be NaN.
     per_anchor = -torch.where(positives, log_prob, 0.0).sum(dim=1) / count.clamp(min=1)
-    return per_anchor.sum() / (count > 0).sum().clamp(min=1)
+    if weights is None:
+        return per_anchor.sum() / (count > 0).sum().clamp(min=1)
+    total = weights.where(count > 0, 0.0).sum()
+    return (weights * per_anchor).sum() / total.where(total > 0, 1.0)
 
 
 def _cross_entropy(logits: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -84,7 +223,7 @@ def supcon_loss(
         if exclude.shape != positives.shape:
             raise ValueError(f"exclude: expected shape {tuple(positives.shape)}, found {tuple(exclude.shape)}.")
         positives = positives & ~exclude
-    return _supcon(_logits(anchors, candidates, scale), positives)
+    return contrast(_logits(anchors, candidates, scale), positives)
 
 
 def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor | float) -> Tensor:
@@ -153,28 +292,11 @@ class MMFTLoss(nn.Module):
     ) -> dict:
         _check("image_embeds", image_embeds, labels)
         _check("text_embeds", text_embeds, labels)
-        # Side by side, so that they travel at once.
-        sizes = [image_embeds.shape[1], text_embeds.shape[1]]
-        both = gather(torch.cat([image_embeds, text_embeds], dim=1), equal_sizes)
-        (image_embeds, text_embeds), labels = both.split(sizes, dim=1), gather(labels, equal_sizes)
-        valid = labels != IGNORED
-        logits = _logits(image_embeds, text_embeds, scale)
-        # Not -inf: a batch without any example would be NaN.
-        least = torch.finfo(logits.dtype).min
-        of_images, of_texts = logits.masked_fill(~valid, least), logits.T.masked_fill(~valid, least)
-        clip = (_cross_entropy(of_images, valid) + _cross_entropy(of_texts, valid)) / 2
-
-        positives = (labels[:, None] == labels[None, :]) & valid
-        if not self.include_self:
-            positives.fill_diagonal_(False)
-        # Images and texts share their labels, so both directions have the same valid anchors.
-        supcon = (_supcon(of_images, positives) + _supcon(of_texts, positives)) / 2
-        supcon = torch.where(positives.any(), supcon, clip)
-
-        w = self.supcon_weight
+        batch = Batch.gathered(image_embeds, labels, scale, text_embeds, equal_sizes)
+        supcon, share = batch_supcon(batch, self.include_self)
+        w, clip = self.supcon_weight, batch.clip_loss
         # A term of weight zero is left out, so that its overflow or NaN could not leak into the sum.
         total = supcon if w == 1 else clip if w == 0 else w * supcon + (1 - w) * clip
-        share = positives.any(dim=1).sum() / valid.sum().clamp(min=1)
         return {"loss": total, "supcon": supcon, "clip": clip, "anchors_with_positives": share}
 
     def extra_repr(self) -> str:

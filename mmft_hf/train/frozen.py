@@ -11,11 +11,10 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..core.console import is_main, say
 from ..core.errors import UserError
-from ..data.splits import captions_of, labels_of
-from ..data.texts import training_text
-from ..data.views import ImageView, TrainingView
+from ..data.cache import Features
+from ..data.views import ImageView, TrainingView, text_rows
 from ..model.collator import MMFTDataCollator
-from ..model.features import Features, encode_pictures_once, encode_texts_once, sorted_distinct, weights_digest
+from ..model.features import encode_pictures_once, encode_texts_once, sorted_distinct, weights_digest
 from ..model.towers import TOWERS
 from .config import MMFTConfig
 
@@ -33,7 +32,8 @@ class FrozenTowers(TrainerCallback):
 
     def __init__(self, model, processor, args: MMFTConfig, collator: Callable):
         self.model, self.processor, self.args = model, processor, args
-        self.on = args.cache_frozen_features and isinstance(collator, MMFTDataCollator)
+        on = args.cache_frozen_features and isinstance(collator, MMFTDataCollator)
+        self.used = [tower for tower in TOWERS if on and (tower == "vision" or collator.texts)]
         self.towers: set[str] | None = None
         self._made: dict[tuple, tuple] = {}
         # The weights that a tower was encoded with: cheap to compare, and surely.
@@ -44,7 +44,7 @@ class FrozenTowers(TrainerCallback):
         """Gives a view of `dataset` the features of the frozen towers. All processes must call; a second time is free."""
         training = isinstance(view, TrainingView)
         if training or self.towers is None:
-            self.towers = {tower for tower in TOWERS if self.on and self._encodable(tower)}
+            self.towers = {tower for tower in self.used if self._encodable(tower)}
         if "vision" in self.towers:
             if training and view.crop_min_area < 1:
                 self._say_once(
@@ -108,20 +108,13 @@ class FrozenTowers(TrainerCallback):
         return self._once(("vision", view.name, id(dataset)), dataset, encode, f"{view.name} images")
 
     def _texts(self, view: TrainingView, dataset: Dataset) -> tuple[dict[str, int], Features] | None:
-        found: set[str] = set()
-        captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
-        for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
-            name = view.class_names[label]
-            texts = captions_of(value) or [None]
-            texts += [None] if view.caption_dropout else []
-            found.update(training_text(template, name, text) for template in view.templates for text in texts)
-        texts = sorted_distinct(found)
+        texts = sorted_distinct(text for row in text_rows(dataset) for text in view.texts.possible_texts(row))
 
         def encode(**options) -> tuple[dict[str, int], Features]:
             features = encode_texts_once(self.model, self.processor, texts, **options)
             return {text: i for i, text in enumerate(texts)}, features
 
-        key = ("text", view.templates, view.caption_dropout > 0, id(dataset))
+        key = ("text", view.texts, id(dataset))
         return self._once(key, dataset, encode, "training texts")
 
     def _once(self, key: tuple, dataset: Dataset, encode, what: str):

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
+
+from .terms import LossTerm
+
+# What the stock Trainer logs: everything else in a log comes from the loss terms, or from the batches.
+STOCK = {"loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen", "train_tokens_per_second"}
+# How some scalars are written; all others as name and value.
+FORMATS = {
+    "anchors_with_positives": "anchors with a positive {:.0%}",
+    "captions_cut": "captions truncated {:.1%}",
+    "skipped_images": "images skipped {:.0f}",
+}
 
 
 class EpochLines(ProgressCallback):
     """A progress bar with one readable line per evaluation, in place of the stock callback's dictionaries.
 
     Args:
+        terms: of the loss, to write it as their sum.
         bar: False prints the lines without a bar, for log files.
     """
 
-    def __init__(self, bar: bool = True):
+    def __init__(self, terms: Sequence[LossTerm], bar: bool = True):
         super().__init__()
+        self.terms = terms
         self.bar = bar
         self.losses: dict[str, float] = {}
         self.best = float("-inf")
@@ -62,10 +77,7 @@ class EpochLines(ProgressCallback):
         if not state.is_world_process_zero or not self.training:
             return
         if "loss" in logs:
-            # On its way to another value it is the mean of the steps, with which the sum is not quite the loss.
-            moves = args.supcon_weight_end is not None
-            w = float(f"{logs['supcon_weight']:.3g}") if moves else args.supcon_weight
-            self.losses = logs | {"w": w, "sign": "~" if moves else "="}
+            self.losses = logs
             if args.eval_strategy == "no":
                 self._print(self._line(self.losses, state, None))
         if "eval_accuracy" in logs:
@@ -75,13 +87,20 @@ class EpochLines(ProgressCallback):
     def _line(self, logs: dict, state, accuracy: float | None) -> str:
         parts = [f"epoch {state.epoch or 0:>5.1f}/{state.num_train_epochs:g}"]
         if logs:
-            w = logs["w"]
-            sum_ = f"{w:g} x supcon {logs['supcon_loss']:.3f} + {1 - w:g} x clip {logs['clip_loss']:.3f}"
-            parts.append(f"loss {logs['loss']:.3f} {logs['sign']} {sum_}")
-            parts.append(f"anchors with a positive {logs['anchors_with_positives']:.0%}")
-            parts.append(f"captions cut {logs['captions_cut']:.1%}")
-            if logs["skipped_images"]:
-                parts.append(f"images skipped {logs['skipped_images']:.0f}")
+            # A weight that moves is the mean of the steps, with which the sum is not quite the loss.
+            moves = any(callable(term.weight) for term in self.terms)
+            weights = {
+                t.name: f"{logs[f'{t.name}_weight']:.3g}" if callable(t.weight) else f"{t.weight:g}" for t in self.terms
+            }
+            sum_ = " + ".join(f"{w} x {name} {logs[f'{name}_loss']:.3f}" for name, w in weights.items())
+            parts.append(f"loss {logs['loss']:.3f} {'~' if moves else '='} {sum_}")
+            shown = {f"{term.name}_{what}" for term in self.terms for what in ("loss", "weight")} | STOCK
+            if not logs["skipped_images"]:
+                shown.add("skipped_images")
+            scalars = {name: value for name, value in logs.items() if name not in shown}
+            parts += [
+                FORMATS.get(name, f"{name.replace('_', ' ')} {{:.3g}}").format(v) for name, v in sorted(scalars.items())
+            ]
         elif state.global_step == 0:
             parts.append(f"untuned model, compared with {self.source}")
         if accuracy is not None:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..core.errors import UserError
 from ..data.cache import check_short_side
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
-from ..data.texts import TEMPLATES
-from ..data.views import ImageView, TrainingView, check_dataset
+from ..data.texts import TEMPLATES, class_prompt
+from ..data.views import ImageView, TextView, TrainingView, check_dataset
 from ..model.collator import MMFTDataCollator, input_size
-from ..model.embedding import add_embedding_forward
+from ..model.embedding import add_embedding_forward, term_parameters
 from ..model.loading import encode_images, is_dual_encoder, logit_scale
-from ..model.losses import MMFTLoss
+from ..model.losses import Batch
 from ..model.towers import TOWERS, frozen_batch_norms
 from ..predict.classifier import set_class_names
 from ..predict.heads.prototypes import ClassPrototypes
@@ -35,6 +36,7 @@ from .frozen import FrozenTowers
 from .progress import EpochLines
 from .pushes import STAY, TrainingPushes
 from .sharding import ShardedTraining
+from .terms import LossTerm, terms_of
 from .training_checkpoints import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         processing_class (`CLIPProcessor`): of the model.
         compute_metrics (*optional*): gets class logits `(n, C)` and labels `(n,)`; the default gives `accuracy`,
             `top5_accuracy` and `mean_per_class_accuracy`.
+        loss (`LossTerm` or a list of them, *optional*): what is minimised, see `train.terms`. Default: MMFT's own two terms,
+            with the weights of `args`.
 
     Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn afresh in
     every epoch. Evaluation compares images with the class prototypes of the current weights (`args.prototypes`); its
@@ -71,6 +75,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         eval_dataset: Dataset | None = None,
         processing_class: CLIPProcessor | None = None,
         compute_metrics=None,
+        loss: LossTerm | Sequence[LossTerm] | None = None,
         **kwargs,
     ):
         # -- model and data ----------------------------------------------------------------------------------------
@@ -118,25 +123,34 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 args.per_device_train_batch_size,
             )
 
+        # -- loss and batches --------------------------------------------------------------------------------------
+        self.terms = terms_of(loss, args)
+        self.loss_weights: list[float] = []  # of the present step
+        add_embedding_forward(model, {term.name: term.parameters for term in self.terms})
+        needs = {need for term in self.terms for need in term.needs}
+        class_texts = (class_prompt(args.class_template, name) for name in self.class_names or ())
+        data_collator = kwargs.pop("data_collator", None) or MMFTDataCollator(
+            processing_class,
+            distinct_texts=not args.torch_compile,
+            pad_to_limit=args.torch_compile,
+            texts="texts" in needs,
+            class_texts=tuple(class_texts) if "class_texts" in needs else (),
+        )
+
         # -- the stock Trainer -------------------------------------------------------------------------------------
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None)
-            or MMFTDataCollator(
-                processing_class, distinct_texts=not args.torch_compile, pad_to_limit=args.torch_compile
-            ),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics or self._class_metrics,
             **kwargs,
         )
-        self.loss = MMFTLoss(args.supcon_weight, args.include_self)
-        self.training_templates: str | tuple[str, ...] = args.class_template  # of several, one is drawn for each image
+        self.texts = TextView(self.class_names or (), args.class_template, args.caption_dropout, self._data_seed)
         if self.class_names:
             set_class_names(self.model, self.class_names)
-        add_embedding_forward(self.model)
         self._batch_norms = frozen_batch_norms(self.model)
         self.prototypes: ClassPrototypes | None = None
         self._prototypes_of: object = None
@@ -161,31 +175,23 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         self.add_callback(self._frozen)
         self.add_callback(_Beginnings(self))
         # One line per epoch in place of a dictionary.
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(EpochLines)
-        else:
-            self.remove_callback(PrinterCallback)
-            self.add_callback(EpochLines(bar=False))
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(EpochLines(self.terms, bar=not args.disable_tqdm))
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # -- data -------------------------------------------------------------------------------------------------------
     def _set_signature_columns_if_needed(self):
         # Rows go to the collator, not to model.forward: nothing is unused.
-        self._signature_columns = ["image", "label", "text", "box", "skipped", "cut"]
+        self._signature_columns = ["image", "image_embeds", "label", "text", "text_embeds", "box", "skipped", "cut"]
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
             if is_training:
-                view = TrainingView(
-                    dataset,
-                    self.class_names,
-                    self.training_templates,
-                    self.args.seed if self.args.data_seed is None else self.args.data_seed,
-                    self.args.crop_min_area,
-                    self.args.on_bad_image,
-                    self.args.decode_cache,
-                    self.args.caption_dropout,
-                )
+                options = (self.args.crop_min_area, self.args.on_bad_image, self.args.decode_cache)
+                view = TrainingView(dataset, self.texts, *options)
                 if isinstance(self.eval_dataset, Dataset):  # now, while one process has all weights
                     self._frozen.attach(
                         ImageView(self.eval_dataset, self.args.on_bad_image, "validation"), self.eval_dataset
@@ -210,8 +216,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
+        args, seed = self.args, self._data_seed
         # One process alone may have a shorter last batch, unless it was compiled for one size.
         fill_up = args.world_size > 1 or args.torch_compile
         share = (args.world_size, args.train_batch_size if fill_up else None)
@@ -224,29 +229,43 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
     # -- training ---------------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """MMFT loss of one batch, through exactly one forward of the wrapped model."""
+        """The sum of the loss terms, through exactly one forward of the wrapped model."""
         for layer in self._batch_norms:  # the stock step has just called model.train()
             layer.eval()
-        inputs = dict(inputs)
-        labels, text_rows = inputs.pop("labels"), inputs.pop("text_rows", None)
-        cut, skipped = inputs.pop("captions_cut"), inputs.pop("skipped")
-        # A tower that is frozen has been encoded before; without inputs it has nothing to do.
-        known = {name: inputs.pop(name) for name in ("image_embeds", "text_embeds") if name in inputs}
-        outputs = model(**inputs, chunk_size=self._chunk_size()) | known
-        text_embeds = outputs["text_embeds"] if text_rows is None else outputs["text_embeds"][text_rows]
-        losses = self.loss(outputs["image_embeds"], text_embeds, labels, outputs["scale"], equal_sizes=True)
-        for name, value in (
-            ("supcon_loss", losses["supcon"]),
-            ("clip_loss", losses["clip"]),
-            ("anchors_with_positives", losses["anchors_with_positives"]),
-            ("supcon_weight", torch.tensor(self.loss.supcon_weight)),
-            ("batches", torch.ones(())),
-            ("captions_cut", cut.sum()),
-            ("images", (labels != IGNORED).sum()),
-            ("skipped_images", skipped.sum()),
-        ):
+        outputs = self._forward(model, inputs)
+        scalars = {"batches": torch.ones(()), "images": (inputs["labels"] != IGNORED).sum()}
+        scalars["skipped_images"] = inputs["skipped"].sum()
+        if "captions_cut" in inputs:
+            scalars["captions_cut"] = inputs["captions_cut"].sum()
+        # All that the loss sees of other processes is gathered here.
+        embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs}
+        extras = {name: outputs[name] for name in ("class_embeds",) if name in outputs}
+        shared = {"parameters": outputs["parameters"], "extras": extras}
+        batch = Batch.gathered(labels=inputs["labels"], scale=outputs["scale"], equal_sizes=True, **embeds, **shared)
+        loss = 0.0
+        with torch.autocast(batch.labels.device.type, enabled=False):
+            for term, weight in zip(self.terms, self.loss_weights, strict=True):
+                values = dict(term(batch))
+                value = values.pop("loss")
+                scalars |= {f"{term.name}_loss": value, **values, f"{term.name}_weight": torch.tensor(weight)}
+                if weight:  # left out otherwise, so that an overflow of it could not leak into the sum
+                    loss = loss + weight * value
+        for name, value in scalars.items():
             self._sums[name] = self._sums[name] + value.detach()
-        return (losses["loss"], outputs) if return_outputs else losses["loss"]
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model, inputs: dict[str, torch.Tensor]) -> dict:
+        """Embeddings of the images of this process, of their texts and of the class texts, and the scale of the logits."""
+        encoded = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in inputs}
+        outputs = dict(model(**encoded, chunk_size=self._chunk_size()))
+        texts, rows = outputs.pop("text_embeds", None), inputs.get("text_rows")
+        if "class_rows" in inputs:
+            outputs["class_embeds"] = texts[inputs["class_rows"]]
+        if texts is not None and "captions_cut" in inputs:
+            own = texts[: len(inputs["labels"])] if "class_rows" in inputs else texts
+            outputs["text_embeds"] = own if rows is None else texts[rows]
+        # A tower that is frozen has been encoded before.
+        return outputs | {name: inputs[name] for name in ("image_embeds", "text_embeds") if name in inputs}
 
     def _chunk_size(self) -> int:
         """Rows encoded at a time; 0: all. Where memory runs out, `auto_find_batch_size` lowers it, and not the batch."""
@@ -270,7 +289,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return loss
 
     def log(self, logs, start_time=None):
-        """Adds the means of the loss components since the last log of a training loss."""
+        """Adds the means of what the loss terms returned since the last log of a training loss."""
         if "loss" in logs and self._sums:
             totals = {
                 name: self.accelerator.reduce(
@@ -280,7 +299,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             }
             batches, images = totals.pop("batches"), totals.pop("images")
             logs["skipped_images"] = totals.pop("skipped_images")
-            logs["captions_cut"] = totals.pop("captions_cut") / images
+            if "captions_cut" in totals:
+                logs["captions_cut"] = totals.pop("captions_cut") / images
             logs |= {name: total / batches for name, total in totals.items()}
             self._sums.clear()
         super().log(logs, start_time)
@@ -316,6 +336,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     def current_prototypes(self) -> ClassPrototypes:
         """`build_prototypes()`, or what it gave before if the weights that it depends on are still the same."""
         model = self.accelerator.unwrap_model(self.model)
+        for term in self.terms:
+            head = term.head(term_parameters(model).get(term.name, {}), self.class_names or ())
+            if head is not None:
+                self.prototypes, self._prototypes_of = head, self.state.global_step
+                return head
         tower = TOWERS["vision" if self.args.prototypes == "images" else "text"]
         trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(tower))
         of = self.state.global_step if trained else STAY
@@ -392,7 +417,8 @@ class _Beginnings(TrainerCallback):
         self.trainer._unseen_losses.clear()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.loss.supcon_weight = args.supcon_weight_at(state.global_step, state.max_steps)
+        step = (state.global_step, state.max_steps)
+        self.trainer.loss_weights = [t.weight(*step) if callable(t.weight) else t.weight for t in self.trainer.terms]
 
     # Also where the loader is wrapped, as on a resume within an epoch of several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):

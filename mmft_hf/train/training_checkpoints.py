@@ -49,6 +49,9 @@ class TrainingCheckpoints:
         model = self.accelerator.unwrap_model(self.model)
         if lora_layers(model):
             state_dict = checkpoint_state(model, state_dict) if is_checkpoint(folder) else merged_state(model)
+        if not is_checkpoint(folder):  # what loss terms train of their own is no part of the model
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("loss_terms.")}
         if is_checkpoint(folder):
             # save_pretrained gives some weights (those of ViT and AltCLIP) the names of older versions; the stock Trainer
             # reads a checkpoint by the names of now, and would pass over the others with a warning.

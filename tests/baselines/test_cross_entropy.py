@@ -13,9 +13,9 @@ from torch.func import functional_call
 from transformers import set_seed
 
 from mmft_hf import ClassPrototypes, ImageClassifier, MMFTConfig, MMFTTrainer, load_model, set_towers
-from mmft_hf.baselines import linear
+from mmft_hf.baselines import cross_entropy, linear
 from mmft_hf.baselines.clip_lora import QUERY_KEY_VALUE, clip_lora
-from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer, train_class_texts, train_head
+from mmft_hf.baselines.cross_entropy import class_texts_trainer, head_trainer, train_class_texts, train_head
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.sampling import EpochSampler
 from mmft_hf.model.towers import TOWERS, lora_layers
@@ -281,24 +281,25 @@ def test_pictures_and_crops_are_those_of_mmft(clip, tmp_path, monkeypatch):
 
 
 # -- validation ----------------------------------------------------------------------------------------------------------------
-def test_validation_restores_the_head_of_the_best_epoch(clip, tmp_path):
+def test_validation_restores_the_head_of_the_best_epoch(clip, tmp_path, monkeypatch):
     model, processor = clip
     validation = colour_dataset(4, seed=1, captions=False)
     start = zero_shot_head(clip)
     heads, accuracies = [], []
 
-    class Watched(HeadTrainer):
+    class Watched(MMFTTrainer):
         def evaluation_loop(self, *args, **kwargs):
             output = super().evaluation_loop(*args, **kwargs)
             heads.append(copy.deepcopy(self.prototypes))
             accuracies.append(output.metrics["eval_accuracy"])
             if len(heads) == 3:  # what comes after is nothing
                 with torch.no_grad():
-                    self.model.class_weight.mul_(-100)
+                    self.model.loss_terms["cross_entropy"]["weight"].mul_(-100)
             return output
 
+    monkeypatch.setattr(cross_entropy, "MMFTTrainer", Watched)
     settings = config(tmp_path, num_train_epochs=4, learning_rate=3e-3)
-    trainer = Watched(model, processor, settings, colour_dataset(8), start, validation)
+    trainer = head_trainer(model, processor, settings, colour_dataset(8), start, validation)
     trainer.train()
     best = int(np.argmax(accuracies))
     assert best == trainer.state.best_global_step / 3
@@ -316,7 +317,7 @@ def test_validation_compares_with_the_class_texts_of_the_best_epoch(clip, tmp_pa
     model, processor = clip
     train, validation = colour_dataset(8), colour_dataset(4, seed=1, captions=False)
     settings = config(tmp_path, num_train_epochs=2, learning_rate=1e-3)  # whose prototypes are of captions
-    trainer = ClassTextsTrainer(model, processor, settings, train, validation)
+    trainer = class_texts_trainer(model, processor, settings, train, validation)
     trainer.train()
     assert settings.prototypes == "captions"  # as it was
     trainer.evaluate()

@@ -18,7 +18,7 @@ from mmft_hf.benchmark.run.protocol import Task
 from mmft_hf.benchmark.run.trainings import interpolated, settings_for
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import TEMPLATES, check_template
-from mmft_hf.data.views import TrainingView
+from mmft_hf.data.views import TextView, TrainingView
 
 
 @pytest.fixture
@@ -202,14 +202,14 @@ def test_there_are_80_templates_and_each_image_is_read_with_one_of_them():
     assert all(check_template(template) and template == template.strip() for template in TEMPLATES)
     data = colour_dataset(8, captions=False)
     names = data.features["label"].names
-    view = TrainingView(data, names, TEMPLATES, seed=0)
+    view = TrainingView(data, TextView(names, TEMPLATES, seed=0))
     texts = [view[row]["text"] for row in range(len(data))]
     allowed = [{template.replace("{}", names[label]) for template in TEMPLATES} for label in data["label"]]
     assert all(text in texts_of for text, texts_of in zip(texts, allowed, strict=True))
     assert len(set(texts)) > 12
     assert texts == [view[row]["text"] for row in range(len(data))]
     assert [view[len(data) + row]["text"] for row in range(len(data))] != texts  # another epoch
-    one, several = TrainingView(data, names, "a {}.", seed=0), view
+    one, several = TrainingView(data, TextView(names, "a {}.", seed=0)), view
     assert all(one[row]["box"] == several[row]["box"] for row in range(len(data)))  # the crops stay
 
 

@@ -20,7 +20,7 @@ from mmft_hf.data import images
 from mmft_hf.data.images import BadImage, random_crop_box, read_image
 from mmft_hf.data.sampling import generator, hold_out
 from mmft_hf.data.splits import captions_of, labels_of, load_splits, load_test_split
-from mmft_hf.data.views import ImageView, TrainingView
+from mmft_hf.data.views import ImageView, TextView, TrainingView
 
 NAMES = list(COLOURS)
 
@@ -370,7 +370,7 @@ def test_captions_may_be_missing_for_some_images(tmp_path):
         colour_dataset(2).to_parquet(tmp_path / f"{split}.parquet")
     splits = splits_of(tmp_path)
     assert splits.captions_per_image().tolist() == [0, 0, 0] + [2] * 27
-    view = TrainingView(splits.train, NAMES, "a photo of a {}.")
+    view = TrainingView(splits.train, TextView(NAMES, "a photo of a {}."))
     assert [view[i]["text"] for i in range(3)] == [f"a photo of a {name}." for name in NAMES]
 
 
@@ -379,7 +379,7 @@ def test_a_captions_column_without_any_caption_is_the_same_as_none(empty, pictur
     folder, rows = pictures
     rows = [{**row, "image": str(folder / row["image"]), "captions": empty} for row in rows]
     splits = splits_of(write_jsonl(tmp_path / "list.jsonl", rows))
-    text = TrainingView(splits.train, splits.class_names, "a {}.")[0]["text"]
+    text = TrainingView(splits.train, TextView(splits.class_names, "a {}."))[0]["text"]
     assert text == f"a {splits.class_names[splits.train['label'][0]]}."
 
 
@@ -550,28 +550,28 @@ def draws(view, keys, workers=0):
 
 
 def test_draws_are_the_same_for_any_number_of_workers():
-    view = TrainingView(many_captions(), NAMES, "a {}.", seed=3, crop_min_area=0.5)
+    view = TrainingView(many_captions(), TextView(NAMES, "a {}.", seed=3), crop_min_area=0.5)
     keys = list(range(3 * len(view)))
     assert draws(view, keys) == draws(view, keys, workers=2)
 
 
 def test_draws_depend_on_seed_epoch_and_row_not_on_the_order_of_reading():
     data = many_captions()
-    view = TrainingView(data, NAMES, "a {}.", seed=3)
+    view = TrainingView(data, TextView(NAMES, "a {}.", seed=3))
     keys = list(range(3 * len(view)))
-    assert draws(view, keys[::-1])[::-1] == draws(TrainingView(data, NAMES, "a {}.", seed=3), keys)
-    assert draws(TrainingView(data, NAMES, "a {}.", seed=4), keys) != draws(view, keys)
+    assert draws(view, keys[::-1])[::-1] == draws(TrainingView(data, TextView(NAMES, "a {}.", seed=3)), keys)
+    assert draws(TrainingView(data, TextView(NAMES, "a {}.", seed=4)), keys) != draws(view, keys)
 
 
 def test_draws_of_a_row_do_not_depend_on_its_neighbours():
     data = many_captions()
-    view = TrainingView(data, NAMES, "a {}.")
-    longer = TrainingView(concatenate_datasets([data, data]), NAMES, "a {}.")
+    view = TrainingView(data, TextView(NAMES, "a {}."))
+    longer = TrainingView(concatenate_datasets([data, data]), TextView(NAMES, "a {}."))
     assert draws(view, [len(view) + 1]) == draws(longer, [len(longer) + 1])
 
 
 def test_every_caption_is_drawn_about_equally_often():
-    view = TrainingView(many_captions(4), NAMES, "a {}.")
+    view = TrainingView(many_captions(4), TextView(NAMES, "a {}."))
     # The text alone matters here: without reading the pictures this takes no time.
     picture = PILImage.new("RGB", (8, 8))
     rows = view.rows[:]
@@ -585,7 +585,7 @@ def test_every_caption_is_drawn_about_equally_often():
 
 
 def test_epochs_draw_different_captions_of_the_image():
-    view = TrainingView(many_captions(), NAMES, "a {}.")
+    view = TrainingView(many_captions(), TextView(NAMES, "a {}."))
     texts = [view[epoch * len(view) + 1]["text"] for epoch in range(8)]
     assert all(text.startswith("a green thing. text 1.") for text in texts)
     assert len(set(texts)) > 2
@@ -605,9 +605,9 @@ def test_crop_boxes_lie_inside_and_keep_the_area():
 
 def test_crops_differ_between_epochs_and_whole_images_have_none():
     data = many_captions()
-    view = TrainingView(data, NAMES, "a {}.", crop_min_area=0.5)
+    view = TrainingView(data, TextView(NAMES, "a {}."), crop_min_area=0.5)
     assert len({view[epoch * len(view)]["box"] for epoch in range(5)}) > 1
-    whole = TrainingView(data, NAMES, "a {}.", crop_min_area=1.0)
+    whole = TrainingView(data, TextView(NAMES, "a {}."), crop_min_area=1.0)
     assert all(whole[key]["box"] is None for key in range(2 * len(whole)))
 
 
@@ -620,14 +620,14 @@ def with_bad_picture(row, dataset=None):
 
 
 def test_a_bad_picture_is_named_by_its_row():
-    view = TrainingView(with_bad_picture(3), NAMES, "a {}.")
+    view = TrainingView(with_bad_picture(3), TextView(NAMES, "a {}."))
     assert view[2]["skipped"] == 0
     with pytest.raises(UserError, match=r"training image, row 3 cannot be read.*--on_bad_image skip"):
         view[3]
 
 
 def test_the_next_good_picture_takes_the_place_of_a_bad_one():
-    view = TrainingView(with_bad_picture(5), NAMES, "a {}.", on_bad_image="skip")
+    view = TrainingView(with_bad_picture(5), TextView(NAMES, "a {}."), on_bad_image="skip")
     row = view[5]
     assert row["skipped"] == 1
     assert row["label"] == view[0]["label"] == 0
@@ -635,7 +635,7 @@ def test_the_next_good_picture_takes_the_place_of_a_bad_one():
 
 def test_no_readable_picture_at_all_is_an_error():
     data = colour_dataset(1).select([0])
-    view = TrainingView(with_bad_picture(0, data), NAMES, "a {}.", on_bad_image="skip")
+    view = TrainingView(with_bad_picture(0, data), TextView(NAMES, "a {}."), on_bad_image="skip")
     with pytest.raises(UserError, match="none of the training images can be read"):
         view[0]
 

@@ -22,7 +22,7 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.data import cache
 from mmft_hf.data.cache import DecodedPictures
 from mmft_hf.data.images import BadImage, read_image
-from mmft_hf.data.views import ImageView, TrainingView
+from mmft_hf.data.views import ImageView, TextView, TrainingView
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_several_processes_write_at_once(tmp_path, folder):
 def test_training_reads_them_and_evaluation_does_not(clip, tmp_path, folder):
     big = [PILImage.fromarray(np.asarray(image)).resize((60, 80)) for image in colour_dataset(8)["image"]]
     data = Dataset.from_dict({**colour_dataset(8)[:], "image": big}, features=colour_dataset(8).features)
-    assert TrainingView(data, ["a", "b", "c"], "{}", short_side=20)[0]["image"].size == (20, 27)
+    assert TrainingView(data, TextView(["a", "b", "c"], "{}"), short_side=20)[0]["image"].size == (20, 27)
     assert ImageView(data)[0]["image"].size == (60, 80)
     settings = {"num_train_epochs": 1, "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
     found = []
@@ -159,7 +159,7 @@ def test_training_reads_them_and_evaluation_does_not(clip, tmp_path, folder):
 
 
 def test_workers_share_it(clip, folder):
-    view = TrainingView(colour_dataset(8), ["a", "b", "c"], "{}", short_side=18)
+    view = TrainingView(colour_dataset(8), TextView(["a", "b", "c"], "{}"), short_side=18)
     loader = DataLoader(view, batch_size=4, num_workers=2, collate_fn=MMFTDataCollator(clip[1]))
     first, second = ([batch["pixel_values"] for batch in loader] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -203,5 +203,5 @@ def test_env_says_where_it_is_and_how_large(tmp_path, folder, capsys):
 def test_labels_and_captions_are_those_of_the_row(folder):
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     data = Dataset.from_dict({"image": [picture(seed=s) for s in range(2)], "label": [1, 0]}, features=features)
-    view = TrainingView(data, ["a", "b"], "{}", short_side=32, crop_min_area=1)
+    view = TrainingView(data, TextView(["a", "b"], "{}"), short_side=32, crop_min_area=1)
     assert [view[row]["label"] for row in (0, 1)] == [1, 0] and [view[row]["text"] for row in (0, 1)] == ["b", "a"]

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler
 from mmft_hf import ClassBalancedSampler
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.sampling import PADDING, EpochSampler
-from mmft_hf.data.views import TrainingView
+from mmft_hf.data.views import TextView, TrainingView
 
 LABELS = [0] * 40 + [1] * 17 + [2] * 3 + [3] * 1 + [4] * 9
 
@@ -83,7 +83,7 @@ def test_every_image_of_a_class_has_its_turn():
 
 def test_visits_of_a_row_have_crops_and_captions_of_their_own():
     data = colour_dataset(4)
-    view = TrainingView(data, ["a", "b", "c"], "{}", crop_min_area=0.5)
+    view = TrainingView(data, TextView(["a", "b", "c"], "{}"), crop_min_area=0.5)
     labels = [0, 1, 2] + [0] * 9  # rows 1 and 2 are in every batch
     keys = [key for key in ClassBalancedSampler(labels, 6, 2) if key % 12 == 1]
     assert len(keys) == 2  # once in each batch

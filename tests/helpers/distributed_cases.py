@@ -14,7 +14,7 @@ from tiny_clip import build_clip, colour_dataset
 from transformers import TrainerCallback, set_seed
 
 from mmft_hf import MMFTConfig, MMFTTrainer, set_towers
-from mmft_hf.baselines.cross_entropy import ClassTextsTrainer, HeadTrainer
+from mmft_hf.baselines.cross_entropy import class_texts_trainer, head_trainer
 from mmft_hf.predict.heads import LinearHead
 
 STEP = 12  # images of a step in all processes: for 1, 2 and 3 of them
@@ -68,9 +68,9 @@ def make_trainer(kind: str, model, config, train, validation, processor) -> MMFT
     if kind == "head":
         weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
         head = LinearHead(weight, train.features["label"].names, torch.zeros(3))
-        return HeadTrainer(model, processor, config, train, head, validation)
+        return head_trainer(model, processor, config, train, head, validation)
     if kind == "texts":
-        return ClassTextsTrainer(model, processor, config, train, validation)
+        return class_texts_trainer(model, processor, config, train, validation)
     return MMFTTrainer(model, config, train, validation, processor)
 
 

@@ -14,14 +14,16 @@ from tiny_encoders import KINDS
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, set_towers
 from mmft_hf.core.errors import UserError
-from mmft_hf.data.views import TrainingView
+from mmft_hf.data.views import TextView, TrainingView
 from mmft_hf.model import embedding
 from mmft_hf.model.embedding import add_embedding_forward
 from mmft_hf.model.memory import MemoryEstimate, estimate_memory
 
 
 def batch_of(clip, rows: int = 11, **settings) -> dict:
-    view = TrainingView(colour_dataset(6), ["red thing", "green thing", "blue thing"], "a photo of a {}.", seed=1)
+    view = TrainingView(
+        colour_dataset(6), TextView(["red thing", "green thing", "blue thing"], "a photo of a {}.", seed=1)
+    )
     return MMFTDataCollator(clip[1], **settings)([view[i] for i in range(rows)])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmft_hf import MMFTLoss, clip_loss, supcon_loss
-from mmft_hf.model.losses import IGNORED, _cross_entropy, _supcon
+from mmft_hf.model.losses import IGNORED, _cross_entropy, contrast
 
 
 def oracle_supcon(logits: list[list[float]], rows: list[int], columns: list[int], excluded=()) -> float:
@@ -97,7 +97,7 @@ L2 = [[4, 1, 0, 2], [3, 2, 1, 0], [0, 1, 5, 2], [1, 0, 2, 3]]
 def test_golden_values(logits, labels, supcon, total):
     logits, labels = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     positives = (labels[:, None] == labels[None]) & ~torch.eye(4, dtype=torch.bool)
-    found = (_supcon(logits, positives) + _supcon(logits.T, positives)) / 2
+    found = (contrast(logits, positives) + contrast(logits.T, positives)) / 2
     clip = (_cross_entropy(logits) + _cross_entropy(logits.T)) / 2
     assert found.item() == pytest.approx(supcon, abs=1e-6)
     assert (0.1 * found + 0.9 * clip).item() == pytest.approx(total, abs=1e-6)

@@ -17,7 +17,7 @@ from tiny_clip import colour_dataset
 from mmft_hf import ClassPrototypes, MMFTConfig, set_towers
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
-from mmft_hf.data.views import TrainingView
+from mmft_hf.data.views import TextView, TrainingView
 
 TEMPLATE = "a photo of a {}."
 
@@ -30,7 +30,7 @@ def normalise(values: np.ndarray) -> np.ndarray:
 def drawn(epochs: int, **settings) -> list[tuple]:
     """(text, box, label) of each read; without opening a picture, this takes no time."""
     data = colour_dataset(4)
-    view = TrainingView(data, data.features["label"].names, TEMPLATE, seed=3, crop_min_area=0.5, **settings)
+    view = TrainingView(data, TextView(data.features["label"].names, TEMPLATE, seed=3, **settings), crop_min_area=0.5)
     picture, rows = PILImage.new("RGB", (20, 24)), view.rows[:]
     view.read = lambda row: {"image": picture, "label": rows["label"][row], "captions": rows["captions"][row]}
     reads = [view[key] for key in range(epochs * len(view))]

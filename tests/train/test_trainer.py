@@ -14,7 +14,7 @@ from transformers import CLIPModel, Trainer, TrainerCallback
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, MMFTTrainer
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.sampling import EpochSampler
-from mmft_hf.data.views import TrainingView
+from mmft_hf.data.views import TextView, TrainingView
 from mmft_hf.model.towers import set_towers
 from mmft_hf.train.checkpoints import last_complete_checkpoint
 
@@ -112,7 +112,7 @@ def test_accumulated_gradient_is_the_mean_over_its_batches(clip, tmp_path, caplo
     model = trainer.model
     model.load_state_dict(start)
     model.zero_grad()
-    view = TrainingView(train, trainer.class_names, "a photo of a {}.", seed=7)
+    view = TrainingView(train, TextView(trainer.class_names, "a photo of a {}.", seed=7))
     order = list(EpochSampler(len(train), seed=7))
     for k in range(3):
         batch = MMFTDataCollator(trainer.processing_class)([view[i] for i in order[4 * k : 4 * k + 4]])
@@ -346,7 +346,7 @@ def test_every_private_hook_that_is_overridden_exists():
     own = {name for cls in parts for name, value in vars(cls).items() if callable(value) and name[:2] != "__"}
     added = {"build_prototypes", "current_prototypes", "forget_prototypes", "stop_at", "_class_metrics"}
     added |= {"trained_parameters", "_averaged", "_exchange"}
-    added |= {"_chunk_size", "_expect_finite_losses", "_write_model", "_unsharded"}
+    added |= {"_chunk_size", "_forward", "_expect_finite_losses", "_write_model", "_unsharded"}
     assert added <= set(own)
     assert [name for name in own if name not in added and not hasattr(Trainer, name)] == []
 

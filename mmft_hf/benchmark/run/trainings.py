@@ -150,7 +150,7 @@ def contrastive(
                 set_towers(model, vision_tower, text_tower, *where)
             trainer = MMFTTrainer(model, config, images, validation, context.processor)
             if templates:
-                trainer.training_templates = TEMPLATES
+                trainer.texts = replace(trainer.texts, templates=TEMPLATES)
             trainer.train()
         tuned = trainer.accelerator.unwrap_model(trainer.model)
         if lora:

@@ -1,0 +1,36 @@
+"""Loss terms: the summands of the training loss. One file per term, and one entry in `TERMS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...model.losses import Batch
+from ..config import MMFTConfig
+from .base import LossTerm
+from .clip import Clip
+from .cross_entropy import ClassTextCrossEntropy, CrossEntropy
+from .supcon import SupCon
+
+TERMS: dict[str, type[LossTerm]] = {term.name: term for term in (SupCon, Clip, CrossEntropy, ClassTextCrossEntropy)}
+
+
+def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> list[LossTerm]:
+    """The terms of a training: those given, or MMFT's own two, `w * SupCon + (1 - w) * CLIP`.
+
+    Raises:
+        ValueError: two terms of one name, or none at all.
+    """
+    if loss is None:
+        w = config.supcon_weight
+        weights = (w, 1 - w)
+        if config.supcon_weight_end is not None:
+            weights = (config.supcon_weight_at, lambda step, steps: 1 - config.supcon_weight_at(step, steps))
+        return [SupCon(weights[0], config.include_self), Clip(weights[1])]
+    terms = [loss] if isinstance(loss, LossTerm) else list(loss)
+    names = [term.name for term in terms]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"loss: expected one or more terms of different names, found {', '.join(names) or 'none'}.")
+    return terms
+
+
+__all__ = ["TERMS", "Batch", "ClassTextCrossEntropy", "Clip", "CrossEntropy", "LossTerm", "SupCon", "terms_of"]

@@ -1,0 +1,44 @@
+"""The interface of a loss term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ...model.losses import Batch
+from ...predict.heads import Head
+
+
+class LossTerm:
+    """One summand of the training loss: a pure function of a `Batch`.
+
+    A term is a class in a file of its own, with one entry in `terms.TERMS`. It sets `name` and defines `__call__`.
+
+    Attributes:
+        name: of the term; `NAME_loss` and `NAME_weight` are logged.
+        weight: factor in the sum: a number, or a function of the optimiser steps done and of all steps. A term of weight 0
+            is computed and logged, and adds nothing.
+        needs: what the batch must hold beside the images: `texts` (one drawn for each image) or `class_texts` (one of
+            every class, as `batch.extras["class_embeds"]`).
+        parameters: what the term trains of its own, by name. The Trainer gives it to the optimiser and keeps it in
+            checkpoints; `__call__` reads it from `batch.parameters[self.name]`, since only what goes through the forward
+            of the wrapped model is averaged over processes.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("texts",)
+    weight: float | Callable[[int, int], float] = 1.0
+    parameters: Mapping[str, nn.Parameter] = {}
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """`{"loss": scalar}`, and any further scalars that are to be logged, by unique names.
+
+        The batch holds the rows of all processes, and autocast is off.
+        """
+        raise NotImplementedError
+
+    def head(self, parameters: Mapping[str, Tensor], class_names: Sequence[str]) -> Head | None:
+        """The classifier that the term trains, which validation then uses; None (the default) leaves it to prototypes."""
+        return None

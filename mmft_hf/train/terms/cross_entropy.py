@@ -1,0 +1,74 @@
+"""Cross-entropy over the classes, whose logits come from a linear head or from the classes' texts.
+
+Shapes: `N` images of all processes, `C` classes, `D` embedding size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import nn
+
+from ...data.sampling import IGNORED
+from ...model.losses import Batch
+from ...predict.heads import LinearHead
+from .base import LossTerm
+
+
+class CrossEntropy(LossTerm):
+    """Mean cross-entropy of a linear head on unit-norm image embeddings; validation uses the head.
+
+    The optimiser sees rows of about unit length; a fixed factor, the scale of the logits, is kept apart. If it were part of
+    the rows, they would be 100 times as long for CLIP, and AdamW, whose steps do not depend on the size of a weight, would
+    leave the head where it was unless there were thousands of steps.
+
+    Args:
+        head: where training starts; `C` rows of `D` numbers.
+        fixed: whether the head stays as it is.
+        weight: factor in the sum.
+    """
+
+    name = "cross_entropy"
+    needs = ()
+
+    def __init__(self, head: LinearHead, fixed: bool = False, weight=1.0):
+        self.weight = weight
+        # The mean length of the rows, as a power of two, so that nothing is rounded.
+        length = head.weight.norm(dim=1).mean().item()
+        self.scale = 2.0 ** round(math.log2(length)) if 0 < length < math.inf else 1.0
+        values = {"weight": head.weight, "bias": head.bias}
+        self.parameters = {
+            name: nn.Parameter(value.detach().float() / self.scale, requires_grad=not fixed)
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def __call__(self, batch: Batch):
+        own = batch.parameters[self.name]
+        logits = self.scale * F.linear(batch.image_embeds, own["weight"], own.get("bias"))
+        return {"loss": F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)}
+
+    def head(self, parameters, class_names):
+        values = {name: self.scale * value.detach() for name, value in parameters.items()}
+        return LinearHead(class_names=list(class_names), **values)
+
+
+class ClassTextCrossEntropy(LossTerm):
+    """Mean cross-entropy of the scaled cosines of images with the classes' texts, which are encoded anew in every step.
+
+    Args:
+        weight: factor in the sum.
+
+    References: Goyal et al. 2023, "Finetune like you pretrain" (arXiv 2212.00638), whose ablation this is.
+    """
+
+    name = "class_texts"
+    needs = ("class_texts",)
+
+    def __init__(self, weight=1.0):
+        self.weight = weight
+
+    def __call__(self, batch: Batch):
+        logits = batch.scale * batch.image_embeds @ batch.extras["class_embeds"].T
+        return {"loss": F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)}
