@@ -27,7 +27,7 @@ from ..model.loading import encode_images, is_dual_encoder, logit_scale
 from ..model.losses import Batch
 from ..model.towers import TOWERS, frozen_batch_norms
 from ..predict.classifier import set_class_names
-from ..predict.heads.prototypes import ClassPrototypes
+from ..predict.heads import ClassPrototypes, Head
 from ..predict.metrics import report
 from .averaging import WeightAveraging
 from .checkpoints import is_checkpoint
@@ -152,7 +152,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         if self.class_names:
             set_class_names(self.model, self.class_names)
         self._batch_norms = frozen_batch_norms(self.model)
-        self.prototypes: ClassPrototypes | None = None
+        self.prototypes: Head | None = None
         self._prototypes_of: object = None
         self._sampler: EpochSampler | None = None
         self._told_fallback = False
@@ -306,13 +306,18 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         super().log(logs, start_time)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
-    def build_prototypes(self, shard: bool = True) -> ClassPrototypes:
-        """Prototypes of the current weights, from the source that `args.prototypes` names.
+    def build_prototypes(self, shard: bool = True) -> Head:
+        """The head that a loss term trains, else prototypes of the current weights, from the source that `args.prototypes`
+        names.
 
         Args:
             shard: each of several processes encodes its share; all of them must call this.
         """
         model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
+        for term in self.terms:
+            head = term.head(term_parameters(model).get(term.name, {}), self.class_names)
+            if head is not None:
+                return head
         source, template = self.args.prototypes, self.args.class_template
         options = {
             "batch_size": self.args.per_device_eval_batch_size,
@@ -333,22 +338,19 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
         return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard)
 
-    def current_prototypes(self) -> ClassPrototypes:
+    def current_prototypes(self) -> Head:
         """`build_prototypes()`, or what it gave before if the weights that it depends on are still the same."""
         model = self.accelerator.unwrap_model(self.model)
-        for term in self.terms:
-            head = term.head(term_parameters(model).get(term.name, {}), self.class_names or ())
-            if head is not None:
-                self.prototypes, self._prototypes_of = head, self.state.global_step
-                return head
         tower = TOWERS["vision" if self.args.prototypes == "images" else "text"]
+        tower += ("loss_terms.",)  # which may hold the head itself
         trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(tower))
         of = self.state.global_step if trained else STAY
         if self.prototypes is None or self._prototypes_of != of:
             with self.accelerator.autocast():  # as the images that are compared with them
                 self.prototypes = self.build_prototypes()
             self._prototypes_of = of
-        self.prototypes.logit_scale = logit_scale(model).detach().float().item()
+        if isinstance(self.prototypes, ClassPrototypes):  # the scale is always trained
+            self.prototypes.logit_scale = logit_scale(model).detach().float().item()
         return self.prototypes
 
     def forget_prototypes(self) -> None:

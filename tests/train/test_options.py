@@ -120,12 +120,14 @@ def test_interpolation_refuses_other_classes_and_weights(clip):
         some.interpolate(some, 1.5)
 
 
-def test_the_weight_is_saved_and_a_file_of_an_older_make_has_none(clip, tmp_path):
+def test_the_weight_is_saved_and_an_old_file_of_prototypes_has_none(clip, tmp_path):
     mixed = ClassPrototypes.from_captions(*clip, colour_dataset(1), template_weight=0.3)
     path = mixed.save_pretrained(tmp_path)
     assert ClassPrototypes.from_pretrained(tmp_path).template_weight == 0.3
     metadata = {"class_names": '["a"]', "logit_scale": "1", "source": "captions", "template": "{}", "fallback_classes": "[]"}  # fmt: skip
-    save_file(load_file(path), path, metadata)
+    tensors = {"prototypes": load_file(path)["embeddings"]}
+    path.unlink()
+    save_file(tensors, tmp_path / "prototypes.safetensors", metadata)
     assert ClassPrototypes.from_pretrained(tmp_path).template_weight == 0.0
 
 
