@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import style
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patheffects import withStroke
@@ -15,7 +16,7 @@ from sklearn.isotonic import isotonic_regression
 
 from ...core.markdown import one_line
 from ..run.summary import in_order, interval, shots_name
-from .statistics import HEADINGS, ClassGains, Difference, Findings, method_of, shown_classes
+from .statistics import HEADINGS, TEST, ClassGains, Difference, Findings, method_of, shown_classes
 from .verdict import CONTROL, METHOD, signed
 
 STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
@@ -45,11 +46,10 @@ def draw(function: Callable[..., Figure | None], path: Path, *values) -> dict | 
 # -- accuracy against shots ----------------------------------------------------------------------------------------------
 def shots_panels(results: Findings) -> tuple[dict[str, list[str]], list[str]]:
     """Methods by panel, and methods left out because their panel is full. `mmft` is in every panel."""
-    shots = [n for n in results.shots if n != 0]
+    shots = results.positive_shots
     panels: dict[str, list[str]] = {}
-    for method in results.methods:
-        if any(results.rows(method, n) for n in shots):
-            panels.setdefault(method_of(method).family, []).append(method)
+    for method in results.methods_at(*shots):
+        panels.setdefault(method_of(method).family, []).append(method)
     if "untuned" in panels and len(panels) > 1:  # zs-cap, next to the other methods with captions if there are any
         panels["mmft" if "mmft" in panels else list(panels)[1]] += panels.pop("untuned")
     panels = {
@@ -68,7 +68,7 @@ def shots_panels(results: Findings) -> tuple[dict[str, list[str]], list[str]]:
 
 def shots_figure(results: Findings) -> Figure | None:
     """Test accuracy against shots: a panel for each family of methods; the untuned model as level lines."""
-    shots, (panels, _) = [n for n in results.shots if n != 0], shots_panels(results)
+    shots, (panels, _) = results.positive_shots, shots_panels(results)
     if not panels:
         return None
     columns, span = min(2, len(panels)), max(1, len(shots) - 1)
@@ -90,25 +90,21 @@ def shots_figure(results: Findings) -> Figure | None:
             main, hollow = method == METHOD, method_of(method).alpha < 1
             colour = BLUE if main else next(colours)
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18 if main else 0.08, lw=0)
-            axes.plot(
-                x, y, "o--" if hollow else "o-", color=colour, mec=colour, mfc="white" if hollow else colour,
-                lw=2.4 if main else 1.4, zorder=3 + main,
-            )  # fmt: skip
+            marks = {"ls": "--", "mfc": "white"} if hollow else {}
+            axes.plot(x, y, marker="o", color=colour, lw=2.4 if main else 1.4, zorder=3 + main, **marks)
             ends.append((x[-1], y[-1], method, colour))
         for (method, level), dashes in zip(untuned.items(), ("--", ":"), strict=False):
             axes.axhline(level, color=GREY, ls=dashes, lw=1.2, zorder=1)
             ends.append((len(shots) - 1, level, method, GREY))
-        axes.set_title(HEADINGS[family])
-        axes.set_xticks(range(len(shots)), [shots_name(n) for n in shots])
-        axes.set_xlim(-0.07 * span, len(shots) - 1 + 0.05 * span)
-        axes.set_ylim(low - room, high + room)
+        axes.set(title=HEADINGS[family], ylim=(low - room, high + room))
+        axes.set(xticks=range(len(shots)), xlim=(-0.07 * span, len(shots) - 1 + 0.05 * span))
+        axes.set_xticklabels(map(shots_name, shots))
         axes.grid(axis="x", visible=False)
         places = apart([y for _, y, *_ in ends], (high - low + 2 * room) * 0.055, low - room / 2, high + room / 2)
         right = len(shots) - 1 + 0.1 * span
         for (x, y, method, colour), place in zip(ends, places, strict=True):
-            axes.plot(
-                [x + 0.02 * span, right - 0.01 * span], [y, place], color=colour, lw=0.6, alpha=0.7, clip_on=False
-            )
+            line = [x + 0.02 * span, right - 0.01 * span]
+            axes.plot(line, [y, place], color=colour, lw=0.6, alpha=0.7, clip_on=False)
             weight = "bold" if method == METHOD else "normal"
             axes.text(right, place, method, color=colour, va="center", fontsize=9, weight=weight)
     for axes in grid.flat[len(panels) :]:
@@ -130,20 +126,17 @@ def apart(places: list[float], gap: float, low: float, high: float) -> list[floa
 
 
 # -- a row for each method -----------------------------------------------------------------------------------------------
-def method_rows(methods: list[str], titles: list[str], **more) -> tuple[Figure, list]:
-    """A figure with a row for each method, and its panels side by side."""
-    figure = Figure(figsize=(WIDTH if len(titles) > 1 else WIDTH * 0.66, 0.245 * len(methods) + 1.1))
+def named_rows(names: list[str], titles: list[str], **more) -> tuple[Figure, list]:
+    """A figure with a row for each name, and its panels side by side."""
+    figure = Figure(figsize=(WIDTH if len(titles) > 1 else WIDTH * 0.75, 0.24 * len(names) + 1.1))
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False, **more)[0]
     for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title)
-        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set(title=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        for i in range(0, len(methods), 2):
+        for i in range(0, len(names), 2):
             axes.axhspan(i - 0.5, i + 0.5, color="#f5f6f7", lw=0, zorder=0)
-    panels[0].set_yticks(range(len(methods)), methods)
-    for label, method in zip(panels[0].get_yticklabels(), methods, strict=True):
-        label.set_weight("bold" if method == METHOD else "normal")
+    for label in panels[0].get_yticklabels():
+        label.set_weight("bold" if label.get_text() == METHOD else "normal")
     return figure, list(panels)
 
 
@@ -158,7 +151,7 @@ def differences_figure(found: dict[tuple, Difference], label: str) -> Figure | N
     if not found:
         return None
     methods, shots = list(dict.fromkeys(m for m, _ in found)), in_order(n for _, n in found)
-    figure, panels = method_rows(methods, [shots_name(n) for n in shots], sharex=True)
+    figure, panels = named_rows(methods, [shots_name(n) for n in shots], sharex=True)
     far = max(5.0, 2.5 * float(np.quantile([abs(d.points) for d in found.values()], 0.7)))
     ends = [x for d in found.values() for x in (d.points, *(d.over_seeds or ()), *(d.over_images or ()))]
     low, high = min(max(-far, min(ends) - 1), -1.0), max(min(far, max(ends) + 1), 1.0)
@@ -166,10 +159,8 @@ def differences_figure(found: dict[tuple, Difference], label: str) -> Figure | N
         axes, i, points = panels[shots.index(n)], methods.index(method), difference.points
         colour = {"better": BLUE, "worse": ORANGE}.get(difference.verdict, "#8d9399")
         if not low < points < high:  # far off; it must not press the others together
-            text, end, side = (
-                (f"◂ {signed(points)}", low, "left") if points <= low else (f"{signed(points)} ▸", high, "right")
-            )
-            axes.text(end, i, text, color=colour, fontsize=8, va="center", ha=side)
+            text, side = (f"◂ {signed(points)}", "left") if points <= low else (f"{signed(points)} ▸", "right")
+            axes.text(low if side == "left" else high, i, text, color=colour, fontsize=8, va="center", ha=side)
             continue
         if difference.over_images:
             axes.plot(difference.over_images, [i, i], "|-", color=colour, lw=1.1, ms=6)
@@ -189,20 +180,19 @@ def robustness_figure(results: Findings, shots) -> Figure | None:
     splits, found = results.shift_splits, {}
     for method in compared(results.methods):
         n = shots if results.rows(method, shots) else 0
-        means = [results.mean(method, n), *(results.mean(method, n, split) for split in splits)]
-        if None not in means:
-            found[method] = means
+        found[method] = [results.mean(method, n, split) for split in (TEST, *splits)]
+    found = {method: means for method, means in found.items() if None not in means}
     if not found or not splits:
         return None
-    figure, panels = method_rows(list(found), [one_line(split, 40) for split in splits], sharex=True)
-    for place, axes in enumerate(panels, 1):
-        for i, (method, means) in enumerate(found.items()):
-            colour = BLUE if method == METHOD else INK
-            axes.plot([means[0], means[place]], [i, i], color=colour, lw=1.2, alpha=0.5)
-            axes.plot(means[0], i, "o", color=colour, mfc="white")
-            axes.plot(means[place], i, "o", color=colour)
-        if "zs" in found:
-            axes.axvline(found["zs"][place], color=GREY, lw=1, ls="--", zorder=1)
+    figure, panels = named_rows(list(found), [one_line(split, 40) for split in splits], sharex=True)
+    for i, (method, (inside, *shifted)) in enumerate(found.items()):
+        colour = BLUE if method == METHOD else INK
+        for axes, outside in zip(panels, shifted, strict=True):
+            axes.plot([inside, outside], [i, i], color=colour, lw=1.2, alpha=0.5)
+            axes.plot(inside, i, "o", color=colour, mfc="white")
+            axes.plot(outside, i, "o", color=colour)
+            if method == "zs":
+                axes.axvline(outside, color=GREY, lw=1, ls="--", zorder=1)
     figure.supxlabel("accuracy, %", fontsize=9.5)
     return figure
 
@@ -213,7 +203,7 @@ def cost_figure(results: Findings, shots) -> Figure | None:
     rows = {method: found for method, found in rows.items() if any(row.get("fit_seconds") for row in found)}
     if not rows:
         return None
-    figure, (left, right) = method_rows(list(rows), [f"Test accuracy, {shots_name(shots)}", "Seconds of fitting"])
+    figure, (left, right) = named_rows(list(rows), [f"Test accuracy, {shots_name(shots)}", "Seconds of fitting"])
     for i, (method, found) in enumerate(rows.items()):
         colour = BLUE if method == METHOD else INK
         values = [100 * row["test_accuracy"] for row in found]
@@ -239,21 +229,15 @@ def classes_figure(gains: ClassGains | None, names: list[str]) -> Figure | None:
         return None
     shown = shown_classes(gains.gain)
     gain, low, high = gains.gain[shown], gains.low[shown], gains.high[shown]
-    figure = Figure(figsize=(WIDTH, 0.225 * len(shown) + 0.9))
-    axes, rows = figure.subplots(), np.arange(len(shown))
-    for pale in (False, True):
-        some = ((low <= 0) & (high >= 0)) == pale
-        colours = np.where(gain[some] >= 0, BLUE, ORANGE)
-        axes.barh(rows[some], gain[some], height=0.68, color=colours, alpha=0.3 if pale else 0.9, lw=0)
-    known = np.isfinite(low) & np.isfinite(high)
+    figure, (axes,) = named_rows([f"{legible(names[c], c)}  ({gains.images[c]})" for c in shown], [""])
+    rows, known = np.arange(len(shown)), np.isfinite(low) & np.isfinite(high)
+    pale = np.where((low <= 0) & (high >= 0), 0.3, 0.9)
+    colours = [to_rgba(BLUE if points >= 0 else ORANGE, alpha) for points, alpha in zip(gain, pale, strict=True)]
+    axes.barh(rows, gain, height=0.68, color=colours, lw=0)
     axes.hlines(rows[known], low[known], high[known], color=INK, lw=0.9)
     if len(shown) < np.isfinite(gains.gain).sum():  # the classes between the two ends are left out
         axes.axhline(len(shown) / 2 - 0.5, color=GREY, lw=1, ls=":")
     axes.axvline(0, color=INK, lw=0.9)
-    axes.set_yticks(rows, [f"{legible(names[c], c)}  ({gains.images[c]})" for c in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"points of recall, {gains.method} minus {gains.other}")
     return figure
 
@@ -282,30 +266,16 @@ def map_figure(results: Findings, gains: ClassGains | None) -> Figure | None:
     chosen = sorted(present[np.argsort(-weights, kind="stable")][:MOST_COLOURED].tolist())
     figure = Figure(figsize=(WIDTH, WIDTH / 2 + 0.75))
     for axes, (title, entry) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        points, labels, stars = (
-            np.array(entry["points"], float),
-            np.array(entry["labels"]),
-            entry.get("prototypes") or [],
-        )
+        points, labels, stars = np.array(entry["points"]), np.array(entry["labels"]), entry.get("prototypes") or []
         axes.scatter(*points[~np.isin(labels, chosen)].T, s=9, color=PALE, lw=0)
         for i, c in enumerate(chosen):
             colour, marker = (BLUE, *COLOURS[:5])[i % 6], "o^"[i // 6 % 2]
             name = legible(names[c], c) if c < len(names) else f"class {c + 1}"
-            axes.scatter(
-                *points[labels == c].T, s=22, color=colour, marker=marker, lw=0, alpha=0.85, label=f"{i + 1}  {name}"
-            )
+            axes.scatter(*points[labels == c].T, s=22, color=colour, marker=marker, lw=0, label=f"{i + 1}  {name}")
             if c < len(stars):
                 axes.scatter(*stars[c], s=150, color=colour, marker="*", edgecolor=INK, linewidth=0.8, zorder=4)
-                outline = [withStroke(linewidth=2.5, foreground="white")]
-                axes.annotate(
-                    str(i + 1),
-                    stars[c],
-                    (5, 4),
-                    textcoords="offset points",
-                    weight="bold",
-                    zorder=5,
-                    path_effects=outline,
-                )
+                text = axes.annotate(str(i + 1), stars[c], (5, 4), textcoords="offset points", weight="bold", zorder=5)
+                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         axes.set(title=title, xticks=[], yticks=[])
         axes.set_aspect("equal", "datalim")
         axes.spines[:].set_visible(False)

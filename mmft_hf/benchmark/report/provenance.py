@@ -20,7 +20,7 @@ def without_folder(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def splits(results: Findings) -> list[tuple[str, int, str]]:
+def split_facts(results: Findings) -> list[tuple[str, int, str]]:
     """Name, number of images and a remark for each split."""
     data, found = results.data, []
     if counts := data.get("train_images_per_class"):

@@ -62,6 +62,7 @@ class Findings:
         names = dict.fromkeys(name for name, _ in keys)
         self.methods: list[str] = sorted(names, key=lambda name: families.index(method_of(name).family))
         self.shots = in_order(n for _, n in keys)
+        self.positive_shots = [n for n in self.shots if n != 0]
 
     def rows(self, method: str, shots) -> dict[int, dict]:
         """Rows by seed."""
@@ -93,6 +94,27 @@ class Findings:
     def seeds(self) -> set[int]:
         """Seeds of all cells with training, failed ones included."""
         return {row["seed"] for row in (*self.all_rows(), *self.failed) if row["shots"] != 0}
+
+    def methods_at(self, *shots) -> list[str]:
+        """Methods with a result at any of these numbers of shots."""
+        return [method for method in self.methods if any(self.rows(method, n) for n in shots)]
+
+    def with_accuracy(self, split: str) -> list[str]:
+        """Methods with an accuracy on a split; for the test split all methods, failed ones included."""
+        return [m for m in self.methods if split == TEST or any(self.values(m, n, split) for n in self.shots)]
+
+    def policies(self, *methods: str) -> list[str]:
+        """Selection policies of these methods."""
+        cells = [self.rows(method, n) for method in methods for n in self.shots]
+        return sorted({row["selection_policy"] for cell in cells for row in cell.values()})
+
+    def seed_counts(self, method: str) -> list[int]:
+        """The number of seeds at each number of shots that a method was run with."""
+        return [len(cell) for n in self.shots if (cell := self.rows(method, n))]
+
+    def has_predictions(self) -> bool:
+        """Whether any row has predictions for test images with known labels."""
+        return any(TEST in row["predictions"] for row in self.all_rows())
 
     def most_seeds(self, shots) -> int:
         """The number of seeds of the method that has most."""
@@ -259,21 +281,20 @@ class Difference:
         return "better" if self.points > 0 else "worse"
 
 
-def pairs(a: dict[int, dict], b: dict[int, dict]) -> list[tuple[dict, dict]]:
-    """Rows of equal seed. A method without training has one row, at 0 shots, that is paired with every seed of the other."""
+def paired(results: Findings, method: str, other: str, shots, split: str = TEST) -> list[tuple[dict, dict]]:
+    """Rows of both methods with equal seeds that have an accuracy on this split.
+
+    A method without training has one row, at 0 shots, that is paired with every seed of the other.
+    """
+    a, b = results.nearest(method, shots), results.nearest(other, shots)
     if [row["shots"] for row in b.values()] == [0]:
         (untuned,) = b.values()
         b = dict.fromkeys(a, untuned)
     elif [row["shots"] for row in a.values()] == [0]:
         (untuned,) = a.values()
         a = dict.fromkeys(b, untuned)
-    return [(a[seed], b[seed]) for seed in a if seed in b]
-
-
-def paired(results: Findings, method: str, other: str, shots, split: str = TEST) -> list[tuple[dict, dict]]:
-    """Pairs of rows that both have an accuracy on this split."""
-    found = pairs(results.nearest(method, shots), results.nearest(other, shots))
-    return [(a, b) for a, b in found if accuracy(a, split) is not None and accuracy(b, split) is not None]
+    found = [(a[seed], b[seed]) for seed in a if seed in b]
+    return [pair for pair in found if None not in (accuracy(pair[0], split), accuracy(pair[1], split))]
 
 
 def compare(results: Findings, method: str, other: str, shots, split: str = TEST) -> Difference | None:
@@ -358,7 +379,7 @@ def class_gains(results: Findings, method: str, other: str) -> ClassGains | None
             break
     else:
         return None
-    found, names = pairs(*cells), results.class_names
+    found, names = paired(results, method, other, shots), results.class_names
     if not found or not names:
         return None
     truth = np.asarray(results.data["labels"][TEST])

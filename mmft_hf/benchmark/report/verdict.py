@@ -10,46 +10,33 @@ from ..run.summary import FEWEST_SEEDS, FULL, image_chance, shots_name
 from .statistics import Difference, Findings, compare, method_of
 
 METHOD, CONTROL = "mmft", "mmft-no-captions"
-# What MMFT is compared with first, and what each comparison shows.
-RIVALS = {
-    CONTROL: "the same training without captions",
-    "flyp": "both towers on class templates, CLIP loss alone",
-    "zs-cap": "captions on the untuned model, no training",
-}
-BEST = "best without captions"
+# What MMFT is compared with first. The last is chosen by its test accuracy, which favours it.
+CONTROLS, BEST = (CONTROL, "flyp", "zs-cap"), "best without captions"
 FEWEST_IMAGES = 100  # of the test split
 
 Comparisons = dict[object, tuple[str, Difference]]  # by shots: the other method, and mmft minus that method
 
 
-def verdict(results: Findings) -> tuple[str, list[str], list[tuple[str, str, Comparisons]]]:
-    """A headline, sentences, and comparisons of mmft as `(name, meaning, {shots: (other method, Difference)})`."""
-    comparisons = _comparisons(results)
-    headline, sentences = _answer(results, comparisons) if comparisons else _no_answer(results)
+def verdict(results: Findings) -> tuple[str, list[str], dict[str, Comparisons]]:
+    """A headline, sentences, and comparisons of mmft with each of `CONTROLS` and `BEST`, as far as there are any."""
+    shots = [n for n in results.shots if results.rows(METHOD, n)]
+    others = {name: dict.fromkeys(shots, name) for name in CONTROLS}
+    others[BEST] = {n: names[0] for n in shots if (names := results.best(n, baselines(results), METHOD))}
+    comparisons = {
+        name: {n: (m, found) for n, m in methods.items() if (found := compare(results, METHOD, m, n))}
+        for name, methods in others.items()
+    }
+    headline, sentences = _answer(results, comparisons) if shots else _no_answer(results)
     chance = image_chance(results.all_rows())
     if chance and chance[0] < FEWEST_IMAGES:
         sentences.append(
             f"With {chance[0]} test images this is a trial, not a result: one image is {100 / chance[0]:.1f} points, and the "
             f"choice of test images alone moves any accuracy by about ±{chance[1]:.0f} points."
         )
-    return headline, sentences, [(name, meaning, found) for name, (meaning, found) in comparisons.items() if found]
+    return headline, sentences, {name: found for name, found in comparisons.items() if found}
 
 
-def _comparisons(results: Findings) -> dict[str, tuple[str, Comparisons]]:
-    """Comparisons by name; a name without a common seed has no entries. Empty without a cell of mmft."""
-    shots = [n for n in results.shots if results.rows(METHOD, n)]
-    others = {other: (meaning, dict.fromkeys(shots, other)) for other, meaning in RIVALS.items()}
-    best = {n: names[0] for n in shots if (names := results.best(n, baselines(results), METHOD))}
-    others[BEST] = ("chosen by its test accuracy, which favours it", best)
-    return {
-        name: (meaning, {n: (m, d) for n, m in methods.items() if (d := compare(results, METHOD, m, n))})
-        for name, (meaning, methods) in others.items()
-        if shots
-    }
-
-
-def _answer(results: Findings, comparisons: dict[str, tuple[str, Comparisons]]) -> tuple[str, list[str]]:
-    found = {name: differences for name, (_, differences) in comparisons.items()}
+def _answer(results: Findings, found: dict[str, Comparisons]) -> tuple[str, list[str]]:
     control = next((name for name in (CONTROL, "flyp") if found[name]), None)
     if control is None:
         headline = "It cannot be told whether captions helped: there is no control without them."
@@ -153,17 +140,12 @@ def signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "−") if f"{abs(points):.1f}" != "0.0" else "0.0"
 
 
-def between(pair: tuple[float, float]) -> str:
-    """`−0.4 to +2.1`."""
-    return f"{signed(pair[0])} to {signed(pair[1])}"
-
-
 MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few seeds": "?", "same for every seed": "?"}
 
 
 def intervals(difference: Difference) -> list[str]:
     """The intervals of a difference in words: over seeds, and over test images if there is one."""
-    few = {1: "one seed", 2: "two seeds"}
-    without = few.get(difference.seeds, "the same for every seed")
-    found = [f"seeds {between(difference.over_seeds)}" if difference.over_seeds else without]
-    return found + ([f"images {between(difference.over_images)}"] if difference.over_images else [])
+    known = {"seeds": difference.over_seeds, "images": difference.over_images}
+    found = [f"{name} {signed(pair[0])} to {signed(pair[1])}" for name, pair in known.items() if pair]
+    without = {1: "one seed", 2: "two seeds"}.get(difference.seeds, "the same for every seed")
+    return found if difference.over_seeds else [without, *found]
