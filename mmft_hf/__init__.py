@@ -25,6 +25,7 @@ _PUBLIC = {
     "caption_dataset": "captioning",
     "clip_loss": "model.losses",
     "few_shot_split": "data.sampling",
+    "finetune": "train.workflow",
     "load_captioned_dataset": "data.splits",
     "load_model": "model.loading",
     "set_towers": "model.towers",

@@ -74,9 +74,9 @@ def data_folder(tmp_path_factory):
 @pytest.fixture
 def captions_classify_nothing(monkeypatch):
     """No image is classified right by prototypes of captions, so that the zero-shot classifier is better."""
-    from mmft_hf.predict import evaluation
+    from mmft_hf.train import workflow
 
-    classify = evaluation.classify
+    classify = workflow.classify
 
     def nothing_right(classifier, *args, **kwargs):
         found = classify(classifier, *args, **kwargs)
@@ -84,4 +84,4 @@ def captions_classify_nothing(monkeypatch):
             found.scores[np.arange(len(found.labels)), found.labels] = -1
         return found
 
-    monkeypatch.setattr(evaluation, "classify", nothing_right)
+    monkeypatch.setattr(workflow, "classify", nothing_right)

@@ -225,8 +225,8 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
     return DatasetDict({split: dataset.cast_column("image", Image()) for split, dataset in data.items()})
 
 
-def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]:
-    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+def _load(args: DataArguments, dataset: DatasetDict | None = None) -> tuple[DatasetDict, list[str], bool, list[str]]:
+    raw = dataset or load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
     empty = [split for split, dataset in raw.items() if len(dataset) == 0]
     if empty:
         raise UserError(empty_split(args.dataset_name, empty[0]))
@@ -236,7 +236,7 @@ def _load(args: DataArguments) -> tuple[DatasetDict, list[str], bool, list[str]]
             raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
         train = next(iter(raw))
     data, has_captions = _map_columns(raw, args)
-    notes = what_was_read(args.dataset_name, raw)
+    notes = [] if dataset else what_was_read(args.dataset_name, raw)
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
         if set(data[split]["label"][:]) <= {None, -1}:  # for example the test split of a challenge
             del data[split]
@@ -284,17 +284,20 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     return _add_ids(_encode_labels(dataset, split, class_names, args.label_column))
 
 
-def load_splits(args: DataArguments) -> Splits:
+def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Splits:
     """Loads a dataset and decides which images are for training, validation and test.
 
     If a split is missing, part of each class of the training split is held out for it. `shots_seed` alone decides which
     part, so it does not depend on the seed of the training. Few-shot subsets (`shots`) are drawn from the rest;
     validation and test stay whole.
 
+    Args:
+        dataset: splits in memory, in place of what `args.dataset_name` names.
+
     Raises:
         UserError: as `load_captioned_dataset`, and for a class without a training image.
     """
-    data, names, has_captions, notes = _load(args)
+    data, names, has_captions, notes = _load(args, dataset)
     data = DatasetDict({name: _add_ids(split) for name, split in data.items()})
     train_name = _find_split(data, "train", args.train_split) or next(iter(data))
     train = data[train_name]

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers import TrainerState
 
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
@@ -39,7 +40,6 @@ from ..predict import figures
 from ..predict import sheet as report
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
-from ..predict.heads.prototypes import ClassPrototypes
 from ..version import __version__
 from .config import MMFTConfig
 
@@ -198,29 +198,27 @@ class Run:
                 if {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
                     shutil.rmtree(entry)
 
-    def save(
+    def results(
         self,
-        model,
-        processor,
-        prototypes: ClassPrototypes,
-        predictions: Predictions,
+        test: dict,
         zero_shot_test: dict,
         validation: dict[str, float],
         train_metrics: dict,
-        state,
-        zero_shot_won: bool = False,
-        adapter: Adapter | None = None,
+        state: TrainerState,
+        zero_shot_won: bool,
     ) -> dict:
-        """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
+        """The content of `all_results.json`.
 
-        Returns:
-            The content of `all_results.json`.
+        Args:
+            test, zero_shot_test: `ClassificationReport` of the chosen classifier and of the untuned model.
+            validation, train_metrics: entries that are taken over.
+            state: of the Trainer.
+            zero_shot_won: no epoch was better on validation than the untuned model.
         """
-        test = predictions.report()
         selected = self.config.load_best_model_at_end
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
         best_epoch = 0.0 if zero_shot_won else epochs.get(state.best_global_step) if selected else state.epoch
-        results = {
+        return {
             "zero_shot_test_accuracy": zero_shot_test["accuracy"],
             "zero_shot_test_accuracy_ci_low": zero_shot_test["accuracy_ci_low"],
             "zero_shot_test_accuracy_ci_high": zero_shot_test["accuracy_ci_high"],
@@ -243,32 +241,49 @@ class Run:
             "seed": self.config.seed,
             **train_metrics,
         }
-        ImageClassifier(model, processor, prototypes).save_pretrained(self.path)
+
+    def save(
+        self,
+        classifier: ImageClassifier,
+        predictions: Predictions,
+        results: dict,
+        state: TrainerState,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
+
+        Args:
+            predictions: on the test split.
+            results: from `results`.
+            state: of the Trainer.
+            adapter: of a LoRA run.
+        """
+        classifier.save_pretrained(self.path)
         if adapter:
             base, revision = self.identity["base_model"], self.identity["base_model_revision"]
             adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
         report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
         report.contact_sheet(self.splits.test, predictions).save(self.path / SHEET_FILE, optimize=True)
-        confusion = figures.confusion_picture(test["confusion_matrix"], self.splits.class_names)
+        confusion = figures.confusion_picture(predictions.report()["confusion_matrix"], self.splits.class_names)
         confusion.save(self.path / CONFUSION_FILE, optimize=True)
-        kept = None if zero_shot_won or not selected else best_epoch
-        curves = figures.curves_picture(state.log_history, validation["zero_shot_validation_accuracy"], kept)
+        selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
+        zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
+        curves = figures.curves_picture(state.log_history, zero_shot, best)
         curves.save(self.path / CURVES_FILE, optimize=True)
         write_json(self.path / RESULTS_FILE, results)
         state.save_to_json(str(self.path / STATE_FILE))
         record = {
             "class_names": self.splits.class_names,
-            "model_type": model.config.model_type,
+            "model_type": classifier.model.config.model_type,
             "selection": results["selection"],
             "notes": self.splits.notes,
-            "prototypes": prototypes.source,
+            "prototypes": classifier.head.source,
             "sources": run_sources(self.identity, self.data_settings, self.splits, MMFTConfig),
             "versions": cards.versions(),
         }
         self._write(completed=False, **record)
         cards.write_model_card(self.path)
         self._write(completed=True, **record)
-        return results
 
 
 def _step_size(identity: dict) -> int:

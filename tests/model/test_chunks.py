@@ -282,17 +282,14 @@ def test_the_estimate_leaves_model_and_random_numbers_as_they_are(monkeypatch):
     assert forked == [[]]  # with no device given each process would start up every GPU of the machine
 
 
-def test_no_chunks_are_advised_under_fsdp_which_refuses_them(clip, tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from mmft_hf.commands.finetune import _memory
+def test_no_chunks_are_advised_under_fsdp_which_refuses_them(tmp_path, monkeypatch):
+    from mmft_hf.commands.finetune import memory_line
     from mmft_hf.model import memory
 
     config = MMFTConfig(str(tmp_path), use_cpu=True)
-    train = colour_dataset(2)
-    splits = SimpleNamespace(train=train, class_names=train.features["label"].names)
+    estimate = memory.MemoryEstimate(0, 0, activations_per_image=1, pixels_per_image=0)
     monkeypatch.setattr(memory, "available_memory", lambda device: 1)
-    assert "Type --" in _memory(*clip, config, splits)
+    assert "Type --" in memory_line(estimate, config)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch sets it
-    line = _memory(*clip, config, splits)
+    line = memory_line(estimate, config)
     assert line.startswith("at most") and "Type --" not in line

@@ -1,0 +1,301 @@
+"""The main job: `finetune` trains on images and captions, selects on validation, tests once and saves a classifier.
+
+`mmft-hf finetune` reads its settings, calls `run_finetuning` and prints through a `Reporter`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import Pipeline, pipeline, set_seed
+
+from ..core.arguments import DataArguments, ModelArguments, choice
+from ..core.console import is_main
+from ..core.errors import PartialResult, UserError, nearest
+from ..core.files import RESULTS_FILE, RUN_FILE
+from ..core.launch import together
+from ..data.splits import Splits, captions_of, load_splits
+from ..data.texts import training_text
+from ..hub.client import check_access, check_name, make_repo
+from ..hub.publish import push_model
+from ..model.loading import load_model
+from ..model.memory import MemoryEstimate, estimate_memory
+from ..model.towers import Adapter, merge, parameter_counts, set_towers
+from ..predict.classifier import ImageClassifier
+from ..predict.evaluation import classify
+from ..predict.heads import ClassPrototypes
+from ..predict.pipeline import TASK
+from .checkpoints import last_complete_checkpoint
+from .config import MMFTConfig
+from .run_folder import Run
+from .trainer import MMFTTrainer
+
+IN_MEMORY = "in-memory data"  # recorded as the name of a data set that was given as an object
+SELECTION_METRICS = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
+
+
+@dataclass
+class FinetunePlan:
+    """What is about to be trained on what.
+
+    Args:
+        model_args, data_args, config: the settings.
+        splits: the data.
+        parameters: for each tower its trained parameters, all of its parameters and its layers with LoRA.
+        zero_shot_accuracy: of the untuned model with the class template, on validation, from 0 to 1.
+        memory: estimate of a training step in one process.
+    """
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    config: MMFTConfig
+    splits: Splits
+    parameters: dict[str, tuple[int, int, int]]
+    zero_shot_accuracy: float
+    memory: MemoryEstimate
+
+
+@dataclass
+class FinetuneResult:
+    """A finished run.
+
+    Args:
+        output_dir: folder of the classifier, its results and its card.
+        metrics: the content of `all_results.json`; accuracies go from 0 to 1.
+        fallback_classes: classes without captions, which the class template stands for.
+        repeated: the folder held this very run, complete, and nothing was trained.
+        url: the address of the commit, where the run was pushed to the Hub.
+    """
+
+    output_dir: Path
+    metrics: dict
+    fallback_classes: tuple[str, ...] = ()
+    repeated: bool = False
+    url: str | None = None
+
+    @property
+    def test_accuracy(self) -> float:
+        """Accuracy of the classifier on the test split, from 0 to 1."""
+        return self.metrics["test_accuracy"]
+
+    @property
+    def zero_shot_test_accuracy(self) -> float:
+        """Accuracy of the untuned model with the class template on the test split, from 0 to 1."""
+        return self.metrics["zero_shot_test_accuracy"]
+
+    @cached_property
+    def classifier(self) -> Pipeline:
+        """The saved classifier: `result.classifier("cat.jpg")` gives `[{"label", "score"}, …]`, best first."""
+        return pipeline(TASK, model=str(self.output_dir))
+
+
+class Reporter:
+    """Is told what happens in a run, in the main process; this one says nothing."""
+
+    def started(self, plan: FinetunePlan) -> None:
+        """Before the training."""
+
+    def finished(self, result: FinetuneResult) -> None:
+        """After everything is saved."""
+
+    def pushing(self, result: FinetuneResult, repo_id: str) -> None:
+        """Before the upload."""
+
+    def pushed(self, result: FinetuneResult, repo_id: str) -> None:
+        """After the upload."""
+
+
+def finetune(
+    dataset: str | Dataset | Mapping[str, Dataset] = "builtin/emoji-mini",
+    model: str | Path = "builtin/tiny-clip",
+    output_dir: str | Path = "outputs/mmft",
+    epochs: float = 50,
+    *,
+    reporter: Reporter | None = None,
+    **settings,
+) -> FinetuneResult:
+    """Fine-tunes a dual encoder and saves a classifier: all that `mmft-hf finetune` does.
+
+    The untuned model with the class template is a candidate, too. The best epoch is chosen on validation; the test split
+    is read once, after that. Where a split is missing, part of the training split is held out for it.
+
+    Args:
+        dataset: Hub id, folder or file, as for `--dataset_name`; or a `Dataset` or several of them by split name, with the
+            columns that `image_column`, `label_column` and `captions_column` name.
+        model: Hub id or folder of a dual encoder, or `builtin/tiny-clip`.
+        output_dir: folder of the results. A folder that holds another run is not overwritten.
+        epochs: epochs of training.
+        reporter: is told what happens. Default: only the lines of the epochs are printed.
+        settings: any setting of `mmft-hf finetune` by its name, e.g. `learning_rate=1e-5`, `shots=16`, `vision_tower="lora"`.
+
+    Returns:
+        The accuracies on the test split, the classifier and its folder.
+
+    Raises:
+        UserError: an unknown setting, a value outside its range, data or a model that cannot be used.
+        PartialResult: the run is finished, but could not be pushed; or another process of the run has ended.
+    """
+    given = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_train_epochs": epochs} | settings
+    if isinstance(dataset, (str, Path)):
+        in_memory, given = None, {"dataset_name": str(dataset)} | given
+    else:
+        splits = {"train": dataset} if isinstance(dataset, Dataset) else dataset
+        # Rows that were selected or shuffled are an index into other rows; written out, each row is where it belongs.
+        in_memory = DatasetDict({name: split.flatten_indices() for name, split in splits.items()})
+        given = {"dataset_name": IN_MEMORY} | given
+    kinds = (ModelArguments, DataArguments, MMFTConfig)
+    names = [{field.name for field in fields(kind) if field.init} for kind in kinds]
+    known = set().union(*names)
+    for name in given:
+        if name not in known:
+            raise UserError(f"finetune: unknown setting {name}.{nearest(name, known)}")
+    filled = [kind(**{k: v for k, v in given.items() if k in own}) for kind, own in zip(kinds, names, strict=True)]
+    return run_finetuning(*filled, in_memory, reporter)
+
+
+def run_finetuning(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: MMFTConfig,
+    dataset: DatasetDict | None = None,
+    reporter: Reporter | None = None,
+) -> FinetuneResult:
+    """`finetune` with its settings in three dataclasses.
+
+    Args:
+        dataset: splits in memory, in place of what `data_args.dataset_name` names.
+        reporter: is told what happens, in the main process.
+    """
+    reporter = reporter if reporter and is_main() else Reporter()
+    with together(lambda: last_complete_checkpoint(config.output_dir)):
+        return _run(model_args, data_args, config, dataset, reporter)
+
+
+def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
+    # -- checks, before anything expensive -----------------------------------------------------------------------------
+    choice("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), SELECTION_METRICS)
+    if config.push_to_hub:
+        name = check_access(config.hub_model_id or Path(config.output_dir).absolute().name, config.hub_token)
+        check_name(name, "model", RUN_FILE, config.hub_token)
+        config.hub_model_id = name
+    splits = load_splits(data_args, dataset)
+    folder = Run(config.output_dir, model_args, data_args, config, splits)
+    resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
+    if folder.completed:
+        metrics = json.loads((folder.path / RESULTS_FILE).read_text(encoding="utf-8"))
+        result = FinetuneResult(folder.path, metrics, repeated=True)
+        reporter.finished(result)
+        return _pushed(result, config, reporter)
+
+    # -- the untuned model: baseline, and first candidate --------------------------------------------------------------
+    set_seed(config.seed)
+    load = partial(load_model, model_args.model_name_or_path, model_args.model_revision)
+    model, processor = load()
+    model.to(config.device)
+
+    def score(model, head, dataset, name):
+        return classify(
+            ImageClassifier(model, processor, head),
+            dataset,
+            config.per_device_eval_batch_size,
+            config.on_bad_image,
+            config.dataloader_num_workers,
+            name,
+            progress=is_main() and not config.disable_tqdm,
+            shard=True,
+        )
+
+    set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
+    zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
+    untuned_validation = score(model, zero_shot, splits.validation, "validation").report()
+    parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
+    plan = FinetunePlan(model_args, data_args, config, splits, parameters, untuned_validation["accuracy"], memory)
+    reporter.started(plan)
+
+    # -- training and selection ----------------------------------------------------------------------------------------
+    if config.push_to_hub and is_main():  # as late as possible, so that a failure before leaves no empty repository
+        make_repo(config.hub_model_id, "model", config.hub_private_repo, config.hub_revision, config.hub_token)
+    folder.claim(resume)
+    try:
+        trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
+    except (ImportError, ValueError) as error:  # the stock Trainer's refusals, e.g. of a tracker that is not installed
+        raise UserError(f"finetune: {str(error).strip()}") from error
+    train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    state = trainer.state
+    tuned = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = Adapter.of(tuned)
+    if adapter:  # from here on everything is measured and built with the weights that are saved
+        merge(tuned)
+    head = trainer.build_prototypes()
+    validated = score(tuned, head, splits.validation, "validation")
+    if np.isnan(validated.scores).any():  # possible in a run of one step
+        trainer.stop_at("the output of the trained model", math.nan, state.global_step)
+    validation = validated.report()["accuracy"]
+
+    # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
+    untuned = load()[0].to(config.device)
+    zero_shot_test = score(untuned, zero_shot, splits.test, "test")
+    # The zero-shot classifier wins only where no epoch reached its validation accuracy.
+    zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
+    if zero_shot_won:
+        tuned, head, validation, adapter = untuned, zero_shot, untuned_validation["accuracy"], None
+    predictions = zero_shot_test if zero_shot_won else score(tuned, head, splits.test, "test")
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+    validations = {
+        "validation_accuracy": validation,
+        "zero_shot_validation_accuracy": untuned_validation["accuracy"],
+        "validation_skipped_images": untuned_validation["skipped"],
+    }
+    metrics = folder.results(
+        predictions.report(), zero_shot_test.report(), validations, train_metrics, state, zero_shot_won
+    )
+    if is_main():
+        folder.save(ImageClassifier(tuned, processor, head), predictions, metrics, state, adapter)
+    result = FinetuneResult(folder.path, metrics, head.fallback_classes)
+    reporter.finished(result)
+    if config.push_to_hub and is_main():
+        trainer._finish_current_push()
+    return _pushed(result, config, reporter)
+
+
+def _pushed(result: FinetuneResult, config: MMFTConfig, reporter: Reporter) -> FinetuneResult:
+    """Publishes what is in the folder, if that is wanted: the chosen weights with their results and card."""
+    if not config.push_to_hub or not is_main():
+        return result
+    reporter.pushing(result, config.hub_model_id)
+    options = {"private": config.hub_private_repo, "revision": config.hub_revision, "token": config.hub_token}
+    try:
+        result.url = push_model(result.output_dir, config.hub_model_id, **options)
+    except (UserError, PartialResult) as error:
+        again = ["mmft-hf", "push", str(result.output_dir), "--repo_id", config.hub_model_id]
+        again += ["--private", "true"] if config.hub_private_repo else []
+        again += ["--revision", config.hub_revision] if config.hub_revision else []
+        raise PartialResult(
+            f"{error} The results are in {result.output_dir}. To go on, type: {shlex.join(again)}"
+        ) from error
+    reporter.pushed(result, config.hub_model_id)
+    return result
+
+
+def _memory(model, processor, config: MMFTConfig, splits: Splits) -> MemoryEstimate:
+    """Estimates a training step; a few hundred rows tell how long the texts are."""
+    some = splits.train.select(range(0, len(splits.train), 1 + len(splits.train) // 256)).remove_columns("image")
+    texts = [
+        training_text(config.class_template, splits.class_names[row["label"]], caption)
+        for row in some
+        for caption in captions_of(row.get("captions")) or [None]
+    ]
+    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    autocast = torch.autocast(config.device.type, half) if half else nullcontext()
+    return estimate_memory(model, processor, texts, autocast, config.weight_averaging > 0)
