@@ -52,18 +52,11 @@ def caption_report(
     chosen = statistics.sample_rows(SAMPLES)
     kinds = sorted(statistics.notable.items(), key=_severity)
     notable = [(kind, *places[turn]) for turn in range(3) for kind, places in kinds if turn < len(places)]
-    missing = sum(figures["statuses"].get(status, 0) for status in OPEN)
-    state = f"{missing:,} captions are missing" if missing else "complete"
-    splits = captioned_splits(details)
-    limit = (details.get("checks") or {}).get("token_limit")
     page = render_page(
         TEMPLATES / "captions.html.j2",
         title=title(details),
-        subtitle=[
-            *([f"split {', '.join(map(str, splits))}"] if splits else []),
-            *(str(details[key]) for key in ("model", "run_id") if details.get(key)),
-            state,
-        ],
+        splits=captioned_splits(details),
+        missing=sum(figures["statuses"].get(status, 0) for status in OPEN),
         statistics=statistics,
         figures=figures,
         details=details,
@@ -72,7 +65,7 @@ def caption_report(
             _notable_sample(images[row], names, kind, position, rejected_text(row, position))
             for kind, row, position in notable[:NOTABLE_SAMPLES]
         ],
-        limit=limit,
+        limit=(details.get("checks") or {}).get("token_limit"),
         histogram_of=_histogram,
         overlap={tuple(pair["aspects"]): pair["jaccard"] for pair in figures["overlap"]},
         checks=TABLE,
