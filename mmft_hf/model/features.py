@@ -132,10 +132,9 @@ def encode_pictures_once(
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
         # A generator of its own: a pass must not move the random numbers of the training around it.
-        options = {"num_workers": workers, "generator": torch.Generator()}
-        loader = DataLoader(view, batch_sampler=mine, collate_fn=MMFTDataCollator(processor), **options)
-        for batch in tqdm(loader, desc=f"{view.name.capitalize()} images", disable=not progress, leave=False, delay=1):
-            yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"] != IGNORED
+        random = torch.Generator()
+        for embeds, labels in encode_image_batches(model, processor, view, mine, workers, progress, random):
+            yield embeds, labels != IGNORED
 
     return _once(model, "images", settings, digests, batches, encode, autocast, shard, folder)
 
@@ -160,11 +159,57 @@ def encode_texts_once(
         return hashlib.sha256(json.dumps(texts[batch.start : batch.stop]).encode()).digest()
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in tqdm(mine, desc="Texts", disable=not progress, leave=False, delay=1):
-            tokens, cut = tokenize(processor, texts[batch.start : batch.stop])
-            yield encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}), cut
+        own = [text for batch in mine for text in texts[batch.start : batch.stop]]
+        return encode_text_batches(model, processor, own, batch_size, progress)
 
     return _once(model, "texts", settings, [digest(b) for b in mine], batches, encode, autocast, shard, folder)
+
+
+# -- one loop for pictures, one for texts ----------------------------------------------------------------------------
+@torch.no_grad()
+def encode_image_batches(
+    model,
+    processor,
+    view: ImageView,
+    batches: Sequence[Sequence[int]],
+    workers: int = 0,
+    progress: bool = False,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields unit-norm embeddings `(B, D)` on the model's device, and labels `(B,)` (-100: unreadable), of batches of rows."""
+    collator = MMFTDataCollator(processor)
+    loader = DataLoader(view, batch_sampler=batches, collate_fn=collator, num_workers=workers, generator=generator)
+    model.eval()
+    for batch in tqdm(loader, desc=f"{view.name.capitalize()} images", disable=not progress, leave=False, delay=1):
+        yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]
+
+
+@torch.no_grad()
+def encode_text_batches(
+    model, processor, texts: Sequence[str], batch_size: int = BATCH_SIZE, progress: bool = False, name: str = "Texts"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields unit-norm embeddings `(B, D)` on the model's device, and which texts were truncated, bool `(B,)`."""
+    model.eval()
+    for batch in tqdm(_batches(len(texts), batch_size), desc=name, disable=not progress, leave=False, delay=1):
+        tokens, truncated = tokenize(processor, texts[batch.start : batch.stop])
+        yield encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}), truncated
+
+
+def image_embeddings(
+    model,
+    processor,
+    dataset: Dataset,
+    batch_size: int = BATCH_SIZE,
+    on_bad_image: str = "fail",
+    workers: int = 0,
+    progress: bool = False,
+    name: str = "evaluation",
+    rows: Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `encode_image_batches` yields for `rows` of a data set, or for all of them; nothing is cached."""
+    rows = range(len(dataset)) if rows is None else rows
+    batches = [rows[batch.start : batch.stop] for batch in _batches(len(rows), batch_size)]
+    return encode_image_batches(model, processor, ImageView(dataset, on_bad_image, name), batches, workers, progress)
 
 
 # -- one pass --------------------------------------------------------------------------------------------------------
@@ -188,7 +233,6 @@ def _once(
         return Features(found["embeds"], found["flags"], True)
     parts = []
     training = model.training
-    model.eval()
     precision = torch.autocast(model.device.type, autocast) if autocast else contextlib.nullcontext()
     with precision:
         for embeds, flags in encode():

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 
 from ..core.distributed import gather_shares, share_of
+from ..model.features import image_embeddings
 from .classifier import ImageClassifier
-from .heads.prototypes import image_embeddings
 from .metrics import report
 
 

@@ -642,7 +642,7 @@ def test_no_readable_picture_at_all_is_an_error():
 
 def test_evaluation_leaves_a_bad_picture_empty():
     view = ImageView(with_bad_picture(3), on_bad_image="skip")
-    assert view[3] == {"image": None, "label": 0, "skipped": 1}
+    assert view[3] == {"image": None, "label": -100, "skipped": 1}
 
 
 def test_a_bad_picture_is_reported_once(caplog):

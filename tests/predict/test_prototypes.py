@@ -7,8 +7,8 @@ from tiny_clip import colour_dataset
 from mmft_hf import ClassPrototypes
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import read_image
+from mmft_hf.model import features
 from mmft_hf.model.loading import encode_images
-from mmft_hf.predict.heads import prototypes
 
 
 def encode_one_by_one(model, processor, texts) -> torch.Tensor:
@@ -52,13 +52,13 @@ def test_equal_texts_are_encoded_once_in_batches_of_bounded_size(clip, monkeypat
     dataset = colour_dataset(20).remove_columns("captions")
     dataset = dataset.add_column("captions", [["same", f"text {i % 7}"] for i in range(60)])
     sizes = []
-    encode = prototypes.encode_texts
+    encode = features.encode_texts
 
     def counting(model, input_ids, attention_mask):
         sizes.append(len(input_ids))
         return encode(model, input_ids, attention_mask)
 
-    monkeypatch.setattr(prototypes, "encode_texts", counting)
+    monkeypatch.setattr(features, "encode_texts", counting)
     ClassPrototypes.from_captions(*clip, dataset, batch_size=4)
     assert max(sizes) == 4
     assert sum(sizes) == 3 * (1 + 7)

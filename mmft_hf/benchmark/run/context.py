@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from ...data.sampling import IGNORED
 from ...data.splits import labels_of
 from ...data.texts import TEMPLATES
-from ...model.features import image_features
+from ...model.features import image_embeddings, image_features
 from ...model.loading import load_model, logit_scale
 from ...model.memory import give_memory_back
 from ...predict.classifier import ImageClassifier
 from ...predict.evaluation import classify
 from ...predict.heads import ClassPrototypes, LinearHead
-from ...predict.heads.prototypes import image_embeddings
 from ...train.config import MMFTConfig
 from .protocol import Classifier, Task, readable_rows
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,22 +17,17 @@ import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from ...core.distributed import share_of, sum_over_processes
 from ...core.errors import UserError
 from ...core.files import PROTOTYPES_FILE, atomic_write
 from ...data.sampling import IGNORED
-from ...data.splits import captions_of, labels_of
-from ...data.texts import DEFAULT_TEMPLATE, class_prompt, training_text
-from ...data.views import ImageView
-from ...model.collator import MMFTDataCollator, tokenize
-from ...model.loading import embedding_size, encode_images, encode_texts, logit_scale
+from ...data.texts import DEFAULT_TEMPLATE
+from ...data.views import TextView, text_rows
+from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings, sorted_distinct
+from ...model.loading import embedding_size, logit_scale
 from .base import Head, read, some
-
-BATCH_SIZE = 256
 
 
 @dataclass
@@ -120,13 +115,11 @@ class ClassPrototypes(Head):
         References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
         """
         names = dataset.features["label"].names
-        weights: Counter[tuple[int, str]] = Counter()
-        if "captions" in dataset.column_names:
-            for label, value in zip(labels_of(dataset).tolist(), dataset["captions"][:], strict=True):
-                weights.update((label, training_text(template, names[label], text)) for text in captions_of(value))
+        texts = TextView(names, template)
+        weights = Counter((row["label"], text) for row in text_rows(dataset) for text in texts.caption_texts(row))
         captioned = {label for label, _ in weights}
         missing = [c for c in range(len(names)) if c not in captioned]
-        weights.update((c, class_prompt(template, names[c])) for c in missing)
+        weights.update((c, text) for c in missing for text in texts.class_texts(c))
         embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress, shard)
         fallback = tuple(names[c] for c in missing)
         if len(missing) == len(names):
@@ -155,11 +148,11 @@ class ClassPrototypes(Head):
 
         References: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
         """
-        several = [templates] if isinstance(templates, str) else list(templates)
-        weights = Counter((c, class_prompt(t, name)) for c, name in enumerate(class_names) for t in several)
+        texts = TextView(class_names, templates)
+        weights = Counter((c, text) for c in range(len(class_names)) for text in texts.class_texts(c))
         embeddings = _average_texts(model, processor, weights, len(class_names), BATCH_SIZE, False, shard)
-        source = "template" if len(several) == 1 else "templates"
-        return cls(embeddings, list(class_names), _scale(model), source, several[0])
+        source = "template" if len(texts.templates) == 1 else "templates"
+        return cls(embeddings, list(class_names), _scale(model), source, texts.templates[0])
 
     @classmethod
     @torch.no_grad()
@@ -247,42 +240,19 @@ def _average_texts(
     shard: bool,
 ) -> Tensor:
     """Unit-norm weighted means `(C, D)` of text embeddings; `weights` counts each (class, text)."""
-    texts = sorted({text for _, text in weights}, key=lambda text: (len(text), text))
+    texts = sorted_distinct(text for _, text in weights)
     if shard:  # every process has short and long ones
         texts = [texts[i] for i in share_of(len(texts))]
     position = {text: i for i, text in enumerate(texts)}
     # Pairs in the order of their texts, so that each batch of texts meets its own pairs and nothing else is kept.
     pairs = sorted((position[text], label, n) for (label, text), n in weights.items() if text in position)
     sums = torch.zeros(classes, embedding_size(model), dtype=torch.float64)
-    done = 0
-    model.eval()
-    for start in tqdm(range(0, len(texts), batch_size), desc="Captions", disable=not progress, leave=False, delay=1):
-        tokens, _ = tokenize(processor, texts[start : start + batch_size])
-        embeds = encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}).cpu().double()
+    done = start = 0
+    for embeds, _ in encode_text_batches(model, processor, texts, batch_size, progress, "Captions"):
         until = done
-        while until < len(pairs) and pairs[until][0] < start + batch_size:
+        while until < len(pairs) and pairs[until][0] < start + len(embeds):
             until += 1
         where, labels, counts = (torch.tensor(column) for column in zip(*pairs[done:until], strict=True))
-        sums.index_add_(0, labels, embeds[where - start] * counts[:, None])
-        done = until
+        sums.index_add_(0, labels, embeds.cpu().double()[where - start] * counts[:, None])
+        done, start = until, start + len(embeds)
     return F.normalize(sum_over_processes(sums) if shard else sums, dim=1).float()
-
-
-@torch.no_grad()
-def image_embeddings(
-    model: CLIPModel,
-    processor: CLIPProcessor,
-    dataset: Dataset,
-    batch_size: int = BATCH_SIZE,
-    on_bad_image: str = "fail",
-    workers: int = 0,
-    progress: bool = False,
-    name: str = "evaluation",
-    rows: Sequence[int] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields unit-norm embeddings `(B, D)` on the model's device and labels `(B,)` (-100: unreadable), of `rows` or all."""
-    view, collator = ImageView(dataset, on_bad_image, name), MMFTDataCollator(processor)
-    loader = DataLoader(view, batch_size, sampler=rows, collate_fn=collator, num_workers=workers)
-    model.eval()
-    for batch in tqdm(loader, desc=f"{name.capitalize()} images", disable=not progress, leave=False, delay=1):
-        yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]
