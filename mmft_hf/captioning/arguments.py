@@ -33,8 +33,7 @@ class CaptionArguments:
     }
 
     output_dir: str = setting(
-        "outputs/captioned",
-        "Folder of the captioned data set and its journal. The same command continues an interrupted run.",
+        "outputs/captioned", "Folder of the captioned data set and its journal. A run continues it."
     )
     captioner: str = setting(
         "columns",
@@ -45,35 +44,21 @@ class CaptionArguments:
     )
     captioner_model: str | None = setting(None, "Captioning model: its name at the server, Hub id or folder.")
     captioner_revision: str | None = setting(None, "Revision of a Hub model.")
-    captioner_tag: str | None = setting(
-        None, "Distinguishes servers that serve different weights under the same model name."
-    )
-    base_url: str | None = setting(
-        None, "Address of the server, e.g. http://localhost:8000/v1. Default: the provider's."
-    )
-    api_key_env: str | None = setting(
-        None, "NAME of the environment variable that holds the key, never the key itself."
-    )
+    captioner_tag: str | None = setting(None, "Distinguishes servers with different weights under the same name.")
+    base_url: str | None = setting(None, "Server address, e.g. http://localhost:8000/v1. Default: the provider's.")
+    api_key_env: str | None = setting(None, "NAME of the environment variable with the key, never the key itself.")
     allow_http: bool = setting(False, "Send the key to another machine even over plain http.")
-    text_columns: list[str] | None = setting(
-        None, "Columns that hold the texts. Default: the only column with lists of texts."
-    )
+    text_columns: list[str] | None = setting(None, "Text columns. Default: the only column with lists of texts.")
     class_template: str = setting(
-        DEFAULT_TEMPLATE,
-        "Template for --captioner template; also put before every caption when its tokens are counted.",
+        DEFAULT_TEMPLATE, "Template of --captioner template, also put before a caption when its tokens are counted."
     )
     aspects: list[str] = setting(
         ["visual", "shape", "texture"],
         "What to describe, one caption each: visual shape texture context spatial petals color symbols, or your own.",
     )
-    domain: str = setting(
-        "general objects",
-        "What the pictures show, e.g. pets or satellite. The name of a benchmark stands for its domain.",
-    )
+    domain: str = setting("general objects", "What the pictures show, e.g. pets, or the name of a benchmark.")
     words: int = setting(50, "Number of words that a caption should have.")
-    prompt_template: str = setting(
-        PROMPT, "Prompt in which {class_name}, {domain}, {aspect} and {words} are filled in."
-    )
+    prompt_template: str = setting(PROMPT, "Prompt with {class_name}, {domain}, {aspect} and {words} to be filled in.")
     own_prompts: str | None = setting(None, "Prompts for single aspects: a mapping in YAML, JSON on the command line.")
     keep_class_names: bool = setting(False, "Use class names as they are, neither cleaned nor in lower case.")
     aspects_per_call: str = setting(
@@ -84,19 +69,13 @@ class CaptionArguments:
     )
     samples: int = setting(1, "Number of captions per aspect.")
     temperature: float = setting(0.2, "Sampling temperature; 0 always takes the most likely token.")
-    max_tokens: int = setting(
-        200, "Token limit of a caption, in the captioner's tokens. Models that think first need thousands."
-    )
-    request_options: str | None = setting(
-        None, "Further fields of a request, as JSON (a mapping in YAML); null removes a field."
-    )
+    max_tokens: int = setting(200, "Maximum length of a caption in the captioner's tokens; thinking takes thousands.")
+    request_options: str | None = setting(None, "Further request fields, as JSON or YAML; null removes a field.")
     max_side: int = setting(512, "Longer side in pixels of the pictures that are sent.")
     captioner_batch_size: int = setting(8, "Batch size in pictures of --captioner transformers.")
     concurrency: int = setting(16, "Maximum number of calls in flight.")
     requests_per_minute: float | None = setting(None, "Maximum number of calls per minute.")
-    tokens_per_minute: float | None = setting(
-        None, "Maximum number of tokens per minute, prompts and answers together."
-    )
+    tokens_per_minute: float | None = setting(None, "Maximum number of tokens per minute, in prompts and answers.")
     timeout: float = setting(120.0, "Timeout of a call in seconds.")
     max_reasks: int = setting(1, "How often a caption is asked for again after a check turned it down.")
     on_check: list[str] | None = setting(
@@ -110,12 +89,11 @@ class CaptionArguments:
     split: list[str] | None = setting(None, "Splits to caption. Default: the training split.")
     classes: list[str] | None = setting(None, "Caption only these classes.")
     key_rule: str | None = setting(
-        None,
-        "How the keys of imported JSON files name images: file_name, class/file_name, class_file_name or index.",
+        None, "What the keys of imported JSON files are: file_name, class/file_name, class_file_name or index."
     )
     model_name_or_path: str = setting(
         "builtin/tiny-clip",
-        "Model that will be trained: its tokenizer counts the tokens of captions, which are checked against its limit.",
+        "Model to be trained, whose tokenizer counts the tokens and whose limit captions should keep.",
     )
     overwrite_output_dir: bool = setting(False, "Replace another data set in output_dir. A journal there is kept.")
 

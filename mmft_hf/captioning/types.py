@@ -100,22 +100,18 @@ class Backend(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes its answers: provider, model, revision, … Never a key, an address or a path."""
-        ...
 
     def check_key(self) -> None:
         """Raises `UserError` if a key is needed and its environment variable is not set."""
-        ...
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
         """The answers in the order of the requests; an error in place of an answer concerns that request alone.
 
         Raises `Transient`, `Unanswerable` or `Fatal` if all requests are concerned.
         """
-        ...
 
     async def aclose(self) -> None:
         """Closes connections."""
-        ...
 
 
 # What providers call the token limit of an answer.

@@ -25,7 +25,7 @@ from .ask.processes import Processes
 from .judge.checks import CaptionChecker, parse_actions
 from .judge.tokens import load_counter
 from .split import SplitCaptioner, add_texts, make_checker, new_run_id
-from .types import ACCEPTED, OPEN
+from .types import OPEN
 from .write.card import CLASS_MARK, caption_card
 from .write.dataset import JournalSource, without_captions
 from .write.output_folder import CaptionFolder
@@ -124,23 +124,9 @@ def load_data(data_args: DataArguments) -> tuple[DatasetDict, str]:
     return data, data_args.train_split or ("train" if "train" in data else next(iter(data)))
 
 
-@dataclass
-class WrittenFolder:
-    """A captioned data set as it was written to a folder.
-
-    Args:
-        statistics: of the split that the report and the card describe.
-        journaled: there is a journal, so that `caption status` can explain what is missing.
-    """
-
-    path: Path
-    statistics: CaptionStatistics
-    journaled: bool
-
-
 def write_folder(
     folder: CaptionFolder, splits: dict, captioned: str, details: dict, source: JournalSource | None = None
-) -> WrittenFolder:
+) -> CaptionStatistics:
     """Writes a captioned data set with its report and card.
 
     Args:
@@ -148,6 +134,9 @@ def write_folder(
         captioned: the split that the report and the card describe.
         details: content of `captions.json`.
         source (*optional*): gives the report the answers that were not accepted.
+
+    Returns:
+        The statistics of the captioned split.
     """
     statistics = CaptionStatistics(splits[captioned])
     lean = splits[captioned].select_columns(["label", "image_sha256"])
@@ -164,7 +153,7 @@ def write_folder(
     folder.write(splits, {**details, "statistics": statistics.figures}, extras)
     if source:
         source.reader.close()
-    return WrittenFolder(folder.path, statistics, source is not None)
+    return statistics
 
 
 @dataclass
@@ -172,24 +161,21 @@ class CaptionResult:
     """What a captioning run came to.
 
     Args:
-        statuses: number of captions by status, over all splits; `unreadable` images are counted apart.
+        statuses: number of captions by status, over all splits.
+        unreadable: number of images that cannot be read.
         outcome: the calls of this run.
-        written: the folder; None if it already held exactly this data set.
+        statistics: of the written captions; None if the folder already held exactly this data set.
     """
 
     statuses: Counter = field(default_factory=Counter)
     unreadable: int = 0
     outcome: Outcome = field(default_factory=Outcome)
-    written: WrittenFolder | None = None
+    statistics: CaptionStatistics | None = None
 
     @property
     def missing(self) -> int:
-        """Captions that the next run would ask for."""
+        """Number of captions that the next run would ask for."""
         return sum(self.statuses[status] for status in OPEN)
-
-    @property
-    def accepted(self) -> int:
-        return sum(self.statuses[status] for status in ACCEPTED)
 
 
 class CaptionWorkflow:
@@ -358,7 +344,7 @@ class CaptionWorkflow:
             details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}
             details["spent"] = spent.summary()
             details["last_run"] = result.outcome.summary()
-        result.written = write_folder(self.folder, splits, self.splits[0], details, source)
+        result.statistics = write_folder(self.folder, splits, self.splits[0], details, source)
         return result
 
 

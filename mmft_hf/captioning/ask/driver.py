@@ -8,7 +8,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ...data.images import BadImage, stored_bytes
 from ..types import Answer, Backend, CallError, Picture, Request, Unanswerable
@@ -27,6 +28,7 @@ class Gone(Exception):
     """A picture is not what it was when the run was planned. It may be back by the next run."""
 
 
+@dataclass(eq=False)
 class Driver:
     """Fills a plan. One object serves one run.
 
@@ -34,27 +36,22 @@ class Driver:
         data: the data set, its pictures not decoded; `data[row]["image"]` is read when its turn comes.
         checker: see `CaptionChecker`.
         meter: prices, what was spent, and the limit.
-        done (*optional*): called after each caption with the outcome so far and the number of new captions.
+        done: called after each caption with the outcome so far and the number of new captions.
     """
 
-    def __init__(
-        self,
-        captioner: Captioner,
-        keys: Keys,
-        backend: Backend,
-        journal: Journal,
-        checker,
-        data,
-        limits: Limits,
-        meter: CostMeter,
-        run_id: str | None = None,
-        done: Callable[[Outcome, int], None] | None = None,
-    ):
-        self.captioner, self.keys, self.backend, self.journal = captioner, keys, backend, journal
-        self.checker, self.data, self.limits, self.meter = checker, data, limits, meter
-        self.run_id = run_id
-        self._done = done or (lambda outcome, captions: None)
-        self._known = JournalReader(journal.folder)
+    captioner: Captioner
+    keys: Keys
+    backend: Backend
+    journal: Journal
+    checker: Any
+    data: Any
+    limits: Limits
+    meter: CostMeter
+    run_id: str | None = None
+    done: Callable[[Outcome, int], None] = lambda outcome, captions: None
+
+    def __post_init__(self):
+        self._known = JournalReader(self.journal.folder)
         self._tasks: set[asyncio.Task] = set()
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -302,7 +299,7 @@ class Driver:
 
     def _finished(self, captions: int, status: str) -> None:
         self.calls.outcome.results[status] += captions
-        self._done(self.calls.outcome, captions)
+        self.done(self.calls.outcome, captions)
 
 
 def parse_joint(text: str, aspects: tuple[str, ...]) -> dict[str, str] | None:

@@ -270,6 +270,6 @@ def _write(
     others = {name: without_captions(split, progress=False) for name, split in data.items() if name != train}
     details = {**made_from, "made_from": made_from, "sources": sources, "model": model, "complete": True}
     details |= {"run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "fingerprints": None}
-    written = write_folder(folder, {train: captioned, **others}, train, details)
-    printing.print_folder(written)
-    say(f"\n{printing.next_line(written)}")
+    statistics = write_folder(folder, {train: captioned, **others}, train, details)
+    printing.print_folder(str(folder.path), statistics)
+    say(f"\n{printing.next_line(str(folder.path), statistics)}")

@@ -14,7 +14,7 @@ from ...captioning.ask.dispatch import Outcome
 from ...captioning.ask.plan import Plan, WorkItem
 from ...captioning.split import SplitCaptioner
 from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
-from ...captioning.workflow import CaptionResult, CaptionWorkflow, WrittenFolder
+from ...captioning.workflow import CaptionResult, CaptionWorkflow
 from ...captioning.write.output_folder import PAGE_FILE
 from ...captioning.write.statistics import CaptionStatistics
 from ...core.console import many, printable_text, say, table
@@ -126,16 +126,16 @@ def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
     Raises:
         PartialResult: captions are missing.
     """
-    outcome, written, output = result.outcome, result.written, workflow.args.output_dir
-    if written:
-        print_folder(written)
-    if written and outcome.attempts:
-        say(f"\n{_calls(workflow, outcome)}")
+    output, statistics = workflow.args.output_dir, result.statistics
+    if statistics:
+        print_folder(output, statistics, journaled=workflow.captioner.asks)
+        if result.outcome.attempts:
+            say(f"\n{_calls(workflow, result.outcome)}")
     if result.missing:
         raise _partial(workflow, result)
-    wanted, accepted = sum(result.statuses.values()), result.accepted
-    if written:
-        say(f"\n{next_line(written)}")
+    wanted, accepted = sum(result.statuses.values()), sum(result.statuses[status] for status in ACCEPTED)
+    if statistics:
+        say(f"\n{next_line(output, statistics)}")
     elif accepted == wanted:
         say(f"\nNothing to do: {output} has all {wanted:,} captions.")
     else:
@@ -177,9 +177,12 @@ def _calls(workflow: CaptionWorkflow, outcome: Outcome) -> str:
     )
 
 
-def print_folder(written: WrittenFolder) -> None:
-    """What is in a captioned data set, and some of its captions."""
-    statistics = written.statistics
+def print_folder(path: str, statistics: CaptionStatistics, journaled: bool = False) -> None:
+    """What is in a captioned data set, and some of its captions.
+
+    Args:
+        journaled: there is a journal, so that `caption status` can explain what is missing.
+    """
     lines = {figure.label: figure.text for figure in statistics.headline()}
     if (row := statistics.unreadable_row) is not None:
         image = statistics.dataset.cast_column("image", Image(decode=False))[row]["image"] or {}
@@ -188,11 +191,11 @@ def print_folder(written: WrittenFolder) -> None:
     unwanted = {name: count for name, count in statistics.figures["statuses"].items() if name not in ACCEPTED}
     if unwanted:
         lines["not accepted"] = ", ".join(f"{count:,} {name}" for name, count in unwanted.items())
-    lines["report"] = written.path / PAGE_FILE
+    lines["report"] = Path(path) / PAGE_FILE
     say()
     table(lines)
-    if written.journaled and unwanted:
-        say(f"\nWhy some are missing: mmft-hf caption status --output_dir {written.path}")
+    if journaled and unwanted:
+        say(f"\nWhy some are missing: mmft-hf caption status --output_dir {path}")
     _print_captions(statistics)
 
 
@@ -211,10 +214,10 @@ def _print_captions(statistics: CaptionStatistics) -> None:
             say(printable_text(f"  {line}"))
 
 
-def next_line(written: WrittenFolder) -> str:
+def next_line(path: str, statistics: CaptionStatistics) -> str:
     """The command that trains on a captioned data set."""
-    skip = " --on_bad_image skip" if written.statistics.figures["unreadable_images"] else ""
-    return f"Next: mmft-hf finetune --dataset_name {written.path}{skip}"
+    skip = " --on_bad_image skip" if statistics.figures["unreadable_images"] else ""
+    return f"Next: mmft-hf finetune --dataset_name {path}{skip}"
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------
