@@ -192,7 +192,7 @@ def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
 
     def stop() -> None:
         write("Stopping: waiting for the answers on their way, which are kept. Press Ctrl-C again to give them up.")
-        driver.stop("user", "stopped by you")
+        driver.calls.stop("user", "stopped by you")
 
     def interrupt(*_) -> None:  # prints nothing itself: the signal may arrive in the middle of printing
         nonlocal pressed

@@ -56,7 +56,7 @@ class Driver:
 
     # -- the run ------------------------------------------------------------------------------------------------------
     async def run(self, plan: Plan) -> Outcome:
-        """Asks for everything that the plan lacks. Ends early after `stop`; answers on their way are kept.
+        """Asks for everything that the plan lacks. Ends early after `calls.stop`; answers on their way are kept.
 
         Raises:
             JournalError: an answer cannot be stored.
@@ -88,10 +88,6 @@ class Driver:
         if self.calls.error is not None:
             raise self.calls.error
         return self.calls.outcome
-
-    def stop(self, stopped: str, why: str) -> None:
-        """Ends the run: nothing new is asked, calls in flight are waited for, the rest stays open."""
-        self.calls.stop(stopped, why)
 
     def drop(self) -> None:
         """Gives up the calls in flight too."""

@@ -21,7 +21,7 @@ from ...core.console import many, printable_text, say, table
 from ...core.errors import PartialResult, nearest
 from ...data.texts import ASPECTS
 
-WIDTH = 110  # characters of a line of examples
+WIDTH = 100  # characters of an example
 
 
 def money(dollars: float) -> str:
@@ -203,14 +203,10 @@ def _print_captions(statistics: CaptionStatistics) -> None:
     rows = statistics.sample_rows(3)
     if rows:
         say("\nFor example:")
-    names, blocks = statistics.class_names, []
     for row in statistics.dataset.select(rows).select_columns(["label", "captions"]):
-        shown = [f'"{shorten(text, WIDTH - 10, placeholder=" …")}"' for text in row["captions"][:3]]
+        shown = [f'"{shorten(text, WIDTH, placeholder=" …")}"' for text in row["captions"][:3]]
         shown += [f"and {len(row['captions']) - 3} more"] if len(row["captions"]) > 3 else []
-        blocks.append([f"{names[row['label']]}:", *shown])
-    short = all(len("  ".join(block)) < WIDTH for block in blocks)
-    for block in blocks:
-        for line in ["  ".join(block)] if short else [block[0], *(f"  {text}" for text in block[1:])]:
+        for line in (f"{statistics.class_names[row['label']]}:", *(f"  {text}" for text in shown)):
             say(printable_text(f"  {line}"))
 
 

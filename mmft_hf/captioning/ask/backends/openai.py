@@ -10,23 +10,20 @@ from .transport import PICTURE, check_url
 
 
 class OpenAIBackend(HTTPBackend):
-    """Posts to `{base_url}/chat/completions`.
+    """Posts to `{base_url}/chat/completions`. The sampling option `detail` (`low` or `high`) goes to the picture.
 
-    Args:
-        model, base_url, options: as for `HTTPBackend`. The sampling option `detail` (`low` or `high`) goes to the picture.
-        json_schema: ask for strict JSON if a request has several aspects. Default: only at OpenAI. With vLLM this mode
-            leaves some answers blank up to the token limit, and the prompt asks for JSON in any case.
+    OpenAI itself is asked for strict JSON if a request has several aspects. Other servers are not: with vLLM this mode
+    leaves some answers blank up to the token limit, and the prompt asks for JSON in any case.
     """
 
     name = "openai"
     default_url = "https://api.openai.com/v1"
     default_key_env = "OPENAI_API_KEY"
 
-    def __init__(self, model: str, base_url: str | None = None, *, json_schema: bool | None = None, **options):
+    def __init__(self, model: str, base_url: str | None = None, **options):
         if base_url and not check_url(base_url).path.strip("/"):
             self.not_found = f"Perhaps --base_url needs /v1 at its end. {self.not_found}"
         super().__init__(model, base_url, **options)
-        self.json_schema = self.official if json_schema is None else json_schema
 
     def _path(self) -> str:
         return "/chat/completions"
@@ -44,7 +41,7 @@ class OpenAIBackend(HTTPBackend):
             "max_completion_tokens" if self.official else "max_tokens": request.max_tokens,
             "seed": seed_of(request),
         }
-        if self.json_schema and len(request.aspects) > 1:
+        if self.official and len(request.aspects) > 1:
             schema = {
                 "type": "object",
                 "properties": {aspect: {"type": "string"} for aspect in request.aspects},

@@ -194,11 +194,9 @@ class Transport:
             return Fatal("server", redact(f"expected a valid TLS certificate. {advice} Found {said}", self.secret()))
         if isinstance(found, aiohttp.ClientConnectorError):
             return Transient("connect", redact(f"{self.host}: {_cause(found.os_error)}", self.secret()))
-        if isinstance(found, aiohttp.ClientHttpProxyError):
-            return Transient("connect", said)
-        if isinstance(found, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
-            return Transient("reset", said)
-        return Transient("bad_answer", said)
+        lost = isinstance(found, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError))
+        kind = "connect" if isinstance(found, aiohttp.ClientHttpProxyError) else "reset" if lost else "bad_answer"
+        return Transient(kind, said)
 
 
 def _cause(error: OSError) -> str:
@@ -208,15 +206,13 @@ def _cause(error: OSError) -> str:
 
 
 async def _body(response: aiohttp.ClientResponse, cap: int) -> bytes | None:
-    """The body, or None if it is larger than `cap` bytes; the rest is never read."""
-    pieces, size = [], 0
-    async for piece in response.content.iter_any():
-        size += len(piece)
-        if size > cap:
-            response.close()
-            return None if response.status == 200 else b"".join(pieces)
-        pieces.append(piece)
-    return b"".join(pieces)
+    """The body. If it is larger than `cap` bytes, its begin, or None for a good answer; the rest is never read."""
+    try:
+        data = await response.content.readexactly(cap + 1)
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
+    response.close()
+    return None if response.status == 200 else data
 
 
 def check_url(url: str) -> SplitResult:
