@@ -463,3 +463,40 @@ def test_a_line_that_was_cut_is_replaced(tmp_path):
         path.write_text(f"{whole}{line}\n")
         with pytest.raises(UserError, match="expected a result in line 3"):
             read_results(path)
+
+
+# -- a new method --------------------------------------------------------------------------------------------------------
+ONE_MORE_ROW = """
+import sys
+
+import numpy as np
+
+from mmft_hf.benchmark.run.inference import on_features
+from mmft_hf.benchmark.run.methods import METHODS, Method
+from mmft_hf.cli import main
+
+
+def nearest_mean(train_x, train_y, test_x):
+    means = [train_x[train_y == label].mean(axis=0) for label in np.unique(train_y)]
+    return np.asarray(test_x) @ np.array(means).T
+
+
+METHODS["nearest-mean"] = Method(
+    "nearest-mean", None, on_features(nearest_mean, texts=False), "features", "The class whose mean image is nearest."
+)
+assert main(["benchmark", "--help"]) == 0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_new_method_is_one_row_of_the_table(clip_folder, data_folder, tmp_path):
+    out = tmp_path / "out"
+    words = ("--methods", "zs", "nearest-mean", "mmft-no-captions", "--shots", 2, "--seeds", 0)
+    printed, _ = end(start(["-c", ONE_MORE_ROW, *command(clip_folder, data_folder, out, *words)]))
+    help_text, progress = printed.split("Comparing 3 methods on")
+    assert "nearest-mean" in help_text
+    assert "nearest-mean 2 shots seed 0" in " ".join(progress.split()) and "| nearest-mean | last | 1 |" in progress
+    rows = {row["method"]: row for row in read_results(out / RESULTS_FILE)}
+    assert rows["nearest-mean"]["status"] == "done" and rows["nearest-mean"]["test_accuracy"] > 0.5
+    page = (out / "report.html").read_text()
+    assert "The class whose mean image is nearest." in page and "On frozen features" in page
