@@ -1,12 +1,11 @@
-"""Baselines, one file per family: on frozen features, as pure functions of arrays, and by fine-tuning. No test labels.
+"""Baselines, one file per family: pure functions of arrays on frozen features, and fine-tuning. None sees test labels.
 
 ## On frozen features
 
-No model, no files.
+These functions need no model and no files.
 
-| row | function | parameters chosen on validation |
+| benchmark row | function | parameters chosen on validation |
 |---|---|---|
-| `zs` | `zero_shot.zero_shot` | none |
 | `lp` | `linear.logistic_regression` | `C`, by `linear.choose` |
 | `gda` | `gda.gda` | `alpha`, by `gda.choose` |
 | `tip` | `tip_adapter.tip` | `alpha`, `beta`, by `tip_adapter.choose` |
@@ -14,29 +13,29 @@ No model, no files.
 | `lp++` | `lp_plus_plus.lp_plus_plus` | none |
 | `zs-lp`, `clap` | `clap.zs_lp`, `clap.clap` | none |
 
-Every method takes `train_x`, `train_y`, `test_x` (and `zero_shot` where it needs texts) and returns scores `(N, C)`, a numpy
-array of float64: logits, whose largest is the predicted class. The scores of a test row depend on no other test row, so
-several test sets may be scored in one call, one below the other.
+Every method takes `train_x`, `train_y`, `test_x` (and `zero_shot` if it needs texts) and returns scores `(N, C)`, a numpy
+array of float64: logits, whose largest is the predicted class. The scores of a test row depend on no other test row.
 
-Validation examples serve for choosing parameters and for nothing else: `choose(train_x, train_y, val_x, val_y, …)` returns
-a `Choice`, and `method(train_x, train_y, test_x, …, **choice.parameters)` uses it. Without that, the defaults hold: the
-policies `val-k` and `last` of a results table. Nothing is refitted on validation.
+Validation examples only choose parameters: `choose(train_x, train_y, val_x, val_y, …)` returns a `Choice`, and
+`method(train_x, train_y, test_x, …, **choice.parameters)` uses it. Without a choice the defaults hold. Nothing is refitted on
+validation.
 
 Shapes: `n` training examples, `V` views of each, `N` test examples, `C` classes, `D` embedding size. Features are numpy
-arrays or tensors of any float type; they are taken for unit-norm embeddings of one model. `zero_shot` `(C, D)` are the
-class texts' unit-norm embeddings of the same model, such as `ClassPrototypes.embeddings`. `train_y` `(n,)` are integers
-from 0 to C-1; C is the number of rows of `zero_shot`, or the largest label plus one. Classes may be of unequal size.
+arrays or tensors of any float type: unit-norm embeddings of one model. `zero_shot` `(C, D)` are the unit-norm text embeddings
+of the classes by the same model, such as `ClassPrototypes.embeddings`. `train_y` `(n,)` are integers from 0 to C-1; C is the
+number of rows of `zero_shot`, or the largest label plus one. Classes may have unequal sizes.
 
 ## By fine-tuning
 
-With cross-entropy, on top of `MMFTTrainer`, whose pictures, steps and choice of the epoch they share. A model is trained in
-place; its learning rate is that of the `MMFTConfig` given.
+With cross-entropy, by `MMFTTrainer` with another loss term, so that pictures, steps and the choice of the epoch are those of
+MMFT. The model is trained in place; its learning rate is that of the `MMFTConfig` given.
 
-| row | function | what is trained |
+| benchmark row | function | what is trained |
 |---|---|---|
 | `ce` | `cross_entropy.train_head` | image tower and linear head, from zero-shot weights |
-| `ce-frozen` | the same, `fixed=True` | image tower, with the zero-shot head as it is |
-| `lp-ft` | the same | image tower and linear head, from the weights of `linear.head` |
-| `ce-text` | `cross_entropy.train_class_texts` | both towers, against the classes' texts |
-| `clip-lora` | `clip_lora.clip_lora` | LoRA in the attention of both towers, against the classes' texts |
+| `ce-frozen` | `cross_entropy.train_head(fixed=True)` | image tower, with a fixed zero-shot head |
+| `lp-ft` | `cross_entropy.train_head` | image tower and linear head, from the weights of `linear.head` |
+| `clip-lora` | `clip_lora.clip_lora` | LoRA in the attention of both towers, against the texts of the classes |
+
+`cross_entropy.train_class_texts` is `clip_lora` with whole towers.
 """

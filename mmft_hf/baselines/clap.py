@@ -21,18 +21,18 @@ def clap(train_x, train_y, test_x, zero_shot, **training) -> np.ndarray:
 
         cross-entropy + sum over classes of λ_c ‖w_c - w_c⁰‖²
 
-    from the zero-shot weights w⁰ on. λ_c is the mean probability that the zero-shot classifier gives to class c over its
-    training examples: what it knows well stays near. For a class without example it is the mean of the others. Nothing is
-    chosen on validation: that is the point of the method.
+    starting at the zero-shot weights w⁰. λ_c is the mean probability that the zero-shot classifier gives to class c for its
+    training examples: classes that it knows well stay near w⁰. A class without example gets the mean of the others. The
+    method is designed to choose nothing on validation.
 
     Args:
         train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; with V views, each step takes a random one of each example,
-            and λ_c is of the first.
+            and λ_c uses the first.
         train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
         scale (100): `exp(logit_scale)` of the model; 100 is where CLIP's ends.
-        epochs (300), learning_rate (1e-3), batch_size (256): of SGD with momentum 0.9 and a cosine schedule. The authors
-            step by 0.1, on text embeddings that are not normalised; a step turns weights r times as long 1/r² as far. On
-            unit-norm weights 0.1 let one image per class undo what the start knew.
+        epochs (300), learning_rate (1e-3), batch_size (256): of SGD with momentum 0.9 and a cosine schedule. The authors use
+            0.1 on text embeddings that are not normalised; a step turns weights that are r times as long by 1/r² of the
+            angle. On unit-norm weights a rate of 0.1 let one image per class undo the zero-shot start.
         seed (0): of the order and the views. The global generator is left alone.
 
     Trained in float32; on a CPU equal seeds give equal scores.

@@ -19,17 +19,17 @@ def gda(
 
         scale * f·w_c + alpha * (μ_cᵀ Σ⁻¹ f + log(1/C) - ½ μ_cᵀ Σ⁻¹ μ_c)
 
-    Any features will do where `zero_shot` is not given; alpha and scale then have no effect.
+    Without `zero_shot` the features may have any norm, and alpha and scale have no effect.
 
     Args:
         train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`): each class needs an example; one is enough.
-        zero_shot (`(C, D)`, *optional*): unit-norm class weights w_c; the features must then be of unit norm, too.
-        alpha: weight of the Gaussians. By default 1: both summands are log posteriors up to a constant, and a product of
-            two posteriors weighs them alike. `choose` finds another one on validation.
+        zero_shot (`(C, D)`, *optional*): unit-norm class weights w_c; the features must then have unit norm, too.
+        alpha: weight of the Gaussians. The default is 1: both summands are log posteriors up to a constant, and a product of
+            two posteriors weighs them equally. `choose` finds a better value on validation.
         scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
-        shrinkage: True estimates Σ⁻¹ as `precision` says. False takes the pseudo-inverse of the pooled covariance, which is
-            linear discriminant analysis: the scores are then those of scikit-learn's `LinearDiscriminantAnalysis(
-            solver="lsqr")` but for the priors. It needs many more examples than dimensions.
+        shrinkage: True estimates Σ⁻¹ as in `precision`. False takes the pseudo-inverse of the pooled covariance, which is
+            linear discriminant analysis: the scores are those of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`
+            except for the priors. It needs many more examples than dimensions.
 
     Computed in float64.
 
@@ -60,12 +60,12 @@ def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> C
 
 
 def precision(centred: Tensor, shrinkage: bool = True) -> Tensor:
-    """Inverse covariance `(D, D)` of examples `(n, D)` from which the means of their classes were taken.
+    """Inverse covariance `(D, D)` of examples `(n, D)` minus the means of their classes.
 
     With S their scatter matrix, the sum of x xᵀ: `D (S + tr(S)/(n-1) I)⁻¹`, the ridge-like estimate of Kubokawa & Srivastava
     2008 that the method uses; without shrinkage, the pseudo-inverse of the pooled covariance `S / n`.
 
-    If no class has two different examples, S is 0 and says nothing: the identity is returned, and the nearest mean wins.
+    If no class has two different examples, S is 0; the identity is returned, and the nearest mean wins.
     """
     n, size = centred.shape
     scatter = centred.T @ centred

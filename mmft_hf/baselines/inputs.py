@@ -1,4 +1,7 @@
-"""What all baselines ask of their arrays, and how a parameter is chosen on validation. Shapes as in `baselines`."""
+"""What the baselines on frozen features share: checked arrays, the choice of a parameter on validation, a training loop.
+
+Shapes as in `baselines`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 
-# Half precision rounds a norm of 1 by less.
-UNIT_NORM_TOLERANCE = 0.02
+UNIT_NORM_TOLERANCE = 0.02  # more than half precision takes off a norm of 1
 
 
 class Inputs(NamedTuple):
@@ -38,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What validation chose: keyword arguments of the method, their accuracy there, and how many were tried."""
+    """What validation chose: keyword arguments of the method, their accuracy, and the number of candidates."""
 
     parameters: dict[str, float]
     accuracy: float
@@ -56,26 +58,26 @@ def check(
     views: bool = False,
     test_name: str = "test_x",
 ) -> Inputs:
-    """Checks what a method was given and brings it to one type and device.
+    """Checks the arguments of a method and brings them to one type and device.
 
     Args:
         train_x (`(n, D)`, or with `views` also `(n, V, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`).
-        dtype: of the computation; None keeps float32 where `train_x` is float32 and takes float64 otherwise.
+        dtype: of the computation; None keeps float32 where `train_x` is float32, and takes float64 otherwise.
         every_class: the method needs an example of every class.
         unit_norm: the method needs features of norm 1. Class weights of `zero_shot` always do.
-        test_name: what to call `test_x` in a message.
+        test_name: the name of `test_x` in messages.
 
     Raises:
-        UserError: shapes or sizes do not fit, values that are not finite, labels out of range, a class without example.
+        UserError: shapes or sizes do not fit, values are not finite, labels are out of range, a class has no example.
     """
-    x = _features("train_x", train_x, "(n, V, D)" if views else "(n, D)", (2, 3) if views else (2,))
-    if dtype is None:
-        dtype = torch.float32 if x.dtype == torch.float32 else torch.float64
-    x = x.to(dtype)
-    test = _same_size(test_name, test_x, x)
-    weights = None if zero_shot is None else _same_size("zero_shot", zero_shot, x)
-    y = labels("train_y", train_y, x.shape[0]).to(x.device)
-    classes = weights.shape[0] if weights is not None else int(y.max()) + 1
+    x = _features("train_x", train_x, "(n, V, D)" if views else "(n, D)")
+    x = x.to(dtype or (torch.float32 if x.dtype == torch.float32 else torch.float64))
+    test, weights = (
+        None if values is None else _like(x, name, _features(name, values, shape))
+        for name, values, shape in ((test_name, test_x, "(N, D)"), ("zero_shot", zero_shot, "(C, D)"))
+    )
+    y = labels("train_y", train_y, len(x)).to(x.device)
+    classes = len(weights) if weights is not None else int(y.max()) + 1
     if classes < 2:
         raise UserError(f"train_y: expected examples of at least 2 classes, found {classes}.")
     check_range("train_y", y, classes)
@@ -84,22 +86,39 @@ def check(
         empty = torch.nonzero(inputs.counts == 0).flatten().tolist()
         raise UserError(
             f"train_y: expected at least one example of each of the {classes} classes, found none of class "
-            f"{_some(empty)}. Give one, or number the classes that are left from 0."
+            f"{_some(empty)}. Give one, or number the remaining classes from 0."
         )
-    named = {"train_x": x, test_name: test} if unit_norm else {}
-    for name, rows in {**named, "zero_shot": weights}.items():
-        if rows is not None:
-            _check_norm(name, rows)
+    for name, rows in {"train_x": x, test_name: test, "zero_shot": weights}.items():
+        if rows is not None and (unit_norm or name == "zero_shot"):
+            norms = rows.norm(dim=-1)
+            if ((norms - 1).abs() > UNIT_NORM_TOLERANCE).any():
+                raise UserError(
+                    f"{name}: expected rows of norm 1, found norms from {norms.min():.3g} to {norms.max():.3g}. Divide each row "
+                    "by its norm."
+                )
     return inputs
 
 
-def check_features(test_x, zero_shot) -> tuple[Tensor, Tensor]:
-    """Unit-norm test features `(N, D)` and class weights `(C, D)`, checked as by `check`, in float64."""
-    x = _features("test_x", test_x, "(N, D)", (2,)).double()
-    weights = _same_size("zero_shot", zero_shot, x, "test_x")
-    _check_norm("test_x", x)
-    _check_norm("zero_shot", weights)
-    return x, weights
+def _features(name: str, values, shape: str) -> Tensor:
+    x = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    if not x.dtype.is_floating_point or x.ndim not in (2, shape.count(",") + 1) or 0 in x.shape:
+        raise UserError(f"{name}: expected floats of shape {shape}, not empty, found {x.dtype} {tuple(x.shape)}.")
+    bad = (~torch.isfinite(x)).flatten(1).any(dim=1)
+    if bad.any():
+        raise UserError(
+            f"{name}: expected finite numbers, found NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of "
+            f"them row {int(bad.nonzero()[0])}. Encode those images again, or leave them out."
+        )
+    return x
+
+
+def _like(x: Tensor, name: str, values: Tensor) -> Tensor:
+    if values.shape[-1] != x.shape[-1]:
+        raise UserError(
+            f"{name}: expected the embedding size of train_x, {x.shape[-1]}, found {values.shape[-1]}. All features must "
+            "come from one model."
+        )
+    return values.to(device=x.device, dtype=x.dtype)
 
 
 def labels(name: str, values, rows: int) -> Tensor:
@@ -113,7 +132,7 @@ def labels(name: str, values, rows: int) -> Tensor:
 
 
 def check_range(name: str, y: Tensor, classes: int) -> None:
-    """Raises `UserError` for labels `(n,)` outside of 0 to C-1."""
+    """Raises `UserError` for labels `(n,)` outside 0 to C-1."""
     wrong = y[(y < 0) | (y >= classes)]
     if len(wrong):
         raise UserError(
@@ -129,6 +148,10 @@ def positive(**numbers: float) -> None:
             raise UserError(f"{name}: expected a number above 0, found {number!r}.")
 
 
+def _some(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
+
+
 def best(
     default: dict[str, float],
     candidates: Sequence[dict[str, float]],
@@ -138,63 +161,23 @@ def best(
 ) -> Choice:
     """The candidate with the best accuracy on validation; of equals, the one nearest to the default.
 
-    Few-shot validation sets are small and equals are many, so their rule matters: what validation cannot tell stays at the
-    default. Near means the sum of the distances in log space.
+    Few-shot validation sets are small, so that many candidates are equal: where validation cannot tell them apart, the
+    default stays. The distance is the sum over the parameters of the distances of their logarithms.
 
     Args:
         score: candidate -> scores `(n_val, C)` of the validation examples.
         val_y: their labels, `(n_val,)`.
     """
-
-    def distance(candidate: dict[str, float]) -> float:
-        return sum(abs(math.log(candidate[name] / default[name])) for name in candidate)
-
     results = []
     for candidate in candidates:
         scores = np.asarray(score(candidate))
         y = labels("val_y", val_y, len(scores))
         check_range("val_y", y, classes)
         hits = int((scores.argmax(axis=1) == y.numpy()).sum())
-        results.append((hits, -distance(candidate), candidate))
+        distance = sum(abs(math.log(candidate[name] / default[name])) for name in candidate)
+        results.append((hits, -distance, candidate))
     hits, _, chosen = max(results, key=lambda result: result[:2])
     return Choice(chosen, hits / len(y), len(results))
-
-
-def _features(name: str, values, shape: str, dimensions: tuple[int, ...]) -> Tensor:
-    x = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-    if not x.dtype.is_floating_point or x.ndim not in dimensions or 0 in x.shape:
-        raise UserError(f"{name}: expected floats of shape {shape}, not empty, found {x.dtype} {tuple(x.shape)}.")
-    bad = (~torch.isfinite(x)).flatten(1).any(dim=1)
-    if bad.any():
-        raise UserError(
-            f"{name}: expected finite numbers, found NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of "
-            f"them row {int(bad.nonzero()[0])}. Encode those images again, or leave them out."
-        )
-    return x
-
-
-def _same_size(name: str, values, like: Tensor, of: str = "train_x") -> Tensor:
-    shape = "(C, D)" if name == "zero_shot" else "(N, D)"
-    x = _features(name, values, shape, (2,)).to(device=like.device, dtype=like.dtype)
-    if x.shape[-1] != like.shape[-1]:
-        raise UserError(
-            f"{name}: expected the embedding size of {of}, {like.shape[-1]}, found {x.shape[-1]}. All features must "
-            "be of one model."
-        )
-    return x
-
-
-def _check_norm(name: str, rows: Tensor) -> None:
-    norms = rows.norm(dim=-1)
-    if ((norms - 1).abs() > UNIT_NORM_TOLERANCE).any():
-        raise UserError(
-            f"{name}: expected rows of norm 1, found norms from {norms.min():.3g} to {norms.max():.3g}. Divide each row by its "
-            "norm."
-        )
-
-
-def _some(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
 
 
 @torch.enable_grad()
@@ -206,9 +189,9 @@ def train(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Steps on `loss(features (B, D), labels (B,))` over shuffled batches of the training examples, with a cosine schedule.
+    """Minimises `loss(features (B, D), labels (B,))` over shuffled batches of the training examples, with a cosine schedule.
 
-    Of an example with several views, each step takes a random one.
+    If examples have several views, each step takes a random one of each.
     """
     generator = torch.Generator().manual_seed(seed)
     x, y = inputs.train_x.float(), inputs.train_y
@@ -216,12 +199,9 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(n / batch_size))
     for _ in range(epochs):
         for rows in torch.randperm(n, generator=generator).split(batch_size):
-            if x.ndim == 3:
-                view = torch.randint(x.shape[1], rows.shape, generator=generator)
-                features = x[rows.to(device), view.to(device)]
-            else:
-                features = x[rows.to(device)]
+            view = (torch.randint(x.shape[1], rows.shape, generator=generator).to(device),) if x.ndim == 3 else ()
+            rows = rows.to(device)
             optimizer.zero_grad()
-            loss(features, y[rows.to(device)]).backward()
+            loss(x[(rows, *view)], y[rows]).backward()
             optimizer.step()
             schedule.step()

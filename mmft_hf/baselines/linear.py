@@ -17,16 +17,16 @@ C_DEFAULT = 1.0
 def logistic_regression(train_x, train_y, test_x, C: float = C_DEFAULT, max_iterations: int = 1000) -> np.ndarray:
     """Scores `(N, C)` of a linear classifier with bias, fitted by cross-entropy with an L2 penalty.
 
-    The scores are logits: those of scikit-learn's `LogisticRegression.decision_function`, where two classes get half of
-    its one number each, with opposite signs. `softmax(scores)` is `predict_proba`, for any number of classes.
+    The scores are those of scikit-learn's `LogisticRegression.decision_function`; of two classes, for which it gives one
+    number, each gets half of it, with opposite signs. `softmax(scores)` is `predict_proba` for any number of classes.
 
     Args:
         train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`): any features; each class needs an example.
-        C: inverse strength of the penalty. By default scikit-learn's own 1, which is strong for unit-norm features and safe
-            for few of them; `choose` finds a better one on validation.
-        max_iterations: of L-BFGS, which starts at 0. What has not converged by then is used as it is, with a warning.
+        C: inverse strength of the penalty. The default is scikit-learn's 1, a strong penalty for unit-norm features that is
+            safe for few of them; `choose` finds a better value on validation.
+        max_iterations: of L-BFGS, which starts at 0. Weights that have not converged by then are used, with a warning.
 
-    float32 features are fitted in float32, as scikit-learn does; all others in float64. There is no randomness.
+    float32 features are fitted in float32, as scikit-learn does, all others in float64. There is no randomness.
 
     Raises:
         UserError: see `inputs.check`; a class without example; scikit-learn is not installed.
@@ -42,7 +42,7 @@ def logistic_regression(train_x, train_y, test_x, C: float = C_DEFAULT, max_iter
 def head(train_x, train_y, C: float = C_DEFAULT, max_iterations: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """Weights `(C, D)` and bias `(C,)` of `logistic_regression`: its scores are `test_x @ weights.T + bias`.
 
-    Where fine-tuning may start (`lp-ft`).
+    Fine-tuning may start there (`lp-ft`).
     """
     positive(C=C, max_iterations=max_iterations)
     model = _model(C, max_iterations)
@@ -57,8 +57,8 @@ def head(train_x, train_y, C: float = C_DEFAULT, max_iterations: int = 1000) -> 
 def choose(train_x, train_y, val_x, val_y, max_iterations: int = 1000) -> Choice:
     """`C` of `logistic_regression` by accuracy on validation `(n_val, D)`, `(n_val,)`, from `STRENGTHS`.
 
-    Each fit starts from 0, so that it is the one that `logistic_regression` makes: L-BFGS stops at a tolerance, and from
-    another start at another place.
+    Each fit starts from 0, so that it equals that of `logistic_regression`: L-BFGS stops at a tolerance, and another start
+    would lead to other weights.
     """
     model = _model(C_DEFAULT, max_iterations)
     inputs = check(train_x, train_y, val_x, dtype=None, every_class=True, test_name="val_x")
@@ -85,7 +85,7 @@ def _model(C: float, max_iterations: int):
 
 def _fit(model, inputs: Inputs) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The number of unique classes")  # one image per class is meant
+        warnings.filterwarnings("ignore", message="The number of unique classes")  # one image per class is intended
         model.fit(inputs.train_x.cpu().numpy(), inputs.train_y.cpu().numpy())
 
 

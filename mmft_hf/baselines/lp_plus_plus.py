@@ -21,17 +21,17 @@ def lp_plus_plus(train_x, train_y, test_x, zero_shot, scale: float = 100.0, iter
       (250 times it in the paper, whose models have the scale 100); every tenth iteration steps by
       `n / (4 max_c Σ_i Z_ic²)`, without momentum.
 
-    The authors' paper and code differ, or leave open, in these points, and this is what is done:
+    Where the authors' paper and code differ or say nothing:
 
-    - the gradient of a is that of the iteration at which it is used, as the paper's alternation of the two blocks asks; the
-      code adds up those of all iterations before it;
-    - classes may be of unequal size, since means are taken over the examples that a class has; the code divides by the
-      number of shots. A class without example starts at v_c = 0;
+    - the gradient of a is that of the iteration in which it is used, as the paper alternates between the two blocks; the
+      code sums the gradients of all iterations before it;
+    - classes may have unequal sizes: means are over the examples of a class, where the code divides by the number of shots.
+      A class without example starts at v_c = 0;
     - the last iterate is used, not the best one on validation.
 
     Args:
-        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows. The start of `a` supposes
-            cosines as CLIP's, of 0.2 to 0.4 between an image and its text.
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows. The start of `a` assumes
+            cosines like CLIP's, 0.2 to 0.4 between an image and its text.
         scale: of the model's logits.
 
     Computed in float64.
@@ -53,7 +53,7 @@ def fit(
     """Visual prototypes v `(C, D)`, blending a `(C,)`, and the losses before each iteration."""
     x, n = inputs.train_x, len(inputs.train_x)
     texts = x @ inputs.zero_shot.T
-    step_v = 4 * n / torch.linalg.eigvalsh(x.T @ x).max()  # n × D would be decomposed whole for the same number
+    step_v = 4 * n / torch.linalg.eigvalsh(x.T @ x).max()  # cheaper than the singular values of the n × D matrix
     step_a = n / (4 * texts.square().sum(dim=0).max())
     v = inputs.class_means(x)
     own = inputs.class_means(texts.gather(1, inputs.train_y[:, None]))[:, 0]

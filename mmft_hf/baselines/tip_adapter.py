@@ -1,4 +1,4 @@
-"""Tip-Adapter: the training examples as a cache that is asked for similar images. Shapes and conventions as in `baselines`."""
+"""Tip-Adapter: the training examples are a cache that is searched for similar images. Shapes and conventions as in `baselines`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from .inputs import Choice, Inputs, best, check, positive, train
 
 ALPHA, BETA = 1.0, 5.5
-# 13 x 7 pairs, about as many as there are strengths of a linear probe.
+# 13 x 7 pairs, about as many as a linear probe tries strengths.
 ALPHAS = tuple(10.0 ** (k / 4) for k in range(-4, 9))
 BETAS = tuple(BETA * 2.0**k for k in range(-3, 4))
-# Similarities that are held at once, at most: 128 MiB in float64, and a few temporaries as large.
+# Most similarities held at once: 128 MiB in float64, besides a few temporaries of that size.
 MOST_SIMILARITIES = 2**24
 
 
 def tip(
     train_x, train_y, test_x, zero_shot, alpha: float = ALPHA, beta: float = BETA, scale: float = 100.0
 ) -> np.ndarray:
-    """Scores `(N, C)` without any training: `scale * f·w_c + alpha * sum over examples i of c of exp(-beta (1 - f·key_i))`.
+    """Scores `(N, C)` without training: `scale * f·w_c + alpha * sum over examples i of c of exp(-beta (1 - f·key_i))`.
 
     Args:
         train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; the key of an example is the normalised mean of its V views
@@ -50,51 +50,31 @@ def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> C
 
 
 def tip_f(
-    train_x,
-    train_y,
-    test_x,
-    zero_shot,
-    alpha: float = ALPHA,
-    beta: float = BETA,
-    scale: float = 100.0,
-    epochs: int = 20,
-    learning_rate: float = 1e-3,
-    batch_size: int = 256,
-    seed: int = 0,
+    train_x, train_y, test_x, zero_shot, alpha: float = ALPHA, beta: float = BETA, scale: float = 100.0, **training
 ) -> np.ndarray:
-    """Scores `(N, C)` like those of `tip`, after its keys were trained by cross-entropy on the training examples.
+    """Scores `(N, C)` like those of `tip`, with keys trained by cross-entropy on the training examples.
 
-    AdamW with eps 1e-4 and a cosine schedule. The keys of the last epoch are used: none is looked for on any other data. They
-    are trained with the default `alpha` and `beta`, whatever is given, which holds for the scores alone.
+    The optimiser is AdamW with eps 1e-4 and a cosine schedule. The keys of the last epoch are used; no other data select
+    an epoch. Training uses the default `alpha` and `beta`: the given ones only enter the scores.
 
     Args:
         train_x: with V views, each step takes a random one of each example.
-        seed: of the order and the views. The global generator is left alone.
+        epochs (20), learning_rate (1e-3), batch_size (256): of the training.
+        seed (0): of the order and the views. The global generator is left alone.
 
-    Otherwise as in `tip`. Trained in float32, scored in float64; on a CPU equal seeds give equal scores.
+    The other arguments are those of `tip`. Training is in float32, scoring in float64; on a CPU equal seeds give equal scores.
 
     References: Zhang et al. 2022 (arXiv 2207.09519), section 3.2, "Tip-Adapter-F".
     """
     inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
     positive(alpha=alpha, beta=beta, scale=scale)
-    return _scores(inputs, _train_keys(inputs, scale, epochs, learning_rate, batch_size, seed), alpha, beta, scale)
+    return _scores(inputs, _train_keys(inputs, scale, **training), alpha, beta, scale)
 
 
-def choose_f(
-    train_x,
-    train_y,
-    val_x,
-    val_y,
-    zero_shot,
-    scale: float = 100.0,
-    epochs: int = 20,
-    learning_rate: float = 1e-3,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> Choice:
-    """As `choose`, for `tip_f`: trains the keys, which equal those of `tip_f` with the same arguments, and chooses."""
+def choose_f(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0, **training) -> Choice:
+    """`choose` for `tip_f`: the keys are those that `tip_f` trains with the same arguments."""
     inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, views=True, test_name="val_x")
-    return _choose(inputs, _train_keys(inputs, scale, epochs, learning_rate, batch_size, seed), val_y, scale)
+    return _choose(inputs, _train_keys(inputs, scale, **training), val_y, scale)
 
 
 def _keys(inputs: Inputs) -> Tensor:
@@ -107,7 +87,7 @@ def _cache(similarities: Tensor, values: Tensor, beta: float) -> Tensor:
 
 
 def _parts(features: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-    """The rows in parts, so that memory does not grow with the product of their number and that of the keys."""
+    """Splits the rows, so that memory does not grow with the number of rows times the number of keys."""
     return features.split(max(1, min(1024, MOST_SIMILARITIES // len(keys))))
 
 
@@ -142,7 +122,14 @@ def _choose(inputs: Inputs, keys: Tensor, val_y, scale: float) -> Choice:
     )
 
 
-def _train_keys(inputs: Inputs, scale: float, epochs: int, learning_rate: float, batch_size: int, seed: int) -> Tensor:
+def _train_keys(
+    inputs: Inputs,
+    scale: float,
+    epochs: int = 20,
+    learning_rate: float = 1e-3,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Tensor:
     positive(scale=scale, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     texts, values = inputs.zero_shot.float(), _values(inputs, torch.float32)
     keys = _keys(inputs).float().requires_grad_()

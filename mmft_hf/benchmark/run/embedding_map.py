@@ -1,4 +1,4 @@
-"""`maps.json`: where the images of validation lie among the classes, before and after fine-tuning."""
+"""`maps.json`: validation images and classes in the plane, before and after fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEWEST, MOST = 10, 1000  # images
 
 
 def cells_to_show(grid: Iterable[Cell]) -> set[Cell]:
-    """Of each method that is shown, the cell of most shots and, of these, the first seed."""
+    """The cells that get a map: of each method in `SHOWN` the one with the most shots and, among these, the first seed."""
     found: dict[str, Cell] = {}
     for cell in grid:
         if cell.method in SHOWN and (cell.method not in found or _size(cell) > _size(found[cell.method])):
@@ -34,13 +34,14 @@ def _size(cell: Cell) -> float:
 def draw_map(
     embed: Callable[[Dataset], np.ndarray], prototypes: np.ndarray, images: Dataset, seed: int = 0
 ) -> dict | None:
-    """Images and classes in the plane; None for fewer than 10 images. Of more than 1,000, so many are drawn.
+    """Images and classes in the plane, by t-SNE. None for fewer than 10 images; of more than 1,000, a sample of 1,000.
 
-    Images and prototypes are centred apart before: the images of a CLIP lie in one cone and its texts in another, and all
-    that the plane would show is the gap between the two. To take their mean from the prototypes changes no prediction.
+    Images and prototypes are centred separately: image embeddings of a CLIP lie in one cone and text embeddings in another,
+    and otherwise the plane would mostly show the gap between them. Subtracting the mean of the prototypes changes no
+    prediction.
 
     Args:
-        embed: unit-norm embeddings `(n, D)` of the images of a data set.
+        embed: data set -> unit-norm embeddings `(n, D)` of its images.
         prototypes: `(C, D)`.
 
     Returns:
@@ -63,14 +64,14 @@ def draw_map(
 
 
 def _centred(vectors: np.ndarray) -> np.ndarray:
-    """Unit-norm rows after their mean is taken away."""
+    """The rows minus their mean, divided by their norms."""
     vectors = np.asarray(vectors, dtype=np.float32)
     vectors = vectors - vectors.mean(axis=0)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def keep_map(folder: Path, cell: Cell, found: dict) -> None:
-    """Puts the map of a cell in place of an earlier one. No other process may write meanwhile."""
+    """Writes the map of a cell in place of an earlier one. No other process may write meanwhile."""
     own = {"method": cell.method, "shots": cell.shots, "seed": cell.seed}
     kept = read_json(folder / MAPS_FILE)
     others = [m for m in kept if {k: m.get(k) for k in own} != own] if isinstance(kept, list) else []

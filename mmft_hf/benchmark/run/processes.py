@@ -1,6 +1,6 @@
-"""Several processes at one grid, each alone with one accelerator: they share nothing but the folder of the results.
+"""Several processes on one grid, each with an accelerator of its own. They share nothing but the folder of results.
 
-What they must not do at the same time is under a lock of `filelock`, which the system gives back when its process dies.
+Work that two of them must not do at once is under a lock of `filelock`, which the system releases when its process dies.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from filelock import FileLock, Timeout
 
 from ...core.errors import UserError
 
-# What torchrun, accelerate and MPI launchers tell a process of the others; more of it begins with PREFIXES.
+# The variables by which torchrun, accelerate and MPI launchers tell a process about the others.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "LOCAL_WORLD_SIZE")
 OTHERS = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
 PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "PARALLELISM_CONFIG_")
-KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")  # where to compute is no matter of the others
+KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")  # the device is the process' own matter
 
 _number, _count = 0, 1
 
 
 def number_of_process() -> int:
-    """The number that `work_alone` found; 0 without a launcher."""
+    """The rank of this process, as `work_alone` found it; 0 without a launcher."""
     return _number
 
 
 def count_of_processes() -> int:
-    """How many a launcher started, as `work_alone` found; 1 without a launcher."""
+    """The number of processes that a launcher started, as `work_alone` found it; 1 without a launcher."""
     return _count
 
 
 def work_alone(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Makes the processes of a launcher forget each other: each is alone, with one GPU where there are any.
+    """Makes the processes of a launcher independent of each other, each with one GPU where there are any.
 
-    To be called before torch or accelerate look at the environment. The GPU is the one at the process' number on its
-    machine among those of `CUDA_VISIBLE_DEVICES`, or all; if there are more processes than GPUs, several share one.
+    Call it before torch or accelerate read the environment. The process takes the GPU at its local rank among those of
+    `CUDA_VISIBLE_DEVICES`, or among all; if there are more processes than GPUs, several share one.
 
     Raises:
-        UserError: accelerate's launcher started one process where it was asked for several.
+        UserError: accelerate's launcher was asked for several processes and started one.
     """
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys() and "LOCAL_RANK" not in environment:
         raise UserError(
@@ -65,7 +65,7 @@ def work_alone(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _devices(environment: MutableMapping[str, str]) -> list[str]:
-    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [name.strip() for name in listed.split(",") if name.strip()]
@@ -78,7 +78,7 @@ class Claims:
     """Locks of a folder, one file each.
 
     Args:
-        folder: made if it is missing.
+        folder: created if it is missing.
     """
 
     def __init__(self, folder: Path):
@@ -87,23 +87,20 @@ class Claims:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Waits until no other process is in a block of this name."""
+        """Waits until no other process is in a block with this name."""
         with FileLock(self._path(name)):
             yield
 
     @contextmanager
     def take(self, name: str) -> Iterator[bool]:
-        """Whether the block is this process' own; it is not while another is in it."""
-        lock = FileLock(self._path(name))
+        """Yields whether this process may do the work of this name: False while another one does."""
         try:
-            lock.acquire(blocking=False)
+            lock = FileLock(self._path(name)).acquire(blocking=False)
         except Timeout:
             yield False
             return
-        try:
+        with lock:
             yield True
-        finally:
-            lock.release()
 
     def _path(self, name: str) -> str:
         return str(self.folder / f"{re.sub('[^A-Za-z0-9.+_-]', '_', name)}.lock")

@@ -1,4 +1,4 @@
-"""Results of several seeds put together, as a table for the console."""
+"""Means and intervals over seeds, and a table of them for the console."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from scipy.stats import t
 
 from .results import FULL, latest
 
-FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that nothing is outside of
+FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that contains everything
 
 
 def interval(values: list[float]) -> float | None:
     """Half the 95 % interval of the mean of a few runs (Student's t).
 
-    None for fewer than `FEWEST_SEEDS`, and where all give the same: what has no chance in it, or shows none, tells nothing of
-    other seeds.
+    None for fewer than `FEWEST_SEEDS` values, and where all are the same: they tell nothing about other seeds.
     """
     if len(values) < FEWEST_SEEDS or max(values) - min(values) < 1e-9:
         return None
@@ -26,7 +25,7 @@ def interval(values: list[float]) -> float | None:
 
 
 def in_order(shots: Iterable) -> list:
-    """Numbers of shots from few to many, `full` last, each once."""
+    """The numbers of shots in ascending order, `full` last, each once."""
     return sorted(set(shots), key=lambda n: (n == FULL, 0 if n == FULL else n))
 
 
@@ -42,13 +41,16 @@ def seeds_text(counts: Iterable[int]) -> str:
 
 
 def fewer_seeds(count: int, most: int) -> str:
-    """` (2 seeds)` behind a mean that must not be read beside those over more seeds; else nothing."""
+    """` (2 seeds)` behind a mean over fewer seeds than others of its column; otherwise an empty string."""
     return f" ({count} seed{'' if count == 1 else 's'})" if count < most else ""
 
 
 def image_chance(rows: Iterable[dict]) -> tuple[int, float] | None:
-    """Number of test images, and half the 95 % interval (Wilson) over them of the highest mean, in points; None without results."""
-    from ...predict.metrics import wilson_interval  # whose library takes a while
+    """The number of test images, and half the 95 % interval (Wilson) of the best mean accuracy over them, in points.
+
+    None without results.
+    """
+    from ...predict.metrics import wilson_interval  # slow to import
 
     cells: dict[tuple, list[float]] = defaultdict(list)
     images = 0
@@ -63,10 +65,10 @@ def image_chance(rows: Iterable[dict]) -> tuple[int, float] | None:
 
 
 def image_note(rows: Iterable[dict], groups: int = 0) -> str:
-    """What is to be said below a table of means; nothing without results.
+    """A sentence on the sampling error of the test images, for below a table of means; empty without results.
 
     Args:
-        groups: of test images that belong together, which makes fewer of them; 0 where each stands alone.
+        groups: number of groups of test images that belong together; 0 where every image is independent.
     """
     found = image_chance(rows)
     if found is None:
@@ -77,7 +79,7 @@ def image_note(rows: Iterable[dict], groups: int = 0) -> str:
 
 
 def summary_table(rows: list[dict]) -> str:
-    """Test accuracy in percent of each method at each number of shots, as Markdown: mean over seeds, ± half its interval."""
+    """A Markdown table of test accuracy in percent by method and number of shots: mean over seeds ± half its interval."""
     rows = latest(rows)
     values: dict[tuple, list[float]] = defaultdict(list)
     policies: dict[str, set] = defaultdict(set)
