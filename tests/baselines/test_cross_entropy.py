@@ -7,9 +7,9 @@ import pytest
 import tiny_encoders
 import torch
 import torch.nn.functional as F
-from test_trainer import changed, weights
 from tiny_clip import COLOURS, colour_dataset
 from torch.func import functional_call
+from training import changed, weights
 from transformers import set_seed
 
 from mmft_hf import ClassPrototypes, ImageClassifier, MMFTConfig, MMFTTrainer, load_model, set_towers

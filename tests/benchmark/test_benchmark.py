@@ -6,11 +6,10 @@ import json
 import shutil
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from benchmark_tools import command
+from benchmark_tools import command, some_splits
 from datasets import Image, List, Value
 from launch_tools import ROOT, end, start
 from tiny_clip import COLOURS, colour_dataset
@@ -277,19 +276,6 @@ def a_context(clip_folder, tmp_path) -> Context:
 
     config = MMFTConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=6, use_cpu=True, disable_tqdm=True)
     return Context(str(clip_folder), None, config)
-
-
-def some_splits(**more) -> SimpleNamespace:
-    parts = {"train": colour_dataset(8), "validation": colour_dataset(4, 1), "test": colour_dataset(6, 2)} | more
-    parts = {
-        name: data.add_column("image_id", [f"{name} {i}" for i in range(len(data))]).cast_column(
-            "image", Image(decode=False)
-        )
-        if hasattr(data, "add_column")
-        else data
-        for name, data in parts.items()
-    }
-    return SimpleNamespace(**parts, class_names=list(COLOURS), fingerprint=lambda: "0123456789abcdef")
 
 
 def a_grid(every, splits, folder, **more) -> grid.Grid:

@@ -6,9 +6,7 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-from benchmark_tools import command
-from test_benchmark import some_splits
-from test_benchmark_data import parts_of, with_bad_picture
+from benchmark_tools import command, parts_of, some_splits, with_bad_picture
 from tiny_clip import colour_dataset
 
 from mmft_hf.benchmark.run import workflow

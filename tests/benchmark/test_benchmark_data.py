@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from benchmark_tools import command
+from benchmark_tools import command, parts_of, with_bad_picture
 from datasets import Image, concatenate_datasets
 from PIL import Image as PILImage
 from tiny_clip import COLOURS, colour_dataset
@@ -22,15 +22,6 @@ from mmft_hf.benchmark.run.results import RESULTS_FILE, read_results
 from mmft_hf.cli import main
 from mmft_hf.core.arguments import DataArguments
 from mmft_hf.data.splits import labels_of, load_splits
-
-
-def parts_of(folder, **more):
-    """Train, validation, test and further splits as a folder of parquet files."""
-    parts = {"train": colour_dataset(8), "validation": colour_dataset(4, 1), "test": colour_dataset(6, 2)} | more
-    (folder / "data").mkdir(parents=True)
-    for name, data in parts.items():
-        data.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
-    return folder
 
 
 def without_labels(data):
@@ -125,12 +116,6 @@ def test_files_of_two_splits_are_told_with_their_folders(tmp_path):
 def test_a_control_at_chance_does_not_set_the_axes():
     methods = ["zs", "lp", "lp-permuted-labels", "mmft", "mmft-no-captions", "mmft-permuted-labels", "mmft-w0"]
     assert compared(methods) == ["zs", "lp", "mmft", "mmft-no-captions"]
-
-
-def with_bad_picture(data, row):
-    content = [row["image"] for row in data.cast_column("image", Image(decode=False))]
-    content[row] = {"bytes": b"no picture", "path": None}
-    return data.remove_columns("image").add_column("image", content, feature=Image())
 
 
 def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):

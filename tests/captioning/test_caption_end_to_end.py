@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
-from test_caption_serve import server  # noqa: F401 - the fixture
 from tiny_clip import COLOURS, colour_images
-from tiny_vlm import build_tiny_vlm
 
 from mmft_hf.cli import main
 
@@ -19,11 +17,6 @@ ROOT = Path(__file__).parents[2]
 # The model writes random words: what would turn them down is off, so that there are texts to compare.
 SETTINGS = ["--temperature", "0", "--max_tokens", "24", "--words", "10", "--aspects", "visual", "shape"]
 SETTINGS += ["--on_check", "truncated=keep", "repetition=keep", "empty=keep"]
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    return build_tiny_vlm(tmp_path_factory.mktemp("models") / "tiny-vlm")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +77,7 @@ def test_a_model_in_this_process(in_process, pictures):
     assert str(pictures) not in (in_process / "captions.json").read_text()
 
 
-def test_the_same_model_behind_a_real_server(server, in_process, pictures, vlm, tmp_path, capsys):  # noqa: F811
+def test_the_same_model_behind_a_real_server(server, in_process, pictures, vlm, tmp_path, capsys):
     command = ["caption", "--captioner", "openai", "--captioner_model", vlm, "--base_url", server, *SETTINGS]
     command = [str(word) for word in (*command, "--dataset_name", pictures, "--output_dir", tmp_path / "out")]
     assert main(command) == 0

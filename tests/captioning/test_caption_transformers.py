@@ -16,45 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_vlm import CHAT_TEMPLATE, build_tiny_vlm
+from tiny_vlm import CHAT_TEMPLATE
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from vlm_requests import GREEDY, LONG, MIXED, ask, request, seen
 
 from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
-from mmft_hf.captioning.types import Answer, Fatal, Picture, Request, Sampling, Unanswerable
+from mmft_hf.captioning.types import Fatal, Picture, Request, Sampling, Unanswerable
 from mmft_hf.core.errors import UserError
-
-GREEDY = Sampling(temperature=0)
-LONG = "What shape does it have, and is its surface smooth? Write one sentence. " * 3
-
-
-def picture(colour: str, width: int = 20, height: int = 30) -> Picture:
-    data = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(data, "PNG")
-    return Picture(data.getvalue(), "image/png", width, height)
-
-
-def request(colour: str = "red", prompt: str = "Describe it.", max_tokens: int = 12, seed: int = 0) -> Request:
-    return Request(picture(colour), prompt, max_tokens, ("visual",), seed)
-
-
-def ask(backend: TransformersBackend, requests: list[Request]) -> list:
-    return asyncio.run(backend.generate(requests))
-
-
-# Lengths in no order. The first ends by itself after two words.
-MIXED = [
-    request("red", "Describe it.", 30),
-    request("blue", LONG, 25),
-    request("blue", "Describe", 40),
-    request("lime", LONG + LONG, 7),
-    request("red", "Colour?", 40),
-    request("white", "A", 1),
-]
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    return build_tiny_vlm(tmp_path_factory.mktemp("models") / "tiny-vlm")
 
 
 @pytest.fixture
@@ -81,10 +49,6 @@ def expected(vlm):
         return text, inputs.input_ids.shape[1], len(ids), "stop" if ended else "length"
 
     return write
-
-
-def seen(answer: Answer) -> tuple:
-    return answer.text, answer.tokens_in, answer.tokens_out, answer.finish_reason
 
 
 class Faults:
@@ -313,9 +277,9 @@ def test_identity_is_the_same_in_another_process_and_a_commit_for_a_hub_model(vl
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     code = f"""if True:
-        import asyncio, json, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_caption_transformers import GREEDY, MIXED, TransformersBackend
+        import asyncio, json
+        from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
+        from vlm_requests import GREEDY, MIXED
         hub = TransformersBackend("someone/tiny-vlm", sampling=GREEDY)
         answer = asyncio.run(hub.generate(MIXED[:1]))[0]
         print(json.dumps([TransformersBackend({str(vlm)!r}).identity(), hub.identity(), answer.text]))"""

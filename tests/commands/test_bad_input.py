@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from data_tools import png_of_size, save_pictures, with_bad_picture, with_column, write_csv, write_jsonl
 from datasets import ClassLabel, Features, Image
-from test_data import png_of_size, save_pictures, with_bad_picture, with_column, write_csv, write_jsonl
 from tiny_clip import COLOURS, colour_dataset, colour_images
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 

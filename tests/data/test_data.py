@@ -1,13 +1,11 @@
 """Every way data come in, what is split off them, and what training reads of them."""
 
-import csv
 import io
-import json
 import struct
-import zlib
 
 import numpy as np
 import pytest
+from data_tools import png_of_size, save_pictures, with_bad_picture, with_column, write_csv, write_jsonl
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 from tiny_clip import COLOURS, colour_dataset, colour_images
@@ -33,15 +31,6 @@ def paths_of(dataset):
     return [row["path"] for row in dataset.cast_column("image", Image(decode=False))["image"]]
 
 
-def save_pictures(folder, per_class, seed=0):
-    """One sub-folder of pictures per class."""
-    for i, (image, label) in enumerate(colour_images(per_class, seed)):
-        target = folder / NAMES[label]
-        target.mkdir(parents=True, exist_ok=True)
-        image.save(target / f"{i:03}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def flat_folder(tmp_path_factory):
     """Class folders alone, ten pictures in each."""
@@ -58,19 +47,6 @@ def pictures(tmp_path_factory):
         image.save(folder / "pictures" / f"{i}.png")
         rows.append({"image": f"pictures/{i}.png", "label": NAMES[label], "captions": f"caption {i}"})
     return folder, rows
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # -- where data come from ---------------------------------------------------------------------------------------------
@@ -478,11 +454,6 @@ def save_splits(folder, train):
     return folder
 
 
-def with_column(dataset, name, values):
-    feature = dataset.features[name]
-    return dataset.remove_columns(name).add_column(name, values, feature=feature)
-
-
 def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
     train = colour_dataset(2)
     one = splits_of(save_splits(tmp_path / "one", train)).fingerprint()
@@ -612,11 +583,6 @@ def test_crops_differ_between_epochs_and_whole_images_have_none():
 
 
 # -- bad pictures in a view -------------------------------------------------------------------------------------------
-def with_bad_picture(row, dataset=None):
-    dataset = (dataset or colour_dataset(2)).cast_column("image", Image(decode=False))
-    pictures = dataset["image"][:]
-    pictures[row] = {"bytes": b"no picture", "path": None}
-    return with_column(dataset, "image", pictures).cast_column("image", Image())
 
 
 def test_a_bad_picture_is_named_by_its_row():
@@ -752,16 +718,6 @@ def test_cut_file_is_a_bad_image():
     whole = encoded(colour_images(1)[0][0])
     with pytest.raises(BadImage):
         read_image(whole[: len(whole) // 2])
-
-
-def png_of_size(width, height):
-    """A PNG with a header and no pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

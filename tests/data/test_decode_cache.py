@@ -12,9 +12,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from test_trainer import make_trainer, weights
 from tiny_clip import colour_dataset
 from torch.utils.data import DataLoader
+from training import make_trainer, weights
 
 from mmft_hf import MMFTConfig, MMFTDataCollator
 from mmft_hf.cli import main

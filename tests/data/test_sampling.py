@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from test_trainer import make_trainer
 from tiny_clip import colour_dataset
 from torch.utils.data import BatchSampler
+from training import make_trainer
 
 from mmft_hf import ClassBalancedSampler
 from mmft_hf.core.errors import UserError

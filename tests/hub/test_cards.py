@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from caption_records import DETAILS, MIXED, captioned, record
+from card_tools import execute, ink, snippets
 from dataset_card_pattern import PATTERN as DATASET_PATTERN
 from datasets import Dataset
 from datasets import Image as ImageColumn
@@ -21,8 +23,6 @@ from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from model_card_pattern import PATTERN
 from PIL import Image
-from test_caption_report import DETAILS, MIXED, captioned, record
-from test_figures import ink
 from tiny_clip import COLOURS, colour_dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, pipeline
 
@@ -111,21 +111,10 @@ def changed(run: Path, folder: Path, record=None, results=None, rows=None) -> Pa
     return folder
 
 
-def snippets(text: str) -> list[str]:
-    return re.findall(r"^(?:`{3,})python\n(.*?)^`{3,}$", text, flags=re.DOTALL | re.MULTILINE)
-
-
 def outside_code(text: str) -> str:
     return re.sub(
         r"^(`{3,})\w+\n.*?^\1$|(?<!\\)`[^`\n]*`", "", read_front_matter(text)[1], flags=re.DOTALL | re.MULTILINE
     )
-
-
-def execute(snippet: str) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(snippet, "card", "exec"), {})
-    return printed.getvalue()
 
 
 # -- the model card ---------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import textwrap
 
 import pytest
 import torch
-from test_trainer import changed, make_trainer, weights
 from tiny_clip import colour_dataset
 from tiny_encoders import KINDS
+from training import changed, make_trainer, weights
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, set_towers
 from mmft_hf.core.errors import UserError

@@ -10,11 +10,11 @@ import pytest
 import tiny_encoders
 import torch
 import transformers as hf
+from card_tools import execute, snippets
 from peft import PeftModel
-from test_cards import execute, snippets
-from test_trainer import changed, make_trainer, weights
 from tiny_clip import colour_dataset, colour_images
 from torch import nn
+from training import changed, make_trainer, weights
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from mmft_hf import ClassPrototypes, MMFTDataCollator, MMFTLoss, load_model, set_towers

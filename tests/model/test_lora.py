@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_trainer import StopAfter, changed, make_trainer, weights
+from training import StopAfter, changed, make_trainer, weights, with_lora
 from transformers import CLIPModel, pipeline
 
 import mmft_hf
@@ -27,12 +27,6 @@ from mmft_hf.model.towers import Adapter, parameter_counts
 MODES = ("full", "lora", "frozen")
 START = {"vision": ("vision_model.", "visual_projection."), "text": ("text_model.", "text_projection.")}
 LAYERS = 12  # two blocks of a tower with q, k, v, out, fc1, fc2 each
-
-
-def with_lora(clip, vision="lora", text="lora", seed=0, **settings):
-    torch.manual_seed(seed)
-    set_towers(clip[0], vision, text, **settings)
-    return clip
 
 
 def outputs(model) -> torch.Tensor:

@@ -2,14 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from card_tools import ink
 
 from mmft_hf.predict.figures import confusion_picture, curves_picture, legible, training_curves
-
-
-def ink(picture: Image.Image) -> float:
-    """The share of pixels that are not white."""
-    return float((np.asarray(picture.convert("L")) < 250).mean())
 
 
 @pytest.mark.parametrize("classes", [2, 24, 40, 41, 200])

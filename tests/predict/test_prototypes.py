@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain_prototypes import encode_one_by_one, naive_caption_prototypes
 from tiny_clip import colour_dataset
 
 from mmft_hf import ClassPrototypes
@@ -9,26 +10,6 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import read_image
 from mmft_hf.model import features
 from mmft_hf.model.loading import encode_images
-
-
-def encode_one_by_one(model, processor, texts) -> torch.Tensor:
-    rows = []
-    for text in texts:
-        tokens = processor.tokenizer([text], truncation=True, return_tensors="pt")
-        rows.append(model.get_text_features(**tokens).pooler_output[0])
-    return torch.stack(rows)
-
-
-@torch.no_grad()
-def naive_caption_prototypes(model, processor, dataset, template) -> torch.Tensor:
-    """Class by class, caption by caption: normalise, mean, normalise."""
-    names, means = dataset.features["label"].names, []
-    for c, name in enumerate(names):
-        texts = [f"{template.format(name)} {t}" for row in dataset if row["label"] == c for t in row["captions"]]
-        embeds = encode_one_by_one(model, processor, texts or [template.format(name)])
-        mean = (embeds / embeds.norm(dim=1, keepdim=True)).mean(dim=0)
-        means.append(mean / mean.norm())
-    return torch.stack(means)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])

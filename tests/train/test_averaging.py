@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_lora import with_lora
-from test_trainer import StopAfter, changed, make_trainer, weights
 from tiny_clip import colour_dataset
+from training import StopAfter, changed, make_trainer, weights, with_lora
 from transformers import TrainerCallback
 
 from mmft_hf import ClassPrototypes, MMFTConfig, load_model, set_towers

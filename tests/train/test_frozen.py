@@ -7,9 +7,8 @@ import pytest
 import tiny_encoders
 import torch
 from datasets import Dataset
-from test_lora import with_lora
-from test_trainer import make_trainer, weights
 from tiny_clip import colour_dataset
+from training import make_trainer, weights, with_lora
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTTrainer
 from mmft_hf.core.errors import UserError

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 import torch
-from test_trainer import make_trainer
 from tiny_clip import colour_dataset, colour_images
+from training import make_trainer
 from transformers import TrainerCallback
 
 from mmft_hf import MMFTConfig, MMFTTrainer, set_towers

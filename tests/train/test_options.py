@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+from plain_prototypes import naive_caption_prototypes
 from safetensors.torch import load_file, save_file
-from test_prototypes import naive_caption_prototypes
-from test_trainer import changed, make_trainer, weights
 from tiny_clip import colour_dataset
+from training import changed, make_trainer, weights
 
 from mmft_hf import ClassPrototypes, MMFTConfig, set_towers
 from mmft_hf.cli import main

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from term_cases import term_of
-from test_trainer import StopAfter, changed, make_trainer, weights
 from tiny_clip import colour_dataset
+from training import StopAfter, changed, make_trainer, weights
 
 from mmft_hf import MMFTConfig, MMFTLoss, MMFTTrainer
 from mmft_hf.model.losses import contrast

@@ -9,7 +9,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Image
 from tiny_clip import colour_dataset
-from transformers import CLIPModel, Trainer, TrainerCallback
+from training import StopAfter, changed, make_trainer, weights
+from transformers import CLIPModel, Trainer
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, MMFTTrainer
 from mmft_hf.core.errors import UserError
@@ -17,37 +18,6 @@ from mmft_hf.data.sampling import EpochSampler
 from mmft_hf.data.views import TextView, TrainingView
 from mmft_hf.model.towers import set_towers
 from mmft_hf.train.checkpoints import last_complete_checkpoint
-
-
-def make_trainer(clip, folder, train=None, evaluate=True, **settings) -> MMFTTrainer:
-    model, processor = clip
-    settings = {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 8} | settings
-    return MMFTTrainer(
-        model=model,
-        args=MMFTConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **settings),
-        train_dataset=train or colour_dataset(8),
-        eval_dataset=colour_dataset(4, seed=1, captions=False) if evaluate else None,
-        processing_class=processor,
-    )
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def changed(before: dict, after: dict) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-class StopAfter(TrainerCallback):
-    """Ends the training after a step, as a cut would, with nothing restored or tidied up by the test."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_it_learns_colours(clip, tmp_path):
