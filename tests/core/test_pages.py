@@ -27,5 +27,6 @@ def test_filters_and_missing_values(tmp_path):
     assert rendered(
         tmp_path, "{{ long | one_line(4) }}|{{ nothing }}|{{ lines }}", long="a\nbcde", nothing=None, lines="a\nb"
     ) == ("a b…||a\nb")
+    assert rendered(tmp_path, "{{ 2 | twice }}", filters={"twice": lambda x: 2 * x}) == "4"
     with pytest.raises(jinja2.UndefinedError, match="missing"):
         rendered(tmp_path, "{{ missing }}")
