@@ -20,7 +20,7 @@ from ..ask.captioner import Captioner
 from ..ask.cost import Spending
 from ..ask.journal import JournalReader, by_slot
 from ..ask.pictures import sha256
-from ..ask.plan import Keys, digests
+from ..ask.plan import Keys, Slot, digests
 from ..judge.checks import CaptionChecker, Checked, duplicate_key, duplicates
 from ..types import ACCEPTED, OPEN
 
@@ -109,18 +109,14 @@ class JournalSource:
     repeated: frozenset[str] = frozenset()
 
     def __call__(self, row: Mapping, image_sha256: str) -> list[dict]:
-        label = row["label"]
-        slots = self.keys.slots(image_sha256, self.class_names[label])
-        history = self.reader.history([slot.key for slot in slots])
-        records = []
-        for slot in slots:
+        label, records = row["label"], []
+        for slot, tries in self._tries(row, image_sha256):
             same = {"aspect": slot.aspect, "sample": slot.sample, "prompt_id": slot.prompt_id}
             same["model"] = public_name(self.keys.captioner.model)
-            tries = history.get(slot.key)
-            if not tries and slot.key in self.asked:
+            if not tries:
                 records.append(same | {"status": "not_run", "checks": [], "attempts": 0})
             prompt = slot.single
-            for i, tried in enumerate(tries or ()):
+            for i, tried in enumerate(tries):
                 record, reask = self._record(tried, label, prompt, last=i == len(tries) - 1)
                 records.append(same | record)
                 prompt = f"{slot.single}\n{reask}" if reask else prompt
@@ -128,10 +124,14 @@ class JournalSource:
 
     def raw_texts(self, row: Mapping, image_sha256: str) -> list[str | None]:
         """What the model wrote for each of the row's records, accepted or not."""
+        tries = [tries for _, tries in self._tries(row, image_sha256)]
+        return [tried["raw_text"] for found in tries for tried in found or [{"raw_text": None}]]
+
+    def _tries(self, row: Mapping, image_sha256: str) -> list[tuple[Slot, list[Mapping]]]:
+        """The slots of a row that have results or were asked for, each with its results in order."""
         slots = self.keys.slots(image_sha256, self.class_names[row["label"]])
         history = self.reader.history([slot.key for slot in slots])
-        known = [slot for slot in slots if slot.key in history or slot.key in self.asked]
-        return [tried["raw_text"] for slot in known for tried in history.get(slot.key, [{"raw_text": None}])]
+        return [(s, history.get(s.key, [])) for s in slots if s.key in history or s.key in self.asked]
 
     def _record(self, tried: Mapping, label: int, prompt: str, last: bool) -> tuple[dict, str | None]:
         """The record of a try, and what was added to the prompt of the next one."""

@@ -20,7 +20,7 @@ from ...data.texts import clean_class_name
 from ..judge.checks import CaptionChecker, duplicate_key, duplicates
 from ..types import ACCEPTED
 from .dataset import CAPTION_FEATURES, RECORD, captions_from, verdict
-from .labelled import LabelledImages, nfc, record_key, with_columns
+from .labelled import LabelledImages, nfc, note, record_key, with_columns
 
 MAX_FILE_BYTES = 1 << 30  # the largest benchmark, 1.28 million captions of one aspect, takes a third of it
 _QUOTES = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
@@ -176,19 +176,12 @@ class ImportSummary:
         if self.repeated:
             lines.append(f"{self.repeated:,} captions were there already and were left out.")
         for file in self.files:
-            lines.append(
-                f"{file.path}: aspect {file.aspect}, {file.keys - len(file.unmatched_keys):,} of {file.keys:,} keys "
-                f"matched by {self.key_rule}."
-            )
-            if file.unmatched_keys:
-                lines.append(f"  {len(file.unmatched_keys):,} keys fit no image: {few(file.unmatched_keys)}.")
-            if file.images_without:
-                lines.append(f"  {len(file.images_without):,} images are not in it: {few(file.images_without)}.")
-        if self.images_without:
-            count = f"{len(self.images_without):,} of {self.images:,}"
-            lines.append(f"{count} images got no usable caption: {few(self.images_without)}.")
-        if self.unreadable:
-            lines.append(f"{len(self.unreadable):,} images cannot be read: {few(self.unreadable)}.")
+            matched = f"{file.keys - len(file.unmatched_keys):,} of {file.keys:,} keys matched by {self.key_rule}"
+            lines.append(f"{file.path}: aspect {file.aspect}, {matched}.")
+            lines += note("  ", file.unmatched_keys, "keys fit no image")
+            lines += note("  ", file.images_without, "images are not in it")
+        lines += note("", self.images_without, f"of {self.images:,} images got no usable caption")
+        lines += note("", self.unreadable, "images cannot be read")
         return lines
 
 

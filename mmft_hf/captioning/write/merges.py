@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 from ...core.console import few
 from ...core.errors import UserError
 from .dataset import CAPTION_FEATURES, captions_from
-from .labelled import LabelledImages, record_key, with_columns
+from .labelled import LabelledImages, note, record_key, with_columns
 
 
 @dataclass
@@ -38,21 +38,16 @@ class MergeSummary:
 
     def lines(self) -> list[str]:
         """The summary in sentences."""
-        return [
+        lines = [
             f"{len(self.rows)} datasets became {self.images:,} images with {self.captions:,} captions "
-            f"({self.records:,} records; {self.repeated:,} that repeat others were left out).",
-            *(
-                f"{n}: {len(found):,} of the images are not in it: {few(found)}."
-                for n, found in self.missing.items()
-                if found
-            ),
-            *(f"{n}: its classes are in another order; they were matched by name." for n in self.remapped),
-            *(
-                f"{n}: {len(found):,} images cannot be read: {few(found)}."
-                for n, found in self.unreadable.items()
-                if found
-            ),
+            f"({self.records:,} records; {self.repeated:,} that repeat others were left out)."
         ]
+        for name, images in self.missing.items():
+            lines += note(f"{name}: ", images, "of the images are not in it")
+        lines += [f"{name}: its classes are in another order; they were matched by name." for name in self.remapped]
+        for name, images in self.unreadable.items():
+            lines += note(f"{name}: ", images, "images cannot be read")
+        return lines
 
 
 def merge_captions(datasets: Mapping[str, Dataset]) -> tuple[Dataset, MergeSummary]:
