@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -60,6 +60,7 @@ def add_texts(
     return add_captions(undecoded, source, fingerprint, progress, rows)
 
 
+@dataclass(eq=False)
 class SplitCaptioner:
     """Captions one split with a model. Use it as a context manager: it holds the lock of the journal.
 
@@ -80,36 +81,33 @@ class SplitCaptioner:
         UserError: a cost limit for a model of unknown price; another run is at work in the folder.
     """
 
-    def __init__(
-        self,
-        captioner: Captioner,
-        dataset: Dataset,
-        run_dir: str | Path,
-        checker: CaptionChecker,
-        limits: Limits | None = None,
-        max_cost_usd: float | None = None,
-        prices: str | None = None,
-        run_id: str | None = None,
-        rows: Container[int] | None = None,
-        rank: int = 0,
-        world: int = 1,
-        progress: bool = True,
-    ):
-        self.captioner, self.checker, self.limits = captioner, checker, limits or Limits()
-        self.dataset = dataset.cast_column("image", Image(decode=False))
-        self.run_id, self.rows, self.rank, self.world = run_id or new_run_id(), rows, rank, world
-        self.progress, self.max_cost_usd = progress, max_cost_usd
-        local = captioner.backend == "transformers"
-        self.price = None if local else price_of(captioner.model, prices)
-        if max_cost_usd is not None and self.price is None:
+    captioner: Captioner
+    dataset: Dataset
+    run_dir: str | Path
+    checker: CaptionChecker
+    limits: Limits | None = None
+    max_cost_usd: float | None = None
+    prices: str | None = None
+    run_id: str | None = None
+    rows: Container[int] | None = None
+    rank: int = 0
+    world: int = 1
+    progress: bool = True
+
+    def __post_init__(self):
+        self.dataset = self.dataset.cast_column("image", Image(decode=False))
+        self.limits, self.run_id = self.limits or Limits(), self.run_id or new_run_id()
+        model, local = self.captioner.model, self.captioner.backend == "transformers"
+        self.price = None if local else price_of(model, self.prices)
+        if self.max_cost_usd is not None and self.price is None:
             free = " A model in this process costs nothing." if local else ""
             raise UserError(
-                f"--max_cost_usd: expected a model whose price is known, found {captioner.model!r}, which is not in the "
-                f"price table.{free} Type --prices FILE.yaml with its price, or leave --max_cost_usd out."
+                f"--max_cost_usd: expected a model whose price is known, found {model!r}, which is not in the price table.{free} "
+                "Type --prices FILE.yaml with its price, or leave --max_cost_usd out."
             )
-        self.backend = captioner.open(self.limits.concurrency)
-        self.keys = Keys(captioner, self.backend.identity())
-        self.folder = Path(run_dir) / "journal"
+        self.backend = self.captioner.open(self.limits.concurrency)
+        self.keys = Keys(self.captioner, self.backend.identity())
+        self.folder = Path(self.run_dir) / "journal"
 
     def __enter__(self) -> SplitCaptioner:
         self.journal = Journal(self.folder, self.rank)
@@ -154,10 +152,8 @@ class SplitCaptioner:
                 bar.set_postfix_str(", ".join(state), refresh=False)
                 bar.update(captions)
 
-            driver = Driver(
-                *(self.captioner, self.keys, self.backend, self.journal, self.checker, self.dataset),
-                *(self.limits, meter, self.run_id, done),
-            )
+            asked = (self.captioner, self.keys, self.backend, self.journal, self.checker, self.dataset)
+            driver = Driver(*asked, self.limits, meter, self.run_id, done)
             return _run(driver, plan, bar.write)
 
     def results(self, plan: Plan) -> Results:

@@ -99,15 +99,10 @@ class Journal:
         now = time.time()
         rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **_utf8(row)} for row in rows]
         try:
-            if len(rows) == 1:
-                self._db.execute(self._put, rows[0])
-            else:
+            with self._db:
                 self._db.execute("BEGIN")
                 self._db.executemany(self._put, rows)
-                self._db.execute("COMMIT")
         except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
             raise _broken(self.path, error) from error
 
     def reopen(self, statuses: Iterable[str], among: Container[str]) -> int:
@@ -123,9 +118,9 @@ class Journal:
         for path in journal_files(self.folder):
             db = self._db if path == self.path else sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
             try:
-                db.execute("BEGIN")  # all tries of a slot, including those that were turned down
-                db.executemany("UPDATE results SET status = 'not_run', pending = 0 WHERE slot = ?", slots)
-                db.execute("COMMIT")
+                with db:
+                    db.execute("BEGIN")  # all tries of a slot, including those that were turned down
+                    db.executemany("UPDATE results SET status = 'not_run', pending = 0 WHERE slot = ?", slots)
             except sqlite3.Error as error:
                 raise _broken(path, error) from error
             finally:

@@ -17,6 +17,7 @@ from .transport import Transport, check_url
 RESERVED = ("contents", "messages", "model", "n", "stream")
 MAX_COUNT = 10**8  # tokens: more than any model reads or writes
 MAX_NAME = 200
+MAX_SEED = 0x7FFFFFFF  # the 31 bits that every server accepts
 
 
 class HTTPBackend(ABC):
@@ -115,11 +116,6 @@ def merged(body: dict[str, Any], options: Mapping[str, Any], nested: bool = Fals
         elif value is not None:
             result[name] = value
     return result
-
-
-def seed_of(request: Request) -> int:
-    """The request's seed as the 31 bits that every server takes."""
-    return request.seed & 0x7FFFFFFF
 
 
 def text_of(value: object) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ...types import Answer, Request
-from .base import HTTPBackend, count_of, merged, seed_of, text_of
+from .base import MAX_SEED, HTTPBackend, count_of, merged, text_of
 from .transport import PICTURE
 
 _REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
@@ -33,7 +33,7 @@ class GeminiBackend(HTTPBackend):
         generation: dict[str, Any] = {
             "temperature": self.sampling.temperature,
             "maxOutputTokens": request.max_tokens,
-            "seed": seed_of(request),
+            "seed": request.seed & MAX_SEED,
         }
         if len(request.aspects) > 1:
             generation["responseMimeType"] = "application/json"

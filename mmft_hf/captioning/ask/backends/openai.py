@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...types import Answer, Request
-from .base import HTTPBackend, count_of, merged, seed_of, text_of
+from .base import MAX_SEED, HTTPBackend, count_of, merged, text_of
 from .transport import PICTURE, check_url
 
 
@@ -39,7 +39,7 @@ class OpenAIBackend(HTTPBackend):
             "temperature": self.sampling.temperature,
             # OpenAI's newer models accept only the new name, many other servers only the old one.
             "max_completion_tokens" if self.official else "max_tokens": request.max_tokens,
-            "seed": seed_of(request),
+            "seed": request.seed & MAX_SEED,
         }
         if self.official and len(request.aspects) > 1:
             schema = {

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from ....core.errors import UserError, nearest
+from ....core.markdown import one_line
 from ....data.images import BadImage, read_image
 from ...types import Answer, CallError, Fatal, Request, Sampling, Unanswerable
 from .device import default_device, empty_cache, out_of_memory, seeded
@@ -240,7 +241,7 @@ class TransformersBackend:
             elif out_of_memory(error):
                 advice = "Name a smaller model."
             raise UserError(
-                f"captioner {self.name!r}: expected {expected}; it could not be loaded ({_first_line(error)}). {advice}"
+                f"captioner {self.name!r}: expected {expected}; it could not be loaded ({one_line(error, 300)}). {advice}"
             ) from error
 
     # -- generating ---------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ class TransformersBackend:
         try:
             return self._answers(rows), None
         except Exception as error:
-            kind, message = "model_error", f"{type(error).__name__}: {_first_line(error)}"
+            kind, message = "model_error", f"{type(error).__name__}: {one_line(error, 300)}"
             if out_of_memory(error):
                 kind = "out_of_memory"
             elif isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in message:
@@ -299,7 +300,7 @@ class TransformersBackend:
         except BadImage as error:
             return Unanswerable("bad_image", str(error))
         except Exception as error:  # templates are programs and may raise anything
-            return Unanswerable("chat_template", f"{type(error).__name__}: {_first_line(error)}")
+            return Unanswerable("chat_template", f"{type(error).__name__}: {one_line(error, 300)}")
 
     def _answers(self, rows: list[_Row]) -> list[Answer]:
         model, tokenizer = self._model, self._processor.tokenizer
@@ -371,10 +372,6 @@ class TransformersBackend:
             tokens_out=len(ids),
             thinking_tokens=thought,
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:300]
 
 
 def _sample(path: Path) -> str:
