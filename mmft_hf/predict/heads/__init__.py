@@ -1,4 +1,6 @@
-"""Heads: what turns an image embedding into class logits. One file per kind, and one entry in `HEADS`."""
+"""Heads: what turns an image embedding into class logits. One file per kind, and one import here, which puts it
+into `HEADS`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,7 @@ from .base import Head, find_head, read
 from .linear import LinearHead
 from .prototypes import ClassPrototypes
 
-HEADS: dict[str, type[Head]] = {
-    "prototypes": ClassPrototypes,
-    "linear": LinearHead,
-}
+HEADS: dict[str, type[Head]] = {head.kind: head for head in Head.__subclasses__()}
 
 
 def load_head(folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> Head:

@@ -27,7 +27,7 @@ FORMAT = "mmft-head-1"
 class Head:
     """Turns unit-norm image embeddings into class logits.
 
-    A kind of head is a dataclass in a file of its own, with one entry in `heads.HEADS`. It sets `kind`, has a field
+    A kind of head is a dataclass in a file of its own, imported in `heads/__init__.py`. It sets `kind`, has a field
     `class_names` (`C` names, in the order of the logits) and defines `logits`. All of its fields are saved: tensors as
     tensors, the others as JSON in the file's metadata. A head that learns from data has a class method `fit`.
     """

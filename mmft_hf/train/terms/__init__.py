@@ -1,4 +1,4 @@
-"""Loss terms: the summands of the training loss. One file per term, and one entry in `TERMS`."""
+"""Loss terms: the summands of the training loss. One file per term, and one import here, which puts it into `TERMS`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .clip import Clip
 from .cross_entropy import ClassTextCrossEntropy, CrossEntropy
 from .supcon import SupCon
 
-TERMS: dict[str, type[LossTerm]] = {term.name: term for term in (SupCon, Clip, CrossEntropy, ClassTextCrossEntropy)}
+TERMS: dict[str, type[LossTerm]] = {term.name: term for term in LossTerm.__subclasses__()}
 
 
 def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> list[LossTerm]:
@@ -31,6 +31,3 @@ def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> 
     if not names or len(set(names)) < len(names):
         raise ValueError(f"loss: expected one or more terms of different names, found {', '.join(names) or 'none'}.")
     return terms
-
-
-__all__ = ["TERMS", "Batch", "ClassTextCrossEntropy", "Clip", "CrossEntropy", "LossTerm", "SupCon", "terms_of"]

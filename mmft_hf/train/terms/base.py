@@ -14,7 +14,7 @@ from ...predict.heads import Head
 class LossTerm:
     """One summand of the training loss: a pure function of a `Batch`.
 
-    A term is a class in a file of its own, with one entry in `terms.TERMS`. It sets `name` and defines `__call__`.
+    A term is a class in a file of its own, imported in `terms/__init__.py`. It sets `name` and defines `__call__`.
 
     Attributes:
         name: of the term; `NAME_loss` and `NAME_weight` are logged.

@@ -1,0 +1,142 @@
+"""CONTRIBUTING.md's own words, applied to a copy of the package: a term, a head, a caption check and a benchmark method."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import mmft_hf
+
+PACKAGE = Path(mmft_hf.__file__).parent
+TEXT = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+EXAMPLES = re.findall(r'```python title="(\S+?)(?:, in (\w+))?"\n(.*?)```', TEXT, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A folder with the package and all examples in it."""
+    root = tmp_path_factory.mktemp("extended")
+    shutil.copytree(PACKAGE, root / "mmft_hf", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (root / "mmft_hf" / "assets").symlink_to(PACKAGE / "assets")
+    for file, table, code in EXAMPLES:
+        path = root / file
+        if not path.exists():
+            path.write_text(code)
+            continue
+        assert len(code.strip().splitlines()) == 1, f"{file}: more than one line"
+        text = path.read_text()
+        # A row follows the table's opening line; an import, the imports from the same package.
+        place = rf"^{table}\b.*[({{].*$" if table else r"^from \.base import .*$"
+        match = re.search(place, text, flags=re.MULTILINE)
+        assert match, f"{file}: no place for the line"
+        path.write_text(f"{text[: match.end()]}\n{code.rstrip()}{text[match.end() :]}")
+    return root
+
+
+def run(extended, code: str, *arguments) -> dict:
+    """What a script prints last, with the copy in place of the package."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    done = subprocess.run(command, cwd=extended, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_there_is_an_example_for_every_seam():
+    new = [file for file, _, _ in EXAMPLES if not (PACKAGE.parent / file).exists()]
+    tables = [table for _, table, _ in EXAMPLES if table]
+    assert len(new) == 2 and len(tables) == 2 and len(EXAMPLES) == 6
+
+
+def test_a_term_is_trained_logged_and_shown(extended, tmp_path):
+    found = run(
+        extended,
+        """
+        import contextlib, io, json, sys
+        from tiny_clip import build_clip, colour_dataset
+        from mmft_hf import MMFTConfig, MMFTTrainer
+        from mmft_hf.train.terms import TERMS, Clip, SupCon
+        model, processor = build_clip()
+        args = MMFTConfig(sys.argv[1], max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none")
+        terms = [SupCon(0.1), Clip(0.9), TERMS["alignment"](0.5)]
+        trainer = MMFTTrainer(model, args, colour_dataset(8), colour_dataset(4), processor, loss=terms)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            trainer.train()
+        (log,) = [log for log in trainer.state.log_history if "alignment_loss" in log]
+        print(json.dumps({"log": log, "shown": "alignment" in printed.getvalue()}))
+        """,
+        tmp_path,
+    )
+    log = found["log"]
+    parts = 0.1 * log["supcon_loss"] + 0.9 * log["clip_loss"] + 0.5 * log["alignment_loss"]
+    assert log["loss"] == pytest.approx(parts, abs=1e-3)
+    assert log["alignment_loss"] > 0 and found["shown"]
+
+
+def test_a_head_is_saved_and_used_everywhere(extended, data_folder, tmp_path):
+    found = run(
+        extended,
+        """
+        import contextlib, io, json, sys
+        import torch
+        from tiny_clip import build_clip, colour_dataset, colour_images
+        from transformers import pipeline
+        from mmft_hf import ImageClassifier
+        from mmft_hf.cli import main
+        from mmft_hf.model.features import image_features
+        from mmft_hf.predict.heads import HEADS
+        model, processor = build_clip()
+        data = colour_dataset(8)
+        embeds, labels = image_features(model, processor, data)
+        head = HEADS["nearest_mean"].fit(embeds, labels, data.features["label"].names)
+        ImageClassifier(model, processor, head).save_pretrained(sys.argv[1])
+        image = colour_images(1)[0][0]
+        scores = {row["label"]: row["score"] for row in pipeline("mmft-image-classification", model=sys.argv[1])(image)}
+        again = ImageClassifier.from_pretrained(sys.argv[1])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = main(["evaluate", "--model_name_or_path", sys.argv[1], "--dataset_name", sys.argv[2]])
+        direct = head.scores(image_features(model, processor, colour_dataset(1))[0])[0]
+        print(json.dumps({
+            "code": code, "kind": again.head.kind, "printed": printed.getvalue(),
+            "difference": max(abs(scores[n] - p) for n, p in zip(head.class_names, direct.tolist())),
+        }))
+        """,
+        tmp_path / "classifier",
+        data_folder,
+    )
+    assert found["code"] == 0 and found["kind"] == "nearest_mean"
+    assert found["difference"] < 1e-6
+    assert re.search(r"\d+\.\d %", found["printed"])
+
+
+def test_a_check_fires_and_is_listed(extended):
+    found = run(
+        extended,
+        """
+        import json
+        from mmft_hf.captioning.judge.checks import CHECKS, TABLE, Candidate
+        fired = [TABLE["exclamation"].finds(Candidate(t, "stop", set(), False, 0, frozenset(), text=t)) for t in ("Oh!", "Oh.")]
+        print(json.dumps({"fired": fired, "listed": "exclamation" in CHECKS}))
+        """,
+    )
+    assert found == {"fired": [True, False], "listed": True}
+
+
+def test_a_method_runs_and_is_in_results_and_report(extended, clip_folder, data_folder, tmp_path):
+    words = f"benchmark --model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {tmp_path}/out"
+    settings = "--methods zs mmft-w05 --shots 2 --seeds 0 --num_train_epochs 1 --use_cpu true"
+    code = run(
+        extended,
+        "import json, sys; from mmft_hf.cli import main; print(json.dumps({'code': main(sys.argv[1:])}))",
+        *words.split(),
+        *settings.split(),
+    )
+    assert code == {"code": 0}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert "mmft-w05" in {row["method"] for row in rows}
+    assert "mmft-w05" in (tmp_path / "out" / "report.html").read_text()
