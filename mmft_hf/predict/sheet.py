@@ -9,7 +9,7 @@ from PIL import ImageDraw, ImageFont
 
 from ..data.images import BadImage, read_image
 from .evaluation import Predictions
-from .figures import fit, legible
+from .figures import legible
 
 CELL, TEXT = 128, 44  # pixels: side of a picture, height of the two lines below it
 GREEN, RED, GREY = (22, 120, 50), (190, 30, 30), (90, 90, 90)
@@ -54,3 +54,10 @@ def contact_sheet(dataset: Dataset, predictions: Predictions, columns: int = 8, 
         if not right:
             draw.text((x + 5, y + CELL + 18), fit(f"is {legible(names[truth], truth)}", CELL - 8, font), GREY, font)
     return sheet
+
+
+def fit(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """The text, truncated to `width` pixels."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2] + "…"
+    return text

@@ -264,12 +264,11 @@ class Run:
             adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
         report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
         report.contact_sheet(self.splits.test, predictions).save(self.path / SHEET_FILE, optimize=True)
-        confusion = figures.confusion_picture(predictions.report()["confusion_matrix"], self.splits.class_names)
-        confusion.save(self.path / CONFUSION_FILE, optimize=True)
+        confusion = predictions.report()["confusion_matrix"]
+        figures.draw_confusion(self.path / CONFUSION_FILE, confusion, self.splits.class_names)
         selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
         zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
-        curves = figures.curves_picture(state.log_history, zero_shot, best)
-        curves.save(self.path / CURVES_FILE, optimize=True)
+        figures.draw_curves(self.path / CURVES_FILE, state.log_history, zero_shot, best)
         write_json(self.path / RESULTS_FILE, results)
         state.save_to_json(str(self.path / STATE_FILE))
         record = {

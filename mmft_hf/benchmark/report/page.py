@@ -52,7 +52,7 @@ def write_report(folder: str | Path) -> Path:
         The page.
 
     Raises:
-        UserError: there is no such folder or no result in it, identities differ, or matplotlib or scikit-learn is missing.
+        UserError: there is no such folder or no result in it, identities differ, or scikit-learn is missing.
     """
     if missing := [name for name in ("matplotlib", "sklearn") if find_spec(name) is None]:
         raise UserError(f"report: expected {listed(missing)}, found none. Type: pip install 'mmft_hf[benchmark]'")
@@ -69,7 +69,7 @@ def write_report(folder: str | Path) -> Path:
 
 def _values(results: Findings, folder: Path) -> dict:
     """Everything that the template shows."""
-    from . import figures  # matplotlib is optional
+    from . import figures  # scikit-learn is optional
 
     controls = (CONTROL, "flyp", "zs")
     control = next((m for m in controls if {m, METHOD} <= {*results.methods}), None)
