@@ -570,7 +570,7 @@ def test_a_folder_without_results_is_not_to_be_filled_with_some(tmp_path):
         assert write_report(folder / name) == folder / "report.html"
 
 
-def test_without_matplotlib_it_says_what_to_type(tmp_path, monkeypatch):
+def test_without_scikit_learn_it_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mmft_hf\[benchmark\]'"):
         write_report(a_folder(tmp_path, some_rows()))

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 
 from ...core.errors import UserError
-from ...core.markdown import listed
 from ...core.pages import render_page
 from ...version import __version__
 from ..run.results import RESULTS_FILE, read_results
@@ -54,8 +53,8 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         UserError: there is no such folder or no result in it, identities differ, or scikit-learn is missing.
     """
-    if missing := [name for name in ("matplotlib", "sklearn") if find_spec(name) is None]:
-        raise UserError(f"report: expected {listed(missing)}, found none. Type: pip install 'mmft_hf[benchmark]'")
+    if find_spec("sklearn") is None:
+        raise UserError("report: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
     folder = Path(folder)
     if folder.name in (PAGE, RESULTS_FILE):
         folder = folder.parent

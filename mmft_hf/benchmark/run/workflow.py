@@ -125,10 +125,9 @@ def run_benchmark(
 
 
 def check_packages() -> None:
-    """Raises `UserError` where scikit-learn or matplotlib is missing."""
-    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
-        if find_spec(module) is None:
-            raise UserError(f"benchmark: expected {package}, found none. Type: pip install 'mmft_hf[benchmark]'")
+    """Raises `UserError` where scikit-learn is missing."""
+    if find_spec("sklearn") is None:
+        raise UserError("benchmark: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
 
 
 def check_settings(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:
