@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from .errors import UserError
 
 TOWER_MODES = ("full", "lora", "frozen")
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have, from `low` to `high`; `open` names ends that are excluded (`low`, `high`)."""
+
+    low: float = 0
+    high: float = math.inf
+    open: tuple[str, ...] = ()
+
+    def __contains__(self, value) -> bool:
+        above = self.low < value if "low" in self.open else self.low <= value
+        return above and (value < self.high if "high" in self.open else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if "low" in self.open else f"{self.low}"
+        if self.high == math.inf:
+            return low if "low" in self.open else f"{low} or more"
+        return f"{low} to below {self.high}" if "high" in self.open else f"{low} to {self.high}"
+
+
+class _Metadata(dict):
+    """The metadata of a setting. HfArgumentParser hands a copy of it to argparse, which knows no `range` and no `decides`:
+    they can be looked up, but are not among the keys that are copied."""
+
+    def keys(self):
+        return [key for key in super().keys() if key not in ("range", "decides")]
+
+    def copy(self):
+        return {key: self[key] for key in self.keys()}
 
 
 def setting(default, help: str, **metadata):
@@ -16,10 +46,24 @@ def setting(default, help: str, **metadata):
     Args:
         default: a list is copied for each object.
         help: what `--help` prints.
-        metadata: further arguments of `argparse.ArgumentParser.add_argument`, e.g. `choices`.
+        metadata: `choices`, or a `range` (`Range`): what the setting may be, see `check_settings`; `decides`: whether the
+            setting can change the result of a run, so that a resume compares it. Further arguments of
+            `argparse.ArgumentParser.add_argument`.
     """
     value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**value, metadata={"help": help, **metadata})
+    return field(**value, metadata=_Metadata({"help": help, **metadata}))
+
+
+def check_settings(settings) -> None:
+    """Raises `UserError` for a setting outside the choices or the range of its field. None is always allowed."""
+    for known in fields(settings):
+        value, allowed = getattr(settings, known.name), known.metadata.get("range")
+        if value is None:
+            continue
+        if "choices" in known.metadata:
+            choice(known.name, value, known.metadata["choices"])
+        if allowed is not None and value not in allowed:
+            raise UserError(f"--{known.name}: expected {allowed}, found {value}.")
 
 
 def choice(name: str, value: str, known) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -12,11 +11,31 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from ..core import launch
-from ..core.arguments import choice, setting
+from ..core.arguments import Range, check_settings, setting
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, check_template
 
 PROTOTYPE_SOURCES = ("captions", "template", "templates", "images")
+SHARE = Range(0, 1)
+# Stock settings that no weight depends on, so that a resume may change them. Any other one counts as deciding, also one that
+# a later version of transformers adds. Our own say it themselves (`decides` in their metadata).
+HARMLESS = frozenset(
+    """
+    output_dir resume_from_checkpoint save_total_limit save_on_each_node do_train do_eval do_predict
+    logging_dir logging_first_step logging_nan_inf_filter logging_steps logging_strategy log_level log_level_replica
+    log_on_each_node disable_tqdm report_to run_name project trackio_bucket_id trackio_space_id trackio_static_space_id
+    debug skip_memory_metrics include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
+    include_tokens_per_second per_device_eval_batch_size eval_accumulation_steps
+    dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token
+    use_cpu _n_gpu local_rank accelerator_config full_determinism auto_find_batch_size
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode
+    """.split()
+)
 
 
 @dataclass
@@ -40,7 +59,6 @@ class MMFTConfig(TrainingArguments):
     STOCK_HELP: ClassVar = {
         "max_steps": "Number of training steps. -1: num_train_epochs decides.",
         "warmup_steps": "Steps in which the learning rate rises from 0 to its peak; below 1, a share of all steps.",
-        "seed": "Seed of everything random in training.",
         "use_cpu": "Train on the CPU even if there is an accelerator.",
         "resume_from_checkpoint": "true: continue the run in output_dir from its last complete checkpoint; or a "
         "checkpoint's folder.",
@@ -52,29 +70,37 @@ class MMFTConfig(TrainingArguments):
     output_dir: str | None = setting(
         "outputs/mmft", "Folder of the results. A folder that holds a run is not overwritten."
     )
-    overwrite_output_dir: bool = setting(False, "Delete the run that output_dir holds, and start a new one there.")
-    supcon_weight: float = setting(0.1, "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1.")
+    overwrite_output_dir: bool = setting(
+        False, "Delete the run that output_dir holds, and start a new one there.", decides=False
+    )
+    supcon_weight: float = setting(0.1, "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1.", range=SHARE)
     supcon_weight_end: float | None = setting(
         None,
         "w goes in a straight line, step by step, from supcon_weight to this, which it would reach after the last "
         "step. Default: it stays.",
+        range=SHARE,
     )
     include_self: bool = setting(False, "UniCL form: the pair itself is a positive of the SupCon term, too.")
     class_template: str = setting(
         DEFAULT_TEMPLATE, "Text before every caption, and the zero-shot prompt; {} stands for the class name."
     )
     caption_dropout: float = setting(
-        0.0, "Probability, from 0 to 1, that a training text is the class template alone, without a caption."
+        0.0,
+        "Probability, from 0 to 1, that a training text is the class template alone, without a caption.",
+        range=SHARE,
     )
     samples_per_class: int | None = setting(
         None,
         "Class-balanced batches: so many images of each class in a batch (2 or more), which gives SupCon its "
         "positives where there are many classes. Default: plain shuffle.",
+        range=Range(2),
     )
     loss_chunk_size: int | None = setting(
         None,
         "Encode a batch in chunks of so many images, to save memory at the cost of one more forward; the loss and "
         "its gradient stay those of the whole batch. Default: all at once.",
+        range=Range(1),
+        decides=False,
     )
     prototypes: str = setting(
         "captions",
@@ -86,15 +112,18 @@ class MMFTConfig(TrainingArguments):
         0.0,
         "Decay, below 1 (0.99, say), of an exponential moving average of the trained weights, which is what is "
         "evaluated and saved; it takes memory for one more copy of them. 0: off.",
+        range=Range(0, 1, open=("high",)),
     )
     template_weight: float = setting(
         0.0,
         "Share t, from 0 to 1, of the class template in prototypes of captions: (1 - t) * captions + t * template, "
         "normalised.",
+        range=SHARE,
     )
     crop_min_area: float = setting(
         0.9,
         "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cut to 4:3 in the middle); 1: no random crop.",
+        range=Range(0, 1, open=("low",)),
     )
     on_bad_image: str = setting(
         "fail", "fail: stop at an image that cannot be read; skip: go on and count it.", choices=("fail", "skip")
@@ -104,22 +133,28 @@ class MMFTConfig(TrainingArguments):
         True,
         "Encode with a frozen tower once, and keep the embeddings on disk (mmft-hf env says where) for every later "
         "epoch and run on the same content.",
+        decides=False,
     )
     decode_cache: int | None = setting(
         None,
         "Keep training pictures on disk as decoded and made smaller once, their short side so many pixels (256, say), "
         "which saves time where decoding takes most of it. The result is not that of the pictures themselves to "
         "the last bit. Evaluation reads the pictures themselves. Default: no such cache.",
+        range=Range(1),
     )
 
     # Defaults of the method, or of what a classifier's user expects, where they differ from the Trainer's.
-    learning_rate: float = setting(1e-5, "Peak learning rate of AdamW.")
-    weight_decay: float = setting(1e-4, "Weight decay (not on norms and biases).")
+    learning_rate: float = setting(1e-5, "Peak learning rate of AdamW.", range=Range(0, open=("low", "high")))
+    seed: int = setting(42, "Seed of everything random in training.", range=Range(0, 2**32 - 1))
+    gradient_accumulation_steps: int = setting(
+        1, "Batches whose gradients are averaged for one step; the contrastive batch stays.", range=Range(1)
+    )
+    weight_decay: float = setting(1e-4, "Weight decay (not on norms and biases).", range=Range(0))
     lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
-    max_grad_norm: float = setting(0.0, "Gradient clipping; 0: none.")
+    max_grad_norm: float = setting(0.0, "Gradient clipping; 0: none.", range=Range(0))
     num_train_epochs: float = setting(50.0, "Epochs of training.")
-    per_device_train_batch_size: int = setting(64, "Training batch per process.")
-    per_device_eval_batch_size: int = setting(256, "Evaluation batch per process.")
+    per_device_train_batch_size: int = setting(64, "Training batch per process.", range=Range(1))
+    per_device_eval_batch_size: int = setting(256, "Evaluation batch per process.", range=Range(1))
     eval_strategy: IntervalStrategy | str = setting("epoch", "When validation accuracy is measured.")
     eval_on_start: bool = setting(True, "Make the untuned model a candidate of the selection, as epoch 0.")
     save_strategy: SaveStrategy | str = setting("epoch", "When a checkpoint is saved.")
@@ -137,7 +172,7 @@ class MMFTConfig(TrainingArguments):
         "faster if the CPU has AMX or AVX512-BF16).",
     )
     dataloader_num_workers: int | None = setting(
-        None, "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU."
+        None, "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU.", range=Range(0)
     )
     dataloader_persistent_workers: bool | None = setting(
         None, "Keep them from epoch to epoch. Default: yes, where there are any."
@@ -187,37 +222,12 @@ class MMFTConfig(TrainingArguments):
                     "by the sampler, per_device_train_batch_size to each process. Leave it out."
                 )
         check_template(self.class_template)
-        choice("prototypes", self.prototypes, PROTOTYPE_SOURCES)
-        choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
-        for name in ("supcon_weight", "supcon_weight_end", "caption_dropout", "template_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise UserError(f"--{name}: expected a number from 0 to 1, found {value}.")
-        if not 0.0 <= self.weight_averaging < 1.0:
-            raise UserError(f"--weight_averaging: expected a decay from 0 to below 1, found {self.weight_averaging}.")
+        check_settings(self)
         if self.template_weight and self.prototypes != "captions":
             raise UserError(
                 f"--template_weight: expected 0 with --prototypes {self.prototypes}, found {self.template_weight}: it mixes "
                 "prototypes of captions with the class template. Leave it out, or type --prototypes captions."
             )
-        if not 0.0 < self.crop_min_area <= 1.0:
-            raise UserError(f"--crop_min_area: expected a share above 0, at most 1, found {self.crop_min_area}.")
-        for name, low, high in (
-            ("per_device_train_batch_size", 1, math.inf),
-            ("per_device_eval_batch_size", 1, math.inf),
-            ("gradient_accumulation_steps", 1, math.inf),
-            ("dataloader_num_workers", 0, math.inf),
-            ("samples_per_class", 2, math.inf),
-            ("loss_chunk_size", 1, math.inf),
-            ("decode_cache", 1, math.inf),
-            ("weight_decay", 0, math.inf),
-            ("max_grad_norm", 0, math.inf),
-            ("seed", 0, 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                most = "" if high == math.inf else f" to {high}"
-                raise UserError(f"--{name}: expected {low}{most or ' or more'}, found {value}.")
         step = self.per_device_train_batch_size * self.world_size
         if self.samples_per_class is not None and self.samples_per_class > step:
             raise UserError(
@@ -228,8 +238,6 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_persistent_workers: expected false without workers, found true. Leave it out, or type "
                 "--dataloader_num_workers 4."
             )
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"--learning_rate: expected a number above 0, found {self.learning_rate}.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise UserError(
@@ -263,6 +271,12 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "
                 "evaluation. Leave it out."
             )
+
+    @classmethod
+    def decides(cls, name: str) -> bool:
+        """Whether a setting can change the result of a run, so that a resume must have the same one."""
+        known = next((field.metadata for field in fields(cls) if field.name == name), {})
+        return known.get("decides", name not in HARMLESS)
 
     def supcon_weight_at(self, step: int, steps: int) -> float:
         """w of the loss in the step that follows `step` of `steps`; nothing else decides it, so a resume changes nothing."""

@@ -43,7 +43,7 @@ from ..predict.evaluation import Predictions
 from ..version import __version__
 from .config import MMFTConfig
 
-# Settings that every record names. All others that differ from their default are recorded, too, but for IDLE ones.
+# Settings that every record names. All others that decide and differ from their default are recorded, too.
 DECIDING = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
@@ -51,15 +51,6 @@ DECIDING = (
     "crop_min_area on_bad_image samples_per_class caption_dropout template_weight supcon_weight_end "
     "weight_averaging"
 ).split()
-
-# Settings that no weight depends on: a resume may change them.
-IDLE = re.compile(
-    "output_dir|overwrite_output_dir|resume_from_checkpoint|logging_.*|log_.*|report_to|run_name|disable_tqdm|dataloader_.*"
-    "|save_total_limit|save_on_each_node|push_to_hub.*|hub_.*|ddp_.*|local_rank|use_cpu|project|trackio_.*|per_device_eval_.*"
-    "|eval_accumulation_steps|skip_memory_metrics|do_.*|debug|logging_nan_inf_filter|_n_gpu|include_.*"
-    "|loss_chunk_size|auto_find_batch_size|cache_frozen_features|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*"
-    "|accelerator_config|full_determinism"
-)
 
 # Images of a step are the product of these.
 STEP = ("per_device_train_batch_size", "world_size")
@@ -96,7 +87,7 @@ class Run:
             "shots_seed": data_args.shots_seed,
             **{key: plain[key] for key in DECIDING},
             "other_settings": {
-                k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and not IDLE.fullmatch(k)
+                k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and config.decides(k)
             },
         }
         # What `evaluate` needs to find a held-out test split again.

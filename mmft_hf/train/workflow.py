@@ -24,8 +24,8 @@ from ..core.console import is_main
 from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import RESULTS_FILE, RUN_FILE
 from ..core.launch import together
-from ..data.splits import Splits, captions_of, load_splits
-from ..data.texts import training_text
+from ..data.splits import Splits, load_splits
+from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
 from ..hub.publish import push_model
 from ..model.loading import load_model
@@ -291,11 +291,8 @@ def _pushed(result: FinetuneResult, config: MMFTConfig, reporter: Reporter) -> F
 def _memory(model, processor, config: MMFTConfig, splits: Splits) -> MemoryEstimate:
     """Estimates a training step; a few hundred rows tell how long the texts are."""
     some = splits.train.select(range(0, len(splits.train), 1 + len(splits.train) // 256)).remove_columns("image")
-    texts = [
-        training_text(config.class_template, splits.class_names[row["label"]], caption)
-        for row in some
-        for caption in captions_of(row.get("captions")) or [None]
-    ]
+    view = TextView(splits.class_names, config.class_template, config.caption_dropout)
+    texts = [text for row in text_rows(some) for text in view.possible_texts(row)]
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     autocast = torch.autocast(config.device.type, half) if half else nullcontext()
     return estimate_memory(model, processor, texts, autocast, config.weight_averaging > 0)

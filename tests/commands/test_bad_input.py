@@ -178,8 +178,8 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
-        ("--supcon_weight", "1.5", "a number from 0 to 1"),
-        ("--crop_min_area", "0", "a share above 0"),
+        ("--supcon_weight", "1.5", "expected 0 to 1, found 1.5"),
+        ("--crop_min_area", "0", "expected above 0 to 1, found 0.0"),
         ("--seed", "-1", "0 to 4294967295"),
         ("--seed", "1099511627776", "0 to 4294967295"),
         ("--per_device_train_batch_size", "0", "1 or more"),

@@ -174,7 +174,7 @@ def test_a_checkpoint_of_other_towers_is_refused(clip, tmp_path):
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_a_decay_lies_from_0_to_below_1(value):
-    with pytest.raises(UserError, match=f"--weight_averaging: expected a decay from 0 to below 1, found {value}"):
+    with pytest.raises(UserError, match=f"--weight_averaging: expected 0 to below 1, found {value}"):
         MMFTConfig("somewhere", use_cpu=True, weight_averaging=value)
 
 

@@ -176,7 +176,7 @@ def test_a_weight_that_ends_where_it_starts_is_one_that_stays(clip, tmp_path):
 @pytest.mark.parametrize("name", ["caption_dropout", "template_weight", "supcon_weight_end"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_shares_lie_between_0_and_1(name, value):
-    with pytest.raises(UserError, match=f"--{name}: expected a number from 0 to 1, found {value}"):
+    with pytest.raises(UserError, match=f"--{name}: expected 0 to 1, found {value}"):
         MMFTConfig("somewhere", use_cpu=True, **{name: value})
 
 

@@ -34,11 +34,9 @@ def identity_of(
 
     Settings that have their default are not in it, so that results stay valid when a setting is added.
     """
-    from ...train.run_folder import DECIDING, IDLE
-
     plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
     default = {f.name: f.default for f in fields(config)}
-    chosen = {k: v for k, v in plain.items() if v != default.get(k) and (k in DECIDING or not IDLE.fullmatch(k))}
+    chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k)}
     chosen.pop("seed", None)  # each cell has its own
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
