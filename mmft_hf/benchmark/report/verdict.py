@@ -42,13 +42,8 @@ def _answer(results: Findings, found: dict[str, Comparisons]) -> tuple[str, list
         headline = "It cannot be told whether captions helped: there is no control without them."
         sentences = [f"Add {CONTROL} to --methods: the same training on class templates alone."]
     else:
-        answer = in_words(
-            found[control],
-            "captions helped",
-            "captions hurt",
-            "captions made no difference that stands out from chance",
-            " whether captions helped",
-        )
+        level = "captions made no difference that stands out from chance"
+        answer = in_words(found[control], "captions helped", "captions hurt", level, " whether captions helped")
         headline = answer[0].upper() + answer[1:] + "."
         what = f"the same training without captions ({CONTROL})" if control == CONTROL else "flyp (on class templates)"
         sentences = [f"MMFT against {what}: {figures(found[control])}."]
