@@ -1,19 +1,25 @@
-"""Which checkpoint can be resumed: a whole one, of the same model."""
+"""Checkpoints: what they hold, which is the best, which one can be resumed, and which state is never saved."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..core.errors import UserError
-from ..core.files import WEIGHTS_INDEX
-from ..model.towers import checkpoint_state
+from ..core.files import STATE_FILE, WEIGHTS_INDEX, read_json
+from ..model.embedding import quick_attention
+from ..model.towers import checkpoint_state, lora_layers, merged_state
+
+logger = logging.getLogger(__name__)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -23,25 +29,26 @@ def is_checkpoint(folder: Path) -> bool:
 
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
-    if not all((folder / name).is_file() for name in ("config.json", "scheduler.pt")):
+    patterns = ("config.json", "scheduler.pt", "optimizer.*", "*.safetensors", "rng_state*.pth")  # optimizer.bin: FSDP
+    if not all(any(folder.glob(pattern)) for pattern in patterns) or read_json(folder / STATE_FILE) is None:
         return False
-    if not any((folder / f"optimizer.{end}").is_file() for end in ("pt", "bin")):  # bin: under FSDP
-        return False
-    if not list(folder.glob("*.safetensors")) or not list(folder.glob("rng_state*.pth")):
-        return False
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        index = folder / WEIGHTS_INDEX
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-    except (OSError, ValueError, KeyError):
-        return False
-    return all((folder / shard).is_file() for shard in shards)
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return True
+    shards = (read_json(index) or {}).get("weight_map")
+    return shards is not None and all((folder / shard).is_file() for shard in shards.values())
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder, by their step."""
+    found = (path for path in folder.glob("checkpoint-*") if is_checkpoint(path) and path.is_dir())
+    return {int(path.name.rpartition("-")[2]): path for path in found}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The complete `checkpoint-*` of the highest step, or None."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit() and is_complete(p)]
-    return str(max(folders, key=lambda p: int(p.name.split("-")[1]))) if folders else None
+    complete = {step: path for step, path in _checkpoints(Path(output_dir)).items() if is_complete(path)}
+    return str(complete[max(complete)]) if complete else None
 
 
 def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
@@ -54,12 +61,12 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
         return {"model_type": config.get("model_type"), "projection_dim": config.get("projection_dim"), **sizes}
 
     expected = shape(model.config.to_dict())
-    found = shape(json.loads((checkpoint / "config.json").read_text()))
+    found = shape(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     differ = [f"{key} {expected[key]} (found {found[key]})" for key in expected if expected[key] != found[key]]
     if differ:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: it is a checkpoint of another model. Expected {', '.join(differ)}. "
-            "Type the --model_name_or_path that it was started with, or a new --output_dir."
+            "Type the --model_name_or_path that the run was started with, or a new --output_dir."
         )
     own = {name: list(value.shape) for name, value in checkpoint_state(model).items()}
     stored = {}
@@ -69,21 +76,21 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
     if any(".lora_" in name for name in own | stored) and own != stored:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: it was trained with other towers, or other settings of LoRA. Type "
-            "the --vision_tower, --text_tower and --lora_rank that it was started with, or a new --output_dir."
+            "the --vision_tower, --text_tower and --lora_rank that the run was started with, or a new --output_dir."
         )
 
 
 def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
     """Raises `UserError` if a step of the run that left a checkpoint had another number of images than one of `args`.
 
-    The number of processes may differ: the order of the images and every draw depend on the step's size alone. Only random
-    numbers of dropout are drawn anew then.
+    The number of processes may differ: the order of the images and every draw depend on the step's size alone. Only the
+    random numbers of dropout are other ones then.
     """
     # Each process left its random state, on its own machine.
     left = {path.name for path in checkpoint.glob("rng_state*.pth")}
     processes = len(left)
     complete = left == {"rng_state.pth"} or left == {f"rng_state_{i}.pth" for i in range(processes)}
-    batch = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["train_batch_size"]
+    batch = read_json(checkpoint / STATE_FILE)["train_batch_size"]
     # With auto_find_batch_size the state has the number of images that are encoded at once.
     unknown = batch is None or not complete or args.auto_find_batch_size
     if unknown or batch * processes == args.train_batch_size * args.world_size:
@@ -98,14 +105,127 @@ def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
 
 
 def rotate(folder: Path, limit: int, step: int, best: str | None) -> None:
-    """Deletes the oldest checkpoints of a run, so that `limit` are left; that of `step`, just saved, and the best one always stay.
+    """Deletes the oldest checkpoints of a run until `limit` are left. The one of `step`, just saved, and the best one stay.
 
-    Those beyond `step` are of a run that was gone back on, and count as the oldest.
+    Checkpoints beyond `step` come from a run that was resumed from an earlier one; they count as the oldest.
     """
-    steps = {
-        int(path.name.rpartition("-")[2]): path for path in folder.iterdir() if is_checkpoint(path) and path.is_dir()
-    }
+    steps = _checkpoints(folder)
     oldest_first = sorted(steps, key=lambda n: (n <= step, n))
     stay = {n for n in steps if n == step or (best and steps[n].name == Path(best).name)}
     for n in [n for n in oldest_first if n not in stay][: max(0, len(steps) - max(limit, len(stay)))]:
         shutil.rmtree(steps[n], ignore_errors=True)
+
+
+class TrainingCheckpoints:
+    """The part of `MMFTTrainer` that saves, selects and resumes."""
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end and self.state.best_metric is None:
+            self._determine_best_metric(metrics, trial)
+            # The stock code takes a best step of 0 for none.
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / "checkpoint-0")
+            self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if is_checkpoint(folder):
+            state_dict = checkpoint_state(model, state_dict) if lora_layers(model) else state_dict
+            # save_pretrained gives some weights (of ViT and AltCLIP) the names of older versions. The stock Trainer reads a
+            # checkpoint by today's names, and would pass over the others with a warning.
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        else:
+            state_dict = merged_state(model) if lora_layers(model) else state_dict or model.state_dict()
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("loss_terms.")}
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            vars(model).pop("save_pretrained", None)
+        # A pickle that nothing reads, with all settings of this machine in it.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _expect_finite_losses(self, but: int = 0) -> None:
+        """Checks the losses of the last steps, except the newest `but`."""
+        while len(self._unseen_losses) > but:
+            step, loss, arrived = self._unseen_losses.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            if not torch.isfinite(loss):
+                self.stop_at("the loss", loss.item(), step)
+
+    def stop_at(self, what: str, value: float, step: int) -> None:
+        """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations nobody looked at it
+        kept = f"The last {good}checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+        raise UserError(
+            f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
+            "--learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
+        )
+
+    def _issue_warnings_after_load(self, load_result):
+        if not lora_layers(self.model):
+            super()._issue_warnings_after_load(load_result)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self._expect_finite_losses()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            rotate(Path(self.args.output_dir), limit, self.state.global_step, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.forget_prototypes()
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.forget_prototypes()
+
+    def _init_training_state(self, *args, **kwargs):
+        result = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step is not None and self.state.best_metric is not None:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        return result
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trains, or continues from a checkpoint; the result is the same, bit for bit on a CPU with as many threads.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one of `args.output_dir`.
+                Half-written checkpoints are passed over; where there is none, training starts anew.
+
+        Raises:
+            UserError: the checkpoint is incomplete or belongs to another model; a loss is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning("There is no complete checkpoint in %s: training starts anew.", self.args.output_dir)
+        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
+            found = last_complete_checkpoint(self.args.output_dir)
+            raise UserError(
+                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer"
+                + (f". Type --resume_from_checkpoint {found}." if found else "; there is none in the output folder.")
+            )
+        model = self.accelerator.unwrap_model(self.model)
+        if resume_from_checkpoint:
+            check_same_model(Path(resume_from_checkpoint), model)
+            check_same_batches(Path(resume_from_checkpoint), self.args)
+        with quick_attention(model, self.args.bf16):
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        self._expect_finite_losses()  # of the last step, where nothing was evaluated or saved after it
+        return result

@@ -1,4 +1,38 @@
-"""`MMFTTrainer`: the stock Trainer with the MMFT loss, caption draws and class logits. Subclassed at the hooks only."""
+"""`MMFTTrainer`: the stock Trainer with a sum of loss terms, caption draws and class logits.
+
+It is one class in five files: this one, `checkpoints`, `averaging` (of weights), `pushes` (to the Hub) and `sharding` (FSDP).
+
+Public methods of `transformers.Trainer` that are overridden:
+
+| method | why |
+|---|---|
+| `train` | complete checkpoints of the same model only; averaged or sharded weights are put back at the end |
+| `compute_loss`, `training_step` | loss terms over the batch of all processes; a loss that is not finite stops the run |
+| `evaluate`, `predict`, `evaluation_loop`, `prediction_step` | class logits against a head of the current weights |
+| `log` | means of what the loss terms return |
+| `get_eval_dataloader` | persistent workers would keep serving the first data set |
+| `create_optimizer` | the last moment before FSDP shards the model |
+| `save_model`, `push_to_hub`, `init_hf_repo`, `create_model_card` | a complete classifier, without pickles |
+
+Private ones, which a release of transformers may change; `PRIVATE_HOOKS` lists them, and a test fails when one is gone:
+
+| method | why |
+|---|---|
+| `_set_signature_columns_if_needed` | rows go to the collator: no column is unused |
+| `_get_dataloader` | the views that read, crop and draw texts; frozen towers are encoded before |
+| `_get_train_sampler` | an order that depends on the seed and the step's size alone |
+| `_evaluate` | the untuned model is a candidate of the selection, as checkpoint-0 |
+| `_run_epoch` | a run that was interrupted after its last step would make one more when it is resumed |
+| `_init_training_state` | the best checkpoint of a folder that was moved is found |
+| `_save` | LoRA: trained weights in checkpoints, merged ones elsewhere; averaged weights; no pickle |
+| `_save_checkpoint` | only after finite losses; the stock rotation would delete a user's folder called checkpoint-… |
+| `_load_from_checkpoint`, `_load_best_model` | averaged weights; prototypes of the weights before are outdated |
+| `_issue_warnings_after_load` | what a LoRA checkpoint lacks is in the base model |
+| `_push_from_checkpoint` | publishes a plain model with its head |
+
+Private methods that are called: `_determine_best_metric`, `_finish_current_push`, `_prepare_inputs`. Private attributes:
+`_signature_columns`, `_train_batch_size`, `_eval_dataloaders`.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +64,36 @@ from ..predict.classifier import set_class_names
 from ..predict.heads import ClassPrototypes, Head
 from ..predict.metrics import report
 from .averaging import WeightAveraging
-from .checkpoints import is_checkpoint
+from .checkpoints import TrainingCheckpoints, is_checkpoint
 from .config import MMFTConfig
 from .frozen import FrozenTowers
 from .progress import EpochLines
 from .pushes import STAY, TrainingPushes
 from .sharding import ShardedTraining
 from .terms import LossTerm, terms_of
-from .training_checkpoints import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
+
+# Private methods of transformers.Trainer that are overridden or called, with the parameters that are relied on.
+PRIVATE_HOOKS = {
+    "_set_signature_columns_if_needed": (),
+    "_get_dataloader": ("dataset", "description", "batch_size", "is_training"),
+    "_get_train_sampler": ("train_dataset",),
+    "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
+    "_run_epoch": (),
+    "_init_training_state": (),
+    "_save": ("output_dir", "state_dict"),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_from_checkpoint": ("resume_from_checkpoint",),
+    "_load_best_model": (),
+    "_issue_warnings_after_load": ("load_result",),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_determine_best_metric": ("metrics", "trial"),
+    "_finish_current_push": (),
+    "_prepare_inputs": ("inputs",),
+}
+# Attributes of transformers.Trainer that are read or set without being documented.
+PRIVATE_ATTRIBUTES = ("_signature_columns", "_train_batch_size", "_eval_dataloaders")
 
 
 class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedTraining, Trainer):

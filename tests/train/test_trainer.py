@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image
 from tiny_clip import colour_dataset
 from training import StopAfter, changed, make_trainer, weights
-from transformers import CLIPModel, Trainer
+from transformers import CLIPModel
 
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTLoss, MMFTTrainer
 from mmft_hf.core.errors import UserError
@@ -307,18 +307,6 @@ def test_saved_model_has_no_pickle(clip, tmp_path):
     trainer = make_trainer(clip, tmp_path)
     trainer.save_model(str(tmp_path / "saved"))
     assert {p.suffix for p in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors"}
-
-
-def test_every_private_hook_that_is_overridden_exists():
-    """An override that nothing calls would be silent."""
-
-    parts = list(MMFTTrainer.__mro__[: MMFTTrainer.__mro__.index(Trainer)])
-    own = {name for cls in parts for name, value in vars(cls).items() if callable(value) and name[:2] != "__"}
-    added = {"build_prototypes", "current_prototypes", "forget_prototypes", "stop_at", "_class_metrics"}
-    added |= {"trained_parameters", "_averaged", "_exchange"}
-    added |= {"_chunk_size", "_forward", "_expect_finite_losses", "_write_model", "_unsharded"}
-    assert added <= set(own)
-    assert [name for name in own if name not in added and not hasattr(Trainer, name)] == []
 
 
 def test_classes_without_captions_are_logged_once(clip, tmp_path, caplog):
