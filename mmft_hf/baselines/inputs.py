@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.console import some
 from ..core.errors import UserError
 
 UNIT_NORM_TOLERANCE = 0.02  # more than half precision takes off a norm of 1
@@ -86,7 +87,7 @@ def check(
         empty = torch.nonzero(inputs.counts == 0).flatten().tolist()
         raise UserError(
             f"train_y: expected at least one example of each of the {classes} classes, found none of class "
-            f"{_some(empty)}. Give one, or number the remaining classes from 0."
+            f"{some(empty)}. Give one, or number the remaining classes from 0."
         )
     for name, rows in {"train_x": x, test_name: test, "zero_shot": weights}.items():
         if rows is not None and (unit_norm or name == "zero_shot"):
@@ -136,7 +137,7 @@ def check_range(name: str, y: Tensor, classes: int) -> None:
     wrong = y[(y < 0) | (y >= classes)]
     if len(wrong):
         raise UserError(
-            f"{name}: expected labels from 0 to {classes - 1}, found {_some(sorted(set(wrong.tolist())))}. Leave out rows "
+            f"{name}: expected labels from 0 to {classes - 1}, found {some(sorted(set(wrong.tolist())))}. Leave out rows "
             "without a label, such as -100."
         )
 
@@ -146,10 +147,6 @@ def positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not (isinstance(number, Real) and math.isfinite(number) and number > 0):
             raise UserError(f"{name}: expected a number above 0, found {number!r}.")
-
-
-def _some(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
 
 
 def best(

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 
 from ..core.arguments import DataArguments
-from ..core.console import is_main, many
+from ..core.console import is_main, many, some
 from ..core.errors import PartialResult, UserError, nearest
 from ..core.markdown import public_name
 from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
@@ -237,8 +237,8 @@ class CaptionWorkflow:
             names = self.class_names
             for name in self.args.classes:
                 if name not in names:
-                    known = f"{', '.join(names[:8])}{', …' * (len(names) > 8)}"
-                    raise UserError(f"--classes: expected names among {known}, found {name!r}.{nearest(name, names)}")
+                    found = f"{name!r}.{nearest(name, names)}"
+                    raise UserError(f"--classes: expected names among {some(names)}, found {found}")
             wanted = {names.index(name) for name in self.args.classes}
             of_class = {i for i, label in enumerate(labels_of(self.data[split])) if label in wanted}
             rows = of_class if rows is None else rows & of_class

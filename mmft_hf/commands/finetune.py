@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..core.arguments import DataArguments, ModelArguments
-from ..core.console import percent, say, table
+from ..core.console import percent, say, some, table
 from ..core.files import RESULTS_FILE, SHEET_FILE
 from ..train.config import MMFTConfig
 
@@ -31,7 +31,7 @@ class Terminal:
         model_args, config, splits = plan.model_args, plan.config, plan.splits
         names = splits.class_names
         rows = {
-            "classes": f"{len(names)}: {_some(names, 6)}",
+            "classes": f"{len(names)}: {some(names, 6)}",
             "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test",
             "captions": _captions(config, splits),
         }
@@ -86,7 +86,7 @@ class Terminal:
         if metrics["test_skipped_images"]:
             say(f"\n  {metrics['test_skipped_images']} test images could not be read and are not counted.")
         if names := result.fallback_classes:
-            say(f"\n  {len(names)} classes without captions are classified by the template: {_some(names, 8)}")
+            say(f"\n  {len(names)} classes without captions are classified by the template: {some(names, 8)}")
         say(f"\nEverything is in {folder} ({SHEET_FILE} shows some pictures). Next:")
         say(f"  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {folder}")
         say(f"  mmft-hf evaluate --model_name_or_path {folder} --dataset_name YOUR_DATA")
@@ -96,10 +96,6 @@ class Terminal:
 
     def pushed(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"It is at {result.url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {repo_id}")
-
-
-def _some(names, most: int) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _captions(config: MMFTConfig, splits) -> str:

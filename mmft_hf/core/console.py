@@ -35,7 +35,7 @@ def many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
-def few(names: Sequence, most: int = 3) -> str:
+def some(names: Sequence, most: int = 8) -> str:
     """The first names, for a message: `a, b, c, …`."""
     return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 

@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
 from ..core.arguments import DataArguments
 from ..core.builtin import builtin
+from ..core.console import some
 from ..core.errors import UserError, nearest
 from .join import join_captions
 from .sampling import few_shot_split, hold_out
@@ -185,7 +186,7 @@ def _encode_labels(dataset: Dataset, split: str, names: list[str], column: str) 
         if label is None or not 0 <= label < len(names):
             raise UserError(
                 f"column {column!r}, split {split!r}, row {row}: label {values[row]!r} is outside the class list "
-                f"({len(names)} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}). "
+                f"({len(names)} classes: {some(names)}). "
                 "Correct the row, or leave the split out."
             )
     if own == names:
@@ -333,8 +334,8 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
     if (counts == 0).any():
         missing = [names[c] for c in np.flatnonzero(counts == 0)]
         raise UserError(
-            f"{len(missing)} of {len(names)} classes have no training image: {', '.join(missing[:8])}"
-            f"{', …' if len(missing) > 8 else ''}. Add images of them, or take them out of the class list."
+            f"{len(missing)} of {len(names)} classes have no training image: {some(missing)}. Add images of them, or take "
+            "them out of the class list."
         )
     if args.shots:
         train = train.select(few_shot_split(labels_of(train), args.shots, args.shots_seed))

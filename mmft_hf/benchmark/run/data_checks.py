@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, Image
 from tqdm.auto import tqdm
 
 from ...core.arguments import DataArguments
+from ...core.console import some
 from ...core.errors import UserError, nearest
 from ...data.sources import SPLIT_NAMES, load_raw
 from ...data.splits import Splits, labels_of, text_columns
@@ -20,7 +21,6 @@ from .protocol import Cell, is_readable, make_task
 from .results import FULL
 from .summary import in_order, shots_name
 
-MOST_NAMED = 8
 # How a note of `load_splits` begins that is not true here: methods that need captions are left out.
 NO_CAPTIONS = "There are no captions"
 
@@ -124,12 +124,12 @@ def notes_on(
         missing = np.flatnonzero(np.bincount(labels_of(dataset), minlength=len(names)) == 0)
         if len(missing):
             notes.append(
-                f"{_some_have(len(missing), names)} no {split} image: {_some([names[c] for c in missing])}. Accuracy is over "
+                f"{_some_have(len(missing), names)} no {split} image: {some([names[c] for c in missing])}. Accuracy is over "
                 "the others."
             )
         if bad := unreadable.get(split):
             notes.append(
-                f"{len(bad)} of {len(dataset):,} {split} images cannot be read and are not counted: {_some(bad)}."
+                f"{len(bad)} of {len(dataset):,} {split} images cannot be read and are not counted: {some(bad)}."
             )
     return notes
 
@@ -157,10 +157,6 @@ def _some_have(count: int, names: Sequence[str]) -> str:
     return f"{count} of {len(names)} classes {'have' if count > 1 else 'has'}"
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMED]) + (", …" if len(names) > MOST_NAMED else "")
-
-
 # -- pictures --------------------------------------------------------------------------------------------------------------
 def refuse_unreadable(splits: Splits, judged: Mapping[str, Dataset], cells: Iterable[Cell], allow_fewer: bool) -> None:
     """Reads every picture that these cells need.
@@ -175,7 +171,7 @@ def refuse_unreadable(splits: Splits, judged: Mapping[str, Dataset], cells: Iter
     if bad:
         them = "them" if len(bad) > 1 else "it"
         raise UserError(
-            f"expected pictures that can be read, found {len(bad)} that cannot: {_some(bad)}. Repair or remove {them}, or type "
+            f"expected pictures that can be read, found {len(bad)} that cannot: {some(bad)}. Repair or remove {them}, or type "
             f"--on_bad_image skip to leave {them} out."
         )
 

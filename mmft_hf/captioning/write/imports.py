@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ...core.console import few
+from ...core.console import some
 from ...core.errors import UserError, nearest
 from ...data.texts import clean_class_name
 from ..judge.checks import CaptionChecker, duplicate_key, duplicates
@@ -75,13 +75,13 @@ def _match(images: LabelledImages, keys: Sequence[str], rule: str, path: Path) -
     if not found:
         examples = [key for row in range(len(images.files))[:3] for key in sorted(KEY_RULES[rule](images, row))]
         raise UserError(
-            f"{path}: expected keys of rule {rule}, such as {few(examples) or 'none'}; found {few(keys)}, and none "
+            f"{path}: expected keys of rule {rule}, such as {some(examples, 3) or 'none'}; found {some(keys, 3)}, and none "
             f"fits. {_better_rule(images, keys, rule)}"
         )
     unclear = {key: rows for key, rows in found.items() if len(rows) > 1}
     if unclear:
         key, rows = next(iter(unclear.items()))
-        names = few([f"{images.image_name(row)} (row {row})" for row in rows])
+        names = some([f"{images.image_name(row)} (row {row})" for row in rows], 3)
         raise UserError(
             f"{path}: expected keys that fit one image each, found {len(unclear):,} that fit several under rule "
             f"{rule}: {key!r} fits {names}. {_unique_rule(images, keys, rule, unclear)}"
@@ -125,7 +125,7 @@ def _unique_rule(images: LabelledImages, keys: Sequence[str], rule: str, unclear
             continue
         if _find(images, keys, other):
             return f"Type --key_rule {other}."
-        return f"Rule {other} tells them apart: write keys such as {few(sorted(names[0][0] | names[0][1]))}."
+        return f"Rule {other} tells them apart: write keys such as {some(sorted(names[0][0] | names[0][1]), 3)}."
     return "Give the images different file names."
 
 
@@ -219,7 +219,7 @@ def import_captions(
         )
     paths = [Path(file) for file in files]
     if not paths or len({path.resolve() for path in paths}) < len(paths):
-        raise UserError(f"caption files: expected one or more different ones, found {few(paths) or 'none'}.")
+        raise UserError(f"caption files: expected one or more different ones, found {some(paths, 3) or 'none'}.")
     images = LabelledImages("the dataset", dataset)
     checker = checker or CaptionChecker(images.class_names, tokenizer=tokenizer, clean=False)
     known = [set(map(record_key, records)) for records in images.records]
@@ -271,7 +271,9 @@ def _read_captions(path: Path) -> tuple[dict[str, list[str]], str]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-            raise UserError(f"{path}: expected each key once, found {few(twice)} more than once. Remove the others.")
+            raise UserError(
+                f"{path}: expected each key once, found {some(twice, 3)} more than once. Remove the others."
+            )
         return found
 
     try:

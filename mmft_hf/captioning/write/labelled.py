@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets
 from datasets.fingerprint import Hasher
 
-from ...core.console import few
+from ...core.console import some
 from ...core.errors import UserError
 from ...data.splits import captions_of
 from .dataset import CAPTION_FEATURES, RECORD, stored_image
@@ -108,7 +108,7 @@ def nfc(text: str) -> str:
 
 def note(before: str, names: list[str], what: str) -> list[str]:
     """A sentence that counts and names some images or keys; nothing if there are none."""
-    return [f"{before}{len(names):,} {what}: {few(names)}."] if names else []
+    return [f"{before}{len(names):,} {what}: {some(names, 3)}."] if names else []
 
 
 def with_columns(images: Dataset, columns: dict[str, list], features: Mapping) -> Dataset:

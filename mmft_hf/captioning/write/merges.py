@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset, concatenate_datasets
 
-from ...core.console import few
+from ...core.console import some
 from ...core.errors import UserError
 from .dataset import CAPTION_FEATURES, captions_from
 from .labelled import LabelledImages, note, record_key, with_columns
@@ -78,7 +78,7 @@ def merge_captions(datasets: Mapping[str, Dataset]) -> tuple[Dataset, MergeSumma
     for part in parts:
         if unknown := [name for name in part.class_names if name not in names]:
             raise UserError(
-                f"{part.name}: expected the classes of {first.name} ({few(names)}), found {few(unknown)}. Rename "
+                f"{part.name}: expected the classes of {first.name} ({some(names, 3)}), found {some(unknown, 3)}. Rename "
                 "them, or name the dataset that has all classes first."
             )
         number = [names.index(name) for name in part.class_names]

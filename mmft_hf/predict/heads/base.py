@@ -6,7 +6,6 @@ Shapes: `C` classes, `D` embedding size, `B` images per batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...core.console import some
 from ...core.errors import UserError
 from ...core.files import HEAD_FILE, PROTOTYPES_FILE, atomic_write
 from ...model.loading import embedding_size
@@ -174,8 +174,3 @@ def _no_head(name: str) -> str:
             f'python -c "import mmft_hf as m; {code}"',
         ]
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first eight names, for a message."""
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from ...core.console import some
 from ...core.distributed import share_of, sum_over_processes
 from ...core.errors import UserError
 from ...core.files import PROTOTYPES_FILE, atomic_write
@@ -27,7 +28,7 @@ from ...data.texts import DEFAULT_TEMPLATE
 from ...data.views import TextView, text_rows
 from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings, sorted_distinct
 from ...model.loading import embedding_size, logit_scale
-from .base import Head, read, some
+from .base import Head, read
 
 
 @dataclass
