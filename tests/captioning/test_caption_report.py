@@ -15,7 +15,7 @@ from tiny_clip import COLOURS
 
 from mmft_hf.captioning.write.card import caption_card
 from mmft_hf.captioning.write.report import caption_report
-from mmft_hf.captioning.write.statistics import CaptionStatistics, caption_statistics
+from mmft_hf.captioning.write.statistics import CaptionStatistics
 
 
 class Page(html.parser.HTMLParser):
@@ -35,7 +35,7 @@ class Page(html.parser.HTMLParser):
 
 def test_figures_against_an_independent_count():
     dataset = captioned(MIXED)
-    found = caption_statistics(dataset)
+    found = CaptionStatistics(dataset).figures
     assert json.loads(json.dumps(found)) == found
     records = list(itertools.chain(*MIXED))
     good = [r for r in records if r["status"] in ("ok", "trimmed")]
@@ -67,21 +67,21 @@ def test_figures_against_an_independent_count():
 
 def test_the_95th_percentile():
     texts = [" ".join(["word"] * n) for n in range(1, 102)]
-    found = caption_statistics(captioned([[record(text=text)] for text in texts]))
+    found = CaptionStatistics(captioned([[record(text=text)] for text in texts])).figures
     assert found["all"]["words"] == {"mean": 51.0, "median": 51.0, "p95": 96.0, "max": 101}
 
 
 def test_overlap_and_duplicates():
-    found = caption_statistics(captioned(MIXED))
+    found = CaptionStatistics(captioned(MIXED)).figures
     # {a, red, thing, round} and {a, round, red, thing, indeed}
     assert found["overlap"] == [{"aspects": ["shape", "visual"], "jaccard": 0.8}]
     assert found["duplicates"] == {"texts": 1, "captions": 2}  # equal but for case and spaces
     same = captioned([[record(), record("shape")]])
-    assert caption_statistics(same)["duplicates"] == {"texts": 0, "captions": 0}
+    assert CaptionStatistics(same).figures["duplicates"] == {"texts": 0, "captions": 0}
 
 
 def test_classes_with_the_fewest_captions_come_first():
-    classes = caption_statistics(captioned(MIXED))["classes"]
+    classes = CaptionStatistics(captioned(MIXED)).figures["classes"]
     assert classes["with_images"] == 3 and classes["without_caption"] == 0
     assert classes["fewest"] == [
         {"label": "green thing", "images": 2, "captions": 1},
@@ -167,7 +167,7 @@ def test_a_broken_image_breaks_nothing_else(tmp_path):
 )
 def test_without_captions(tmp_path, records):
     dataset = captioned(records)
-    found = caption_statistics(dataset)
+    found = CaptionStatistics(dataset).figures
     assert found["captions"] == sum(r["status"] == "ok" for own in records for r in own)
     assert caption_report(CaptionStatistics(dataset), tmp_path, {}).exists()
     assert "# Captions" in caption_card(CaptionStatistics(dataset), tmp_path, {}).read_text(encoding="utf-8")
@@ -176,7 +176,7 @@ def test_without_captions(tmp_path, records):
 def test_images_are_not_read_for_the_figures(monkeypatch):
     """Rows hold a path that does not exist: reading any picture would fail."""
     images = [{"bytes": None, "path": "/no/such/file.png"}] * 5
-    assert caption_statistics(captioned(MIXED, images=images))["images"] == 5
+    assert CaptionStatistics(captioned(MIXED, images=images)).figures["images"] == 5
 
 
 def test_the_draw_of_samples_is_seeded(tmp_path):

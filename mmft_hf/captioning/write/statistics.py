@@ -86,7 +86,13 @@ class CaptionStatistics:
         seed: of the random choice of rows to show.
 
     Attributes:
-        figures: see `caption_statistics`.
+        figures: JSON-able; `statistics` in `captions.json`. Counts of images, captions, statuses (of the last try of each
+            caption), failures by kind, and tries that were followed by another one; for `all` and for each of `aspects`:
+            answers, captions, how many were trimmed and how many name their label, the distribution of `words` and
+            `clip_tokens` (mean, median, 95th percentile, maximum; None without any), and how often each check fired in an
+            answer; `overlap`: mean Jaccard index of the word sets of two aspects of one image; `duplicates`: texts shared by
+            several images; the classes with the fewest captions per image; models, prompt ids, and the tokens and attempts
+            spent.
         counts: counts by aspect; those of all aspects together under None.
         notable: places of records worth a look, up to three for each kind: `(row, position in caption_records)`.
         unreadable_row: the first row whose image cannot be read, or None.
@@ -277,20 +283,3 @@ def _kind_of_failure(record: dict) -> str:
     if not why and status not in ("refused", "truncated") and record["finish_reason"] not in (None, "", "stop"):
         why = [record["finish_reason"]]
     return f"{status}: {', '.join(why)}" if why else status
-
-
-def caption_statistics(dataset: Dataset) -> dict:
-    """Figures of a captioned dataset, JSON-able: `statistics` in `captions.json`.
-
-    Args:
-        dataset: with the columns `label` (`ClassLabel`), `caption_records` and `image_sha256`; images are not read.
-
-    Returns:
-        Counts of images, captions, statuses (of the last try of each caption), failures by kind, and tries that were
-        followed by another one; for `all` and for each of `aspects`: answers, captions, how many were trimmed and how many
-        name their label, the distribution of `words` and `clip_tokens` (mean, median, 95th percentile, maximum; None
-        without any), and how often each check fired in an answer; `overlap`: mean Jaccard index of the word sets of two
-        aspects of one image; `duplicates`: texts shared by several images; the classes with the fewest captions per image;
-        models, prompt ids, and the tokens and attempts spent.
-    """
-    return CaptionStatistics(dataset).figures
