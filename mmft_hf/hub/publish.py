@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from dataclasses import fields
 from pathlib import Path
+from string import Template
 
 from ..core.builtin import builtin
 from ..core.errors import UserError
@@ -21,6 +23,7 @@ from ..core.files import (
     STATE_FILE,
     is_weights,
 )
+from ..predict.heads import Head, load_head
 from .cards import card_for_repository
 from .client import check_access, published, push_files
 
@@ -128,9 +131,20 @@ def model_files(
         # would put a random head on the model, now asks for it in place of guessing.
         config["custom_pipelines"] = {"image-classification": {**classes, "type": "image"}}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-        # Kept as text, since it is no module of this package.
-        files[INFERENCE_FILE] = Path(__file__).parent / "templates" / f"{name}.txt"
+        head = load_head(folder)
+        files |= {HEAD_FILE: head.to_bytes(), INFERENCE_FILE: inference_code(head).encode()}
     return files
+
+
+def inference_code(head: Head) -> str:
+    """The content of `mmft_inference.py`: a pipeline without this library, with the head's formula in it."""
+    if head.formula is None:
+        raise UserError(
+            f"--with_inference_code: expected a head that works without mmft_hf, found a {head.kind} head. Leave it out."
+        )
+    text = (Path(__file__).parent / "templates" / "mmft_inference.txt").read_text(encoding="utf-8")
+    parts = ", ".join(field.name for field in fields(head))
+    return Template(text).substitute(kind=head.kind, formula=head.formula, parts=parts)
 
 
 # -- captioned data sets ----------------------------------------------------------------------------------------------

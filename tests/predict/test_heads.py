@@ -9,6 +9,7 @@ from tiny_clip import colour_dataset
 
 from mmft_hf import ClassPrototypes
 from mmft_hf.core.errors import UserError
+from mmft_hf.hub.publish import inference_code
 from mmft_hf.predict.heads import HEADS, LinearHead, load_head
 
 NAMES = ["red thing", "green thing", "blue thing"]
@@ -35,6 +36,16 @@ def test_a_linear_head_is_saved_and_read_back(bias, tmp_path):
     torch.testing.assert_close(read.logits(images), expected / 1.7)
     torch.testing.assert_close(read.scores(images).sum(1), torch.ones(5))
     assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_published_formula_gives_the_logits(bias, clip):
+    images = torch.nn.functional.normalize(torch.randn(5, clip[0].config.projection_dim), dim=1)
+    for head in (ClassPrototypes.from_templates(*clip, NAMES), linear(images.shape[1], bias)):
+        published: dict = {}
+        exec(inference_code(head), published)
+        torch.testing.assert_close(published["logits"](images, **vars(head)), head.logits(images))
+        torch.testing.assert_close(eval(head.formula, {"x": images, **vars(head)}), head.logits(images))
 
 
 def test_prototypes_are_written_for_the_first_edition_too(clip, tmp_path):

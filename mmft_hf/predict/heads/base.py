@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,10 +29,14 @@ class Head:
 
     A kind of head is a dataclass in a file of its own, imported in `heads/__init__.py`. It sets `kind`, has a field
     `class_names` (`C` names, in the order of the logits) and defines `logits`. All of its fields are saved: tensors as
-    tensors, the others as JSON in the file's metadata. A head that learns from data has a class method `fit`.
+    tensors, the others as JSON in the file's metadata.
+
+    `formula` gives the logits of embeddings `x` as a Python expression of the fields. It is optional: the code that is
+    published for use without this library is made of it.
     """
 
     kind: ClassVar[str]
+    formula: ClassVar[str | None] = None
     class_names: list[str]
 
     @property
@@ -73,7 +77,14 @@ class Head:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `head.safetensors`, and removes a `prototypes.safetensors` of another head. Returns the file's path."""
-        folder = Path(folder)
+        path = Path(folder) / HEAD_FILE
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(self.to_bytes())
+        path.with_name(PROTOTYPES_FILE).unlink(missing_ok=True)
+        return path
+
+    def to_bytes(self) -> bytes:
+        """The content of `head.safetensors`."""
         tensors, metadata = {}, {"format": FORMAT, "kind": self.kind}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -81,10 +92,7 @@ class Head:
                 tensors[field.name] = value.detach().cpu().contiguous()
             else:
                 metadata[field.name] = json.dumps(value, ensure_ascii=False)
-        with atomic_write(folder / HEAD_FILE) as path:
-            save_file(tensors, path, metadata)
-        (folder / PROTOTYPES_FILE).unlink(missing_ok=True)
-        return folder / HEAD_FILE
+        return save(tensors, metadata)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> Head:

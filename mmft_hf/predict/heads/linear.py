@@ -28,6 +28,7 @@ class LinearHead(Head):
     """
 
     kind: ClassVar[str] = "linear"
+    formula: ClassVar[str] = "(x @ weight.T + (0 if bias is None else bias)) / temperature"
 
     weight: Tensor
     class_names: list[str]

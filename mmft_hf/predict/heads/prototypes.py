@@ -46,6 +46,7 @@ class ClassPrototypes(Head):
     """
 
     kind: ClassVar[str] = "prototypes"
+    formula: ClassVar[str] = "logit_scale * x @ embeddings.T"
 
     embeddings: Tensor
     class_names: list[str]
