@@ -93,7 +93,7 @@ def test_a_training_is_gone_when_the_next_begins(context, task):
     model = weakref.ref(context.train(METHODS["mmft"].training, task, 1e-3).model)
     gc.disable()  # what is collected by chance is collected late
     try:
-        assert context.train(lambda *args: model(), task, 1e-3) is None
+        assert context.train(lambda *args: Trained(model(), task.train), task, 1e-3).model is None
     finally:
         gc.enable()
 
@@ -126,7 +126,7 @@ def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_fold
 
     def train(context, task, learning_rate):
         seen.append(learning_rate)
-        return Trained(context.model, task.train, int(learning_rate * 1e5), 1.0)
+        return Trained(context.model, task.train, int(learning_rate * 1e5), seconds=1.0)
 
     def inference(context, task, trained):
         def scores(features):

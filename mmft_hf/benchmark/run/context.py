@@ -5,6 +5,7 @@ Shapes: `n` images of a data set, `C` classes, `D` embedding size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,19 +35,19 @@ class Trained:
         model: with LoRA merged into its weights.
         texts: the training images with the texts that the model was trained on.
         steps: optimiser steps; None without training.
-        seconds: wall-clock time of the training.
         head: the classification head trained with the model, and `first_head`, the head it started from; None where images
             were compared with texts.
         chosen: what validation chose on the way, by name.
+        seconds: wall-clock time of the training, measured by `Context.train`.
     """
 
     model: PreTrainedModel
     texts: Dataset
     steps: int | None = None
-    seconds: float = 0.0
     head: LinearHead | None = None
     first_head: LinearHead | None = None
     chosen: dict = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class Context:
@@ -84,7 +85,10 @@ class Context:
         if key not in self._trained:
             self._trained = {k: v for k, v in self._trained.items() if k[:3] == group}
             give_memory_back()
-            self._trained[key] = training(self, task, learning_rate)
+            start = time.monotonic()
+            trained = training(self, task, learning_rate)
+            trained.seconds += time.monotonic() - start
+            self._trained[key] = trained
         return self._trained[key]
 
     def features(self, dataset: Dataset) -> np.ndarray:

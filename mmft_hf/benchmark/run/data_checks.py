@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image
-from tqdm.auto import tqdm
+from datasets import Dataset, DatasetDict
 
 from ...core.arguments import DataArguments
 from ...core.console import some
@@ -17,7 +14,7 @@ from ...core.errors import UserError, nearest
 from ...data.sources import SPLIT_NAMES, load_raw
 from ...data.splits import Splits, labels_of, text_columns
 from .methods import METHODS
-from .protocol import Cell, is_readable, make_task
+from .protocol import Cell, make_task, readable_rows, undecoded
 from .results import FULL
 from .summary import in_order, shots_name
 
@@ -178,15 +175,8 @@ def refuse_unreadable(splits: Splits, judged: Mapping[str, Dataset], cells: Iter
 
 def unreadable(name: str, dataset: Dataset) -> list[str]:
     """The places of pictures in a split that cannot be decoded."""
-    columns = [column for column in ("image", "source_row") if column in dataset.column_names]
-    rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))
-    found, batch_size = [], 64
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding releases the interpreter lock
-        for start in tqdm(range(0, len(rows), batch_size), desc=f"Reading {name} images", leave=False, delay=1):
-            batch = rows[start : start + batch_size]
-            for i, readable in enumerate(threads.map(is_readable, batch["image"])):
-                if not readable:
-                    place = f"row {batch['source_row'][i] if 'source_row' in batch else start + i} of {dataset.split or name}"
-                    path = (batch["image"][i] or {}).get("path")
-                    found.append(f"{path} ({place})" if path else place)
-    return found
+    bad = np.flatnonzero(~readable_rows(dataset, name))
+    rows = undecoded(dataset.select(bad), ("image", "source_row"))
+    places = [f"row {row.get('source_row', i)} of {dataset.split or name}" for i, row in zip(bad, rows, strict=True)]
+    paths = [(row["image"] or {}).get("path") for row in rows]
+    return [f"{path} ({place})" if path else place for path, place in zip(paths, places, strict=True)]

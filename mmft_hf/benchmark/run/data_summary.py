@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Image
 
-from ...core.arguments import DataArguments, ModelArguments
+from ...core.arguments import DataArguments
 from ...core.errors import UserError
 from ...core.files import read_json, write_json
-from ...core.repositories import describe_source
 from ...data.images import BadImage, content_hash, read_image
 from ...data.splits import Splits, captions_of, labels_of
 from ...hub.cards.sources import captioning_cost
@@ -34,21 +33,22 @@ def load_or_summarize(
     splits: Splits,
     judged: Mapping[str, Dataset],
     args: BenchmarkArguments,
-    model_args: ModelArguments,
     data_args: BenchmarkData,
+    identity: Mapping,
 ) -> dict:
     """The content of `data.json`: read from the folder, or written to it where it is missing or describes other data.
 
     Args:
         judged: the splits that methods are evaluated on, by name, `test` first.
+        identity: of the results, see `identity`.
 
     Returns:
         `dataset` and `model` (names), `arguments` (further settings to type for the same data), `made_from`
         (fingerprints), `pictures_read_for` (the tasks whose pictures were all read), and the keys of `summarize`.
     """
     made_from = {
-        "data": splits.fingerprint(),
-        "judged": {name: fingerprint_of(dataset) for name, dataset in judged.items()},
+        "data": identity["dataset_fingerprint"],
+        "judged": {"test": fingerprint_of(splits.test), **identity["shift_splits"]},
         "group_column": args.group_column,
     }
     found = read_json(folder / DATA_FILE)
@@ -61,10 +61,8 @@ def load_or_summarize(
         if f.name not in known and (value := getattr(data_args, f.name)) != f.default
     }
     found = {
-        "dataset": describe_source(data_args.dataset_name, data_args.dataset_revision, "dataset", offline=True)["name"],
-        "model": describe_source(model_args.model_name_or_path, model_args.model_revision, "model", offline=True)[
-            "name"
-        ],
+        "dataset": identity["dataset"],
+        "model": identity["base_model"],
         **summarize(splits, judged, args.group_column),
         "arguments": typed | ({"allow_fewer": True} if args.allow_fewer else {}),
         "made_from": made_from,

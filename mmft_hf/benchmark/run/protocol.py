@@ -6,13 +6,16 @@ Shapes: `n` images of a data set, `C` classes.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Image
+from tqdm.auto import tqdm
 
 from ...core.errors import UserError
 from ...core.files import write_json
@@ -199,13 +202,15 @@ def undecoded(dataset: Dataset, columns: Sequence[str] = ("image",)) -> Dataset:
     return dataset.select_columns(found).cast_column("image", Image(decode=False))
 
 
-def readable_rows(dataset: Dataset) -> np.ndarray:
-    """Whether each image can be decoded, bool `(n,)`."""
-    return np.array([is_readable(row["image"]) for row in undecoded(dataset)], dtype=bool)
+def readable_rows(dataset: Dataset, name: str = "") -> np.ndarray:
+    """Whether each image can be decoded, bool `(n,)`. The name of the split is shown with the progress."""
+    images, size = undecoded(dataset), 64
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding releases the interpreter lock
+        batches = tqdm(images.iter(size), f"Reading {name} images", -(-len(images) // size), leave=False, delay=1)
+        return np.array([ok for batch in batches for ok in threads.map(_is_readable, batch["image"])], dtype=bool)
 
 
-def is_readable(image: dict) -> bool:
-    """Whether a stored image can be decoded."""
+def _is_readable(image: dict) -> bool:
     try:
         read_image(image)
     except BadImage:

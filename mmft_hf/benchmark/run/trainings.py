@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -141,7 +140,6 @@ def contrastive(
         from ...train.trainer import MMFTTrainer
 
         images = texts(task)
-        start = time.monotonic()
         lora = "lora" in (vision_tower, text_tower)
         rate = LORA_FACTOR * learning_rate if lora else learning_rate
         with set_up(context, task, rate, **settings) as (model, config, validation):
@@ -155,7 +153,7 @@ def contrastive(
         tuned = trainer.accelerator.unwrap_model(trainer.model)
         if lora:
             merge(tuned)
-        return Trained(tuned, images, trainer.state.global_step, time.monotonic() - start)
+        return Trained(tuned, images, trainer.state.global_step)
 
     return train
 
@@ -170,7 +168,7 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Training:
     """
 
     def train(context: Context, task: Task, learning_rate: float) -> Trained:
-        began, chosen = time.monotonic(), {}
+        chosen = {}
         if start == "regression":
             features = context.examples(task.train)
             chosen = linear.choose(*features, *context.examples(task.validation)).parameters
@@ -180,17 +178,16 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Training:
             first = LinearHead.from_prototypes(context.zero_shot_prototypes(task.class_names))
         with set_up(context, task, learning_rate) as (model, config, validation):
             head, steps = train_head(model, context.processor, config, task.train, first, validation, fixed)
-        return Trained(model, task.train, steps, time.monotonic() - began, head, first, chosen)
+        return Trained(model, task.train, steps, head, first, chosen)
 
     return train
 
 
 def low_rank(context: Context, task: Task, learning_rate: float) -> Trained:
     """CLIP-LoRA, see `baselines.clip_lora`."""
-    start = time.monotonic()
     with set_up(context, task, LORA_FACTOR * learning_rate) as (model, config, validation):
         steps = clip_lora(model, context.processor, config, task.train, validation)
-    return Trained(model, task.train, steps, time.monotonic() - start)
+    return Trained(model, task.train, steps)
 
 
 def interpolated(trained: Trained, untuned: PreTrainedModel, alpha: float) -> Trained:

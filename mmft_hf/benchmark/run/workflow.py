@@ -91,7 +91,7 @@ def run_benchmark(
     grid = Grid(grid_cells, splits, folder, identity, shifts, args.allow_fewer, skip, say)
     left = grid.open_cells()
     with Claims(folder / CLAIMS).alone("data"):
-        summary = load_or_summarize(folder, splits, judged, args, model_args, data_args)
+        summary = load_or_summarize(folder, splits, judged, args, data_args, identity)
         if not skip:
             _read_pictures(folder, summary, left, splits, judged, args.allow_fewer)
     first = number_of_process() == 0
