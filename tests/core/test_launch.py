@@ -59,6 +59,7 @@ def two(clip_folder, data_folder, folder, **more):
     return settings(model_name_or_path=clip_folder, dataset_name=data_folder, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_on_cpus_equal_one(one, clip_folder, data_folder, tmp_path):
     words = two(clip_folder, data_folder, tmp_path / "two", use_cpu="true")

@@ -1,6 +1,7 @@
-"""One training step after the other, the same in one process or several: run by tests/test_distributed.py.
+"""Losses and trainings that give the same numbers in one process or several.
 
-As a script, under torchrun: `distributed_cases.py FOLDER` trains every case and saves what came out of it in the first process.
+As a script, under torchrun: `distributed_cases.py FOLDER NAME...` computes the loss of shards of every size in `SIZES`,
+trains the named cases, and saves in the first process what came out.
 """
 
 import json
@@ -13,10 +14,11 @@ from safetensors.torch import save_file
 from tiny_clip import build_clip, colour_dataset
 from transformers import TrainerCallback, set_seed
 
-from mmft_hf import MMFTConfig, MMFTTrainer, set_towers
+from mmft_hf import MMFTConfig, MMFTLoss, MMFTTrainer, set_towers
 from mmft_hf.baselines.cross_entropy import class_texts_trainer, head_trainer
 from mmft_hf.predict.heads import LinearHead
 
+SIZES = {2: [[4, 4], [5, 2]], 3: [[3, 1, 4]]}  # rows of each process
 STEP = 12  # images of a step in all processes: for 1, 2 and 3 of them
 # Rows of three classes: 9, 7 and 3 images, 7 of them left for the last step; and 13 images, one left.
 UNEVEN = [i for i in range(27) if i % 3 == 0 or (i % 3 == 1 and i < 21) or i in (2, 5, 8)]
@@ -49,6 +51,23 @@ CASES = {
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }
+# One case of each kind: towers, chunks, sampling, baselines, options.
+FAST = ("full", "chunks, lora, checkpointing", "class-balanced", "cross-entropy, head", "options for few images")
+
+
+def loss_and_gradients(sizes: list[int], rank: int | None = None) -> tuple[float, list[torch.Tensor]]:
+    """MMFTLoss in float64 of rows that are the same everywhere: all of them, or the shard of a process."""
+    g = torch.Generator().manual_seed(0)
+    n = sum(sizes)
+    inputs = torch.randn(n, 6, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, 3, (n,), generator=g)
+    image_weight = torch.randn(6, 4, generator=g, dtype=torch.float64).requires_grad_()
+    text_weight = torch.randn(6, 4, generator=g, dtype=torch.float64).requires_grad_()
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    rows = slice(0, n) if rank is None else slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x = inputs[rows]
+    losses = MMFTLoss(0.3)(x @ image_weight, x.tanh() @ text_weight, labels[rows], scale.exp())
+    return losses["loss"].item(), list(torch.autograd.grad(losses["loss"], [image_weight, text_weight, scale]))
 
 
 class Gradients(TrainerCallback):
@@ -107,18 +126,35 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     keys = ("loss", "supcon_loss", "clip_loss", "anchors_with_positives", "captions_cut", "skipped_images")
     logs = {f"{log['epoch']} {key}": log[key] for log in trainer.state.log_history for key in keys if key in log}
     metrics = {key: value for key, value in trainer.evaluate().items() if "accuracy" in key}
-    prototypes = trainer.build_prototypes()
+    head = trainer.build_prototypes()
+    head = {"head": head.weight if isinstance(head, LinearHead) else head.embeddings}
     weights = {n: v.detach().clone() for n, v in model.state_dict().items()}
-    return weights | gradients.first | {"prototypes": prototypes.embeddings}, logs | metrics | {"world": world}
+    return weights | gradients.first | head, logs | metrics | {"world": world}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     os.environ["MMFT_HF_CACHE"] = str(folder / "cache")  # what is encoded is encoded here, by all processes
+    world = int(os.environ["WORLD_SIZE"])
+    alone = {str(sizes): loss_and_gradients(sizes) for sizes in SIZES[world]}
     torch.distributed.init_process_group("gloo")
-    for name in CASES:
+    rank, losses = torch.distributed.get_rank(), {}
+    for sizes in SIZES[world]:
+        loss, gradients = loss_and_gradients(sizes, rank)
+        expected_loss, expected = alone[str(sizes)]
+        for gradient in gradients:  # what DDP does
+            torch.distributed.all_reduce(gradient)
+            gradient /= world
+        losses[str(sizes)] = {
+            "loss": abs(loss - expected_loss),
+            "gradient": max((a - b).abs().max().item() for a, b in zip(gradients, expected, strict=True)),
+            "largest gradient": max(g.abs().max().item() for g in expected),
+        }
+    if rank == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+    for name in names:
         tensors, numbers = run(name, folder)
-        if torch.distributed.get_rank() == 0:
+        if rank == 0:
             save_file({n: v.contiguous() for n, v in tensors.items()}, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(numbers))
     torch.distributed.destroy_process_group()
@@ -126,4 +162,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,88 +1,55 @@
 """Real processes over gloo: the loss and its gradients equal those of one process."""
 
+import functools
 import json
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-from distributed_cases import CASES, run
+from distributed_cases import CASES, FAST, SIZES, run
 from safetensors.torch import load_file
 
-WORKER = textwrap.dedent(
-    """
-    import json, os, sys
-    import torch
-    import torch.distributed as dist
-    from mmft_hf import MMFTLoss
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    sizes = json.loads(sys.argv[1])
-    assert world == len(sizes)
-    g = torch.Generator().manual_seed(0)
-    n = sum(sizes)
-    inputs = torch.randn(n, 6, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, 3, (n,), generator=g)
-    image_weight = torch.randn(6, 4, generator=g, dtype=torch.float64).requires_grad_()
-    text_weight = torch.randn(6, 4, generator=g, dtype=torch.float64).requires_grad_()
-    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-    parameters = [image_weight, text_weight, scale]
-
-    def step(rows, loss):
-        x = inputs[rows]
-        losses = loss(x @ image_weight, x.tanh() @ text_weight, labels[rows], scale.exp())
-        return losses["loss"], torch.autograd.grad(losses["loss"], parameters)
-
-    start = sum(sizes[:rank])
-    loss, grads = step(slice(start, start + sizes[rank]), MMFTLoss(0.3))
-    for grad in grads:  # what DDP does
-        dist.all_reduce(grad)
-        grad /= world
-    dist.destroy_process_group()
-    expected_loss, expected = step(slice(0, n), MMFTLoss(0.3))
-    worst = max((a - b).abs().max().item() for a, b in zip(grads, expected))
-    assert max(g.abs().max().item() for g in expected) > 1e-3
-    if rank == 0:
-        print(json.dumps({"world": world, "loss": abs(loss.item() - expected_loss.item()), "gradient": worst}), flush=True)
-    os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/launch.py
-    """
-)
+SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_cases.py"
+SLOW = [name for name in CASES if name not in FAST]
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("sizes", [[4, 4], [5, 2], [3, 1, 4]])
-def test_loss_and_gradients_equal_one_process(tmp_path, sizes):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(sizes)}"]
-    done = subprocess.run([*command, script, json.dumps(sizes)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["world"] == len(sizes)
-    assert found["loss"] < 1e-12
-    assert found["gradient"] < 1e-12
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Trains cases on several processes, in one launch; their folder."""
 
+    @functools.cache
+    def launch(world: int, names: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("several")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        done = subprocess.run([*command, SCRIPT, folder, *names], capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr
+        return folder
 
-@pytest.fixture(
-    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["two processes", "three processes"]
-)
-def several(request, tmp_path_factory):
-    """The folder of all cases, each trained by so many processes."""
-    folder = tmp_path_factory.mktemp(f"processes{request.param}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    script = Path(__file__).parents[1] / "helpers" / "distributed_cases.py"
-    done = subprocess.run([*command, script, folder], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return folder, request.param
+    return launch
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    return {name: run(name, folder) for name in CASES}
+    """Tensors and numbers of a case, trained in this process."""
+    return functools.cache(lambda name: run(name, tmp_path_factory.mktemp("alone")))
+
+
+# Two processes train some cases, and the others in a slow launch; three processes train all of them in another one.
+TWO, THREE = (2, FAST), (3, tuple(CASES))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("processes", "sizes"),
+    [pytest.param(TWO, sizes, id=str(sizes)) for sizes in SIZES[2]]
+    + [pytest.param(THREE, sizes, marks=pytest.mark.slow, id=str(sizes)) for sizes in SIZES[3]],
+)
+def test_loss_and_gradients_equal_one_process(several, processes, sizes):
+    found = json.loads((several(*processes) / "losses.json").read_text())[str(sizes)]
+    assert found["largest gradient"] > 1e-3
+    assert found["loss"] < 1e-12
+    assert found["gradient"] < 1e-12
 
 
 def difference(some: dict, others: dict) -> float:
@@ -90,10 +57,15 @@ def difference(some: dict, others: dict) -> float:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CASES)
-def test_training_on_several_processes_equals_one(several, alone, name):
-    folder, world = several
-    expected, numbers = alone[name]
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [pytest.param(TWO, name, id=f"2-{name}") for name in FAST]
+    + [pytest.param((2, tuple(SLOW)), name, marks=pytest.mark.slow, id=f"2-{name}") for name in SLOW]
+    + [pytest.param(THREE, name, marks=pytest.mark.slow, id=f"3-{name}") for name in CASES],
+)
+def test_training_on_several_processes_equals_one(several, alone, processes, name):
+    folder, world = several(*processes), processes[0]
+    expected, numbers = alone(name)
     found = load_file(folder / f"{name}.safetensors")
     found_numbers = json.loads((folder / f"{name}.json").read_text())
     assert found_numbers.pop("world") == world
@@ -101,7 +73,7 @@ def test_training_on_several_processes_equals_one(several, alone, name):
     gradients = [key for key in expected if key.startswith("gradient")]
     assert max(expected[key].abs().max().item() for key in gradients) > 1e-2
     # bfloat16 rounds sums over other rows otherwise, but by no more than it rounds the sums of one process.
-    rounding = difference(expected, alone["full"][0]) if "bf16" in name else 0.0
+    rounding = difference(expected, alone("full")[0]) if "bf16" in name else 0.0
     atol = max(1e-6, rounding)
     assert difference(found, expected) < atol < 0.05
     assert found_numbers == pytest.approx({k: v for k, v in numbers.items() if k != "world"}, abs=10 * atol)
