@@ -1,4 +1,4 @@
-"""Names of the files that a run leaves or a model consists of, and how a file is written: whole or not at all."""
+"""Names of the files in a run folder or a model, and atomic writing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a fine-tuning run writes into its folder, beside the model and its checkpoints.
+# What a fine-tuning run writes into its folder, apart from the model and its checkpoints.
 RUN_FILE = "mmft.json"
 RESULTS_FILE = "all_results.json"
 STATE_FILE = "trainer_state.json"
@@ -19,15 +19,11 @@ HEAD_FILE = "head.safetensors"
 PROTOTYPES_FILE = "prototypes.safetensors"  # the head's file of the first edition
 CARD_FILE = "README.md"
 SHEET_FILE, CONFUSION_FILE, CURVES_FILE = "predictions_test.png", "confusion.png", "curves.png"
-RUN_FILES = frozenset(
-    (
-        *(RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PROTOTYPES_FILE, CARD_FILE),
-        *(SHEET_FILE, CONFUSION_FILE, CURVES_FILE),
-    )
-)
+RUN_FILES = {RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PROTOTYPES_FILE, CARD_FILE}
+RUN_FILES |= {SHEET_FILE, CONFUSION_FILE, CURVES_FILE}
 ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
-# What a model and its processor are loaded from, beside the weights.
+# What a model and its processor are loaded from, apart from the weights.
 MODEL_FILES = frozenset(
     "config.json preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model".split()
@@ -42,17 +38,22 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None
 
 
+def belongs_to_run(name: str) -> bool:
+    """Whether a file of a run folder is one of the run's own: results, head, model or processor."""
+    return name in RUN_FILES | MODEL_FILES or is_weights(name)
+
+
 def is_temporary(name: str) -> bool:
-    """Whether a file was left behind by a process that was killed while it wrote."""
+    """Whether a file was left behind by a process that was killed while writing."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, and moves the file into place at the end.
+    """Yields a temporary path next to `path`, and moves what was written there into place at the end.
 
-    Nobody ever sees half a file, and of several processes that write the same file the last one wins. If the block
-    raises, `path` keeps its content. Missing parent folders are created.
+    Readers never see a partial file. If several processes write the same file, the last one wins. If the block raises,
+    `path` keeps its content. Missing parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Text of others inside our pages: what data, models and people are called never becomes markup, a link or a path."""
+"""Markdown for cards. Text from data, models and people never becomes markup, a link or a local path."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---[ \t]*\r?\n", re.DOTALL)
 
 
 def public_name(name: str) -> str:
-    """A Hub id or `builtin/…` as it is; of a local path only the last part, since paths are nobody's business."""
+    """A Hub id or `builtin/…` as it is. Of a local path only the last part, because paths are private."""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
+def without_local_paths(record):
+    """A JSON value in which each local path is replaced by its last part."""
+    if isinstance(record, dict):
+        return {key: without_local_paths(value) for key, value in record.items()}
+    if isinstance(record, list):
+        return [without_local_paths(value) for value in record]
+    try:
+        return public_name(record) if isinstance(record, str) and len(record) < 1000 else record
+    except OSError:  # too long for a file name
+        return record
+
+
 def one_line(text: object, limit: int = 120) -> str:
-    """The text on one line, without control characters, cut at `limit` characters."""
+    """The text on one line, without control characters, truncated to `limit` characters."""
     plain = " ".join(printable_text(str(text)).split())
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"
 
 
 def md(text: object, limit: int = 120) -> str:
-    """For Markdown: no HTML, table cell, line, emphasis, formula or link of its own."""
+    """Escapes text for Markdown: it cannot contain HTML, table cells, lines, emphasis, formulas or links."""
     safe = re.sub(r"([\\|*_`~\[\]#])", r"\\\1", escape(one_line(text, limit), quote=False))
     for mark, entity in (("$", "&#36;"), ("@", "&#64;"), ("://", "&#58;//"), ("www.", "www&#46;")):
         safe = safe.replace(mark, entity)
@@ -34,12 +46,12 @@ def md(text: object, limit: int = 120) -> str:
 
 
 def code(text: object, limit: int = 120) -> str:
-    """For Markdown, as code within a line, in a table, too."""
+    """Text as inline code, which is also safe in a table."""
     return "`" + (one_line(text, limit).replace("`", "'").replace("|", "¦") or " ") + "`"
 
 
 def fenced(text: object, language: str = "text") -> str:
-    """A block of code that no content can close."""
+    """Text as a code block that no content can close."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", str(text))), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
@@ -50,15 +62,8 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table of cells that are Markdown already."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
-
-
 def read_front_matter(text: str) -> tuple[dict, str]:
-    """Metadata of a card and the Markdown below; no metadata where there is none, or none that can be read."""
+    """The metadata of a card and the Markdown below. The metadata is empty if it is missing or cannot be read."""
     found = _FRONT.match(text)
     if not found:
         return {}, text
@@ -70,5 +75,5 @@ def read_front_matter(text: str) -> tuple[dict, str]:
 
 
 def front_matter(front: dict) -> str:
-    """Metadata as the first lines of a card."""
+    """The metadata as the first lines of a card."""
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---\n"

@@ -1,4 +1,4 @@
-"""Publishing what a run left: a model with its class prototypes, or a captioned data set, each with its card."""
+"""Publishes a trained model with its head, or a captioned dataset, with its card."""
 
 from __future__ import annotations
 
@@ -9,23 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from string import Template
 
+from ..core import files as names
 from ..core.builtin import builtin
 from ..core.errors import UserError
-from ..core.files import (
-    ADAPTER_FILES,
-    ADAPTER_FOLDER,
-    CARD_FILE,
-    HEAD_FILE,
-    MODEL_FILES,
-    PROTOTYPES_FILE,
-    RUN_FILE,
-    RUN_FILES,
-    STATE_FILE,
-    is_weights,
-)
+from ..core.markdown import without_local_paths
 from ..predict.heads import Head, load_head
 from .cards import card_for_repository
-from .client import check_access, published, push_files
+from .client import check_access, push_files
 
 INFERENCE_FILE = "mmft_inference.py"
 DATA_FILES = re.compile(r"(data|captions)/[\w.-]+-\d{5}-of-\d{5}\.parquet")
@@ -43,43 +33,41 @@ def push_model(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Publishes what `mmft-hf finetune` left in a folder: model, processor, prototypes, results and card.
+    """Publishes the folder of a finished run: model, processor, head, results and card.
 
     Args:
         folder: the output folder of a finished run.
         repo_id, private, revision, create_pr, token: see `push_files`.
-        parts: of a LoRA run: `merged` (a plain model), `adapter` (for peft), or `both`.
-        with_inference_code: adds one file, with which `pipeline("image-classification", model=…, trust_remote_code=True)`
+        parts: for a LoRA run: `merged` (a plain model), `adapter` (for peft), or `both`.
+        with_inference_code: adds a file with which `pipeline("image-classification", model=…, trust_remote_code=True)`
             works without this library.
-        license: of the model, e.g. `mit`, if the card cannot take it over from the base model.
+        license: of the model, e.g. `mit`. Default: the licence of the base model, if known.
 
     Returns:
-        The address of the commit or pull request.
+        The URL of the commit or pull request.
 
     Raises:
-        UserError: the folder is no finished run; see `push_files`.
+        UserError: the folder does not hold a finished run; see `push_files`.
         PartialResult: see `push_files`.
     """
     repo_id = check_access(repo_id, token, create_pr)
     files = model_files(folder, repo_id, parts=parts, with_inference_code=with_inference_code, license=license)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
-    return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker=RUN_FILE, **options)
-
-
-def is_published(name: str) -> bool:
-    """Whether a file of a model's folder is published: none that somebody put there, no checkpoint, no pickle."""
-    return name in RUN_FILES | MODEL_FILES or is_weights(name)
+    return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker=names.RUN_FILE, **options)
 
 
 def folder_files(folder: Path) -> dict[str, Path | bytes]:
-    """What of a model's folder may be published, by name; records of the run without local paths."""
+    """The files of a model's folder that are published, by name: no checkpoint, no pickle, no file that somebody added.
+
+    Records of the run are published without local paths.
+    """
     files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and is_published(path.name)
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and names.belongs_to_run(path.name)
     }
-    for name in (RUN_FILE, STATE_FILE):  # the settings; where the best checkpoint was
+    for name in (names.RUN_FILE, names.STATE_FILE):  # they name the data and the best checkpoint
         if name in files:
             record = json.loads((folder / name).read_text(encoding="utf-8"))
-            files[name] = (json.dumps(published(record), indent=2) + "\n").encode()
+            files[name] = (json.dumps(without_local_paths(record), indent=2) + "\n").encode()
     return files
 
 
@@ -90,49 +78,49 @@ def model_files(
     with_inference_code: bool = False,
     license: str | None = None,
 ) -> dict[str, Path | bytes]:
-    """The files of a finished run, by their path in the repository (see `push_model`)."""
+    """The files of a finished run by their path in the repository. Arguments as in `push_model`."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        record = json.loads((folder / names.RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: expected the output folder of mmft-hf finetune, found no mmft.json that can be read. Type its path."
         ) from error
     if not record.get("completed"):
         raise UserError(
-            f"{folder}: expected a finished run, found one that was cut. Finish it first: its command with "
+            f"{folder}: expected a finished run, found an interrupted one. Finish it first: type its command with "
             "--resume_from_checkpoint true."
         )
-    missing = [name for name in ("config.json", CARD_FILE) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in (HEAD_FILE, PROTOTYPES_FILE)):
-        missing.append(HEAD_FILE)
+    missing = [name for name in ("config.json", names.CARD_FILE) if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in (names.HEAD_FILE, names.PROTOTYPES_FILE)):
+        missing.append(names.HEAD_FILE)
     if missing:
         raise UserError(f"{folder}: expected {', '.join(missing)} in it, found none. Run mmft-hf finetune again.")
-    adapter = [path for name in ADAPTER_FILES if (path := folder / ADAPTER_FOLDER / name).is_file()]
+    adapter = [path for name in names.ADAPTER_FILES if (path := folder / names.ADAPTER_FOLDER / name).is_file()]
     if parts not in ("merged", "adapter", "both"):
         raise UserError(f"--parts: expected merged, adapter or both, found {parts!r}.")
     if parts != "merged" and not adapter:
         raise UserError(f"--parts {parts}: expected the adapter of a LoRA run in {folder / 'adapter'}, found none.")
     files = folder_files(folder)
     if parts == "adapter":
-        files = {name: path for name, path in files.items() if not is_weights(name)}
+        files = {name: path for name, path in files.items() if not names.is_weights(name)}
         files |= {path.name: path for path in adapter}
     elif parts == "both":
-        files |= {f"{ADAPTER_FOLDER}/{path.name}": path for path in adapter}
-    files[CARD_FILE] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
+        files |= {f"{names.ADAPTER_FOLDER}/{path.name}": path for path in adapter}
+    files[names.CARD_FILE] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
     base = str((record.get("identity") or {}).get("base_model") or "")
     if base.startswith("builtin/"):
-        files["NOTICE"] = Path(builtin(base)) / "NOTICE"  # its licence asks for that
+        files["NOTICE"] = Path(builtin(base)) / "NOTICE"  # as its licence requires
     if with_inference_code:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = INFERENCE_FILE.removesuffix(".py")
         classes = {"impl": f"{name}.MMFTImageClassificationPipeline", "pt": config["architectures"]}
-        # Under the stock task's name: with this library, its own task needs no remote code; and the stock pipeline, which
-        # would put a random head on the model, now asks for it in place of guessing.
+        # The code is for the stock task, since ours needs none with this library. The stock pipeline, which would put a
+        # random head on the model, now asks for the code instead.
         config["custom_pipelines"] = {"image-classification": {**classes, "type": "image"}}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         head = load_head(folder)
-        files |= {HEAD_FILE: head.to_bytes(), INFERENCE_FILE: inference_code(head).encode()}
+        files |= {names.HEAD_FILE: head.to_bytes(), INFERENCE_FILE: inference_code(head).encode()}
     return files
 
 
@@ -147,7 +135,7 @@ def inference_code(head: Head) -> str:
     return Template(text).substitute(kind=head.kind, formula=head.formula, parts=parts)
 
 
-# -- captioned data sets ----------------------------------------------------------------------------------------------
+# -- captioned datasets -----------------------------------------------------------------------------------------------
 def push_captioned_dataset(
     folder,
     repo_id: str,
@@ -159,20 +147,20 @@ def push_captioned_dataset(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Publishes a captioned data set: parquet files, the record of how it was made, report and card.
+    """Publishes a captioned dataset: parquet files, the record of how it was made, report and card.
 
     Args:
         folder: the output folder of `mmft-hf caption`; or a `Dataset` or `DatasetDict` with the contract's columns.
         repo_id, private, revision, create_pr, token: see `push_files`.
-        captions_only: leaves the images out, for those that may not be passed on. Whoever has them joins the captions to
-            them by `image_sha256`: `load_captioned_dataset(IMAGES, captions_dataset=repo_id)`.
+        captions_only: leaves out the images, if they must not be redistributed. Users who have the images join the
+            captions by `image_sha256`: `load_captioned_dataset(IMAGES, captions_dataset=repo_id)`.
         license: of images and captions, e.g. `cc-by-4.0`.
 
     Returns:
-        The address of the commit or pull request.
+        The URL of the commit or pull request.
 
     Raises:
-        UserError: no captioned data set there, or one with captions missing; see `push_files`.
+        UserError: no captioned dataset there, or one without columns for captions; see `push_files`.
         PartialResult: see `push_files`.
     """
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
@@ -188,10 +176,10 @@ def push_captioned_dataset(
 def dataset_files(
     folder: str | Path, repo_id: str, scratch: Path, captions_only: bool = False, license: str | None = None
 ) -> dict[str, Path | bytes]:
-    """The files of a captioned data set, by their path in the repository (see `push_captioned_dataset`).
+    """The files of a captioned dataset by their path in the repository. Arguments as in `push_captioned_dataset`.
 
     Args:
-        scratch: folder for what has to be made: a card that names the repository, captions without their images.
+        scratch: folder for new files: a card that names the repository, captions without images.
     """
     from datasets import Image, load_dataset
 
@@ -203,7 +191,7 @@ def dataset_files(
     data_files = [folder / name for name in record.get("files", ()) if DATA_FILES.fullmatch(name)]
     if not data_files or not all(path.is_file() for path in data_files):
         raise UserError(
-            f"{folder}: expected the output folder of mmft-hf caption, found no {DETAILS_FILE} whose parquet files are all there. "
+            f"{folder}: expected the output folder of mmft-hf caption, found no {DETAILS_FILE} whose parquet files all exist. "
             "Run mmft-hf caption first, or again."
         )
     scratch.mkdir(parents=True)
@@ -226,10 +214,10 @@ def dataset_files(
         (scratch / "data").mkdir()
         for path in data_files:
             (scratch / "data" / path.name).touch()  # the card lists splits by file name
-    details = {**published(record), **({"license": license} if license else {})}
+    details = {**without_local_paths(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))
     card = caption_card(CaptionStatistics(first), scratch, details, repo_id, captions_only)
-    files[CARD_FILE] = card.read_bytes()
+    files[names.CARD_FILE] = card.read_bytes()
     files[DETAILS_FILE] = (
         json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n"
     ).encode()
@@ -237,7 +225,7 @@ def dataset_files(
 
 
 def _written(dataset, folder: Path) -> Path:
-    """A data set in memory as a folder of `mmft-hf caption`."""
+    """Writes a dataset from memory as `mmft-hf caption` does."""
     from datasets import Dataset, DatasetDict
 
     from ..captioning.write.dataset import CAPTION_FEATURES
@@ -250,7 +238,7 @@ def _written(dataset, folder: Path) -> Path:
         missing = [column for column in ("image", "label", *CAPTION_FEATURES) if column not in split.column_names]
         if missing:
             raise UserError(
-                f"split {name!r}: expected the columns of a captioned data set, found no {', '.join(missing)}. Make them with "
+                f"split {name!r}: expected the columns of a captioned dataset, found no {', '.join(missing)}. Create them with "
                 "mmft_hf.caption_dataset(…)."
             )
     first = "train" if "train" in splits else next(iter(splits))

@@ -15,7 +15,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..core.files import RUN_FILE, read_json, write_json
-from ..hub.client import check_access, make_repo, published, push_files
+from ..core.markdown import without_local_paths
+from ..hub.client import check_access, make_repo, push_files
 from ..hub.publish import folder_files
 from ..model.towers import lora_layers, merged_state
 
@@ -56,7 +57,7 @@ class TrainingPushes:
             checkpoint = staged / (Path(checkpoint_folder).name if every else "last-checkpoint")
             shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link_or_copy)
             state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            write_json(checkpoint / TRAINER_STATE_NAME, published(state))  # replaces the hard link
+            write_json(checkpoint / TRAINER_STATE_NAME, without_local_paths(state))  # replaces the hard link
         upload = HfApi(token=args.hub_token).upload_folder(
             folder_path=staged,
             repo_id=self.hub_model_id,
@@ -79,7 +80,7 @@ class TrainingPushes:
         if self.prototypes is not None and self._prototypes_of in (self.state.global_step, STAY):
             self.prototypes.save_pretrained(folder)
         record = read_json(Path(self.args.output_dir) / RUN_FILE) or {"completed": False}
-        write_json(folder / RUN_FILE, published(record))
+        write_json(folder / RUN_FILE, without_local_paths(record))
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Publishes model, processor and prototypes; with what else of a finished run is in the output folder.

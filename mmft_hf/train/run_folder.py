@@ -12,25 +12,10 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainerState
 
+from ..core import files
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
 from ..core.errors import UserError
-from ..core.files import (
-    ADAPTER_FILES,
-    ADAPTER_FOLDER,
-    CONFUSION_FILE,
-    CURVES_FILE,
-    MODEL_FILES,
-    PREDICTIONS_FILE,
-    RESULTS_FILE,
-    RUN_FILE,
-    RUN_FILES,
-    SHEET_FILE,
-    STATE_FILE,
-    is_temporary,
-    is_weights,
-    write_json,
-)
 from ..core.launch import check_shared
 from ..data.splits import Splits
 from ..hub import cards
@@ -104,7 +89,7 @@ class Run:
             resume = resume.lower() == "true"
         found = self._read()
         if found is None:
-            if self.path.is_dir() and any(not is_temporary(entry.name) for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(not files.is_temporary(entry.name) for entry in self.path.iterdir()):
                 raise UserError(
                     f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
                     "Type another --output_dir."
@@ -155,7 +140,7 @@ class Run:
         state.wait_for_everyone()
 
     def _read(self) -> dict | None:
-        path = self.path / RUN_FILE
+        path = self.path / files.RUN_FILE
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -173,20 +158,20 @@ class Run:
             "identity": self.identity,
             "data": self.data_settings,
         }
-        write_json(self.path / RUN_FILE, content | more)
+        files.write_json(self.path / files.RUN_FILE, content | more)
 
     def _clear(self) -> None:
         """Deletes what a run leaves, by exact name, and nothing else."""
-        if not (self.path / RUN_FILE).is_file():
+        if not (self.path / files.RUN_FILE).is_file():
             return
         # The record goes last: a kill in between leaves a folder that is still known as ours.
-        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == RUN_FILE):
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == files.RUN_FILE):
             if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
                 shutil.rmtree(entry)
-            elif entry.is_file() and (entry.name in RUN_FILES | MODEL_FILES or is_weights(entry.name)):
+            elif entry.is_file() and files.belongs_to_run(entry.name):
                 entry.unlink()
-            elif entry.is_dir() and entry.name == ADAPTER_FOLDER:
-                if {file.name for file in entry.iterdir()} <= set(ADAPTER_FILES):
+            elif entry.is_dir() and entry.name == files.ADAPTER_FOLDER:
+                if {file.name for file in entry.iterdir()} <= set(files.ADAPTER_FILES):
                     shutil.rmtree(entry)
 
     def results(
@@ -252,16 +237,16 @@ class Run:
         classifier.save_pretrained(self.path)
         if adapter:
             base, revision = self.identity["base_model"], self.identity["base_model_revision"]
-            adapter.save_pretrained(self.path / ADAPTER_FOLDER, cards.public_name(base), revision)
-        report.predictions_table(predictions).to_parquet(self.path / PREDICTIONS_FILE)
-        report.contact_sheet(self.splits.test, predictions).save(self.path / SHEET_FILE, optimize=True)
+            adapter.save_pretrained(self.path / files.ADAPTER_FOLDER, cards.public_name(base), revision)
+        report.predictions_table(predictions).to_parquet(self.path / files.PREDICTIONS_FILE)
+        report.contact_sheet(self.splits.test, predictions).save(self.path / files.SHEET_FILE, optimize=True)
         confusion = predictions.report()["confusion_matrix"]
-        figures.draw_confusion(self.path / CONFUSION_FILE, confusion, self.splits.class_names)
+        figures.draw_confusion(self.path / files.CONFUSION_FILE, confusion, self.splits.class_names)
         selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
         zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
-        figures.draw_curves(self.path / CURVES_FILE, state.log_history, zero_shot, best)
-        write_json(self.path / RESULTS_FILE, results)
-        state.save_to_json(str(self.path / STATE_FILE))
+        figures.draw_curves(self.path / files.CURVES_FILE, state.log_history, zero_shot, best)
+        files.write_json(self.path / files.RESULTS_FILE, results)
+        state.save_to_json(str(self.path / files.STATE_FILE))
         record = {
             "class_names": self.splits.class_names,
             "model_type": classifier.model.config.model_type,

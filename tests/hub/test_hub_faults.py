@@ -62,7 +62,7 @@ def published(hub, folder, name: str) -> bool:
     [
         (None, ["--repo_id", "alice/a"], "found none. Type hf auth login"),
         ("hf_wrong", ["--repo_id", "alice/a"], "found one that it does not. Type hf auth login"),
-        ("hf_read", ["--repo_id", "alice/a"], "found tests of alice, which may only read. Make another"),
+        ("hf_read", ["--repo_id", "alice/a"], "found tests of alice, which may only read. Create another"),
         ("hf_bob", ["--repo_id", "alice/a"], "begins with bob/"),
         (CANARY, ["--repo_id", "bob/a"], "begins with alice/ or team/"),
         (CANARY, ["--repo_id", "alice/a b"], "expected user/name, found 'alice/a b'"),
