@@ -1,4 +1,4 @@
-"""Checks on captions. All texts are our own, written after the faults that captioners were seen to have."""
+"""The caption checks. All texts are our own; they imitate faults that captioners were seen to make."""
 
 import random
 import time
@@ -148,7 +148,7 @@ def test_words_about_the_answer_are_taken_off_its_end(pets):
         assert pets.check("A cat on a mat." + end, "stop", CAT).text == "A cat on a mat.", end
 
 
-def test_nothing_is_cut_in_mid_text(pets):
+def test_nothing_is_removed_from_the_middle_of_a_text(pets):
     for text in (
         "The cat's collar has a tag with a caption: it says Tom.",
         "A short, thick-set cat.",
@@ -181,7 +181,7 @@ def test_peoples_own_words_are_only_looked_at():
     assert checker.check("I'm sorry, this is not a cat.", None, CAT).status == "ok"
 
 
-# -- nothing, refused, cut --------------------------------------------------------------------------------------------
+# -- empty, refused, truncated ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text", ["", None, " \n", "<think>only thoughts</think>", "**", '""'])
 def test_empty(pets, text):
     first, last = pets.check(text, "stop", CAT), pets.check(text, "stop", CAT, last_try=True)
@@ -196,7 +196,7 @@ def test_thinking_that_used_up_the_budget(pets, text):
     assert found.status == "empty" and found.needs_larger_budget and found.reask.startswith("Answer directly")
 
 
-def test_an_answer_cut_short_by_thinking_needs_a_larger_budget_too(pets):
+def test_an_answer_truncated_by_thinking_needs_a_larger_budget_too(pets):
     assert pets.check("A cat with", "length", CAT, thinking_tokens=190).needs_larger_budget
     assert not pets.check("A cat with", "length", CAT).needs_larger_budget
 
@@ -240,24 +240,24 @@ def test_no_refusals(pets, text):
     assert "refusal" not in fired(pets, text, CAT)
 
 
-def test_the_providers_word_counts_as_a_refusal(pets):
+def test_a_refusal_reported_by_the_provider_counts(pets):
     found = pets.check("", "refusal", CAT)
     assert (found.status, found.checks, found.text) == ("refused", ("refusal",), None)
 
 
-def test_a_cut_answer_is_cut_back_to_its_last_sentence(pets):
+def test_a_truncated_answer_is_trimmed_to_its_last_sentence(pets):
     found = pets.check(GOOD + " The St. Bernard weighs 3.5 times", "length", BERNARD)
     assert found.text == GOOD and found.status == "trimmed" and found.checks == ("truncated",) and found.reask is None
 
 
-def test_a_cut_answer_without_enough_sentences_is_asked_again(pets):
+def test_a_truncated_answer_without_enough_sentences_is_asked_again(pets):
     text = "A cat. On its head there is a white blaze that runs from between the"
     first, last = pets.check(text, "length", CAT), pets.check(text, "length", CAT, last_try=True)
     assert first.status == last.status == "truncated" and first.text == text
     assert "at most 50 words" in first.reask and last.reask is None
 
 
-def test_actions_for_cut_answers():
+def test_actions_for_truncated_answers():
     text = "A grey cat sits here. It has"
     assert CaptionChecker(PETS, actions={"truncated": "keep"}).check(text, "length", CAT).status == "ok"
     asking = CaptionChecker(PETS, actions={"truncated": "reask"})
@@ -269,7 +269,7 @@ def test_actions_for_cut_answers():
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
 class WordTokenizer:
-    """A token per word, one at each end."""
+    """One token per word, and one at each end."""
 
     model_max_length = 16
 
@@ -280,8 +280,10 @@ class WordTokenizer:
         return {"a": 0}
 
 
-def test_a_long_caption_is_cut_at_a_sentence():
-    checker = CaptionChecker(PETS, WordTokenizer())  # a photo of a cat. + 2: nine words are left for the caption
+def test_a_long_caption_is_trimmed_at_a_sentence():
+    checker = CaptionChecker(
+        PETS, WordTokenizer()
+    )  # "a photo of a cat." and two more tokens leave nine words for the caption
     fits = "The cat sits on a mat. It sleeps well."
     assert checker.check(fits, "stop", CAT).clip_tokens == 11 and checker.check(fits, "stop", CAT).status == "ok"
     found = checker.check(fits + " It dreams of birds.", "stop", CAT)
@@ -455,7 +457,7 @@ def test_another_class(pets):
 
 def test_a_class_named_within_the_own_name_is_no_other_class():
     assert fired(CaptionChecker(["tiger cat", "tiger"]), "Striped like a tiger", 0) == ("label_missing",)
-    assert fired(CaptionChecker(["tiger cat", "tiger"]), "A tiger cat", 1) == ()  # two readings; the own name is in it
+    assert fired(CaptionChecker(["tiger cat", "tiger"]), "A tiger cat", 1) == ()  # ambiguous, but its own name is in it
     assert CaptionChecker(["crane", "crane"]).check("A crane", "stop", 1).mentions_label
 
 
@@ -530,7 +532,7 @@ def test_class_names_that_are_ordinary_words():
     assert "label_contradicted" in fired(textures, "The cloth looks woven rather than striped.", 2)
 
 
-def test_a_denial_counts_although_it_was_cut_off():
+def test_a_denial_counts_although_it_was_trimmed_away():
     text = "The dog sits on a mat, alone. It is a boxer, not a Saint Bernard."
     found = CaptionChecker(PETS, WordTokenizer()).check(text, "stop", BERNARD, last_try=True)
     assert found.text == "The dog sits on a mat, alone." and found.status == "rejected"

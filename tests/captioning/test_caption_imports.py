@@ -1,4 +1,4 @@
-"""Captions from JSON files and from other captioned data sets: each must reach its own picture, or none.
+"""Captions from JSON files and from other captioned datasets: each must reach its own picture, or none.
 
 The oracle is outside the code under test: a caption holds the first 16 digits of its own picture's sha256.
 """
@@ -66,7 +66,7 @@ def bytes_of(dataset) -> list[bytes]:
 
 
 def check_pairs(dataset, data: list[bytes]) -> None:
-    """Every caption and record is about the picture in its row; the pictures are the very `data`."""
+    """Every caption and record is about the picture in its row; the pictures are exactly `data`."""
     assert dataset["image_sha256"][:] == [hashlib.sha256(d).hexdigest() for d in data]
     for row, content in zip(dataset, data, strict=True):
         own = hashlib.sha256(content).hexdigest()[:16]
@@ -90,12 +90,12 @@ def photos(folder):
 
 
 def contents(dataset) -> list[bytes]:
-    """Of the files that an image folder is made of."""
+    """The contents of the files in an image folder, row by row."""
     return [open(row["path"], "rb").read() for row in dataset.cast_column("image", Image(decode=False))["image"]]
 
 
 def rows_of(images: list[bytes], labels: list[int], names=CLASSES, paths=None, **columns) -> Dataset:
-    """A data set in memory; `columns` are further ones."""
+    """A dataset in memory; `columns` are additional columns."""
     features = {"image": Image(), "label": ClassLabel(names=list(names))}
     for name in columns:
         features[name] = CAPTION_FEATURES.get(name) or Value("string")
@@ -144,7 +144,7 @@ def key_of(dataset, row: int, rule: str) -> str:
 def test_pairs_are_right_under_each_rule(photos, tmp_path, rule):
     data = contents(photos)
     values = {key_of(photos, row, rule): about(content) for row, content in enumerate(data)}
-    mixed = dict(sorted(values.items(), key=lambda item: item[1]))  # the order of keys says nothing
+    mixed = dict(sorted(values.items(), key=lambda item: item[1]))  # the order of the keys must not matter
     captions, report = run(photos, write(tmp_path / "VisualCaption.json", mixed), rule.replace("class_index", "index"))
     check_pairs(captions, data)
     assert captions["captions"][:] == [[about(content)] for content in data]
@@ -297,7 +297,7 @@ def test_quotes_are_straightened_and_the_checker_decides(photos, tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(
         b"\xef\xbb\xbf" + json.dumps(values, ensure_ascii=False).encode()
-    )  # Windows begins files like this
+    )  # a byte order mark, as Windows writes it
     captions, report = run(photos, path, "index", checker=checker)
     assert checker.asked == [('the "cat\'s" tail', None, 0), ("bad bad bad", None, 1)]
     assert captions["captions"][0] == ['the "cat\'s" tail'] and captions["captions"][3] == []
@@ -342,7 +342,7 @@ def test_captions_without_records_stay_behind_the_new_ones(tmp_path):
     assert captions["captions"][0] == ["new", "by hand"]
 
 
-# -- files that are no caption files ----------------------------------------------------------------------------------
+# -- invalid caption files -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -444,7 +444,10 @@ def test_merged_captions_follow_their_pictures(tmp_path):
     check_pairs(merged, data)
     assert merged.features["label"].names == list(CLASSES) and merged["label"][:] == [0, 0, 1, 1, 1, 1]
     assert merged.column_names == [*a.column_names, "image_sha256"]
-    assert merged["captions"][0] == [about(PICTURES[0]), about(PICTURES[0], "shape")]  # a text that both have: once
+    assert merged["captions"][0] == [
+        about(PICTURES[0]),
+        about(PICTURES[0], "shape"),
+    ]  # a text that both have is taken once
     assert [(r["aspect"], r["model"]) for r in merged[0]["caption_records"]] == [("visual", "m")] + [("shape", "n")] * 2
     assert (report.images, report.captions, report.records, report.repeated) == (6, 10, 12, 0)
     assert report.missing == {"a": ["dogs/0.jpg", "dogs/3.jpg"], "b": ["cats/1.jpg", "dogs/3.jpg"]}

@@ -1,4 +1,4 @@
-"""The caption report and the card: right figures, and nothing that a model wrote becomes markup."""
+"""The caption report and the card: their figures are right, and nothing that a model wrote becomes markup."""
 
 import html.parser
 import itertools
@@ -16,6 +16,7 @@ from tiny_clip import COLOURS
 from mmft_hf.captioning.write.card import caption_card
 from mmft_hf.captioning.write.report import caption_report
 from mmft_hf.captioning.write.statistics import CaptionStatistics
+from mmft_hf.commands.caption.printing import print_folder
 
 
 class Page(html.parser.HTMLParser):
@@ -75,7 +76,7 @@ def test_overlap_and_duplicates():
     found = CaptionStatistics(captioned(MIXED)).figures
     # {a, red, thing, round} and {a, round, red, thing, indeed}
     assert found["overlap"] == [{"aspects": ["shape", "visual"], "jaccard": 0.8}]
-    assert found["duplicates"] == {"texts": 1, "captions": 2}  # equal but for case and spaces
+    assert found["duplicates"] == {"texts": 1, "captions": 2}  # they differ only in case and spaces
     same = captioned([[record(), record("shape")]])
     assert CaptionStatistics(same).figures["duplicates"] == {"texts": 0, "captions": 0}
 
@@ -103,6 +104,21 @@ def test_the_page_shows_the_figures(tmp_path):
         assert expected in text, expected
     with PILImage.open(tmp_path / "captions.png") as picture:
         assert picture.width > 600
+
+
+def test_console_page_and_card_show_the_same_figures(tmp_path, capsys):
+    found = CaptionStatistics(captioned(MIXED))
+    page = caption_report(found, tmp_path, DETAILS).read_text(encoding="utf-8")
+    card = caption_card(found, tmp_path, DETAILS).read_text(encoding="utf-8")
+    print_folder(tmp_path, found)
+    printed = capsys.readouterr().out
+    assert [figure.text for figure in found.headline()] == [
+        "5", "1", "5", "1.00", "100.0 %", "20.0 %", "26", "22.2 %", "1", "1"
+    ]  # fmt: skip
+    for label, text in ((figure.label, figure.text) for figure in found.headline()):
+        assert f"<b>{text}</b><span>{label}</span>" in page and f"| {label} | {text} |" in card
+        assert re.search(rf"\n  {label} +{text}\n", printed), label
+    assert "not accepted" in printed and "1 refused, 1 rejected, 1 failed, 1 empty, 1 not_run" in printed
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
@@ -138,7 +154,7 @@ def test_nothing_that_others_wrote_becomes_markup(tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert "script" not in {tag for tag, _ in page.tags}
     assert all(attrs["src"].startswith("data:") for tag, attrs in page.tags if tag == "img")
-    assert sum(EVIL in word for word in page.words) > 12  # and all of it can be read
+    assert sum(EVIL in word for word in page.words) > 12  # and it is all readable
 
     card = caption_card(CaptionStatistics(dataset), tmp_path, details).read_text(encoding="utf-8")
     outside = re.sub(r"(`{3,})\w+\n.*?\n\1|`[^`\n]*`", "", card.split("---\n", 2)[2], flags=re.DOTALL)
