@@ -1,5 +1,5 @@
 """Several methods under one protocol: the same images, seeds and selection for all, and a test split that none can read.
 
-`protocol` says what a cell (method, shots, seed) is given, `methods` what is done with it, `grid` runs the cells and keeps
-each result, `table` puts them together for the console, `report` for a page with figures.
+`run.methods` is the table of methods, `run.protocol` says what each of them is given, `run.workflow` runs a grid of them, and
+`report` writes a page about the results.
 """

@@ -29,6 +29,7 @@ from .texts import clean_class_name
 logger = logging.getLogger(__name__)
 
 TEXT = (Value("string"), Value("large_string"))
+NO_CAPTIONS = "There are no captions: training uses the class template alone."  # a note of `load_splits`
 
 
 @dataclass
@@ -346,5 +347,5 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
         hint = (
             f" It has texts in {', '.join(text)}: type --captions_column {text[0]} to train with them." if text else ""
         )
-        notes.append(f"There are no captions: training uses the class template alone.{hint}")
+        notes.append(f"{NO_CAPTIONS}{hint}")
     return Splits(train, chosen["validation"], chosen["test"], names, has_captions, notes)

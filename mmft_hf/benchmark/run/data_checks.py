@@ -12,14 +12,11 @@ from ...core.arguments import DataArguments
 from ...core.console import some
 from ...core.errors import UserError, nearest
 from ...data.sources import SPLIT_NAMES, load_raw
-from ...data.splits import Splits, labels_of, text_columns
+from ...data.splits import NO_CAPTIONS, Splits, labels_of, text_columns
 from .methods import METHODS
 from .protocol import Cell, make_task, readable_rows, undecoded
 from .results import FULL
 from .summary import in_order, shots_name
-
-# How a note of `load_splits` begins that is not true here: methods that need captions are left out.
-NO_CAPTIONS = "There are no captions"
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------------
@@ -107,7 +104,8 @@ def notes_on(
         shots: of all cells.
         unreadable: the images of each judged split that are skipped.
     """
-    names, notes = splits.class_names, [note for note in splits.notes if not note.startswith(NO_CAPTIONS)]
+    # Methods that need captions are left out, see `runnable`.
+    names, notes = splits.class_names, [note for note in splits.notes if NO_CAPTIONS not in note]
     counts = np.bincount(labels_of(splits.train), minlength=len(names))
     for n in in_order(shots):
         few = counts[counts < n] if n != FULL else ()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from datasets import Dataset
-
 from ...core.arguments import ModelArguments
 from ...core.console import many, say
 from ...core.errors import UserError, nearest
-from ...data.splits import Splits, load_splits, load_test_split
+from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
 from ..report import DRAWN, FIGURES, PAGE, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
@@ -25,7 +23,7 @@ from .grid import Grid, cells
 from .identity import identity_of
 from .methods import METHODS
 from .processes import Claims, count_of_processes, number_of_process
-from .protocol import Cell, make_task, parse_shots
+from .protocol import make_task, parse_shots
 from .results import CLAIMS, RESULTS_FILE, SUBSETS, read_results
 from .summary import image_note
 
@@ -60,7 +58,7 @@ def run_benchmark(
     the images that each task had are in `subsets/`. Several processes may share a folder.
 
     Args:
-        say: prints a line of progress; only the first process of a launcher calls it.
+        say: prints a line of progress.
 
     Raises:
         UserError: a setting that is wrong or has no effect here, data that cannot be judged on, results of another identity.
@@ -72,13 +70,13 @@ def run_benchmark(
             f"--shots: expected a number above 0 for {', '.join(args.methods)}, found {' '.join(data_args.shots)}. Type --shots 1 4, or "
             "a method that needs no images: --methods zs."
         )
-    shift_names = args.shift_splits or []
-    check_labels(data_args.whole, shift_names)
+    check_labels(data_args.whole, args.shift_splits or [])
     splits = load_splits(data_args.whole)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)
     shifts = {
-        name: load_test_split(replace(data_args.whole, test_split=name), splits.class_names) for name in shift_names
+        name: load_test_split(replace(data_args.whole, test_split=name), splits.class_names)
+        for name in args.shift_splits or []
     }
     judged = {"test": splits.test, **shifts}
     groups_of(judged, args.group_column)  # raises an error if there is no such column
@@ -92,8 +90,11 @@ def run_benchmark(
     left = grid.open_cells()
     with Claims(folder / CLAIMS).alone("data"):
         summary = load_or_summarize(folder, splits, judged, args, data_args, identity)
-        if not skip:
-            _read_pictures(folder, summary, left, splits, judged, args.allow_fewer)
+        wanted = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}
+        read = set(summary.get("pictures_read_for", ()))  # so that a picture is read once
+        if not skip and not wanted <= read:
+            refuse_unreadable(splits, judged, left, args.allow_fewer)
+            write_summary(folder, summary | {"pictures_read_for": sorted(wanted | read)})
     first = number_of_process() == 0
     if first:
         count = many(len(methods), "method")
@@ -138,38 +139,22 @@ def check_settings(args: BenchmarkArguments, model_args: ModelArguments, config:
             raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
     towers = "A method says what it trains: --methods mmft-lora."
     no_model = "A benchmark keeps and publishes no model, and an interrupted one continues by itself. Leave it out."
-    for settings, name, expected, why in (
-        (model_args, "vision_tower", "full", towers),
-        (model_args, "text_tower", "full", towers),
-        (config, "push_to_hub", False, no_model),
-        (config, "resume_from_checkpoint", None, no_model),
-        (config, "data_seed", None, "Each of --seeds draws an order, crops and captions of its own. Leave it out."),
-        (
-            config,  # otherwise other prototypes would select the epoch than those that are judged
-            "prototypes",
-            "captions",
-            "A method says what images are compared with: --methods mmft-train-captions for the class template, flyp-ens for "
-            "several. Leave it out.",
-        ),
+    prototypes = (  # an epoch must be selected by the prototypes that are judged
+        "A method says what images are compared with: --methods mmft-train-captions for the class template, flyp-ens for "
+        "several. Leave it out."
+    )
+    settings = vars(model_args) | vars(config)
+    for name, expected, why in (
+        ("vision_tower", "full", towers),
+        ("text_tower", "full", towers),
+        ("push_to_hub", None, no_model),
+        ("resume_from_checkpoint", None, no_model),
+        ("data_seed", None, "Each of --seeds draws an order, crops and captions of its own. Leave it out."),
+        ("prototypes", "captions", prototypes),
     ):
-        found = getattr(settings, name)
+        found = settings[name]
         if found is not None and found is not False and found != expected:
             raise UserError(f"--{name}: expected {expected or 'nothing'}, found {found}. {why}")
-
-
-def _read_pictures(
-    folder: Path,
-    summary: dict,
-    left: list[Cell],
-    splits: Splits,
-    judged: Mapping[str, Dataset],
-    allow_fewer: bool,
-) -> None:
-    """Refuses unreadable pictures in all tasks that are left; `data.json` records the tasks, so that each is read once."""
-    wanted, seen = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}, set(summary.get("pictures_read_for", ()))
-    if not wanted <= seen:
-        refuse_unreadable(splits, judged, left, allow_fewer)
-        write_summary(folder, summary | {"pictures_read_for": sorted(wanted | seen)})
 
 
 def delete_benchmark(folder: Path) -> None:
