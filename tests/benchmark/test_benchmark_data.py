@@ -114,8 +114,8 @@ def test_files_of_two_splits_are_told_with_their_folders(tmp_path):
 
 
 def test_a_control_at_chance_does_not_set_the_axes():
-    methods = ["zs", "lp", "lp-permuted-labels", "mmft", "mmft-no-captions", "mmft-permuted-labels", "mmft-w0"]
-    assert compared(methods) == ["zs", "lp", "mmft", "mmft-no-captions"]
+    methods = ["zs", "lp", "lp-permuted-labels", "mmft", "mmft-no-captions", "mmft-permuted-labels", "mmft-w0", "new"]
+    assert compared(methods) == ["zs", "lp", "mmft", "mmft-no-captions", "new"]
 
 
 def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):

@@ -142,8 +142,8 @@ def named_rows(names: list[str], titles: list[str], **more) -> tuple[Figure, lis
 
 def compared(methods: list[str]) -> list[str]:
     """The methods without ablations, but with the control; without sanity checks, which would press the others together."""
-    known = [method_of(m) for m in methods]
-    return [m.name for m in known if (m.family != "ablation" or m.name == CONTROL) and not m.sanity_check]
+    known = {name: method_of(name) for name in methods}
+    return [m for m, row in known.items() if (row.family != "ablation" or m == CONTROL) and not row.sanity_check]
 
 
 def differences_figure(found: dict[tuple, Difference], label: str) -> Figure | None:

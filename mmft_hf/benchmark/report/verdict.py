@@ -87,8 +87,8 @@ def _unfinished(results: Findings) -> str:
 
 def baselines(results: Findings) -> list[str]:
     """Methods that read no captions, MMFT's own training without them included; sanity checks are no baselines."""
-    known = [method_of(name) for name in results.methods]
-    return [method.name for method in known if not (method.needs_captions or method.sanity_check)]
+    known = {name: method_of(name) for name in results.methods}
+    return [name for name, method in known.items() if not (method.needs_captions or method.sanity_check)]
 
 
 def _leader(results: Findings, shots) -> str:
