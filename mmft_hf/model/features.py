@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL
@@ -44,77 +45,72 @@ BATCH_SIZE = 256
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures or texts are encoded.
+
+    Args:
+        batch_size: pictures or texts per batch.
+        workers: processes that read pictures.
+        autocast: type to compute in; default float32.
+        shard: every process encodes its share of the batches, and all of them must call; otherwise each encodes its own.
+        folder: of the files; default `features` of the cache (`cache.cache_folder`).
+        progress: whether a bar is shown.
+    """
+
+    batch_size: int = BATCH_SIZE
+    workers: int = 0
+    autocast: torch.dtype | None = None
+    shard: bool = False
+    folder: Path | None = None
+    progress: bool = False
+
+
 def image_features(
     model,
     processor,
     dataset: Dataset,
     batch_size: int = BATCH_SIZE,
     on_bad_image: str = "fail",
-    workers: int = 0,
-    autocast: torch.dtype | None = None,
-    shard: bool = False,
-    folder: Path | None = None,
-    progress: bool = False,
     name: str = "evaluation",
+    **options,
 ) -> tuple[Tensor, Tensor]:
     """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` (-100: unreadable), in row order, on the CPU.
 
-    Read from the cache where they are in it, and then bit for bit what was encoded: the key covers the image tower's
-    weights, the model's configuration, the image processor, precision, batch size, every picture's bytes and the
-    versions and device that compute.
+    They are read from the cache where it has them, and are then bit for bit what was encoded: the key covers the image
+    tower's weights, the model's configuration, the image processor, precision, batch size, every picture's bytes, and the
+    versions and the device that compute.
 
     Args:
         dataset: with columns `image` and `label`.
-        autocast: computes in this type; default float32.
-        shard: every process encodes its share of the batches, and all of them must call; otherwise each its own.
-        folder: default `features` of the cache (`cache.cache_folder`).
+        options: of `Encoding`.
 
     Raises:
         UserError: a bad picture, with `on_bad_image="fail"`.
     """
     view = ImageView(dataset, on_bad_image, name)
-    features = encode_pictures_once(model, processor, view, batch_size, workers, autocast, shard, folder, progress)
+    features = encode_pictures_once(model, processor, view, Encoding(batch_size, **options))
     labels = torch.from_numpy(labels_of(dataset)).long()
     return features.embeds, torch.where(features.flags, labels, IGNORED)
 
 
-def text_features(
-    model,
-    processor,
-    texts: Sequence[str],
-    batch_size: int = BATCH_SIZE,
-    autocast: torch.dtype | None = None,
-    shard: bool = False,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Unit-norm embeddings `(len(texts), D)` of texts, equal ones encoded once. Arguments as in `image_features`."""
+def text_features(model, processor, texts: Sequence[str], batch_size: int = BATCH_SIZE, **options) -> Tensor:
+    """Unit-norm embeddings `(len(texts), D)` of texts, cached as in `image_features`; equal texts are encoded once."""
     distinct = sorted_distinct(texts)
-    features = encode_texts_once(model, processor, distinct, batch_size, autocast, shard, folder, progress)
+    features = encode_texts_once(model, processor, distinct, Encoding(batch_size, **options))
     position = {text: i for i, text in enumerate(distinct)}
     return features.embeds[[position[text] for text in texts]]
 
 
-def sorted_distinct(texts: Sequence[str]) -> list[str]:
+def sorted_distinct(texts: Iterable[str]) -> list[str]:
     """Each text once, by length: batches of them are hardly padded."""
     return sorted(set(texts), key=lambda text: (len(text), text))
 
 
-@torch.no_grad()
-def encode_pictures_once(
-    model,
-    processor,
-    view: ImageView,
-    batch_size: int = BATCH_SIZE,
-    workers: int = 0,
-    autocast: torch.dtype | None = None,
-    shard: bool = False,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> Features:
+def encode_pictures_once(model, processor, view: ImageView, how: Encoding) -> Features:
     """`Features` of the pictures of a view, in row order; `flags` says which are readable."""
-    batches = _batches(len(view), batch_size)
-    mine = _share(batches, shard)
+    batches = _batches(len(view), how.batch_size)
+    mine = _share(batches, how.shard)
     rows = view.rows.select_columns("image")
 
     def digest(batch: range) -> bytes:
@@ -124,7 +120,7 @@ def encode_pictures_once(
     with ThreadPoolExecutor(8) as threads:  # reading and hashing leave the interpreter free
         digests = list(threads.map(digest, mine))
     settings = {
-        **_computation(model, "vision", autocast, batch_size),
+        **_computation(model, "vision", how),
         "processor": _plain(processor.image_processor.to_dict()),
         "on_bad_image": view.on_bad_image,
         "decode_cache": view.short_side,
@@ -133,36 +129,24 @@ def encode_pictures_once(
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
         # A generator of its own: a pass must not move the random numbers of the training around it.
         random = torch.Generator()
-        for embeds, labels in encode_image_batches(model, processor, view, mine, workers, progress, random):
+        for embeds, labels in encode_image_batches(model, processor, view, mine, how.workers, how.progress, random):
             yield embeds, labels != IGNORED
 
-    return _once(model, "images", settings, digests, batches, encode, autocast, shard, folder)
+    return _once(model, "images", settings, digests, batches, encode, how)
 
 
-@torch.no_grad()
-def encode_texts_once(
-    model,
-    processor,
-    texts: list[str],
-    batch_size: int = BATCH_SIZE,
-    autocast: torch.dtype | None = None,
-    shard: bool = False,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> Features:
-    """`Features` of `sorted_distinct` texts, in their order; `flags` says which were cut at the tower's limit."""
-    batches = _batches(len(texts), batch_size)
-    mine = _share(batches, shard)
-    settings = {**_computation(model, "text", autocast, batch_size), "tokenizer": _tokenizer(processor.tokenizer)}
-
-    def digest(batch: range) -> bytes:
-        return hashlib.sha256(json.dumps(texts[batch.start : batch.stop]).encode()).digest()
+def encode_texts_once(model, processor, texts: list[str], how: Encoding) -> Features:
+    """`Features` of `sorted_distinct` texts, in their order; `flags` says which were truncated at the tower's limit."""
+    batches = _batches(len(texts), how.batch_size)
+    mine = _share(batches, how.shard)
+    settings = {**_computation(model, "text", how), "tokenizer": _tokenizer(processor.tokenizer)}
+    digests = [hashlib.sha256(json.dumps(texts[b.start : b.stop]).encode()).digest() for b in mine]
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
         own = [text for batch in mine for text in texts[batch.start : batch.stop]]
-        return encode_text_batches(model, processor, own, batch_size, progress)
+        return encode_text_batches(model, processor, own, how.batch_size, how.progress)
 
-    return _once(model, "texts", settings, [digest(b) for b in mine], batches, encode, autocast, shard, folder)
+    return _once(model, "texts", settings, digests, batches, encode, how)
 
 
 # -- one loop for pictures, one for texts ----------------------------------------------------------------------------
@@ -220,13 +204,12 @@ def _once(
     digests: list[bytes],
     batches: list[range],
     encode: Callable[[], Iterator[tuple[Tensor, Tensor]]],
-    autocast: torch.dtype | None,
-    shard: bool,
-    folder: Path | None,
+    how: Encoding,
 ) -> Features:
     """What is on disk under the key of `settings` and `digests`, else what `encode` yields, which is then kept there."""
+    shard, autocast = how.shard, how.autocast
     key = _key(settings, digests, len(batches), shard)
-    path = (folder or cache_folder("features")) / f"{kind}-{key}.safetensors"
+    path = (how.folder or cache_folder("features")) / f"{kind}-{key}.safetensors"
     found = _read(path, key)
     # Another machine's disk may lack what this one has; then all encode, since all must gather.
     if _everywhere(found is not None, shard):
@@ -349,7 +332,7 @@ def _key(settings: dict, digests: list[bytes], batches: int, shard: bool) -> str
     return hashlib.sha256(mine + b"".join(digests)).hexdigest()
 
 
-def _computation(model, tower: str, autocast: torch.dtype | None, batch_size: int) -> dict:
+def _computation(model, tower: str, how: Encoding) -> dict:
     """All that the embeddings of a tower depend on beside its inputs.
 
     Versions, device, attention and batch size belong to it: other kernels sum in another order, and what is read from
@@ -362,9 +345,9 @@ def _computation(model, tower: str, autocast: torch.dtype | None, batch_size: in
         "weights": weights_digest(model, tower),
         "config": _plain(model.config.to_dict()),
         "attention": [getattr(config, "_attn_implementation", None) for config in towers],
-        "precision": str(autocast or torch.float32),
+        "precision": str(how.autocast or torch.float32),
         "matmul": [getattr(torch.backends, "fp32_precision", None), _matmul_precision()],
-        "batch_size": batch_size,
+        "batch_size": how.batch_size,
         "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
         "versions": [torch.__version__, transformers.__version__, PIL.__version__],
     }
@@ -389,15 +372,7 @@ def weights_digest(model, tower: str) -> str:
 
 def _plain(settings: dict) -> dict:
     """Settings without names of files, classes and versions, which nothing computed depends on."""
-    names = {
-        "id2label",
-        "label2id",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "problem_type",
-        "processor_class",
-    }
+    names = "id2label label2id transformers_version architectures dtype problem_type processor_class".split()
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in settings.items()

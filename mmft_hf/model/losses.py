@@ -172,12 +172,9 @@ def contrast(logits: Tensor, positives: Tensor, weights: Tensor | None = None) -
     return (weights * per_anchor).sum() / total.where(total > 0, 1.0)
 
 
-def _cross_entropy(logits: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the `valid` rows of `(N, N)` logits against their diagonal; `()`."""
-    targets = torch.arange(len(logits), device=logits.device)
-    if valid is None:
-        return F.cross_entropy(logits, targets)
-    targets = targets.where(valid, IGNORED)
+def _cross_entropy(logits: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy of the `valid` rows of `(N, N)` logits against their diagonal; a scalar."""
+    targets = torch.arange(len(logits), device=logits.device).where(valid, IGNORED)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / valid.sum().clamp(min=1)
 
 
@@ -244,8 +241,8 @@ def clip_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor | float) 
     _check("image_embeds", image_embeds)
     if text_embeds.shape != image_embeds.shape:
         raise ValueError(f"text_embeds: expected {tuple(image_embeds.shape)}, found {tuple(text_embeds.shape)}.")
-    logits = _logits(image_embeds, text_embeds, scale)
-    return (_cross_entropy(logits) + _cross_entropy(logits.T)) / 2
+    labels = torch.zeros(len(image_embeds), dtype=torch.long, device=image_embeds.device)
+    return Batch(image_embeds, labels, scale, text_embeds).clip_loss
 
 
 class MMFTLoss(nn.Module):

@@ -170,6 +170,16 @@ def checkpoint_state(model: PreTrainedModel, state: dict[str, Tensor] | None = N
     return {name: value for name, value in state.items() if name in trained}
 
 
+def plain_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of the plain model to save: LoRA merged, and without what loss terms train of their own.
+
+    Args:
+        state: the weights of `model`, where they are known already.
+    """
+    state = merged_state(model) if lora_layers(model) else state or model.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("loss_terms.")}
+
+
 @torch.no_grad()
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of the plain model that computes the same without LoRA layers; `model` is left as it is."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..core.errors import UserError
 from ..core.files import STATE_FILE, WEIGHTS_INDEX, read_json
 from ..model.embedding import quick_attention
-from ..model.towers import checkpoint_state, lora_layers, merged_state
+from ..model.towers import checkpoint_state, lora_layers, plain_state
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,7 @@ class TrainingCheckpoints:
             # checkpoint by today's names, and would pass over the others with a warning.
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         else:
-            state_dict = merged_state(model) if lora_layers(model) else state_dict or model.state_dict()
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith("loss_terms.")}
+            state_dict = plain_state(model, state_dict)
         try:
             super()._save(output_dir, state_dict)
         finally:

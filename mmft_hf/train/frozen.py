@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..data.cache import Features
 from ..data.views import ImageView, TrainingView, text_rows
 from ..model.collator import MMFTDataCollator
-from ..model.features import encode_pictures_once, encode_texts_once, sorted_distinct, weights_digest
+from ..model.features import Encoding, encode_pictures_once, encode_texts_once, sorted_distinct, weights_digest
 from ..model.towers import TOWERS
 from .config import MMFTConfig
 
@@ -101,17 +101,16 @@ class FrozenTowers(TrainerCallback):
         # A view of its own: the training view draws captions and passes over bad pictures.
         plain = ImageView(dataset, view.on_bad_image, view.name, view.short_side)
 
-        def encode(**options) -> Features:
-            options["workers"] = self.args.dataloader_num_workers
-            return encode_pictures_once(self.model, self.processor, plain, **options)
+        def encode(how: Encoding) -> Features:
+            return encode_pictures_once(self.model, self.processor, plain, how)
 
         return self._once(("vision", view.name, id(dataset)), dataset, encode, f"{view.name} images")
 
     def _texts(self, view: TrainingView, dataset: Dataset) -> tuple[dict[str, int], Features] | None:
         texts = sorted_distinct(text for row in text_rows(dataset) for text in view.texts.possible_texts(row))
 
-        def encode(**options) -> tuple[dict[str, int], Features]:
-            features = encode_texts_once(self.model, self.processor, texts, **options)
+        def encode(how: Encoding) -> tuple[dict[str, int], Features]:
+            features = encode_texts_once(self.model, self.processor, texts, how)
             return {text: i for i, text in enumerate(texts)}, features
 
         key = ("text", view.texts, id(dataset))
@@ -129,7 +128,8 @@ class FrozenTowers(TrainerCallback):
         start = time.monotonic()
         progress = is_main() and not self.args.disable_tqdm
         autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        made = encode(batch_size=self.args.per_device_eval_batch_size, autocast=autocast, shard=True, progress=progress)
+        workers, batch_size = self.args.dataloader_num_workers, self.args.per_device_eval_batch_size
+        made = encode(Encoding(batch_size, workers, autocast, shard=True, progress=progress))
         features = made if isinstance(made, Features) else made[1]
         how = "read from the cache" if features.hit else "encoded once"
         n, seconds = len(features.embeds), time.monotonic() - start

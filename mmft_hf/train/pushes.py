@@ -18,7 +18,7 @@ from ..core.files import RUN_FILE, read_json, write_json
 from ..core.markdown import without_local_paths
 from ..hub.client import check_access, make_repo, push_files
 from ..hub.publish import folder_files
-from ..model.towers import lora_layers, merged_state
+from ..model.towers import plain_state
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,8 @@ class TrainingPushes:
     def _write_model(self, folder: Path) -> None:
         """A plain model, its processor, its record, and prototypes where they are of these very weights."""
         model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=merged_state(model) if lora_layers(model) else None)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=plain_state(model))
+        self.processing_class.save_pretrained(folder)
         if self.prototypes is not None and self._prototypes_of in (self.state.global_step, STAY):
             self.prototypes.save_pretrained(folder)
         record = read_json(Path(self.args.output_dir) / RUN_FILE) or {"completed": False}

@@ -98,14 +98,16 @@ def check_checkpoint(checkpoint: Path, fsdp: bool) -> None:
 def keep_whole(model: nn.Module) -> nn.Module:
     """Prepares a dual encoder for FSDP2; returns a module of the parameters that FSDP must leave alone.
 
-    These are the parameters of the model itself, the logit scale among them: FSDP2 cuts no scalar, and they are read outside
-    of the forward. Their gradients are averaged here, as FSDP2 does those of the others.
+    These are the logit scale, since FSDP2 shards no scalar, and what loss terms train of their own: both are read outside of
+    the forward. Their gradients are averaged here, as FSDP2 averages those of the others.
     """
     # accelerate wants to treat a language model's embedding apart, and CLIPModel refuses to name one.
     model.get_input_embeddings = lambda: None
     ignored = nn.Module()
-    for name, parameter in model.named_parameters(recurse=False):
-        ignored.register_parameter(name, parameter)
+    for name, parameter in model.named_parameters():
+        if "." in name and not name.startswith("loss_terms."):
+            continue
+        ignored.register_parameter(name.replace(".", "_"), parameter)
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
     return ignored
