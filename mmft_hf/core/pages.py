@@ -38,7 +38,10 @@ def render_card(template: Path, **values: object) -> str:
     Raises:
         jinja2.UndefinedError: the template uses a name that `values` lacks.
     """
-    filters = {"code": lambda text: Markup(code(text)), "fenced": lambda text: Markup(fenced(text))}
+    filters = {
+        "code": lambda text: Markup(code(text)),
+        "fenced": lambda text, language="text": Markup(fenced(text, language)),
+    }
     return _render(template, _markdown, filters, values)
 
 
