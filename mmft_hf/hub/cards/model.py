@@ -35,9 +35,6 @@ from .sources import has_lora, images_of, model_authors, short
 from .use import snippets
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md.j2"
-ALL_ROWS, WEAKEST = 30, 15  # a longer table of classes is folded, and only the weakest are shown
-FEW = 30  # with fewer test images, the accuracy of a class says little
-CLASS_MARK = "[class name]"  # stands for the class name in the prompts of `captions.json`
 
 
 def versions() -> dict[str, str]:
@@ -68,60 +65,31 @@ def model_card(
     """
     folder = Path(folder)
     record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN_FILE, RESULTS_FILE))
-    names, identity, sources = record["class_names"], record["identity"], record["sources"]
-    base, data, captions = sources["base_model"], sources["dataset"], sources["captions"]
-    images, counts = images_of(data), sources["train_images_per_class"]
+    base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
+    images, names = images_of(data), record["class_names"]
     parts = parts or ("both" if has_lora(record) and (folder / ADAPTER_FOLDER).is_dir() else "merged")
     title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(images)}"
     license_fields = {"license": license} if license else _license_of(base)
-    classes = _per_class(folder / PREDICTIONS_FILE, names, counts)
-    tested = sorted(
-        (row for row in classes if row["images"]), key=lambda row: (row["right"] / row["images"], row["number"])
-    )
-    few = [row["images"] for row in tested if row["images"] < FEW]
+    classes = _per_class(folder / PREDICTIONS_FILE, names, record["sources"]["train_images_per_class"])
+    tested = [row for row in classes if row["images"]]
     shown = [*names] if len(names) <= 10 else [*names[:8], f"{len(names) - 8} more"]
-    prompts = captions["prompts"] if captions else {}
     licensed = next((source for source in (images, data) if _licenses(source)), images)
-
-    def interval(name: str) -> str:
-        return f"{100 * results[f'{name}_ci_low']:.1f} to {100 * results[f'{name}_ci_high']:.1f}"
-
     return render_card(
         TEMPLATE,
         front=Markup(front_matter(_metadata(record, results, title, parts, license_fields))),
         title=title,
         record=record,
         results=results,
-        identity=identity,
-        sources=sources,
-        base=base,
-        dataset=data,
         images=images,
-        captions=captions,
-        splits=sources["splits"],
         family=FAMILIES[record.get("model_type", "clip")],
         class_names=Markup(listed(md(name, 60) for name in shown)),
-        interval=interval,
-        gain=100 * (results["test_accuracy"] - results["zero_shot_test_accuracy"]),
         use=Markup(snippets(record, repo_id, parts, inference_code)),
-        classes=tested,
+        classes=sorted(tested, key=lambda row: row["right"] / row["images"]),
         untested=Markup(listed(md(row["label"], 60) for row in classes if not row["images"])),
-        all_rows=ALL_ROWS,
-        weakest=WEAKEST,
-        dataset_details=Markup(", ".join(f"{key} {code(data[key])}" for key in ("config", "revision") if data[key])),
-        per_class=f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}",
-        authors=_authors(captions) if captions else [],
         models=model_authors(captions) if captions else [],
-        told_label=any(CLASS_MARK in text for text in prompts.values()),
-        class_mark=Markup(CLASS_MARK),
         held_out=any(note.startswith("There is no test split") for note in record["notes"]),
-        few=len(few),
-        fewest=min(few, default=0),
-        few_images=FEW,
-        chosen=bool(license),
-        licence=Markup(code(license_fields.get("license_name") or license_fields["license"]))
-        if license_fields
-        else None,
+        license=license,
+        licence=_licenses(license_fields),
         licensed_data=licensed,
         data_licence=_licenses(licensed),
         named=_named,
@@ -229,23 +197,10 @@ def _license_of(base: Mapping) -> dict:
 
 
 def _licenses(source: Mapping) -> Markup | None:
-    """The licences that the card of a dataset states."""
+    """The licences that a card states."""
     found = source.get("license")
     values = [source.get("license_name") or found] if isinstance(found, str) else found
     return Markup(listed(map(code, values))) if values else None
-
-
-def _authors(captions: Mapping) -> list[tuple[str, int]]:
-    """Who wrote the captions, as Markdown, and how many each wrote."""
-    columns = f" ({listed(map(code, captions['columns']))})" if captions["columns"] else ""
-    known = {
-        "columns": f"texts that the dataset already had{columns}, which no model wrote",
-        "template": "class templates",
-        "unknown": "texts whose author is not recorded",
-    }
-    return [
-        (Markup(known.get(name, f"texts written by {code(name)}")), count) for name, count in captions["models"].items()
-    ]
 
 
 def _per_class(path: Path, names: list[str], training_images: list[int]) -> list[dict]:
@@ -266,7 +221,6 @@ def _per_class(path: Path, names: list[str], training_images: list[int]) -> list
         rows.append(
             {
                 "label": name,
-                "number": number,
                 "training_images": training_images[number],
                 "images": images,
                 "right": right,
