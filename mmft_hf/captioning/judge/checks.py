@@ -391,7 +391,24 @@ def duplicate_key(text: str) -> str:
     return hashlib.blake2b(" ".join(words_of(text)).encode(), digest_size=8).hexdigest()
 
 
+class SharedTexts:
+    """Finds texts that several images share. `keys` are theirs (`duplicate_key`)."""
+
+    def __init__(self):
+        self.keys: set[str] = set()
+        self._first: dict[str, str] = {}
+
+    def add(self, image_sha256: str, text: str) -> str:
+        """Adds a text of an image, and returns its key."""
+        key = duplicate_key(text)
+        if self._first.setdefault(key, image_sha256) != image_sha256:
+            self.keys.add(key)
+        return key
+
+
 def duplicates(texts_by_image: Iterable[tuple[str, str]]) -> set[str]:
-    """Keys (`duplicate_key`) of the texts that several images share, from pairs of `image_sha256` and text."""
-    first: dict[str, str] = {}
-    return {key for image, text in texts_by_image if first.setdefault(key := duplicate_key(text), image) != image}
+    """Keys of the texts that several images share, from pairs of `image_sha256` and text."""
+    shared = SharedTexts()
+    for image, text in texts_by_image:
+        shared.add(image, text)
+    return shared.keys

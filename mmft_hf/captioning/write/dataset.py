@@ -21,7 +21,7 @@ from ..ask.cost import Spending
 from ..ask.journal import JournalReader, by_slot
 from ..ask.pictures import sha256
 from ..ask.plan import Keys, Slot, digests
-from ..judge.checks import CaptionChecker, Checked, duplicate_key, duplicates
+from ..judge.checks import CaptionChecker, Checked, SharedTexts, duplicate_key, duplicates
 from ..types import ACCEPTED, OPEN
 
 RECORD = {
@@ -265,7 +265,7 @@ class Results:
 def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset()) -> Results:
     """Reads the results of a plan, slot by slot. Those of `others` count only towards the digest and the spending."""
     columns = {"slot", "reask", "pending", "status", "text", "image_sha256", "error_class", *Spending.COLUMNS}
-    spent, lines, first, repeated, statuses = Spending(), [], {}, set(), Counter()
+    spent, lines, shared, statuses = Spending(), [], SharedTexts(), Counter()
     for slot, rows in by_slot(folder, tuple(columns)):
         if slot not in slots and slot not in others:
             continue
@@ -277,9 +277,7 @@ def results_of(folder: str | Path, slots: set[str], others: set[str] = frozenset
         if slot in slots:
             statuses["not_run" if last["pending"] else last["status"]] += 1
         if last["text"] and last["status"] in ACCEPTED:
-            name = duplicate_key(last["text"])
-            if first.setdefault(name, last["image_sha256"]) != last["image_sha256"]:
-                repeated.add(name)
+            shared.add(last["image_sha256"], last["text"])
     statuses["not_run"] += len(slots) - sum(statuses.values())
     open_ = sum(count for status, count in statuses.items() if status in OPEN)
-    return Results(sha256("\n".join(lines).encode()), frozenset(repeated), open_, +statuses, spent)
+    return Results(sha256("\n".join(lines).encode()), frozenset(shared.keys), open_, +statuses, spent)

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from ...core.console import percent
-from ..judge.checks import CHECKS, DEFAULT_ACTIONS, duplicate_key
+from ..judge.checks import CHECKS, DEFAULT_ACTIONS, SharedTexts
 from ..judge.cleaning import CLEANINGS
 from ..judge.wording import words_of
 from ..types import ACCEPTED, STATUSES
@@ -114,8 +114,7 @@ class CaptionStatistics:
         self._images: set[str] = set()
         self._asked: set[tuple] = set()
         self._texts: Counter = Counter()
-        self._first: dict[str, str] = {}
-        self._shared: set[str] = set()
+        self._shared = SharedTexts()
         self._overlap: dict[tuple[str, str], list] = defaultdict(lambda: [0.0, 0])  # sum and number of Jaccard indices
         row = 0
         for batch in dataset.select_columns(["label", "caption_records", "image_sha256"]).iter(1000):
@@ -146,10 +145,7 @@ class CaptionStatistics:
                 self._statuses[status] += 1
                 texts.add(record["text"])
                 first_text.setdefault(aspect, record["text"])
-                key = duplicate_key(record["text"])
-                self._texts[key] += 1
-                if self._first.setdefault(key, image) != image:
-                    self._shared.add(key)
+                self._texts[self._shared.add(image, record["text"])] += 1
                 kinds = [check for check in NOTABLE if check in checks]
             else:
                 kinds = [_kind_of_failure(record)]
@@ -199,7 +195,7 @@ class CaptionStatistics:
             if self._images_of[label]
         ]
         classes.sort(key=lambda entry: (entry["captions"] / entry["images"], entry["captions"], entry["label"]))
-        sums = self._total
+        sums, shared = self._total, self._shared.keys
         return {
             "images": images,
             "distinct_images": len(self._images),
@@ -213,7 +209,7 @@ class CaptionStatistics:
                 {"aspects": list(pair), "jaccard": round(total / number, 4)}
                 for pair, (total, number) in sorted(self._overlap.items())
             ],
-            "duplicates": {"texts": len(self._shared), "captions": sum(self._texts[key] for key in self._shared)},
+            "duplicates": {"texts": len(shared), "captions": sum(self._texts[key] for key in shared)},
             "classes": {
                 "with_images": len(classes),
                 "without_caption": sum(not entry["captions"] for entry in classes),
