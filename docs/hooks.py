@@ -9,6 +9,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import mmft_hf
+from mmft_hf.benchmark.run import methods
 from mmft_hf.cli import VERBS
 from mmft_hf.commands.parser import STOCK, build_parser, default_text
 
@@ -26,7 +27,7 @@ GROUPS = {
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
-    pages = {"reference/api.md": api_page(), "reference/cli.md": cli_page()}
+    pages = {"reference/api.md": api_page(), "reference/cli.md": cli_page(), "reference/methods.md": methods_page()}
     for page, name in REPOSITORY_FILES.items():
         pages[page] = (ROOT / name).read_text(encoding="utf-8")
     for page, text in pages.items():
@@ -87,6 +88,21 @@ def cli_page() -> str:
                 lines += [f'??? note "{len(actions)} {title}"', "", *(f"    {line}" for line in table), ""]
             else:
                 lines += [f"### {title.capitalize()} {{ #{verb}-{title.replace(' ', '-')} }}", "", *table, ""]
+    return "\n".join(lines)
+
+
+def methods_page() -> str:
+    """Every row of the benchmark's table of methods, by family."""
+    lines = ["# Benchmark methods", "", (methods.__doc__ or "").partition("\n\n")[2], ""]
+    for family, title in methods.FAMILIES.items():
+        lines += [f"## {title}", "", "| method | |", "|---|---|"]
+        lines += [
+            f"| `{m.name}` | {m.about} |" for m in methods.METHODS.values() if m.family == family and m.alpha == 1
+        ]
+        lines.append("")
+    lines.append(
+        "`NAME+wise`, for methods that train weights: halfway between the untuned weights and those of `NAME`."
+    )
     return "\n".join(lines)
 
 
