@@ -6,24 +6,29 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..core.arguments import DataArguments, setting
+from ..core.arguments import DataArguments, Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
-from ..core.files import RUN_FILE
+from ..core.files import RUN_FILE, write_json
+from ..core.repositories import read_beside
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
 class EvaluateArguments:
-    """Which classifier, and where the figures go."""
+    """Which classifier is evaluated, and where its results go."""
 
-    model_name_or_path: str = setting("outputs/mmft", "Folder that finetune left, or its Hub repository.")
+    model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     output_dir: str | None = setting(
         None, "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."
     )
-    per_device_eval_batch_size: int = setting(256, "Images per batch.")
-    dataloader_num_workers: int = setting(0, "Processes that read images.")
+    per_device_eval_batch_size: int = setting(256, "Images per batch.", range=Range(1))
+    dataloader_num_workers: int = setting(0, "Processes that read images.", range=Range())
     on_bad_image: str = setting("fail", "fail: stop at an unreadable image; skip: count it.", choices=("fail", "skip"))
 
 
@@ -31,36 +36,20 @@ ARGUMENTS = (DataArguments, EvaluateArguments)
 
 
 def run(data_args: DataArguments, args: EvaluateArguments) -> None:
-    """Prints accuracy, its interval, the baseline and a table per class."""
-    from ..data.splits import load_splits, load_test_split
+    """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
     from ..model.loading import default_device, load_model
     from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
     from ..predict.heads import ClassPrototypes
 
-    for name, least in (("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}: expected {least} or more, found {getattr(args, name)}.")
+    check_settings(args)
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     classifier = ImageClassifier.from_pretrained(args.model_name_or_path, args.model_revision).to(default_device())
     names = classifier.class_names
-
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
-    dataset = load_test_split(data_args, names)
-    if dataset is None:
-        # As the training cut it, whatever the settings of this call are.
-        again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
-        again["image_root"] = data_args.image_root or again.get("image_root")  # the images may lie elsewhere
-        splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))
-        if splits.fingerprint() != identity.get("dataset_fingerprint"):
-            raise UserError(
-                f"data set {data_args.dataset_name!r}: there is no split named test, and these are not the data that the "
-                "model was trained on, whose held-out test images could be found again. Type --test_split NAME."
-            )
-        dataset = splits.test
-
+    dataset = _test_split(data_args, names, record)
     say(
         f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, {len(names)} classes, "
         f"{classifier.head.about}\n"
@@ -70,20 +59,15 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         workers = args.dataloader_num_workers
         return classify(classifier, dataset, args.per_device_eval_batch_size, args.on_bad_image, workers).report()
 
-    result = score(classifier)
-    base = identity.get("base_model")
-    zero_shot, missing = None, None
-    if base:
+    result, zero_shot, missing = score(classifier), None, None
+    if base := identity.get("base_model"):
         try:
-            untuned, _ = load_model(base, identity.get("base_model_revision"))
+            model, processor = load_model(base, identity.get("base_model_revision"))
+            model.to(default_device())
+            head = ClassPrototypes.from_templates(model, processor, names, identity["class_template"])
+            zero_shot = score(ImageClassifier(model, processor, head))
         except UserError as error:
             missing = error
-        else:
-            processor = classifier.processor
-            head = ClassPrototypes.from_templates(
-                untuned.to(default_device()), processor, names, identity["class_template"]
-            )
-            zero_shot = score(ImageClassifier(untuned, processor, head))
 
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
@@ -98,54 +82,68 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         rows["skipped"] = f"{result['skipped']} images that cannot be read"
     table(rows)
     if missing:
-        say(f"\n  Note: no zero-shot baseline, since the untuned model is gone. {missing}")
+        say(f"\n  Note: no zero-shot baseline, because the untuned model is missing. {missing}")
     say("\nPer class, weakest first")
-    width = max(map(len, names))
-    present = [c for c, row in enumerate(result["per_class"]) if row["images"]]
-    for c in sorted(present, key=lambda c: result["per_class"][c]["accuracy"]):
-        row, confusions = result["per_class"][c], list(result["confusion_matrix"][c])
-        confusions[c] = 0
-        most = max(range(len(names)), key=confusions.__getitem__)
-        taken = f"most often taken for {names[most]} ({confusions[most]})" if confusions[most] else ""
-        say(f"  {row['label']:<{width}}  {row['images']:>5} images  {percent(row['accuracy']):>8}  {taken}".rstrip())
+    tested = [
+        (row, wrong) for row, wrong in zip(result["per_class"], _confusions(result), strict=True) if row["images"]
+    ]
+    for row, wrong in sorted(tested, key=lambda pair: pair[0]["accuracy"]):
+        taken = f"most often taken for {names[wrong[0]]} ({wrong[1]})" if wrong[1] else ""
+        label = f"{row['label']:<{max(map(len, names))}}"
+        say(f"  {label}  {row['images']:>5} images  {percent(row['accuracy']):>8}  {taken}".rstrip())
 
     if args.output_dir:
         folder = Path(args.output_dir)
-        (folder / "report.json").write_text(
-            json.dumps({**result, "zero_shot": zero_shot}, indent=2) + "\n", encoding="utf-8"
-        )
-        _write_csv(
-            folder / "per_class.csv", ["class", "images", "accuracy"], [list(r.values()) for r in result["per_class"]]
-        )
+        write_json(folder / "report.json", {**result, "zero_shot": zero_shot})
         matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
-        _write_csv(folder / "confusion_matrix.csv", ["true class", *names], matrix)
+        for file, header, lines in (
+            ("per_class.csv", ["class", "images", "accuracy"], [list(row.values()) for row in result["per_class"]]),
+            ("confusion_matrix.csv", ["true class", *names], matrix),
+        ):
+            with open(folder / file, "w", newline="", encoding="utf-8") as opened:
+                csv.writer(opened).writerows([header, *lines])
         say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
 
 
-def _record(name: str, revision: str | None) -> dict:
-    """The `mmft.json` of a folder or Hub repository; empty where there is none."""
-    path = Path(name) / RUN_FILE
-    if not Path(name).is_dir():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _confusions(result: dict) -> list[tuple[int, int]]:
+    """For each class the one that it is most often taken for, and how often."""
+    found = []
+    for true, counts in enumerate(result["confusion_matrix"]):
+        wrong = [0 if predicted == true else count for predicted, count in enumerate(counts)]
+        most = max(range(len(wrong)), key=wrong.__getitem__)
+        found.append((most, wrong[most]))
+    return found
 
-        try:
-            path = Path(hf_hub_download(name, RUN_FILE, revision=revision))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            return {}
-    if not path.is_file():
+
+def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> Dataset:
+    """The test split, or the images that the training held out for it."""
+    from ..data.splits import load_splits, load_test_split
+
+    if (dataset := load_test_split(data_args, class_names)) is not None:
+        return dataset
+    # Held out as in the training, whatever the other settings of this call are.
+    again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
+    again["image_root"] = data_args.image_root or again.get("image_root")  # the images may have moved
+    splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))
+    if splits.fingerprint() != record.get("identity", {}).get("dataset_fingerprint"):
+        raise UserError(
+            f"data set {data_args.dataset_name!r}: expected a split named test, or the data that the model was trained on, "
+            "with its held-out test images; found neither. Type --test_split NAME."
+        )
+    return splits.test
+
+
+def _record(name: str, revision: str | None) -> dict:
+    """The `mmft.json` of a folder or Hub repository; empty if there is none."""
+    text = read_beside(name, RUN_FILE, revision, "model")
+    if text is None:
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(text)
         record["identity"]["base_model"]
+        return record
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: expected the record that finetune leaves, found {error!r}. Restore it, or remove it to go "
-            "without the zero-shot baseline."
+            f"{name}, {RUN_FILE}: expected the record that finetune writes, found {error!r}. Restore the file, or remove it "
+            "to evaluate without the zero-shot baseline."
         ) from error
-    return record
-
-
-def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.arguments import setting
+from ..core.arguments import Range, check_settings, setting
 from ..core.errors import PartialResult, UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -16,13 +16,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass
 class PredictArguments:
-    """Which classifier, and how its answers are written."""
+    """Which classifier is used, and how its answers are written."""
 
-    model_name_or_path: str = setting("outputs/mmft", "Folder that finetune left, or its Hub repository.")
+    model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
-    top_k: int = setting(3, "Classes printed for each picture.")
+    top_k: int = setting(3, "Classes printed for each picture.", range=Range(1))
     output_file: str | None = setting(None, "A .csv or .jsonl file for the answers. Default: they are printed.")
-    batch_size: int = setting(64, "Pictures per batch.")
+    batch_size: int = setting(64, "Pictures per batch.", range=Range(1))
 
 
 ARGUMENTS = (PredictArguments,)
@@ -30,7 +30,7 @@ POSITIONAL = ("images", "pictures, or folders of pictures")
 
 
 def run(args: PredictArguments, images: list[str]) -> None:
-    """Prints one line per picture. A picture that cannot be read is named, and the others go on."""
+    """Prints one line per picture. A picture that cannot be read is named and left out."""
     from tqdm.auto import tqdm
 
     from ..data.images import BadImage, read_image
@@ -38,9 +38,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
     from ..predict.classifier import ImageClassifier
 
     files = find_images(images)
-    for name in ("top_k", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: expected 1 or more, found {getattr(args, name)}.")
+    check_settings(args)
     if args.output_file and Path(args.output_file).suffix not in (".csv", ".jsonl"):
         raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
     if args.output_file:
@@ -69,14 +67,14 @@ def run(args: PredictArguments, images: list[str]) -> None:
         _write(Path(args.output_file), answers)
         print(f"{len(answers)} predictions written to {args.output_file}")
     else:
-        for file, top in answers:
-            print(f"{file}: " + ", ".join(f"{found['label']} {found['score']:.1%}" for found in top))
+        for file, best in answers:
+            print(f"{file}: " + ", ".join(f"{one['label']} {one['score']:.1%}" for one in best))
     if bad:
         raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
 
 
 def find_images(arguments: list[str]) -> list[str]:
-    """Files as they are given, and the pictures in folders and below, sorted.
+    """The given files, and the pictures in the given folders and below, sorted.
 
     Raises:
         UserError: nothing given, no such file, or a folder without pictures.
@@ -101,13 +99,10 @@ def find_images(arguments: list[str]) -> list[str]:
 def _write(path: Path, answers: list[tuple[str, list[dict]]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         if path.suffix == ".jsonl":
-            for name, top in answers:
-                file.write(json.dumps({"file": name, "predictions": top}, ensure_ascii=False) + "\n")
+            for name, best in answers:
+                file.write(json.dumps({"file": name, "predictions": best}, ensure_ascii=False) + "\n")
             return
+        classes = len(answers[0][1]) if answers else 0
         writer = csv.writer(file)
-        writer.writerow(
-            ["file", *(f"{what}_{k + 1}" for k in range(len(answers[0][1])) for what in ("label", "score"))]
-            if answers
-            else ["file"]
-        )
-        writer.writerows([name, *(value for found in top for value in found.values())] for name, top in answers)
+        writer.writerow(["file", *(f"{what}_{k + 1}" for k in range(classes) for what in ("label", "score"))])
+        writer.writerows([name, *(value for one in best for value in one.values())] for name, best in answers)

@@ -8,26 +8,30 @@ from pathlib import Path
 from ..core.arguments import setting
 from ..core.console import say
 from ..core.errors import UserError
+from ..core.files import RUN_FILE
 
 POSITIONAL = ("folder", "The --output_dir of mmft-hf finetune, or of mmft-hf caption.")
+MARKERS = {"model": RUN_FILE, "dataset": "captions.json"}  # the file that tells what a folder holds
 
 
 @dataclass
 class PushArguments:
-    """What goes where."""
+    """What is published, and where."""
 
     repo_id: str | None = setting(None, "Name on the Hub: user/name or organisation/name.")
     repo_type: str | None = setting(
         None, "model or dataset. Default: what the folder holds.", choices=("model", "dataset")
     )
     private: bool = setting(False, "Make a new repository private.")
-    revision: str | None = setting(None, "Branch; made if it is missing. Default: main.")
-    create_pr: bool = setting(False, "As a pull request, which leaves the branch as it is.")
+    revision: str | None = setting(None, "Branch; created if it is missing. Default: main.")
+    create_pr: bool = setting(False, "Open a pull request; the branch stays as it is.")
     license: str | None = setting(None, "Licence for the card, e.g. mit or cc-by-4.0.")
-    captions_only: bool = setting(False, "Data set without its images: others join the captions to theirs by content.")
+    captions_only: bool = setting(
+        False, "Publish the captions without the images; others join them to their own images by content."
+    )
     parts: str = setting(
         "merged",
-        "Of a LoRA run: merged (a plain model), adapter (for peft), or both.",
+        "Part of a LoRA run: merged (a plain model), adapter (for peft), or both.",
         choices=("merged", "adapter", "both"),
     )
     with_inference_code: bool = setting(
@@ -49,7 +53,7 @@ def run(args: PushArguments, folders: list[str]) -> None:
     if not args.repo_id:
         raise UserError("--repo_id: expected a name on the Hub, found none. Type --repo_id user/name.")
     folder = Path(folders[0])
-    found = "model" if (folder / "mmft.json").is_file() else "dataset" if (folder / "captions.json").is_file() else None
+    found = next((kind for kind, file in MARKERS.items() if (folder / file).is_file()), None)
     if found is None:
         raise UserError(
             f"{folder}: expected the --output_dir of mmft-hf finetune (with mmft.json) or of mmft-hf caption (with captions.json), "

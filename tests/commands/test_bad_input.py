@@ -721,7 +721,7 @@ def test_evaluate_on_other_data_without_a_test_split(fails, trained, tmp_path):
     data = save_pictures(tmp_path / "data", 5)
     fails(
         ["evaluate", "--model_name_or_path", trained, "--dataset_name", data],
-        "no split named test",
+        "expected a split named test",
         "--test_split NAME",
     )
 
@@ -755,7 +755,7 @@ def moved(trained, tmp_path):
 def test_evaluate_with_a_damaged_record(text, fails, moved, data_folder):
     (moved / "mmft.json").write_text(text)
     command = ["evaluate", "--model_name_or_path", moved, "--dataset_name", data_folder]
-    fails(command, "mmft.json", "expected the record that finetune leaves")
+    fails(command, "mmft.json", "expected the record that finetune writes")
 
 
 def test_evaluate_goes_on_where_the_untuned_model_is_gone(succeeds, moved, data_folder):
