@@ -124,10 +124,7 @@ TABLE = {  # in the order in which `checks` of a caption record lists them
         own_action="trim",
     ),
     "over_token_limit": Check(
-        lambda c: c.over_limit,
-        "trim",
-        "with its class template longer than the text tower reads",
-        own_action="trim",
+        lambda c: c.over_limit, "trim", "with its class template longer than the text tower reads", own_action="trim"
     ),
     "repetition": Check(
         lambda c: has_loop(c.words), "reask", "the text repeats itself", advice="Do not repeat yourself."
