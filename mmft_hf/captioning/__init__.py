@@ -1,6 +1,13 @@
 """Captioning: a labelled image data set in, the same data set with captions out."""
 
 from .ask.captioner import Captioner
-from .workflow import caption_dataset
 
 __all__ = ["Captioner", "caption_dataset"]
+
+
+def __getattr__(name: str):
+    if name == "caption_dataset":  # on first use: `mmft-hf caption --help` needs no `datasets`
+        from .workflow import caption_dataset
+
+        return caption_dataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,8 +28,7 @@ class Outcome:
         latencies_s: seconds that each answered call took.
         cost: US dollars, as far as known.
         seconds: duration of the run.
-        stopped: why it ended early (`fatal`, `quota`, `breaker`, `cost`, `user`, `error`), or None; `why` says it in words,
-            `kind` is the kind of the failure.
+        stopped: why it ended early (`fatal`, `quota`, `breaker`, `cost`, `user`, `error`), or None; `why` says it in words.
     """
 
     calls: int = 0
@@ -43,12 +42,11 @@ class Outcome:
     seconds: float = 0.0
     stopped: str | None = None
     why: str = ""
-    kind: str = ""
 
     def __add__(self, other: Outcome) -> Outcome:
         """The outcome of two runs, one after the other."""
         last = other if other.stopped or not self.stopped else self
-        ends = {"stopped": last.stopped, "why": last.why, "kind": last.kind}
+        ends = {"stopped": last.stopped, "why": last.why}
         names = [f.name for f in fields(self) if f.name not in ends]
         return Outcome(**{name: getattr(self, name) + getattr(other, name) for name in names}, **ends)
 
@@ -90,10 +88,10 @@ class Dispatcher:
     def stopping(self) -> bool:
         return self._stop.is_set()
 
-    def stop(self, stopped: str, why: str, kind: str = "") -> None:
+    def stop(self, stopped: str, why: str) -> None:
         """Ends the run: nothing new is asked, calls in flight are waited for, the rest stays open."""
         if not self.stopping:
-            self.outcome.stopped, self.outcome.why, self.outcome.kind = stopped, why, kind
+            self.outcome.stopped, self.outcome.why = stopped, why
             self._stop.set()
             self._on_stop()
 
@@ -143,7 +141,7 @@ class Dispatcher:
                 raise
             except Fatal as error:
                 self.outcome.failures[error.kind] += 1
-                self.stop("quota" if error.kind == "quota" else "fatal", str(error), error.kind)
+                self.stop("quota" if error.kind == "quota" else "fatal", str(error))
                 raise Stopped from error
             else:
                 seconds = time.monotonic() - began
@@ -221,7 +219,7 @@ class Dispatcher:
                 why = f"the first calls failed: {error}"
                 if error.kind == "connect":
                     why = f"{error}: nothing answers there. Start the server, or type another --base_url."
-                self.stop("fatal", why, error.kind)
+                self.stop("fatal", why)
         elif isinstance(error, Transient) and error.limited:
             self.stop("quota", f"the rate limit does not lift: {error}")
         elif why := self._breaker.why:

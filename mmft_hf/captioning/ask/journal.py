@@ -10,10 +10,10 @@ import heapq
 import os
 import socket
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -289,16 +289,10 @@ class JournalReader:
 
 def file_system(folder: Path) -> str:
     """The type of the file system that holds a folder (`ext4`, `nfs4`, …); `unknown` if the system does not say."""
-    if not sys.platform.startswith("linux"):
-        return "unknown"
-    place, longest, kind = str(folder.resolve()), -1, "unknown"
-    try:
+    place, longest, kind = folder.resolve(), -1, "unknown"
+    with suppress(OSError):  # a file of Linux
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, mount, name, *_ = line.split()
-            mount = mount.replace("\\040", " ")
-            inside = place == mount or place.startswith(mount.rstrip("/") + "/")
-            if inside and len(mount) >= longest:
+            if len(mount) >= longest and place.is_relative_to(mount.replace("\\040", " ")):
                 longest, kind = len(mount), name
-    except OSError:
-        pass
     return kind

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from ...data.images import BadImage, original_bytes
-from .captioner import KEY_VERSION, Captioner
+from .captioner import Captioner
 from .pictures import sha256
 
 
@@ -53,12 +53,8 @@ class Keys:
 
     def __init__(self, captioner: Captioner, identity: Mapping[str, Any]):
         self.captioner = captioner
-        self._same = {
-            "version": KEY_VERSION,
-            "identity": {**identity, "tag": captioner.tag},
-            "pictures": captioner.pictures.spec(),
-            "sampling": captioner.sampling.spec(),
-        }
+        spec = captioner.spec(identity)
+        self._same = {name: spec[name] for name in ("version", "identity", "pictures", "sampling")}
         self._ids = {aspect: captioner.prompts.prompt_id(aspect) for aspect in captioner.prompts.aspects}
         self._prompts: dict[str, tuple[str | None, dict[str, str]]] = {}
 

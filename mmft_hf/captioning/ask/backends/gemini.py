@@ -37,12 +37,9 @@ class GeminiBackend(HTTPBackend):
         }
         if len(request.aspects) > 1:
             generation["responseMimeType"] = "application/json"
-            generation["responseSchema"] = {
-                "type": "OBJECT",
-                "properties": {aspect: {"type": "STRING"} for aspect in request.aspects},
-                "required": list(request.aspects),
-                "propertyOrdering": list(request.aspects),
-            }
+            aspects = {aspect: {"type": "STRING"} for aspect in request.aspects}
+            order = {"required": [*aspects], "propertyOrdering": [*aspects]}
+            generation["responseSchema"] = {"type": "OBJECT", "properties": aspects, **order}
         parts = [{"inlineData": {"mimeType": request.picture.mime, "data": PICTURE}}, {"text": request.prompt}]
         body = {"contents": [{"role": "user", "parts": parts}], "generationConfig": generation}
         return merged(body, self.sampling.options, nested=True)

@@ -42,12 +42,8 @@ class OpenAIBackend(HTTPBackend):
             "seed": request.seed & MAX_SEED,
         }
         if self.official and len(request.aspects) > 1:
-            schema = {
-                "type": "object",
-                "properties": {aspect: {"type": "string"} for aspect in request.aspects},
-                "required": list(request.aspects),
-                "additionalProperties": False,
-            }
+            aspects = {aspect: {"type": "string"} for aspect in request.aspects}
+            schema = {"type": "object", "properties": aspects, "required": [*aspects], "additionalProperties": False}
             schema = {"name": "captions", "strict": True, "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return merged(body, options)
