@@ -1,6 +1,6 @@
 """Multimodal fine-tuning of CLIP with synthetic captions (MMFT), as a Hugging Face Trainer.
 
-Public names are imported when they are first used, so that `mmft-hf --help` imports no torch.
+Public names are imported on first use, so that `mmft-hf --help` does not import torch.
 """
 
 import importlib
@@ -47,8 +47,8 @@ def __dir__():
     return sorted([*globals(), *_PUBLIC])
 
 
-# `import mmft_hf` is all it takes to have transformers.pipeline("mmft-image-classification"). transformers.pipelines
-# imports torch, so it is not imported here: where it is not loaded yet, registration waits until somebody loads it.
+# `import mmft_hf` makes transformers.pipeline("mmft-image-classification") available. transformers.pipelines imports torch,
+# so it is not imported here. If it is not loaded yet, the pipeline is registered as soon as it is.
 _PIPELINES = "transformers.pipelines"
 
 

@@ -6,13 +6,13 @@ Exit codes: 0 done; 2 the user must change something; 3 done in part, and the me
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import re
 import shlex
 import sys
 import traceback
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS
 
 from .benchmark.run.processes import work_alone
 from .core.console import is_main
@@ -29,16 +29,7 @@ VERBS = {
     "env": "print versions and devices, for bug reports",
 }
 # The system refuses to write: no permission, a file in place of a folder or the reverse, a full or read-only disk.
-REFUSED = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-}
+REFUSED = {EACCES, EPERM, EEXIST, ENOTDIR, EISDIR, ENOSPC, EDQUOT, EROFS}
 HELP = (
     "usage: mmft-hf VERB [--config FILE.yaml] [--key value …]\n\n"
     "Multimodal fine-tuning of CLIP with synthetic captions.\n\n"

@@ -1,4 +1,4 @@
-"""Prints versions, devices and the cache's folder, for bug reports."""
+"""Prints versions, devices and the cache folder, for bug reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate
 
 
 def run() -> None:
-    """Prints one `name: value` a line."""
+    """Prints one `name: value` per line."""
     import torch
 
     from ..data.cache import cache_folder, folder_size

@@ -188,18 +188,12 @@ def parse(verb: str, command, argv: list[str]) -> tuple:
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     """Takes `--config FILE` or `--config=FILE` out of the command line."""
-    rest, config = [], None
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            config = next(words, None)
-            if config is None:
-                raise UserError("--config: expected the name of a YAML file after it.")
-        elif word.startswith("--config="):
-            config = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return config, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    found, rest = parser.parse_known_args(argv)
+    if found.config == "":
+        raise UserError("--config: expected the name of a YAML file after it.")
+    return found.config, rest
 
 
 def _read_yaml(path: str, known: set[str]) -> list[str]:

@@ -23,10 +23,16 @@ class Range(NamedTuple):
         return above and (value < self.high if "high" in self.open else value <= self.high)
 
     def __str__(self) -> str:
+        if {"low", "high"} <= set(self.open):
+            return f"between {self.low} and {self.high}"
         low = f"above {self.low}" if "low" in self.open else f"{self.low}"
         if self.high == math.inf:
             return low if "low" in self.open else f"{low} or more"
         return f"{low} to below {self.high}" if "high" in self.open else f"{low} to {self.high}"
+
+
+LORA_RANGES = {"lora_rank": Range(1), "lora_alpha": Range(1), "lora_dropout": Range(0, 1, open=("high",))}
+SHARE = Range(0, 1, open=("low", "high"))
 
 
 class _Metadata(dict):
@@ -74,12 +80,9 @@ def choice(name: str, value: str, known) -> None:
 
 def check_lora(rank: int, alpha: int, dropout: float) -> None:
     """Raises `UserError` if a LoRA setting is outside its range."""
-    if rank < 1:
-        raise UserError(f"--lora_rank: expected 1 or more, found {rank}.")
-    if alpha < 1:
-        raise UserError(f"--lora_alpha: expected 1 or more, found {alpha}.")
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"--lora_dropout: expected a number from 0 to below 1, found {dropout}.")
+    for name, value in {"lora_rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}.items():
+        if value not in LORA_RANGES[name]:
+            raise UserError(f"--{name}: expected {LORA_RANGES[name]}, found {value}.")
 
 
 @dataclass
@@ -113,10 +116,10 @@ class ModelArguments:
     def __post_init__(self):
         check_lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
         if self.lora is None:
-            for setting in fields(self):
-                if setting.name.startswith("lora_") and getattr(self, setting.name) != setting.default:
+            for field in fields(self):
+                if field.name.startswith("lora_") and getattr(self, field.name) != field.default:
                     raise UserError(
-                        f"--{setting.name}: expected --vision_tower lora or --text_tower lora beside it, found vision tower "
+                        f"--{field.name}: expected --vision_tower lora or --text_tower lora beside it, found vision tower "
                         f"{self.vision_tower}, text tower {self.text_tower}."
                     )
 
@@ -157,8 +160,10 @@ class DataArguments:
         "Split that is read once, after selection. Default: test; without one, part of the training split is held "
         "out (--test_size).",
     )
-    validation_size: float = setting(0.1, "Share of each class to hold out if there is no validation split.")
-    test_size: float = setting(0.2, "Share of each class to hold out if there is no test split.")
+    validation_size: float = setting(
+        0.1, "Share of each class to hold out if there is no validation split.", range=SHARE
+    )
+    test_size: float = setting(0.2, "Share of each class to hold out if there is no test split.", range=SHARE)
     image_column: str = setting("image", "Column with the images or their paths.")
     label_column: str = setting("label", "Column with the class: ClassLabel, text or number.")
     captions_column: str | None = setting(
@@ -172,12 +177,8 @@ class DataArguments:
         "(sha256).",
     )
     class_names: list[str] | None = setting(None, "Class names, if the label column holds plain numbers.")
-    shots: int | None = setting(None, "Number of training images per class. Default: all.")
+    shots: int | None = setting(None, "Number of training images per class. Default: all.", range=Range(1))
     shots_seed: int = setting(0, "Seed for the few-shot subset and for held-out splits.")
 
     def __post_init__(self):
-        for name in ("validation_size", "test_size"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise UserError(f"--{name}: expected a number between 0 and 1, found {getattr(self, name)}.")
-        if self.shots is not None and self.shots < 1:
-            raise UserError(f"--shots: expected 1 or more images per class, found {self.shots}. Leave it out for all.")
+        check_settings(self)

@@ -1,4 +1,4 @@
-"""The model and the data set that come with the package."""
+"""The model and the dataset that come with the package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def builtin(name: str) -> str:
-    """The folder of `builtin/...` inside this package; any other name as it is.
+    """Resolves `builtin/...` to a folder of this package. Any other name is returned as it is.
 
     Raises:
-        UserError: there is no such embedded model or data set.
+        UserError: there is no such embedded model or dataset.
     """
     if not name.startswith("builtin/"):
         return name

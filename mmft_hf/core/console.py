@@ -1,4 +1,4 @@
-"""Printing for people: from the main process alone, in two columns."""
+"""Printing for people, from the main process only."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 
 def is_main() -> bool:
-    """Whether this is the process that speaks, under any launcher."""
+    """Whether this is the main process, under any launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:
-    """Prints one text, in the main process."""
+    """Prints a text in the main process."""
     if is_main():
         print(text, flush=True)
 
 
 def table(rows: dict[str, object]) -> None:
-    """Prints `name  value` lines, the names aligned."""
+    """Prints `name  value` lines in two aligned columns."""
     width = max(len(name) for name in rows)
     for name, value in rows.items():
         say(f"  {name:<{width}}  {value}")
@@ -41,5 +41,5 @@ def some(names: Sequence, most: int = 8) -> str:
 
 
 def printable_text(text: str) -> str:
-    """Text from elsewhere without control characters, which could command a terminal."""
+    """Replaces control characters, which could send commands to a terminal, by spaces."""
     return "".join(character if character.isprintable() else " " for character in text)

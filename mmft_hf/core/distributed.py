@@ -1,4 +1,4 @@
-"""Rows and sums over processes, exact in value and in gradient; without several processes, nothing is done.
+"""Gathers rows and sums values over processes, exactly in value and gradient. With one process, nothing is done.
 
 `W` processes hold `B_0 .. B_{W-1}` rows; `N` is their sum.
 """
@@ -11,24 +11,24 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of processes, 1 where torch.distributed is not in use."""
+    """The number of processes; 1 if torch.distributed is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Which of the processes this is, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def communication_device() -> torch.device:
-    """Where tensors must lie to be sent: gloo sends from the CPU, every other backend from its accelerator."""
+    """The device that tensors are sent from: the CPU for gloo, the accelerator for every other backend."""
     if "gloo" in dist.get_backend() or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator()
 
 
 def _row_counts(rows: Tensor) -> list[int]:
-    """`[B_0 .. B_{W-1}]`. Waits for the other processes, and for the accelerator."""
+    """`[B_0 .. B_{W-1}]`. Waits for the other processes and for the accelerator."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
@@ -36,7 +36,7 @@ def _row_counts(rows: Tensor) -> list[int]:
 
 
 def _all_gather(rows: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The rows of each process. They are padded to the longest on the way: collectives need equal shapes."""
+    """The rows of each process. For the transfer they are padded to the longest, because collectives need equal shapes."""
     longest = max(sizes)
     padded = rows.contiguous()
     if len(rows) < longest:
@@ -47,10 +47,10 @@ def _all_gather(rows: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 class _Gather(torch.autograd.Function):
-    """Gather whose backward sums the gradients of all processes before it takes this process' rows.
+    """A gather whose backward sums the gradients of all processes and then takes the rows of this process.
 
-    Every process computes the same loss from the gathered rows, so the sum is W times the gradient of that loss, and
-    the mean over processes that DDP and FSDP take afterwards divides by W again: exact, whatever W is.
+    Every process computes the same loss from the gathered rows, so the sum is W times the gradient of that loss. DDP and
+    FSDP then take the mean over processes, which divides by W again. The result is exact for any W.
     """
 
     @staticmethod
@@ -60,18 +60,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it is not ours to write to
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd owns the original
         dist.all_reduce(grad)
         start = sum(ctx.sizes[: dist.get_rank()])
         return grad[start : start + ctx.sizes[dist.get_rank()]], None
 
 
 def gather(rows: Tensor, equal: bool = False) -> Tensor:
-    """Rows `(B, ...)` of every process as `(N, ...)`, in rank order and with gradient; the input for one process.
+    """Gathers the rows `(B, ...)` of every process as `(N, ...)`, in rank order and with gradient.
 
     Args:
-        equal: every process is known to have as many rows. Otherwise they tell each other first, for which a GPU has to
-            be waited for.
+        equal: all processes have the same number of rows. Otherwise they exchange the numbers first, which waits for the
+            accelerator.
     """
     if world_size() == 1:
         return rows
@@ -80,12 +80,12 @@ def gather(rows: Tensor, equal: bool = False) -> Tensor:
 
 
 def share_of(n: int) -> range:
-    """The part of `range(n)` that is this process' work: every W-th, so that sorted work is spread evenly."""
+    """The part of `range(n)` that this process works on: every W-th number, so that sorted work is spread evenly."""
     return range(process_index(), n, world_size())
 
 
 def gather_shares(rows: Tensor) -> Tensor:
-    """What each process made of its `share_of(n)`, `(about n / W, ...)`, back in order: `(n, ...)` on the CPU."""
+    """Puts the rows that each process computed for its `share_of(n)` back in order: `(n, ...)` on the CPU."""
     if world_size() == 1:
         return rows.cpu()
     rows = rows.to(communication_device())
@@ -97,7 +97,7 @@ def gather_shares(rows: Tensor) -> Tensor:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of every process' `values`, on the CPU."""
+    """The sum of `values` over all processes, on the CPU."""
     if world_size() == 1:
         return values.cpu()
     total = values.to(communication_device(), copy=True)

@@ -1,18 +1,19 @@
-"""Errors that the user can mend, apart from the defects that we must mend."""
+"""Errors that the user can fix. Any other exception is a bug in this package."""
 
 
 class UserError(ValueError):
-    """Something the user must change: a bad argument, bad data, a missing key. The command line exits with 2.
+    """The user must change something: a bad argument, bad data, a missing key. The command line exits with 2.
 
     The message says what was expected, what was found and what to type.
     """
 
 
 class PartialResult(Exception):
-    """Done in part. The command line exits with 3.
+    """The work is done in part. The command line exits with 3.
 
     Args:
-        again: whether the same command continues; the command line then says so. Otherwise the message names what does.
+        again: whether the same command continues the work. The command line then prints it. Otherwise the message says what
+            to type.
     """
 
     def __init__(self, message: str, again: bool = False):

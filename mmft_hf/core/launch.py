@@ -1,6 +1,6 @@
-"""Several processes: whether they came up as they were asked for, and how the others end when one of them ends.
+"""Starts of several processes are checked, and all processes end with a message when one of them ends.
 
-`accelerate launch`, `torchrun` and a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT look the same from here.
+`accelerate launch`, `torchrun` and a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are treated alike.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch.distributed as dist
 from .distributed import world_size
 from .errors import PartialResult, UserError
 
-# gloo raises plain RuntimeErrors; NCCL and the rendezvous have a class, DistError.
+# gloo raises plain RuntimeErrors. NCCL and the rendezvous raise DistError.
 LOST = re.compile(r"gloo|Connection (reset|closed|refused)|Broken pipe|Timed out waiting|Socket Timeout", re.IGNORECASE)
-# Seconds that the main thread has to end by itself after a SIGTERM, which a blocked collective does not let it do.
+# Seconds in which the main thread may end by itself after a SIGTERM. In a blocked collective it cannot.
 GRACE = 5
 GO_ON = "Start all of them again as before, with --resume_from_checkpoint true"
 
 
 def start(use_cpu: bool, timeout: float) -> None:
-    """Joins the other processes where they run on CPUs, with `--ddp_timeout`, which the stock settings do not pass on there.
+    """Joins the other processes if they run on CPUs, with `--ddp_timeout`, which the stock settings ignore on CPUs.
 
     Args:
-        timeout: seconds until a silent process counts as lost.
+        timeout: seconds after which a silent process counts as lost.
 
     Raises:
-        UserError: the others did not come within that time.
+        UserError: the other processes did not join within that time.
     """
     by_launcher = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if not use_cpu or not by_launcher or not dist.is_available() or dist.is_initialized():
@@ -53,13 +53,13 @@ def start(use_cpu: bool, timeout: float) -> None:
 
 
 def check(world: int) -> None:
-    """Refuses to train alone where several processes were asked for: both launchers let that happen without a word.
+    """Refuses to train alone if several processes were requested. Both launchers let that happen silently.
 
     Args:
-        world: processes that work together.
+        world: the number of processes that work together.
 
     Raises:
-        UserError: with what to type.
+        UserError: what to type instead.
     """
     if world > 1:
         return
@@ -69,7 +69,7 @@ def check(world: int) -> None:
             f"expected {asked} processes that train together, found that each would train alone: there is no accelerator "
             "here. Type --use_cpu true to train on CPUs."
         )
-    # What accelerate's launcher for one process leaves behind when it was told of several.
+    # accelerate's launcher for one process sets these variables if it was asked for several.
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "LOCAL_RANK" not in os.environ:
         raise UserError(
             "accelerate launch was asked for several processes but started one, as it does with --cpu, or without --multi_gpu "
@@ -79,7 +79,7 @@ def check(world: int) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuses an output folder that only some processes can see: checkpoints and results would be in pieces.
+    """Refuses an output folder that only some processes can see, because checkpoints and results would be incomplete.
 
     Raises:
         UserError: in every process.
@@ -108,17 +108,17 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def together(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """Ends this process with a message when another one has ended, has fallen silent, or when the launcher says so.
+    """Ends this process with a message when another process ends or falls silent, or when the launcher sends SIGTERM.
 
-    An operation with the others then fails by itself: at once where the connection breaks, otherwise after `--ddp_timeout`.
-    A process that waits inside such an operation cannot act on the SIGTERM of its launcher; a thread does, after a
-    while.
+    A collective operation fails by itself when another process ends: immediately if the connection breaks, otherwise after
+    `--ddp_timeout`. A process that waits inside such an operation cannot act on SIGTERM; a thread does so after `GRACE`
+    seconds.
 
     Args:
-        last_checkpoint: tells the last complete checkpoint.
+        last_checkpoint: returns the last complete checkpoint.
 
     Raises:
-        PartialResult: with the checkpoint and what to type.
+        PartialResult: names the checkpoint and what to type.
     """
     if world_size() == 1:
         yield
@@ -141,9 +141,9 @@ def together(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
             raise PartialResult(message(what)) from error
         dist.destroy_process_group()
     if rank:
-        # A thread of gloo that still holds a tensor asks for the interpreter's lock while the interpreter ends, and aborts
-        # (pytorch#190489; on a busy machine about one end in thirty). On that the launcher ends process 0 while it still
-        # writes results. The others have nothing left to tidy up.
+        # A gloo thread that still holds a tensor requests the interpreter's lock while the interpreter shuts down, and aborts
+        # (pytorch#190489; about once in thirty exits on a busy machine). The launcher would then stop process 0 while it
+        # still writes results. The other processes have nothing left to clean up.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -151,7 +151,7 @@ def together(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
 
 @contextmanager
 def _on_sigterm(message: Callable[[], str]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
 
@@ -180,6 +180,6 @@ def _on_sigterm(message: Callable[[], str]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what gloo or NCCL said, without the place in their code."""
+    """The first sentence of an error message of gloo or NCCL, without the place in their code."""
     line = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0])
     return re.split(r"\.? This is typically", line)[0].rstrip(".")[:200]

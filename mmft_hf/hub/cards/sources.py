@@ -1,4 +1,4 @@
-"""What a run was made from, for its record and its card: base model, data, captions, licences. Nothing of it is a local path."""
+"""What a run used, for its record and its card: base model, data, captions, licences. Local paths are left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...core.repositories import describe_recorded_dataset, describe_source, rea
 from ...data.splits import Splits, captions_of, labels_of
 
 LONGEST_PROMPT = 4000
-# What other lines of the card say, or what follows from other settings.
+# Settings that other lines of the card state, or that follow from other settings.
 TOLD = set(
     "dataset_name dataset_config_name dataset_revision model_name_or_path model_revision output_dir seed".split()
 )
@@ -25,13 +25,14 @@ TOLD |= set("image_root shots shots_seed accelerator_config greater_is_better".s
 
 
 def run_sources(identity: dict, data_settings: dict, splits: Splits, training: type) -> dict:
-    """Where model and data come from. `training` is the dataclass of the training's settings.
+    """Describes the base model, the data and the settings of a run in values that JSON can hold.
+
+    Args:
+        training: the dataclass of the training settings, for their defaults.
 
     Returns:
-        `base_model` and `dataset`: `name`, `kind` (`hub`, `builtin` or `local`), `revision` and `license` as their own cards
-        state it; `splits`: images of each; `train_images_per_class`; `captions`: what is known of them, or None;
-        `settings`: `{name: [value, default]}` where they differ; `device`: the
-        graphics card, where there is one. JSON-able.
+        `base_model` and `dataset` (see `describe_source`), `splits` (images of each), `train_images_per_class`, `captions`
+        (None without any), `settings` (`{name: [value, default]}` of those that differ) and `device` (the GPU, if any).
     """
     data = describe_source(data_settings["dataset_name"], data_settings["dataset_revision"], "dataset")
     data |= {"config": data_settings["dataset_config_name"], "test_split": data_settings["test_split"]}
@@ -53,15 +54,15 @@ def run_sources(identity: dict, data_settings: dict, splits: Splits, training: t
 
 
 def captioning_cost(dataset_name: str, revision: str | None = None) -> dict | None:
-    """What it took to caption a data set, as `captions.json` beside it says.
+    """What captioning a dataset took, according to its `captions.json`.
 
     Args:
-        dataset_name: what `--dataset_name` names, or `--captions_dataset` where the captions come from there.
+        dataset_name: the value of `--dataset_name`, or of `--captions_dataset` if the captions come from there.
 
     Returns:
-        `captioner` (models, or how the texts came), `calls`, `cost_usd`, `tokens_in`, `tokens_out`, `seconds` (from the first
-        question of each run to its last answer), each None where it is not known: of texts that were there before
-        nothing is, class templates took no call. None: `mmft-hf caption` did not make this data set.
+        `captioner` (the models, or the backend), `calls`, `cost_usd`, `tokens_in`, `tokens_out` and `seconds` (from the first
+        request of each run to its last answer). Unknown values are None, for example for texts that the dataset already
+        had; class templates took no calls. None if `mmft-hf caption` did not write this dataset.
     """
     record = _record(dataset_name, revision)
     made_from, statistics = _part(record, "made_from"), _part(record, "statistics")
@@ -84,7 +85,7 @@ def _part(record: dict, name: str) -> dict:
 
 
 def _record(name: str, revision: str | None) -> dict:
-    """`captions.json` beside a captioned data set; empty where there is none."""
+    """The `captions.json` of a captioned dataset; empty if there is none."""
     text = read_beside(name, "captions.json", revision, "dataset")
     try:
         found = json.loads(text) if text else {}
@@ -94,7 +95,7 @@ def _record(name: str, revision: str | None) -> dict:
 
 
 def _captions(splits: Splits, data_settings: dict, record: dict, made_from: dict) -> dict:
-    """How many training images have captions, and who wrote them with which prompts, as far as the data say it."""
+    """How many training images have captions, and who wrote them with which prompts, as far as the dataset records it."""
     per_image = splits.captions_per_image()
     column = data_settings["captions_column"] or "captions"
     found = {
@@ -115,22 +116,19 @@ def _captions(splits: Splits, data_settings: dict, record: dict, made_from: dict
             if one["status"] in ACCEPTED and (one["text"] or "").strip() in texts:
                 used[public_name(one["model"] or "unknown")] += 1
                 aspects[one["aspect"] or ""] += one["model"] not in ("columns", "template")
-    found["models"], found["aspects"] = (
-        dict(used.most_common()),
-        [a for a, count in aspects.most_common() if a and count],
-    )
+    found["models"] = dict(used.most_common())
+    found["aspects"] = [aspect for aspect, count in aspects.most_common() if aspect and count]
     prompts = record.get("prompt_texts")
     if isinstance(prompts, dict):
         found["prompts"] = {str(aspect): str(text)[:LONGEST_PROMPT] for aspect, text in list(prompts.items())[:20]}
-    captioner = made_from.get("captioner")
-    columns = captioner.get("columns") if isinstance(captioner, dict) else None
+    columns = _part(made_from, "captioner").get("columns")
     if isinstance(columns, list):
         found["columns"] = [str(name) for name in columns]
     return found
 
 
 def _settings(identity: dict, data_settings: dict, training: type) -> dict:
-    """`{name: [value, default]}` of what differs, in the order of the record."""
+    """`{name: [value, default]}` of the settings that differ from their default, in the order of the record."""
     defaults = {}
     for kind in (ModelArguments, DataArguments, training):
         for field in fields(kind):
@@ -138,8 +136,7 @@ def _settings(identity: dict, data_settings: dict, training: type) -> dict:
             defaults[field.name] = json.loads(json.dumps(default, default=str))
     other = {k: v for k, v in identity.get("other_settings", {}).items() if v}
     found = {**identity, **other, **data_settings}
-    # A default of nothing means that the machine decides; that it decided against something is not worth a line.
-    # But a number is one also where it is 0.
+    # If the default is None, the machine decides, and a decision against something is not listed. A number is, even 0.
     decided = {k: v or defaults[k] is not None or type(v) is float for k, v in found.items() if k in defaults}
     differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and decided[k]}
     return {k: [v, defaults[k]] for k, v in differ.items() if k not in TOLD}
