@@ -1,4 +1,4 @@
-"""The grid of methods: what a cell may see, what is kept, and what goes on after a cut or a failure."""
+"""The grid of methods: what a cell may see, what is kept, and how a grid continues after an interruption or a failure."""
 
 import dataclasses
 import itertools
@@ -74,7 +74,7 @@ def test_the_report_is_there_and_is_drawn_again(run, capsys):
     assert capsys.readouterr().out == f"Report: {run / 'report.html'}\n"
 
 
-def test_a_second_run_changes_nothing_and_a_cut_one_goes_on_to_the_same_numbers(
+def test_a_second_run_changes_nothing_and_an_interrupted_one_ends_with_the_same_numbers(
     run, clip_folder, data_folder, tmp_path, capsys
 ):
     before = (run / RESULTS_FILE).read_text()
@@ -122,7 +122,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_what_a_killed_process_was_at_is_taken_over(run, clip_folder, data_folder, tmp_path, capsys):
+def test_the_cells_of_a_killed_process_are_taken_over(run, clip_folder, data_folder, tmp_path, capsys):
     out = tmp_path / "out"
     words = command(clip_folder, data_folder, out, *SMALL)
     other = start(["-c", HANGS_AT_GDA, *words])
@@ -182,7 +182,7 @@ def test_results_of_other_settings_are_not_mixed(run, clip_folder, data_folder, 
     assert "expected results of the same settings, found others" in capsys.readouterr().err
 
 
-def test_what_failed_with_other_data_binds_nothing_and_what_is_done_does(tmp_path):
+def test_failures_with_other_data_are_ignored_and_results_are_not(tmp_path):
     """Pictures that were repaired are other data: all cells that failed at them must not stand in the way."""
     cell, path = Cell("lp", 2, 0), tmp_path / RESULTS_FILE
     row = {"method": "lp", "shots": 2, "seed": 0, "status": "failed", "identity": {"dataset_fingerprint": "0a1b"}}
@@ -216,7 +216,7 @@ def test_data_that_were_moved_are_the_same_data(run, clip_folder, data_folder, t
     assert "13 of 13 cells are done already" in capsys.readouterr().out
 
 
-def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, tmp_path, capsys):
+def test_settings_without_effect_are_refused(clip_folder, data_folder, tmp_path, capsys):
     assert main(command(clip_folder, data_folder, tmp_path / "out", "--vision_tower", "frozen")) == 2
     assert "--vision_tower: expected full, found frozen" in capsys.readouterr().err
     passed_over = [("push_to_hub", ["true"]), ("resume_from_checkpoint", ["checkpoint-3"]), ("shots", [0])]
@@ -231,7 +231,7 @@ def test_what_a_benchmark_would_pass_over_is_refused(clip_folder, data_folder, t
     assert str(tmp_path / "out") in capsys.readouterr().err
 
 
-def test_a_folder_is_told_by_what_a_model_is_read_from(clip_folder, tmp_path):
+def test_the_revision_of_a_folder_covers_the_files_of_the_model(clip_folder, tmp_path):
     def content(**changes):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(clip_folder, folder)
@@ -331,13 +331,13 @@ def test_a_classifier_is_shown_pictures_and_no_answers(clip, tmp_path):
         assert seen.column_names == ["image", "source_row", "label"]
         assert seen.features["label"] == split.features["label"] and seen["source_row"][:] == split["source_row"][:]
         assert seen["image"][:] == split.cast_column("image", Image(decode=False))["image"][:]
-    # Whoever reads these pictures from the cache afterwards has their own labels.
+    # The cache keeps no labels: whoever reads these pictures later gets their own.
     for dataset in (shown[0], data):
         _, labels = image_features(*clip, dataset, folder=tmp_path)
         assert len(list(tmp_path.iterdir())) == 1 and labels.tolist() == labels_of(dataset).tolist()
 
 
-def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_goes_on(
+def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_continues(
     clip_folder, data_folder, tmp_path, monkeypatch, capsys
 ):
     def not_numbers(train_x, train_y, test_x, **more):
@@ -435,7 +435,7 @@ def test_the_table_has_means_intervals_and_policies():
     assert "| zs | last | 1 | 50.0 |  |  |" in table and "1 cell failed: mmft, 4 shots, seed 5 (broken)" in table
 
 
-def test_a_line_that_was_cut_is_replaced(tmp_path):
+def test_half_a_line_is_replaced(tmp_path):
     path = tmp_path / "r.jsonl"
     first, second = ({"identity": {}, "method": m, "shots": 1, "seed": 0, "status": "done"} for m in "äb")
     append_row(path, first)

@@ -1,4 +1,4 @@
-"""What is said of the data before the first cell of a benchmark, and `--overwrite_output_dir`."""
+"""Checks and notes before the first cell of a benchmark, and `--overwrite_output_dir`."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_pictures_that_cannot_be_read_cost_no_cell_and_bind_nothing(clip_folder,
     assert json.loads((out / "data.json").read_text())["pictures_read_for"] == ["full shots, seed 0"]
 
 
-def test_of_training_only_pictures_that_are_used_are_looked_at():
+def test_only_training_pictures_that_are_used_are_read():
     splits = some_splits()
     splits.train = splits.train.add_column("source_row", range(24))
     used = make_task(splits, 2, 0)[1]["train"]
@@ -75,7 +75,7 @@ def test_of_training_only_pictures_that_are_used_are_looked_at():
         refuse_unreadable(splits, judged | {"far": far}, [Cell("zs", 0, 0)], False)
 
 
-def test_notes_on_what_is_fewer_than_it_seems():
+def test_notes_on_missing_images():
     splits = some_splits(train=colour_dataset(8).select(range(22)))
     splits.notes = ["There are no captions: training uses the class template alone.", "Held out."]
     test = with_bad_picture(splits.test, 4)
@@ -129,7 +129,9 @@ def test_texts_that_could_be_captions_are_named():
 
 
 # -- --overwrite_output_dir ------------------------------------------------------------------------------------------------
-def test_a_benchmark_is_deleted_with_its_own_files_alone(clip_folder, data_folder, tmp_path, monkeypatch, capsys):
+def test_overwriting_deletes_the_files_of_a_benchmark_and_no_others(
+    clip_folder, data_folder, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
     again = ("--overwrite_output_dir", "true", "--methods", "lp", "--seeds", 0, "--shots")
     assert main(command(clip_folder, data_folder, out, *again, 1)) == 0

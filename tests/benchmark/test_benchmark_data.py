@@ -1,4 +1,4 @@
-"""What a benchmark is run on: splits that are refused, what it says of the data, and the map of the images."""
+"""The data of a benchmark: splits that are refused, `data.json`, and the map of embeddings."""
 
 import base64
 import io
@@ -94,7 +94,7 @@ def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path
         assert right == pytest.approx(row["test_accuracy"] if split == "test" else row["shift_accuracy"][split])
 
 
-def test_files_of_two_splits_are_told_with_their_folders(tmp_path):
+def test_duplicates_are_named_with_their_folders(tmp_path):
     for split in ("train", "validation", "test"):
         for label, (name, colour) in enumerate(COLOURS.items()):
             for i in range(2):  # every class has a 0.png; the same one twice in blue alone
@@ -118,7 +118,7 @@ def test_a_control_at_chance_does_not_set_the_axes():
     assert compared(methods) == ["zs", "lp", "mmft", "mmft-no-captions", "new"]
 
 
-def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):
+def test_unreadable_pictures_have_no_effect_on_training_and_choice(clip_folder, tmp_path):
     train, validation = colour_dataset(4), colour_dataset(3, 1)
     config = MMFTConfig(str(tmp_path), use_cpu=True, on_bad_image="skip")
     context = Context(str(clip_folder), None, config)
@@ -136,7 +136,7 @@ def test_unreadable_pictures_teach_and_choose_nothing(clip_folder, tmp_path):
         assert one[1:] == other[1:]
 
 
-def test_unreadable_test_pictures_count_for_nothing():
+def test_unreadable_test_pictures_are_not_counted():
     data = with_bad_picture(colour_dataset(2), 4)
     sealed = SealedTest({"test": data}, list(COLOURS), skip_bad_images=True)
     scores = np.eye(3)[labels_of(data)]

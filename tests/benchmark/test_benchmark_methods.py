@@ -57,7 +57,7 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
             assert towers == moved & {"vision_model", "text_model"} and found.head is None, name
         trained[name] = weights(found.model)["visual_projection.weight"]
     assert all(torch.equal(value, before[key]) for key, value in weights(context.model).items())
-    # A row of the table that were another row's training under a new name would show here. The captions of these images are
+    # Two rows with the same training under two names would show here. The captions of these images are
     # alike within a class, so shuffling them there changes little, and LoRA leaves the projection as it is.
     different = [
         v
@@ -98,13 +98,13 @@ def test_a_training_is_gone_when_the_next_begins(context, task):
         gc.enable()
 
 
-def test_what_validation_chose_for_a_head_makes_the_policy(context, task):
+def test_a_choice_on_validation_for_a_head_decides_the_policy(context, task):
     found = fit(METHODS["lp-ft"], context, task)  # with one learning rate
     assert found.policy == "val-k" and found.chosen.keys() == {"C"}
     assert fit(METHODS["ce"], context, task).policy == "last"
 
 
-def test_a_benchmark_on_its_way_to_another_w_leaves_those_alone_that_stay(context, task, monkeypatch):
+def test_a_schedule_of_w_does_not_reach_methods_with_a_w_of_their_own(context, task, monkeypatch):
     context.config.supcon_weight_end = 0.7
     seen = []
 
@@ -142,7 +142,7 @@ def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_fold
     assert found.validation_accuracy == pytest.approx(7 / 9) and found.seconds >= 3
 
 
-def test_a_rate_that_diverges_is_out_of_the_choice(clip_folder, task, tmp_path):
+def test_a_learning_rate_that_diverges_is_not_chosen(clip_folder, task, tmp_path):
     config = MMFTConfig(str(tmp_path), max_steps=2, use_cpu=True)
     alone, both, wild = (Context(str(clip_folder), None, config, rates) for rates in ((1e-4,), (1e9, 1e-4), (1e9,)))
     found, expected = (fit(METHODS["mmft"], context, task) for context in (both, alone))
@@ -152,7 +152,7 @@ def test_a_rate_that_diverges_is_out_of_the_choice(clip_folder, task, tmp_path):
         fit(METHODS["mmft"], wild, task)
 
 
-def test_few_images_get_the_least_steps_and_all_images_their_epochs(clip_folder, task, tmp_path):
+def test_few_images_get_min_steps_and_all_images_their_epochs(clip_folder, task, tmp_path):
     config = MMFTConfig(str(tmp_path), num_train_epochs=3, per_device_train_batch_size=6, use_cpu=True)
     context = Context(str(clip_folder), None, config, min_steps=7)
 
@@ -180,7 +180,7 @@ def test_interpolated_weights_are_between_the_two(context, task):
     assert torch.equal(weights(trained.model)["logit_scale"], end["logit_scale"])
 
 
-def test_inference_is_by_the_texts_that_its_name_says(context, task):
+def test_each_method_compares_with_the_texts_of_its_row(context, task):
     names = ("mmft", "mmft-mixed", "mmft-train-captions", "mmft-no-captions", "mmft-test-captions", "flyp", "flyp-ens")
     found = {name: fit(METHODS[name], context, task).head for name in names}
     sources = {name: prototypes.source for name, prototypes in found.items()}
