@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, whether it may be written to, and the files that it ends up with."""
+"""The output folder of a fine-tuning run: which run it belongs to, whether it may be written to, and its final files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..predict.evaluation import Predictions
 from ..version import __version__
 from .config import MMFTConfig
 
-# Settings that every record names. All others that decide and differ from their default are recorded, too.
+# Settings that every record contains. Other settings that decide the result are recorded if they differ from their default.
 DECIDING = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
@@ -37,16 +37,16 @@ DECIDING = (
     "weight_averaging"
 ).split()
 
-# Images of a step are the product of these.
+# Their product is the number of images in a step.
 STEP = ("per_device_train_batch_size", "world_size")
 
 
-class Run:
-    """One run and its folder.
+class RunFolder:
+    """The output folder of one run.
 
     Args:
         path: the output folder.
-        model_args, data_args, config, splits: what the run works with; its identity is made of them.
+        model_args, data_args, config, splits: settings and data of the run, which make up its identity.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Run:
         self.path = Path(path)
         self.splits = splits
         self.config = config
-        # Through JSON, as they will be read back (enums become text).
+        # Through JSON, because that is how they will be read back: enums become text.
         plain = json.loads(json.dumps({**config.to_dict(), "world_size": config.world_size}, default=str))
         self.defaults = default = {field.name: field.default for field in fields(MMFTConfig)}
         self.identity = {
@@ -75,15 +75,15 @@ class Run:
                 k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and config.decides(k)
             },
         }
-        # What `evaluate` needs to find a held-out test split again.
+        # `evaluate` needs these to find a held-out test split again.
         self.data_settings = vars(data_args)
         self.completed = False
 
     def check(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
-        """Whether this run may have the folder; writes nothing. Returns what to resume from.
+        """Checks that this run may use the folder, without writing to it. Returns the checkpoint to resume from.
 
         Raises:
-            UserError: it holds another run, or files that no run of ours left there.
+            UserError: the folder holds another run, or files that no run wrote.
         """
         if isinstance(resume, str) and resume.lower() in ("true", "false"):
             resume = resume.lower() == "true"
@@ -91,26 +91,26 @@ class Run:
         if found is None:
             if self.path.is_dir() and any(not files.is_temporary(entry.name) for entry in self.path.iterdir()):
                 raise UserError(
-                    f"--output_dir {self.path}: expected an empty or new folder, found files that are no run of mmft-hf. "
+                    f"--output_dir {self.path}: expected an empty or new folder, found files that are not a run of mmft-hf. "
                     "Type another --output_dir."
                 )
             return resume
-        # An older make that had no such setting did what its default does.
+        # An older version without a setting did what the setting's default does.
         before = {**self.defaults, **found["identity"]}
         differ = [k for k, v in self.identity.items() if before.get(k) != v]
-        # The order of the images and every draw depend on the images of a step, on however many processes they are.
+        # The order of the images and all random draws depend on the size of a step, not on the number of processes.
         if _step_size(found["identity"]) == _step_size(self.identity):
             differ = [k for k in differ if k not in STEP]
         if resume and differ:
             pairs = [f"{k} was {before.get(k)!r}, now {self.identity[k]!r}" for k in differ]
             raise UserError(
                 f"--resume_from_checkpoint: the run in {self.path} had other settings: {'; '.join(pairs)}. Type the "
-                f"same ones to go on with it, or another --output_dir.{self._other_processes(found['identity'])}"
+                f"same settings to continue it, or another --output_dir.{self._other_processes(found['identity'])}"
             )
         if not resume and not overwrite:
             state = "a finished run" if found["completed"] else "an unfinished run"
-            what = f"of other settings ({', '.join(differ)})" if differ else "of these very settings"
-            go_on = "" if differ else " To go on with it, type --resume_from_checkpoint true."
+            what = f"with other settings ({', '.join(differ)})" if differ else "with the same settings"
+            go_on = "" if differ else " To continue it, type --resume_from_checkpoint true."
             raise UserError(
                 f"--output_dir {self.path}: it holds {state} {what}.{go_on} To keep it, type another --output_dir; "
                 "to delete it, --overwrite_output_dir true."
@@ -119,19 +119,19 @@ class Run:
         return resume
 
     def _other_processes(self, before: dict) -> str:
-        """What to type where the run had another number of processes; nothing else may differ then."""
+        """What to type if only the number of processes differs."""
         even, rest = divmod(_step_size(before), self.identity["world_size"])
         if before.get("world_size") == self.identity["world_size"] or rest or not even:
             return ""
         return (
-            f" With {self.identity['world_size']} in place of {before['world_size']} processes, "
+            f" With {self.identity['world_size']} instead of {before['world_size']} processes, "
             f"--per_device_train_batch_size {even} keeps the steps of {_step_size(before)} images."
         )
 
     def claim(self, resume: str | bool | None) -> None:
-        """Makes the folder this run's own; a run that is to be overwritten is deleted, one that goes on is not."""
+        """Takes the folder for this run. Unless the run is resumed, an earlier run in it is deleted."""
         state = PartialState()
-        state.wait_for_everyone()  # everyone has looked before anyone writes
+        state.wait_for_everyone()  # every process has read the record before one writes it
         check_shared(self.path)
         if is_main():
             if not resume:
@@ -161,10 +161,10 @@ class Run:
         files.write_json(self.path / files.RUN_FILE, content | more)
 
     def _clear(self) -> None:
-        """Deletes what a run leaves, by exact name, and nothing else."""
+        """Deletes the files that a run writes, by their exact names, and nothing else."""
         if not (self.path / files.RUN_FILE).is_file():
             return
-        # The record goes last: a kill in between leaves a folder that is still known as ours.
+        # The record goes last, so that a process killed in between leaves a folder that is still known as a run.
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == files.RUN_FILE):
             if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
                 shutil.rmtree(entry)
@@ -187,20 +187,17 @@ class Run:
 
         Args:
             test, zero_shot_test: `ClassificationReport` of the chosen classifier and of the untuned model.
-            validation, train_metrics: entries that are taken over.
+            validation, train_metrics: further entries.
             state: of the Trainer.
-            zero_shot_won: no epoch was better on validation than the untuned model.
+            zero_shot_won: whether the untuned model was better on validation than every epoch.
         """
         selected = self.config.load_best_model_at_end
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
         best_epoch = 0.0 if zero_shot_won else epochs.get(state.best_global_step) if selected else state.epoch
+        accuracy = ("accuracy", "accuracy_ci_low", "accuracy_ci_high")
         return {
-            "zero_shot_test_accuracy": zero_shot_test["accuracy"],
-            "zero_shot_test_accuracy_ci_low": zero_shot_test["accuracy_ci_low"],
-            "zero_shot_test_accuracy_ci_high": zero_shot_test["accuracy_ci_high"],
-            "test_accuracy": test["accuracy"],
-            "test_accuracy_ci_low": test["accuracy_ci_low"],
-            "test_accuracy_ci_high": test["accuracy_ci_high"],
+            **{f"zero_shot_test_{key}": zero_shot_test[key] for key in accuracy},
+            **{f"test_{key}": test[key] for key in accuracy},
             "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
             **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
             "test_images": test["examples"],
@@ -226,7 +223,7 @@ class Run:
         state: TrainerState,
         adapter: Adapter | None = None,
     ) -> None:
-        """Writes the classifier, its results and its card; `mmft.json` says `completed` when all of it is there.
+        """Writes the classifier, its results and its card. `mmft.json` says `completed` once everything is written.
 
         Args:
             predictions: on the test split.
@@ -262,5 +259,5 @@ class Run:
 
 
 def _step_size(identity: dict) -> int:
-    """Images of a step in all processes."""
+    """Number of images in a step, over all processes."""
     return math.prod(identity.get(name) or 0 for name in STEP)

@@ -37,7 +37,7 @@ from ..predict.heads import ClassPrototypes
 from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
 from .config import MMFTConfig
-from .run_folder import Run
+from .run_folder import RunFolder
 from .trainer import MMFTTrainer
 
 IN_MEMORY = "in-memory data"  # recorded as the name of a data set that was given as an object
@@ -189,7 +189,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
         check_name(name, "model", RUN_FILE, config.hub_token)
         config.hub_model_id = name
     splits = load_splits(data_args, dataset)
-    folder = Run(config.output_dir, model_args, data_args, config, splits)
+    folder = RunFolder(config.output_dir, model_args, data_args, config, splits)
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
         metrics = json.loads((folder.path / RESULTS_FILE).read_text(encoding="utf-8"))

@@ -434,7 +434,10 @@ def test_foreign_folder_is_never_touched(overwrite, fails, finetune, tmp_path):
         (out / name).write_text(name)
     before = content(out)
     fails(
-        finetune("--overwrite_output_dir", overwrite), str(out), "found files that are no run", "another --output_dir"
+        finetune("--overwrite_output_dir", overwrite),
+        str(out),
+        "found files that are not a run",
+        "another --output_dir",
     )
     assert content(out) == before
 

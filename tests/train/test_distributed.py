@@ -148,4 +148,4 @@ def test_two_processes_cut_within_an_epoch_go_on_as_if_they_had_not_been_on_two_
     cut("refused")
     message = finetune("refused", *resume, processes=1, batch=4, fails=True)
     assert "world_size was 2, now 1" in message
-    assert "With 1 in place of 2 processes, --per_device_train_batch_size 8 keeps the steps of 8 images" in message
+    assert "With 1 instead of 2 processes, --per_device_train_batch_size 8 keeps the steps of 8 images" in message

@@ -30,6 +30,8 @@ from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings,
 from ...model.loading import embedding_size, logit_scale
 from .base import Head, read
 
+PLAIN_TEXT = ("source", "template")  # in `prototypes.safetensors`; the other settings there are JSON
+
 
 @dataclass
 class ClassPrototypes(Head):
@@ -198,17 +200,11 @@ class ClassPrototypes(Head):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `head.safetensors`, and `prototypes.safetensors`, which the first edition reads. Returns the first's path."""
         path = super().save_pretrained(folder)
-        metadata = {
-            "class_names": json.dumps(self.class_names),
-            "logit_scale": repr(self.logit_scale),
-            "source": self.source,
-            "template": self.template,
-            "fallback_classes": json.dumps(self.fallback_classes),
-            "template_weight": repr(self.template_weight),
-        }
-        embeddings = self.embeddings.detach().cpu().float().contiguous()
+        settings = {key: value for key, value in vars(self).items() if key != "embeddings"}
+        metadata = {key: value if key in PLAIN_TEXT else json.dumps(value) for key, value in settings.items()}
+        tensors = {"prototypes": self.embeddings.detach().cpu().float().contiguous()}
         with atomic_write(path.with_name(PROTOTYPES_FILE)) as temporary:
-            save_file({"prototypes": embeddings}, temporary, metadata)
+            save_file(tensors, temporary, metadata)
         return path
 
     @classmethod
@@ -217,15 +213,8 @@ class ClassPrototypes(Head):
         if path.name != PROTOTYPES_FILE:
             return super().from_file(path)
         metadata, tensors = read(path)
-        return cls(
-            tensors["prototypes"],
-            json.loads(metadata["class_names"]),
-            float(metadata["logit_scale"]),
-            metadata["source"],
-            metadata["template"],
-            json.loads(metadata["fallback_classes"]),
-            float(metadata.get("template_weight", 0)),  # not in the oldest files
-        )
+        settings = {key: value if key in PLAIN_TEXT else json.loads(value) for key, value in metadata.items()}
+        return cls(tensors["prototypes"], **settings)
 
 
 def _scale(model: CLIPModel) -> float:
