@@ -23,7 +23,7 @@ class Range(NamedTuple):
         return above and (value < self.high if "high" in self.open else value <= self.high)
 
     def __str__(self) -> str:
-        if {"low", "high"} <= set(self.open):
+        if {"low", "high"} <= set(self.open) and self.high < math.inf:
             return f"between {self.low} and {self.high}"
         low = f"above {self.low}" if "low" in self.open else f"{self.low}"
         if self.high == math.inf:
