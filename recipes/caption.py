@@ -1,4 +1,6 @@
-"""`accelerate launch recipes/caption.py …` does what `mmft-hf caption …` does; of several processes, the first one works."""
+"""`accelerate launch recipes/caption.py …` does the same as `mmft-hf caption …`. Several processes share the pictures of
+--captioner transformers; servers are asked by the first process alone.
+"""
 
 import sys
 

@@ -1,12 +1,11 @@
-"""Measures the captioning driver against a local server that answers after 200 ms: captions/s, CPU, memory.
+"""Measures the captioning driver against a local server that answers after 200 ms: captions per second, CPU time, memory.
 
     python recipes/captions/speed.py --images 20000 --noop 100000
 
-The server runs in a process of its own and does not look at the pictures. Three figures come out: captions per second with
-64 requests in flight, as a share of the 320 that 200 ms allow; processor time per caption, of its picture (read, hashed,
-decoded) and of the driver (all else: HTTP client, what the system takes for sending, checks, journal); and the time of a
-second run with nothing to do. Memory is what the process alone occupies (its peak of anonymous memory); the pages of the data
-set that the system keeps in memory beside it are not counted.
+The server runs in a process of its own and does not look at the pictures. The script prints the captions per second with
+64 requests in flight, as a share of the 320 that 200 ms allow; the CPU time per caption, split into the picture (read,
+hash, decode) and the driver (HTTP client, sending, checks, journal); and the time of a second run with nothing to do.
+Memory is the peak of the anonymous memory of the process, without the pages of the data set that the system caches.
 """
 
 import argparse
@@ -22,7 +21,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.pop(0)
+# Python looks for modules in this folder first; processes that are spawned inherit the path.
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
 
 import numpy as np
 from aiohttp import web
@@ -50,7 +50,7 @@ ANSWER = json.dumps(
 
 
 def serve(pipe) -> None:
-    """Answers every request after `LATENCY_S`, counted from when it has arrived whole."""
+    """Answers every request `LATENCY_S` after it has arrived completely."""
 
     async def answer(request: web.Request) -> web.Response:
         async for _ in request.content.iter_any():
@@ -72,7 +72,7 @@ def serve(pipe) -> None:
 
 
 def make_images(folder: Path, count: int, size: int) -> None:
-    """JPEG files of about `size` bytes, all different: one photo-like picture, with a comment of its own after the end."""
+    """Writes distinct JPEG files of about `size` bytes: one photo-like picture, with a different trailer in each file."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize(
         (512, 384), Image.Resampling.BICUBIC
@@ -104,7 +104,7 @@ def dataset_of(folder: Path) -> Dataset:
 
 
 class Timed:
-    """A function, with the processor time that its calls took in whatever thread."""
+    """Wraps a function and sums the CPU time of its calls in all threads."""
 
     def __init__(self, function):
         self.function, self.seconds = function, 0.0
@@ -118,7 +118,7 @@ class Timed:
 
 
 class Memory(threading.Thread):
-    """Peak of this process's anonymous memory, read ten times a second."""
+    """Tracks the peak of the anonymous memory of this process, ten times a second."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -140,9 +140,11 @@ def cpu_s() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000, help="Pictures, one caption each.")
-    parser.add_argument("--bytes", type=int, default=100_000, help="Size of a picture.")
-    parser.add_argument("--noop", type=int, default=100_000, help="Journaled requests of the run with nothing to do.")
+    parser.add_argument("--images", type=int, default=20_000, help="Number of pictures, one caption each.")
+    parser.add_argument("--bytes", type=int, default=100_000, help="Size of a picture in bytes.")
+    parser.add_argument(
+        "--noop", type=int, default=100_000, help="Number of journaled requests in the run with nothing to do."
+    )
     args = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
@@ -172,7 +174,7 @@ def main() -> None:
         per_picture = timed.seconds / args.images
         print(f"captions/s             {rate:.1f} of {possible:.0f} possible: {rate / possible:.1%}")
         print(
-            f"processor per caption  {1000 * cpu / args.images:.2f} ms, {1000 * per_picture:.2f} ms of it for the picture"
+            f"CPU per caption        {1000 * cpu / args.images:.2f} ms, {1000 * per_picture:.2f} ms of it for the picture"
         )
         print(f"driver per caption     {1000 * (cpu / args.images - per_picture):.2f} ms")
         print(f"peak memory            {memory.peak / 1024:.0f} MB, {before:.0f} MB of it before the first picture")
@@ -187,7 +189,7 @@ def anonymous_mb() -> float:
 
 
 def nothing_to_do(work: Path, requests: int) -> None:
-    """A second run over a journal that has everything: plan, results, and no call."""
+    """Times a run over a journal that has everything: plan, results, and no call."""
     images = -(-requests // 3)
     folder = work / "many"
     folder.mkdir()
