@@ -79,7 +79,7 @@ def caption_dataset(
             return add_texts(split, captioner, checker, run_id, progress)
         if run_dir is None:
             raise UserError(
-                "run_dir: expected a folder, where every answer is kept as it comes. Type run_dir='captions'."
+                "run_dir: expected a folder in which answers are kept, found none. Type run_dir='captions'."
             )
         options = (limits, max_cost_usd, prices, run_id)
         with SplitCaptioner(captioner, split, run_dir, checker, *options, progress=progress) as run:
@@ -306,7 +306,7 @@ class CaptionWorkflow:
                 if result.outcome.stopped == "user":
                     raise PartialResult(f"stopped by you; {kept}.", again=True)
                 if result.outcome.stopped == "fatal":
-                    raise UserError(f"{result.outcome.why.rstrip('.')}. {kept}; the same command goes on.")
+                    raise UserError(f"{result.outcome.why.rstrip('.')}. {kept}; the same command continues.")
                 fingerprints[split] = run.fingerprint(results)
                 unchanged = not result.outcome.calls and len(self.splits) == 1 and not self.args.overwrite_output_dir
                 if unchanged and self.folder.is_current(self._all_fingerprints(fingerprints)):

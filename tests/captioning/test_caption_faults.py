@@ -255,7 +255,7 @@ def test_storms_pass(server, tmp_path, rule):
 def test_a_storm_that_does_not_end_ends_the_run(server, command, tmp_path):
     server.server.script = {"rules": [{"do": "rate_limit", "retry_after": 4000, "after_ok": 30}]}
     running = command("--concurrency", "8")
-    assert running.wait() == 3 and "the rate limit does not lift" in running.text
+    assert running.wait() == 3 and "the rate limit persists" in running.text
     assert len(server.requests()) <= 30 + 2 * 8
     server.server.script = {}
     assert command(words=continuing(running.text)).wait() == 0

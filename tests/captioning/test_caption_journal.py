@@ -180,7 +180,7 @@ def test_a_journal_that_cannot_be_ours_is_refused_whole(tmp_path, change):
 # -- locks, damage, full disks ----------------------------------------------------------------------------------------
 def test_one_writer_per_rank(tmp_path):
     with Journal(tmp_path):
-        with pytest.raises(JournalError, match=r"another run at work there \(process"):
+        with pytest.raises(JournalError, match=r"found one at work here \(process"):
             Journal(tmp_path)
         Journal(tmp_path, 1).close()
     Journal(tmp_path).close()

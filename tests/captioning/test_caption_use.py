@@ -89,14 +89,14 @@ def test_a_price_limit_says_what_to_do(asking, say):
     code, text = say("plan", *words, "--max_cost_usd", 0.001)
     assert code == 0 and "; --max_cost_usd 0.001 will stop it" in text
     code, text = say(*words, "--max_cost_usd", 0.001)
-    assert code == 3 and "The next call could pass --max_cost_usd 0.001: type a larger one to go on." in text
+    assert code == 3 and "The next call could exceed --max_cost_usd 0.001: type a larger limit to continue." in text
 
 
 def test_a_budget_that_cuts_most_answers(asking, say):
     words, server = asking
     server.server.script = {"rules": [{"do": "truncated"}]}
     code, text = say(*words)
-    assert code == 3 and "type a larger --max_tokens than 200, and those alone are asked for again" in text
+    assert code == 3 and "type a larger --max_tokens than 200, and only those captions are asked for again" in text
     asked = len(server.requests())
     assert say(*words)[0] == 3 and len(server.requests()) == asked  # the same budget would cut them again
     server.server.script = {}

@@ -174,7 +174,7 @@ class Dispatcher:
             self._landed.clear()  # a call in flight usually costs less than what is set aside for it
             await self._landed.wait()
         if reserved is None and not self.stopping:
-            self.stop("cost", f"the next call could pass --max_cost_usd {self.meter.limit:g}")
+            self.stop("cost", f"the next call could exceed --max_cost_usd {self.meter.limit:g}")
         if self.stopping:
             self._concurrency.release()
             if reserved:
@@ -221,7 +221,7 @@ class Dispatcher:
                     why = f"{error}: nothing answers there. Start the server, or type another --base_url."
                 self.stop("fatal", why)
         elif isinstance(error, Transient) and error.limited:
-            self.stop("quota", f"the rate limit does not lift: {error}")
+            self.stop("quota", f"the rate limit persists: {error}")
         elif why := self._breaker.why:
             self.stop("breaker", f"{why}: {error}")
 

@@ -152,8 +152,8 @@ class Journal:
             owner = path.read_text(errors="replace").strip() or "unknown"
             os.close(handle)
             raise JournalError(
-                f"{self.folder}: expected to be alone, found another run at work there ({owner}). Wait for it or stop "
-                "it, or type another --output_dir."
+                f"{self.folder}: expected no other run, found one at work here ({owner}). Wait for it or stop it, or type "
+                "another --output_dir."
             ) from error
         except OSError:
             os.close(handle)

@@ -49,7 +49,7 @@ def plan(data_args: DataArguments, args: CaptionArguments) -> None:
     workflow = CaptionWorkflow(data_args, args)
     printing.print_heading("Plan for", workflow)
     if not workflow.captioner.asks:
-        say("\nNothing is asked of a model, so there is nothing to pay for. Leave --dry_run out to write the data set.")
+        say("\nNo model is asked, so there is nothing to pay for. Leave --dry_run out to write the data set.")
         return
     left = 0
     for split in workflow.splits:

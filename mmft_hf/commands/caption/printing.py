@@ -102,7 +102,7 @@ def _cost(workflow: CaptionWorkflow, price: Price | None, tokens_in: float, toke
     if workflow.captioner.backend == "transformers":
         return "none but this machine's time"
     if price is None:
-        return f"unknown: {workflow.captioner.model} is in no price table. Type --prices FILE.yaml to name one."
+        return f"unknown: {workflow.captioner.model} is not in the price table. Type --prices FILE.yaml to name one."
     dollars, limit = (tokens_in * price.input + tokens_out * price.output) / 1e6, workflow.args.max_cost_usd
     date = f", prices of {price.date}" if price.date else ""
     over = f"; --max_cost_usd {limit:g} will stop it" if limit is not None and spent + dollars > limit else ""
@@ -150,16 +150,16 @@ def _partial(workflow: CaptionWorkflow, result: CaptionResult) -> PartialResult:
     outcome, statuses, args = result.outcome, result.statuses, workflow.args
     why = f" {outcome.why.rstrip('.')}." if outcome.why else ""
     if outcome.stopped == "cost":
-        why = f" The next call could pass --max_cost_usd {args.max_cost_usd:g}: type a larger one to go on."
+        why = f" The next call could exceed --max_cost_usd {args.max_cost_usd:g}: type a larger limit to continue."
     if statuses["truncated"] + statuses["empty"] > result.missing / 2:
         why += (
             f" Most were truncated by the token budget or empty: type a larger --max_tokens than {args.max_tokens}, "
-            "and those alone are asked for again."
+            "and only those captions are asked for again."
         )
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in outcome.failures.most_common(4))
     return PartialResult(
         f"{result.missing:,} of {sum(statuses.values()):,} captions are missing.{why}"
-        f"{f' Failures: {kinds}.' if kinds else ''} {args.output_dir} has what there is.",
+        f"{f' Failures: {kinds}.' if kinds else ''} {args.output_dir} holds the others.",
         again=outcome.stopped != "cost",
     )
 

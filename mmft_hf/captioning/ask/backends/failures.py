@@ -73,7 +73,7 @@ def failure(server, status: int, headers: Mapping[str, str], text: str) -> CallE
         return Fatal(kind, redact(f"{host}: expected {expected}, found {status}. {advice}{quoted}", secret))
 
     key = f"the key in {api_key_env}" if api_key_env else "a request without a key"
-    line = redact(f"{host} answered {status}: {said.strip() or 'no word of why'}", secret)
+    line = redact(f"{host} answered {status}: {said.strip() or 'no reason given'}", secret)
     if status == 402 or codes & _QUOTA_CODES or _QUOTA_WORDS.search(said) or any("PerDay" in q for q in quotas):
         return fatal("quota", "an account with quota left", "Top it up or wait, then run the same command again.")
     if status == 403 and "flagged_input" in codes:  # a router's moderation rejected this picture; the key is fine
