@@ -159,7 +159,7 @@ def _partial(workflow: CaptionWorkflow, result: CaptionResult) -> PartialResult:
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in outcome.failures.most_common(4))
     return PartialResult(
         f"{result.missing:,} of {sum(statuses.values()):,} captions are missing.{why}"
-        f"{f' Failures: {kinds}.' if kinds else ''} {args.output_dir} holds the others.",
+        f"{f' Failures: {kinds}.' if kinds else ''} {args.output_dir} holds the captions so far.",
         again=outcome.stopped != "cost",
     )
 
