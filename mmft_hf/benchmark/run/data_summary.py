@@ -43,8 +43,14 @@ def load_or_summarize(
         identity: of the results, see `identity`.
 
     Returns:
-        `dataset` and `model` (names), `arguments` (further settings to type for the same data), `made_from`
-        (fingerprints), `pictures_read_for` (the tasks whose pictures were all read), and the keys of `summarize`.
+        `dataset` and `model` (names), `class_names` (C), `labels` by judged split, `groups` likewise (None without a column),
+        `train_images_per_class` (C), `validation_images`, `captions` (None without any, else `images` that have some,
+        `captions`, and the keys of `captioning_cost`), `duplicates` (`splits` and `images`, two each) and
+        `duplicates_count`, `examples` of training images by class number, `arguments` (further settings to type for the
+        same data), `made_from` (fingerprints), `pictures_read_for` (the tasks whose pictures were all read).
+
+    Raises:
+        UserError: a judged split has no column `group_column`.
     """
     made_from = {
         "data": identity["dataset_fingerprint"],
@@ -54,29 +60,28 @@ def load_or_summarize(
     found = read_json(folder / DATA_FILE)
     if isinstance(found, dict) and found.get("made_from") == made_from:
         return found
-    known = ("dataset_name", "shots")
     typed = {
         f.name: value
         for f in fields(DataArguments)
-        if f.name not in known and (value := getattr(data_args, f.name)) != f.default
+        if f.name not in ("dataset_name", "shots") and (value := getattr(data_args, f.name)) != f.default
     }
+    classes = len(splits.class_names)
+    duplicates = find_duplicates({"train": splits.train, "validation": splits.validation, **judged})
     found = {
         "dataset": identity["dataset"],
         "model": identity["base_model"],
-        **summarize(splits, judged, args.group_column),
+        "class_names": list(splits.class_names),
+        "labels": {name: labels_of(dataset).tolist() for name, dataset in judged.items()},
+        "groups": groups_of(judged, args.group_column),
+        "train_images_per_class": np.bincount(labels_of(splits.train), minlength=classes).tolist(),
+        "validation_images": len(splits.validation),
+        "captions": _captions(splits, data_args) if splits.has_captions else None,
+        "duplicates": duplicates[:MOST_DUPLICATES],
+        "duplicates_count": len(duplicates),
+        "examples": examples(splits.train, classes),
         "arguments": typed | ({"allow_fewer": True} if args.allow_fewer else {}),
         "made_from": made_from,
     }
-    if found["captions"]:
-        cost = None
-        if data_args.captions_column in (None, "captions"):  # mmft-hf caption writes no other column
-            source, revision = data_args.dataset_name, data_args.dataset_revision
-            if data_args.captions_dataset:
-                source, revision = data_args.captions_dataset, None
-            cost = captioning_cost(source, revision)
-        found["captions"] |= cost or dict.fromkeys(
-            ("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds")
-        )
     write_summary(folder, found)
     return found
 
@@ -86,35 +91,16 @@ def write_summary(folder: Path, content: dict) -> None:
     write_json(folder / DATA_FILE, content, indent=None, ensure_ascii=False, allow_nan=False)
 
 
-def summarize(splits: Splits, judged: Mapping[str, Dataset], group_column: str | None = None) -> dict:
-    """A description of the data, enough for a report.
-
-    Args:
-        judged: as in `load_or_summarize`.
-        group_column: images with the same value there are not independent, such as several drawings of one concept.
-
-    Returns:
-        `class_names` (C), `labels` by judged split, `groups` likewise (None without a column), `train_images_per_class` (C),
-        `validation_images`, `captions` (None without any: `images` that have some, `captions`), `duplicates` (`splits` and
-        `images`, two each) and `duplicates_count`, `examples` of training images by class number.
-
-    Raises:
-        UserError: a judged split has no such column.
-    """
-    classes = len(splits.class_names)
-    duplicates = find_duplicates({"train": splits.train, "validation": splits.validation, **judged})
-    counts = splits.captions_per_image() if splits.has_captions else None
-    return {
-        "class_names": list(splits.class_names),
-        "labels": {name: labels_of(dataset).tolist() for name, dataset in judged.items()},
-        "groups": groups_of(judged, group_column),
-        "train_images_per_class": np.bincount(labels_of(splits.train), minlength=classes).tolist(),
-        "validation_images": len(splits.validation),
-        "captions": None if counts is None else {"images": int((counts > 0).sum()), "captions": int(counts.sum())},
-        "duplicates": duplicates[:MOST_DUPLICATES],
-        "duplicates_count": len(duplicates),
-        "examples": examples(splits.train, classes),
-    }
+def _captions(splits: Splits, data_args: BenchmarkData) -> dict:
+    """How many training images have captions, how many captions there are, and what they cost, as far as it is known."""
+    counts = splits.captions_per_image()
+    found = {"images": int((counts > 0).sum()), "captions": int(counts.sum())}
+    found |= dict.fromkeys(("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
+    if data_args.captions_column not in (None, "captions"):  # mmft-hf caption writes no other column
+        return found
+    if data_args.captions_dataset:
+        return found | (captioning_cost(data_args.captions_dataset) or {})
+    return found | (captioning_cost(data_args.dataset_name, data_args.dataset_revision) or {})
 
 
 def groups_of(judged: Mapping[str, Dataset], column: str | None) -> dict[str, list[str]] | None:
