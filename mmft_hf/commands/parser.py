@@ -25,7 +25,7 @@ from ..core.errors import UserError, nearest
 
 STOCK = "stock settings of transformers.TrainingArguments"
 WIDTH = 100
-MANY_CHOICES = 60  # characters of a list of choices that no longer fits beside the name of its setting
+MANY_CHOICES = 60  # characters; a longer list of choices goes into the help text
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -1,4 +1,4 @@
-"""Publishes a trained model or a captioned data set on the Hub, in one commit."""
+"""Publishes a trained model or a captioned dataset on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import RUN_FILE
 
-POSITIONAL = ("folder", "The --output_dir of mmft-hf finetune, or of mmft-hf caption.")
+POSITIONAL = ("folder", "the --output_dir of mmft-hf finetune or mmft-hf caption")
 MARKERS = {"model": RUN_FILE, "dataset": "captions.json"}  # the file that tells what a folder holds
 
 

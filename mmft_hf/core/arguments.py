@@ -119,7 +119,7 @@ class ModelArguments:
             for field in fields(self):
                 if field.name.startswith("lora_") and getattr(self, field.name) != field.default:
                     raise UserError(
-                        f"--{field.name}: expected --vision_tower lora or --text_tower lora beside it, found vision tower "
+                        f"--{field.name}: expected --vision_tower lora or --text_tower lora with it, found vision tower "
                         f"{self.vision_tower}, text tower {self.text_tower}."
                     )
 

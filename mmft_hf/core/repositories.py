@@ -1,4 +1,4 @@
-"""What the card of a base model or data set says about it: name, place, revision, licence. Never a local path."""
+"""What the card of a base model or dataset says about it: name, place, revision, licence. Never a local path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def describe_source(name: str, revision: str | None, repo_type: str, offline: bool = False) -> dict:
-    """Describes a base model or data set in values that JSON can hold.
+    """Describes a base model or dataset in values that JSON can hold.
 
     Args:
         name: Hub id, path or `builtin/…`. Of a path only the last part is kept.
@@ -29,7 +29,7 @@ def describe_source(name: str, revision: str | None, repo_type: str, offline: bo
         kind = "local"  # a path that no longer exists, or exists on another machine
     found = {"name": one_line(Path(name).name if kind == "local" else name), "kind": kind, "type": repo_type}
     found["revision"] = revision
-    text = read_beside(name, CARD_FILE, revision, repo_type, offline)
+    text = read_text_file(name, CARD_FILE, revision, repo_type, offline)
     front = read_front_matter(text)[0] if text else {}
     for key in ("license", "license_name", "license_link"):
         value = front.get(key)
@@ -44,7 +44,7 @@ def describe_recorded_dataset(name: str, offline: bool = False) -> dict:
     return describe_source(name if "/" in name else f"./{name}", None, "dataset", offline)
 
 
-def read_beside(name: str, file: str, revision: str | None, repo_type: str, offline: bool = False) -> str | None:
+def read_text_file(name: str, file: str, revision: str | None, repo_type: str, offline: bool = False) -> str | None:
     """Reads a small text file from a folder or repository. Returns None if it does not exist or cannot be reached."""
     try:
         folder = Path(builtin(name))

@@ -77,11 +77,11 @@ def _open_file(name: str, path: Path, image_root: str | None) -> DatasetDict:
         )
     if suffix == ".json" and (splits := read_split_file(name, image_root)):
         return splits
-    files = {"train": path} | _files_beside(path)
+    files = {"train": path} | _other_splits(path)
     return _same_columns({s: load_dataset(FORMATS[suffix], data_files={s: str(f)})[s] for s, f in files.items()})
 
 
-def _files_beside(path: Path) -> dict[str, Path]:
+def _other_splits(path: Path) -> dict[str, Path]:
     """The files of other splits next to a file called `train.csv` or the like, by the name of their split."""
     if path.stem.lower() not in SPLIT_NAMES["train"]:
         return {}
@@ -168,10 +168,10 @@ def what_was_read(name: str, data: DatasetDict) -> list[str]:
     path = Path(builtin(name))
     if path.is_dir() and _is_image_folder(data):
         return _lists_and_metadata(path, data)
-    beside = [file.name for file in _files_beside(path).values()] if path.is_file() else []
-    if beside and path.suffix.lower() in FORMATS:
+    others = [file.name for file in _other_splits(path).values()] if path.is_file() else []
+    if others and path.suffix.lower() in FORMATS:
         return [
-            f"{' and '.join(beside)} next to {path.name} {'are' if len(beside) > 1 else 'is'} read as further splits."
+            f"{' and '.join(others)} next to {path.name} {'are' if len(others) > 1 else 'is'} read as further splits."
         ]
     return []
 

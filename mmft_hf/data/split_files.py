@@ -45,7 +45,7 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
         for i, row in enumerate(rows if isinstance(rows, list) and rows else [rows]):
             if not (isinstance(row, list) and list(map(type, row)) == [str, int, str]):
                 raise UserError(
-                    f"{what} [path, class number, class name] for each picture, found {json.dumps(row)[:80]} (split {split!r}, "
+                    f"{what} [path, class number, class name] for each image, found {json.dumps(row)[:80]} (split {split!r}, "
                     f"row {i})."
                 )
     pairs = sorted({(number, label) for rows in found.values() for _, number, label in rows})
@@ -55,11 +55,11 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
     root = _root(file, found["train"][0][0], image_root)
     paths = Counter(path for rows in found.values() for path, _, _ in rows)
     if twice := [path for path, count in paths.items() if count > 1]:
-        raise UserError(f"{what} each picture once, found {len(twice):,} more often, {twice[0]} for one.")
+        raise UserError(f"{what} each image once, found {len(twice):,} repeated, for example {twice[0]}.")
     if missing := [path for path in paths if not (root / path).is_file()]:
         raise UserError(
-            f"{what} its pictures in {root}, found {len(paths) - len(missing):,} of {len(paths):,}; {missing[0]} is missing, for "
-            "one. Type --image_root FOLDER, or complete the folder."
+            f"{what} its images in {root}, found {len(paths) - len(missing):,} of {len(paths):,}; missing is for example "
+            f"{missing[0]}. Type --image_root FOLDER, or complete the folder."
         )
     position = {number: i for i, (number, _) in enumerate(pairs)}
     features = Features({"image": Value("string"), "label": ClassLabel(names=[label for _, label in pairs])})
@@ -78,14 +78,14 @@ def _root(file: Path, first: str, image_root: str | None) -> Path:
     """The folder that the paths are relative to, as an absolute path."""
     if image_root:
         return Path(image_root).absolute()
-    beside = file.absolute().parent
-    if (beside / first).is_file():
-        return beside
-    holding = [folder for folder in sorted(beside.iterdir()) if (folder / first).is_file()]
+    folder = file.absolute().parent
+    if (folder / first).is_file():
+        return folder
+    holding = [place for place in sorted(folder.iterdir()) if (place / first).is_file()]
     if len(holding) != 1:
         where = " and ".join(folder.name for folder in holding) or "neither there nor in a folder there"
         raise UserError(
-            f"split file {str(file)!r}: expected its first picture, {first}, in {beside} or one folder in it, found it "
-            f"{f'in {where}' if holding else where}. Type --image_root FOLDER, which its paths start from."
+            f"split file {str(file)!r}: expected its first image, {first}, in {folder} or one folder in it, found it "
+            f"{f'in {where}' if holding else where}. Type --image_root FOLDER, which the paths are relative to."
         )
     return holding[0]

@@ -272,7 +272,7 @@ def test_an_edited_card_is_published_as_it_was_edited(run, tmp_path):
         compile(snippet, "card", "exec")
     (folder / "README.md").unlink()
     assert card_for_repository(folder, "a/b") == model_card(folder, "a/b")
-    (folder / "README.md").write_text('# Of an older make\n\n```python\npipeline("x", model=".")\n```\n')
+    (folder / "README.md").write_text('# From an early version\n\n```python\npipeline("x", model=".")\n```\n')
     (folder / "mmft.json").write_text("{}")
     assert 'model="a/b"' in card_for_repository(folder, "a/b")
 

@@ -272,7 +272,7 @@ def test_only_what_changed_is_uploaded(hub, published, alice, captioned):
     sent = sum(r["received"] for r in hub.requests("PUT /cdn/") if r["n"] > before)
     assert sent == sum(len(second[path]) for path in changed if path.endswith((".parquet", ".png")))
 
-    # Shards of a push with more of them, and what somebody put beside them.
+    # Shards of an earlier push that had more of them, and a file that somebody added.
     shards = {f"data/train-0000{i}-of-00002.parquet": first["data/train-00000-of-00001.parquet"] for i in range(2)}
     hub.put("datasets/alice/halves", {**shards, "notes.txt": b"mine"})
     alice.run(HALVES, captioned, "more")

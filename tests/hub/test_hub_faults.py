@@ -353,10 +353,10 @@ def test_names_of_classes_are_text_in_a_card(hub, alice, tmp_path):
     assert "<script" not in card and "](javascript" not in card
 
 
-# -- an upload that is always cut, beside the other tests, since the client's own tries take their time ---------------------
+# -- an upload that is always interrupted: in parallel to the other tests, because the client's own retries take long -------
 @pytest.fixture(scope="module", autouse=True)
 def cutting(run):
-    """The outcome of a push whose uploads are cut, and its Hub."""
+    """The outcome of a push whose uploads are interrupted, and its Hub."""
     with (
         local_hub(tokens=TOKENS, rules=[{"match": UPLOAD, "do": "cut", "from": 2}]) as hub,
         client(hub, CANARY) as alice,

@@ -300,7 +300,7 @@ def test_the_zero_shot_classifier_wins_where_no_epoch_is_better(run, clip_folder
         ("--vision_tower lora --lora_alpha -1", "--lora_alpha: expected 1 or more, found -1"),
         ("--vision_tower lora --lora_dropout 1", "--lora_dropout: expected 0 to below 1, found 1.0"),
         ("--text_tower lora --lora_targets query", "(fc1, fc2, k_proj, out_proj, q_proj, text_projection, v_proj)"),
-        ("--lora_rank 4", "--lora_rank: expected --vision_tower lora or --text_tower lora beside it"),
+        ("--lora_rank 4", "--lora_rank: expected --vision_tower lora or --text_tower lora with it"),
     ],
 )
 def test_wrong_settings(words, message, clip_folder, data_folder, tmp_path, capsys):

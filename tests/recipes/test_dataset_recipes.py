@@ -411,8 +411,10 @@ def test_what_is_wrong_with_a_split_file_is_said(coop, tmp_path):
     file, parts = coop
     first = parts["train"][0]
     wrong = {
-        "expected each picture once, found 1 more often, class_1/0.png": {"test": [first]},
-        r"found 8 of 9; none\.png is missing, for one. Type --image_root": {"val": [["none.png", 0, "Sea or Lake"]]},
+        "expected each image once, found 1 repeated, for example class_1/0.png": {"test": [first]},
+        r"found 8 of 9; missing is for example none\.png\. Type --image_root": {
+            "val": [["none.png", 0, "Sea or Lake"]]
+        },
         r"one name for each class number, found \(0, 'Annual Crop Land'\)": {"val": [["x", 0, "Annual Crop Land"]]},
         r"expected \[path, class number, class name\].*, found \[\"x\", \"0\"": {"val": [["x", "0", "Sea or Lake"]]},
         r"found \[\] \(split 'val', row 0\)": {"val": []},
