@@ -475,6 +475,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow  # tests/test_contributing.py does as much of it in less time
 def test_a_new_method_is_one_row_of_the_table(clip_folder, data_folder, tmp_path):
     out = tmp_path / "out"
     words = ("--methods", "zs", "nearest-mean", "mmft-no-captions", "--shots", 2, "--seeds", 0)

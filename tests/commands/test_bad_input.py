@@ -391,6 +391,7 @@ def test_bad_evaluation_picture_stops_and_is_named(split, fails, finetune, data_
     fails(finetune(data=data), f"{split} image, row 4 cannot be read", "--on_bad_image skip")
 
 
+@pytest.mark.slow
 def test_the_message_is_all_that_a_process_leaves_on_stderr(finetune, data_with):
     data = data_with(train=with_bad_picture(4, colour_dataset(3)))
     command = [sys.executable, "-m", "mmft_hf", *map(str, finetune("--eval_on_start", "false", data=data))]

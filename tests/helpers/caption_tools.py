@@ -159,7 +159,7 @@ def until(condition, seconds: float = 30.0, every: float = 0.005) -> None:
 
 def _serve() -> None:
     import mmft_hf.captioning.ask.backends.openai
-    import mmft_hf.commands.caption.actions  # noqa: F401
+    import mmft_hf.commands.caption.actions
     from mmft_hf.cli import main, quiet_libraries
     from mmft_hf.model.loading import load_tokenizer
 
@@ -170,6 +170,8 @@ def _serve() -> None:
         if "wait" in message:
             print(os.waitstatus_to_exitcode(os.waitpid(message["wait"], 0)[1]), flush=True)
             continue
+        if message["words"][0] == "finetune":
+            import mmft_hf.train.workflow  # noqa: F401 - torch, which captioning does without
         pid = os.fork()
         if pid:
             print(pid, flush=True)

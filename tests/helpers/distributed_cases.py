@@ -1,7 +1,7 @@
 """Losses and trainings that give the same numbers in one process or several.
 
-As a script, under torchrun: `distributed_cases.py FOLDER NAME...` computes the loss of shards of every size in `SIZES`,
-trains the named cases, and saves in the first process what came out.
+As a script, under torchrun: `distributed_cases.py FOLDER NAME...` computes the loss of shards of every size in `SIZES` and
+every term of the last of them, trains the named cases, and saves in the first process what came out.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from term_cases import differences, every_term
 from tiny_clip import build_clip, colour_dataset
 from transformers import TrainerCallback, set_seed
 
@@ -137,6 +138,7 @@ def main(folder: Path, *names: str) -> None:
     os.environ["MMFT_HF_CACHE"] = str(folder / "cache")  # what is encoded is encoded here, by all processes
     world = int(os.environ["WORLD_SIZE"])
     alone = {str(sizes): loss_and_gradients(sizes) for sizes in SIZES[world]}
+    terms_alone = every_term(SIZES[world][-1])
     torch.distributed.init_process_group("gloo")
     rank, losses = torch.distributed.get_rank(), {}
     for sizes in SIZES[world]:
@@ -150,8 +152,10 @@ def main(folder: Path, *names: str) -> None:
             "gradient": max((a - b).abs().max().item() for a, b in zip(gradients, expected, strict=True)),
             "largest gradient": max(g.abs().max().item() for g in expected),
         }
+    terms = differences(every_term(SIZES[world][-1], rank), terms_alone)
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
+        (folder / "terms.json").write_text(json.dumps(terms))
     for name in names:
         tensors, numbers = run(name, folder)
         if rank == 0:

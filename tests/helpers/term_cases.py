@@ -1,12 +1,4 @@
-"""Every loss term on the same rows, in one process or several: run by tests/train/test_terms.py.
-
-As a script, under torchrun: `term_cases.py ROWS_OF_EACH_PROCESS` prints how far the loss and its gradient are from those of
-one process, for every term.
-"""
-
-import json
-import os
-import sys
+"""Every loss term on the same rows, in one process or several."""
 
 import torch
 import torch.distributed as dist
@@ -56,33 +48,29 @@ class Rows:
         return found, {name: g for name, g in zip(every, gradients, strict=True) if g is not None}
 
 
-def main(sizes: list[int]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    assert world == len(sizes)
-    rows, start = Rows(sum(sizes)), sum(sizes[:rank])
-    found = {}
+def every_term(sizes: list[int], rank: int | None = None) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
+    """What every term returns, and its gradients: of all rows, or of the shard of a process, averaged as DDP does."""
+    rows, found = Rows(sum(sizes)), {}
+    part = slice(0, sum(sizes)) if rank is None else slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for name in TERMS:
-        values, gradients = rows.step(term_of(name, 4), slice(start, start + sizes[rank]))
-        for gradient in gradients.values():  # what DDP does
-            dist.all_reduce(gradient)
-            gradient /= world
+        values, gradients = rows.step(term_of(name, 4), part)
+        if rank is not None:
+            for gradient in gradients.values():
+                dist.all_reduce(gradient)
+                gradient /= len(sizes)
         found[name] = values, gradients
-    dist.destroy_process_group()
+    return found
+
+
+def differences(found: dict, expected: dict) -> dict[str, dict[str, float]]:
+    """How far the values and gradients of every term are apart, and the largest gradient."""
     result = {}
     for name, (values, gradients) in found.items():
-        expected, of_one = rows.step(term_of(name, 4), slice(0, sum(sizes)))
-        assert gradients.keys() == of_one.keys() and values.keys() == expected.keys()
+        values_of_one, of_one = expected[name]
+        assert gradients.keys() == of_one.keys() and values.keys() == values_of_one.keys()
         result[name] = {
-            "values": max(abs((values[key] - expected[key]).item()) for key in expected),
+            "values": max(abs((values[key] - values_of_one[key]).item()) for key in values),
             "gradients": max((gradients[key] - of_one[key]).abs().max().item() for key in of_one),
             "largest": max(g.abs().max().item() for g in of_one.values()),
         }
-    if rank == 0:
-        print(json.dumps(result), flush=True)
-    os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/core/launch.py
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    return result

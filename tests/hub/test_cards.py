@@ -166,6 +166,7 @@ def test_snippets_of_the_model_card_run_and_agree(run, monkeypatch):
     assert model(**inputs).image_embeds.shape == (1, 32)
 
 
+@pytest.mark.slow
 def test_published_snippets_run_from_a_cache_alone(run, tmp_path):
     card = card_for_repository(run, "someone/colours")
     assert (

@@ -61,21 +61,20 @@ def picture(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(hub, published, tmp_path_factory):
-    """Folders of a full and of a LoRA run on what the Hub has, pushed as alice/full and alice/lora; and the child."""
+def runs(hub, alice, published, tmp_path_factory):
+    """Folders of a full and of a LoRA run on what the Hub has, pushed as alice/full and alice/lora."""
     folder = tmp_path_factory.mktemp("runs")
-    with client(hub, "hf_alice", "training") as child:
-        out = child.run(
-            "import datasets\n"
-            "data = datasets.load_dataset('alice/captions', split='train')\n"
-            "out.update(rows=len(data), columns=data.column_names, names=data.features['label'].names, row=data[0]['captions'])"
-        )
-        assert (out["rows"], out["names"]) == (24, sorted(COLOURS)) and out["row"]
-        assert {"image", "label", "captions", "caption_records", "image_sha256"} <= set(out["columns"])
-        for name, towers in (("full", ()), ("lora", LORA)):
-            code, said = child.mmft("finetune", *from_hub(name, folder), *towers)
-            assert code == 0 and f"{hub.url}/alice/{name}/commit/" in said, said
-        yield folder, child
+    out = alice.run(
+        "import datasets\n"
+        "data = datasets.load_dataset('alice/captions', split='train')\n"
+        "out.update(rows=len(data), columns=data.column_names, names=data.features['label'].names, row=data[0]['captions'])"
+    )
+    assert (out["rows"], out["names"]) == (24, sorted(COLOURS)) and out["row"]
+    assert {"image", "label", "captions", "caption_records", "image_sha256"} <= set(out["columns"])
+    for name, towers in (("full", ()), ("lora", LORA)):
+        code, said = alice.mmft("finetune", *from_hub(name, folder), *towers)
+        assert code == 0 and f"{hub.url}/alice/{name}/commit/" in said, said
+    return folder
 
 
 def from_hub(name: str, folder: Path) -> list[str]:
@@ -96,11 +95,11 @@ def predictions(folder: Path, picture: Path) -> list[dict]:
     return transformers.pipeline("mmft-image-classification", model=str(folder))(str(picture))
 
 
-def test_from_the_hub_to_a_prediction(hub, runs, picture):
+def test_from_the_hub_to_a_prediction(hub, alice, runs, picture):
     """With an empty cache: our pipeline, stock transformers, the adapter with peft; the token is in none of it."""
-    folder, child = runs
+    folder = runs
     for parts in ("adapter", "both"):
-        code, said = child.mmft("push", folder / "lora", "--repo_id", f"alice/lora-{parts}", "--parts", parts)
+        code, said = alice.mmft("push", folder / "lora", "--repo_id", f"alice/lora-{parts}", "--parts", parts)
         assert code == 0, said
     code = """
 import transformers, mmft_hf, torch
@@ -356,14 +355,14 @@ for token in ("hf_alice", "hf_bob", False):
     "strategy",
     ["end", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every_save", "checkpoint", "all_checkpoints"))],
 )
-def test_what_training_publishes(hub, runs, strategy):
+def test_what_training_publishes(hub, alice, runs, strategy):
     """A plain model at any time, checkpoints in folders of their own, and the token nowhere."""
-    folder, child = runs
+    folder = runs
     name, said = strategy.replace("_", "-"), ""
     more = ["--hub_strategy", strategy, "--hub_always_push", "true", "--hub_token", "hf_alice"]
     more += ["--num_train_epochs", "2"]
     hub.rules = [{"match": f"PUT /cdn/models/alice/{name}/", "do": "slow", "ms": 200}]
-    code, said = child.mmft("finetune", *from_hub(name, folder), *more, token=None)
+    code, said = alice.mmft("finetune", *from_hub(name, folder), *more, token=None)
     assert code == 0, said
     titles = [commit.title for commit in hub.commits(f"alice/{name}")]
     assert titles[0] == "Model, prototypes, results and card"
@@ -386,7 +385,7 @@ def test_what_training_publishes(hub, runs, strategy):
     assert not [path for path in top if path.endswith((".bin", ".pt", ".pth", ".pkl"))]
     for path in top & {"model.safetensors", "head.safetensors", "prototypes.safetensors"}:
         assert files[path] == (folder / name / path).read_bytes()
-    kept = [p for root in (folder / name, hub.folder / "training") for p in root.rglob("*") if p.is_file()]
+    kept = [p for root in (folder / name, hub.folder / "alice") for p in root.rglob("*") if p.is_file()]
     for data in (*files.values(), said.encode(), *(p.read_bytes() for p in kept)):
         assert b"hf_alice" not in data
     public = [path for path in files if path.endswith((".json", ".md"))]

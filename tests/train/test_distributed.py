@@ -10,6 +10,8 @@ import pytest
 from distributed_cases import CASES, FAST, SIZES, run
 from safetensors.torch import load_file
 
+from mmft_hf.train.terms import TERMS
+
 SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_cases.py"
 SLOW = [name for name in CASES if name not in FAST]
 
@@ -50,6 +52,19 @@ def test_loss_and_gradients_equal_one_process(several, processes, sizes):
     assert found["largest gradient"] > 1e-3
     assert found["loss"] < 1e-12
     assert found["gradient"] < 1e-12
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [pytest.param(TWO, name, id=f"2-{name}") for name in TERMS]
+    + [pytest.param(THREE, name, marks=pytest.mark.slow, id=f"3-{name}") for name in TERMS],
+)
+def test_every_term_on_several_processes_equals_one(several, processes, name):
+    """With an unlike number of rows in each process."""
+    found = json.loads((several(*processes) / "terms.json").read_text())[name]
+    assert found["largest"] > 1e-3
+    assert found["values"] < 1e-12 and found["gradients"] < 1e-12
 
 
 def difference(some: dict, others: dict) -> float:

@@ -1,9 +1,7 @@
 """What a step, an epoch and a start do not do."""
 
 import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -12,7 +10,9 @@ from training import make_trainer
 from transformers import TrainerCallback
 
 from mmft_hf import MMFTConfig, MMFTTrainer, set_towers
+from mmft_hf.core.arguments import DataArguments
 from mmft_hf.core.errors import UserError
+from mmft_hf.data.splits import load_splits
 
 
 class EveryEpoch(TrainerCallback):
@@ -113,33 +113,29 @@ def test_a_loss_that_was_not_looked_at_is_looked_at_before_a_checkpoint(clip, tm
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_start_up_opens_no_image_file(clip_folder, tmp_path):
+def test_start_up_opens_no_image_file(clip, tmp_path):
     for i, (image, label) in enumerate(colour_images(4)):
         folder = tmp_path / "data" / ("train" if i < 8 else "test") / f"class {label}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{i}.png")
-    code = f"""
-        import sys
-        opened = []
-        sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-        from mmft_hf import MMFTConfig, MMFTTrainer, load_model
-        from mmft_hf.core.arguments import DataArguments
-        from mmft_hf.data.splits import load_splits
+    opened, watched = [], [True]
 
-        splits = load_splits(DataArguments(dataset_name={str(tmp_path / "data")!r}))
-        model, processor = load_model({str(clip_folder)!r})
-        args = MMFTConfig({str(tmp_path / "out")!r}, use_cpu=True, per_device_train_batch_size=4)
-        trainer = MMFTTrainer(model, args, splits.train, splits.validation, processor)
-        loader = trainer.get_train_dataloader()
-        before = sum(name.endswith(".png") for name in opened)
-        next(iter(loader))
-        print(before, sum(name.endswith(".png") for name in opened))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split()[-2:])
-    assert before == 0
-    assert after >= 4  # the hook does see them
+    def hook(event, args):  # stays until the process ends
+        if watched and event == "open":
+            opened.append(str(args[0]))
+
+    def pictures() -> int:
+        return sum(name.endswith(".png") for name in opened)
+
+    sys.addaudithook(hook)
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path / "data")))
+    args = MMFTConfig(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=4)
+    trainer = MMFTTrainer(clip[0], args, splits.train, splits.validation, clip[1])
+    loader = trainer.get_train_dataloader()
+    assert pictures() == 0
+    next(iter(loader))
+    watched.clear()
+    assert pictures() >= 4  # the hook does see them
 
 
 def test_defaults_of_speed_on_a_cpu(monkeypatch):
