@@ -127,7 +127,7 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
     splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))
     if splits.fingerprint() != record.get("identity", {}).get("dataset_fingerprint"):
         raise UserError(
-            f"data set {data_args.dataset_name!r}: expected a split named test, or the data that the model was trained on, "
+            f"dataset {data_args.dataset_name!r}: expected a split named test, or the data that the model was trained on, "
             "with its held-out test images; found neither. Type --test_split NAME."
         )
     return splits.test

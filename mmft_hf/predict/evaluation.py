@@ -1,4 +1,4 @@
-"""Classifying a whole split, once, outside of training."""
+"""Classifying a whole split outside of training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def classify(
     progress: bool = True,
     shard: bool = False,
 ) -> Predictions:
-    """Classifies every image of a data set.
+    """Classifies every image of a dataset.
 
     Args:
         dataset: with columns `image` and `label`; its labels have the order of the classifier's classes.

@@ -1,4 +1,4 @@
-"""Accuracy and its kin as an `evaluate.Metric` that needs no network. Shapes: `n` examples, `C` classes."""
+"""Accuracy and related figures as an `evaluate.Metric` that needs no network. Shapes: `n` examples, `C` classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share of `correct` in `total` independent trials; (0, 1) for none.
+    """95 % interval of the share of `correct` trials among `total` independent ones; (0, 1) without trials.
 
     References: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -34,15 +34,15 @@ class ClassificationReport(evaluate.Metric):
     Args:
         predictions (`n` integers): predicted classes.
         references (`n` integers): true classes.
-        class_names (`C` texts, *optional*): fixes the number of classes and names the rows of `per_class`.
-        scores (`(n, C)` floats, *optional*): adds `top5_accuracy`, where there are more than five classes.
+        class_names (`C` texts, *optional*): set the number of classes and name the rows of `per_class`.
+        scores (`(n, C)` floats, *optional*): add `top5_accuracy` if there are more than five classes.
 
     Returns a dict: `accuracy`, `accuracy_ci_low`, `accuracy_ci_high` (Wilson, 95 %), `mean_per_class_accuracy` (over the
     classes that occur among the references), `per_class` (list of `label`, `images`, `accuracy`), `confusion_matrix`
     (`C` rows of true classes by `C` columns of predicted ones, counts), `examples`.
 
-    It works in `evaluate.evaluator("image-classification").compute(metric=ClassificationReport())` as it is (that needs
-    scipy: `pip install mmft_hf[evaluator]`).
+    It also works in `evaluate.evaluator("image-classification").compute(metric=ClassificationReport())`, which needs scipy:
+    `pip install mmft_hf[evaluator]`.
     """
 
     def _info(self) -> evaluate.MetricInfo:

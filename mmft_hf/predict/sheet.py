@@ -1,4 +1,4 @@
-"""Predictions for people: a table of all of them, and a sheet of pictures with some."""
+"""Predictions to look at: a table with all of them, and a contact sheet with some pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def predictions_table(predictions: Predictions) -> Dataset:
 
 
 def contact_sheet(dataset: Dataset, predictions: Predictions, columns: int = 8, rows: int = 4) -> PILImage.Image:
-    """Pictures spread evenly over the split, each with its prediction and score; green is right, red names the truth."""
+    """Pictures spread evenly over the split, with prediction and score; green is right, red is wrong and has the true class."""
     readable = np.flatnonzero(predictions.labels >= 0)
     chosen = readable[np.linspace(0, len(readable) - 1, min(columns * rows, len(readable))).astype(int)]
     undecoded = dataset.cast_column("image", Image(decode=False))

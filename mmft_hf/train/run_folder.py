@@ -21,8 +21,7 @@ from ..data.splits import Splits
 from ..hub import cards
 from ..hub.cards.sources import run_sources
 from ..model.towers import Adapter
-from ..predict import figures
-from ..predict import sheet as report
+from ..predict import figures, sheet
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
 from ..version import __version__
@@ -235,8 +234,8 @@ class RunFolder:
         if adapter:
             base, revision = self.identity["base_model"], self.identity["base_model_revision"]
             adapter.save_pretrained(self.path / files.ADAPTER_FOLDER, cards.public_name(base), revision)
-        report.predictions_table(predictions).to_parquet(self.path / files.PREDICTIONS_FILE)
-        report.contact_sheet(self.splits.test, predictions).save(self.path / files.SHEET_FILE, optimize=True)
+        sheet.predictions_table(predictions).to_parquet(self.path / files.PREDICTIONS_FILE)
+        sheet.contact_sheet(self.splits.test, predictions).save(self.path / files.SHEET_FILE, optimize=True)
         confusion = predictions.report()["confusion_matrix"]
         figures.draw_confusion(self.path / files.CONFUSION_FILE, confusion, self.splits.class_names)
         selected = self.config.load_best_model_at_end and not results["zero_shot_won"]

@@ -40,7 +40,7 @@ from .config import MMFTConfig
 from .run_folder import RunFolder
 from .trainer import MMFTTrainer
 
-IN_MEMORY = "in-memory data"  # recorded as the name of a data set that was given as an object
+IN_MEMORY = "in-memory data"  # recorded as the name of a dataset that was given as an object
 SELECTION_METRICS = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
 
 

@@ -1,4 +1,4 @@
-"""Class prototypes: the saved half of the classifier. An image belongs to the class whose prototype is nearest.
+"""Class prototypes: a head with one embedding per class. An image belongs to the class of the nearest prototype.
 
 Shapes: `C` classes, `D` embedding size, `B` items per batch.
 """
@@ -71,18 +71,18 @@ class ClassPrototypes(Head):
         return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T
 
     def interpolate(self, templates: ClassPrototypes, weight: float) -> ClassPrototypes:
-        """These prototypes of captions, drawn towards the class template: `normalise((1 - weight) * own + weight * template)`.
+        """Moves prototypes of captions towards the class template: `normalise((1 - weight) * own + weight * template)`.
 
-        A class without captions has the template's embedding already, so that nothing changes for it.
+        A class without captions already has the template's embedding and does not change.
 
         Args:
-            templates: prototypes of the same classes by the same model, from the class template.
-            weight: from 0 (these) to 1 (those).
+            templates: prototypes of the same classes and the same model, from the class template.
+            weight: from 0 (no change) to 1 (the template alone).
 
         Raises:
             ValueError: other classes, or a weight outside its range.
 
-        References: Gao et al. 2021, "CLIP-Adapter" (arXiv 2110.04544), blends learnt class weights with zero-shot ones so.
+        References: Gao et al. 2021, "CLIP-Adapter" (arXiv 2110.04544), which blends learnt and zero-shot class weights alike.
         """
         if templates.class_names != self.class_names:
             raise ValueError(f"templates: expected the classes {some(self.class_names)}, in this order.")
@@ -106,13 +106,12 @@ class ClassPrototypes(Head):
     ) -> ClassPrototypes:
         """Averages the captions of each class: normalise each embedding, mean per class, normalise.
 
-        Every caption counts once for each image that has it, and equal texts are encoded once. Texts are sorted by
-        length and encoded in batches of bounded size, whatever the size of a class. A class without captions gets
-        the embedding of its class prompt and is listed in `fallback_classes`; if there are no captions at all, the source
-        is `template`.
+        A caption counts once for each image that has it; equal texts are encoded once. Texts are sorted by length and
+        encoded in batches of bounded size, whatever the size of a class. A class without captions gets the embedding of
+        its class prompt and is listed in `fallback_classes`. If there are no captions at all, the source is `template`.
 
         Args:
-            dataset: with columns `label` and, perhaps, `captions`: the training split, never an evaluation split.
+            dataset: the training split, never an evaluation split; with the column `label` and perhaps `captions`.
             shard: each of several processes encodes its share; all of them must call this.
             template_weight: share of the class template, from 0 to 1; see `interpolate`.
 
@@ -147,7 +146,7 @@ class ClassPrototypes(Head):
 
         Args:
             class_names: `C` names.
-            templates: one or more texts with `{}` for the class name; `prompts.TEMPLATES` is a set of them.
+            templates: one or more texts with `{}` for the class name, for example `data.texts.TEMPLATES`.
             shard: as in `from_captions`.
 
         References: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
@@ -174,7 +173,7 @@ class ClassPrototypes(Head):
         """Averages the image embeddings of each class: normalise each, mean per class, normalise.
 
         Args:
-            dataset: with columns `image` and `label`: the training split, never an evaluation split.
+            dataset: the training split, never an evaluation split; with the columns `image` and `label`.
             shard: as in `from_captions`.
 
         Raises:
@@ -232,10 +231,10 @@ def _average_texts(
 ) -> Tensor:
     """Unit-norm weighted means `(C, D)` of text embeddings; `weights` counts each (class, text)."""
     texts = sorted_distinct(text for _, text in weights)
-    if shard:  # every process has short and long ones
+    if shard:  # every process gets short and long texts
         texts = [texts[i] for i in share_of(len(texts))]
     position = {text: i for i, text in enumerate(texts)}
-    # Pairs in the order of their texts, so that each batch of texts meets its own pairs and nothing else is kept.
+    # The pairs are in the order of the texts, so that the pairs of a batch are contiguous, and no embedding is kept.
     pairs = sorted((position[text], label, n) for (label, text), n in weights.items() if text in position)
     sums = torch.zeros(classes, embedding_size(model), dtype=torch.float64)
     done = start = 0
