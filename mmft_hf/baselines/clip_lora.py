@@ -1,4 +1,4 @@
-"""CLIP-LoRA: small matrices in the attention of both towers, trained by cross-entropy over the classes' texts."""
+"""CLIP-LoRA: LoRA in the attention of both towers, trained by cross-entropy over the classes' texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..train.config import MMFTConfig
 from .cross_entropy import train_class_texts
 
 RANK, ALPHA, DROPOUT = 2, 1, 0.25
-# Names of the layers of queries, keys and values: of CLIP and its like, and of BERT and ViT.
+# Names of the layers of queries, keys and values, in CLIP and similar models and in BERT and ViT.
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj", "query", "key", "value")
 
 
@@ -25,22 +25,22 @@ def clip_lora(
 ) -> int:
     """Trains LoRA of rank 2 in the queries, keys and values of all layers of both towers, and merges it into `model`.
 
-    The logit scale is fixed. `transformers.set_seed(…)` before makes the first matrices the same again.
+    The logit scale is fixed. Call `transformers.set_seed(…)` first to reproduce the random A matrices.
 
-    The factor of `B A` is `alpha / rank` (0.5), as in LoRA's own paper; the authors' code takes `alpha / sqrt(rank)` (0.71),
-    which is much like a higher learning rate. Batches, steps and crops are `config`'s, as for every other method here;
-    their code trains on batches of 32 for 500 steps per shot at 2e-4, with weight decay 1e-2 and crops of 8 % to 100 % with
-    flips.
+    The factor of `B A` is `alpha / rank` (0.5), as in the LoRA paper. The authors' code uses `alpha / sqrt(rank)` (0.71),
+    which is similar to a higher learning rate. Batches, steps and crops are those of `config`, as for every other method
+    here; their code trains on batches of 32 for 500 steps per shot at 2e-4, with weight decay 1e-2, and crops of 8 % to
+    100 % with flips.
 
     Args:
-        as of `cross_entropy.train_class_texts`; the texts are those of one template, `config.class_template`.
-        dropout: of what goes into the matrices.
+        model, processor, config, train, validation: see `cross_entropy.train_class_texts`.
+        dropout: on the input of the LoRA matrices.
 
     Returns:
         The number of optimiser steps taken. `ClassPrototypes.from_templates` gives the classifier.
 
     Raises:
-        UserError: a tower without attention; otherwise as `MMFTTrainer`.
+        UserError: a tower has no attention; otherwise as `MMFTTrainer`.
 
     References: Zanella & Ben Ayed 2024, "Low-Rank Few-Shot Adaptation of Vision-Language Models" (arXiv 2405.18541).
     """
@@ -51,6 +51,6 @@ def clip_lora(
 
 
 def attention_inputs(model: PreTrainedModel) -> list[str]:
-    """Those names of `QUERY_KEY_VALUE` that linear layers of a model have."""
+    """The names of `QUERY_KEY_VALUE` that occur among a model's linear layers."""
     found = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return [name for name in QUERY_KEY_VALUE if name in found]

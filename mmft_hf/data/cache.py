@@ -1,6 +1,6 @@
-"""The folder of what is made once and kept: features of frozen towers, decoded pictures.
+"""The cache on disk: features of frozen towers and decoded pictures.
 
-Everything in it is named by its content and can be made again: the folder may be deleted at any time.
+Files are named by their content and can be computed again, so the folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Features(NamedTuple):
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder and below; 0 where there is none."""
+    """Total size in bytes of all files in and below a folder; 0 if it does not exist."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -90,11 +90,11 @@ def check_short_side(short_side: int, size: tuple[int, int] | None) -> None:
 
 
 class DecodedPictures:
-    """Pictures as decoded and made smaller once, kept as uint8 `(height, width, 3)`, one file each.
+    """Pictures decoded and shrunk once, and kept as uint8 `(height, width, 3)`, one file each.
 
-    Not bit-equal to the picture: what is cropped and resized later starts from a smaller one. A file's name is the
-    sha256 of the picture's bytes; a damaged one is made again; several processes may write at once. Uncompressed,
-    since reading one is then faster than decoding any JPEG of the same size.
+    Later crops start from the smaller picture, so the result is not bit-equal. A file's name is the sha256 of the
+    picture's bytes; a damaged file is written again; several processes may write at once. Files are uncompressed, since
+    reading one is then faster than decoding a JPEG of the same size.
 
     Args:
         short_side: in pixels, at least 1. Smaller pictures keep their size.
@@ -103,7 +103,7 @@ class DecodedPictures:
 
     def __init__(self, short_side: int, folder: Path | None = None):
         self.short_side = short_side
-        # 1: the version of what is stored.
+        # 1: version of the format.
         self.folder = (folder or cache_folder("pictures")) / f"1-{short_side}"
 
     def read(self, source: dict | None) -> Image.Image:
@@ -114,7 +114,7 @@ class DecodedPictures:
         """
         try:
             content = stored_bytes(source)
-        except BadImage:  # none, or too large to be held twice: as without this cache
+        except BadImage:  # there are no bytes, or too many to hold twice: the same as without a cache
             return read_image(source)
         name = hashlib.sha256(content).hexdigest()
         path = self.folder / name[:2] / f"{name}.npy"
@@ -136,15 +136,15 @@ class DecodedPictures:
             return None
         try:
             if zlib.crc32(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum does not match")
             return Image.fromarray(np.load(io.BytesIO(data), allow_pickle=False))
         except (ValueError, EOFError, TypeError) as error:
-            logger.warning("%s is damaged (%s) and made again.", path, error)
+            logger.warning("%s is damaged (%s) and is written again.", path, error)
             return None
 
 
 def _packed(pixels: np.ndarray) -> bytes:
-    """The bytes of a `.npy` file with its checksum after it."""
+    """A `.npy` file followed by its checksum, as bytes."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(pixels), allow_pickle=False)
     return buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(4, "little")

@@ -1,4 +1,4 @@
-"""Reading one picture, whatever form it comes in, and cropping it."""
+"""Reads one picture in whatever form it comes, and draws crops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.errors import UserError
 
 # Above this many pixels a picture counts as bad before it is decoded: Pillow itself only warns up to twice the limit.
 MAX_PIXELS = 178_956_970
-# What is decoded. Pillow knows many more formats; those with large or rarely tested parsers (EPS, PSD, FLI …) stay shut.
+# Formats that are decoded. Pillow knows more; those with large or rarely tested parsers (EPS, PSD, FLI …) are excluded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_FILE_BYTES = 256 * 2**20
 
@@ -27,21 +27,21 @@ class BadImage(UserError):
 
 
 def read_image(source) -> Image.Image:
-    """Returns a picture as RGB, turned upright by its EXIF tag and laid on white where it is transparent.
+    """Returns a picture as RGB, turned upright by its EXIF tag, with white behind transparent parts.
 
     Args:
         source: a `PIL.Image`, a path, bytes, or the `{"bytes", "path"}` of an undecoded `datasets.Image`.
 
     Raises:
-        BadImage: it cannot be read, is none of `FORMATS`, or has more than `MAX_PIXELS` pixels (its header is asked
-            before any decoding).
+        BadImage: it cannot be read, has none of the `FORMATS`, or has more than `MAX_PIXELS` pixels (checked in the
+            header, before decoding).
     """
     with reading():
         return upright_rgb(open_image(source))
 
 
 def open_image(source) -> Image.Image:
-    """The same without decoding: its size and format are known, its pixels are not. Call it within `reading()`."""
+    """Opens a picture without decoding: size and format are known, pixels are not. Call it within `reading()`."""
     if isinstance(source, dict):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if source is None:
@@ -55,13 +55,13 @@ def open_image(source) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decodes: RGB, upright, on white where it is transparent. Call it within `reading()`."""
+    """Decodes a picture to upright RGB, with white behind transparent parts. Call it within `reading()`."""
     return _to_rgb(ImageOps.exif_transpose(image))
 
 
 @contextmanager
 def reading():
-    """Turns whatever Pillow raises within into `BadImage`: at a damaged file its decoders raise what they stumble over."""
+    """Turns any exception of Pillow into `BadImage`: for damaged files its decoders raise all kinds of errors."""
     try:
         yield
     except BadImage:
@@ -74,7 +74,7 @@ def reading():
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Sixteen-bit grey (X-rays): Pillow's own conversion would clip everything above 255 to white.
+        # 16-bit grey (X-rays): Pillow's own conversion clips everything above 255 to white.
         values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
@@ -86,11 +86,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def original_bytes(image: dict | None) -> bytes:
-    """The bytes of an undecoded image as they are stored: in the data set, or in the file that it names.
+    """The bytes of an undecoded image, from the data set or from the file that it names.
 
     Raises:
-        BadImage: there are none. A path that is an address of the network is never fetched, and of what a path names
-            only pictures are read: data from elsewhere may name a device that never ends, or a file with a key.
+        BadImage: there are none. A network address is never fetched, and only pictures are read from files: a foreign data
+            set may name an endless device, or a file with a secret.
     """
     data = stored_bytes(image)
     if (image or {}).get("bytes") is None:
@@ -100,7 +100,7 @@ def original_bytes(image: dict | None) -> bytes:
 
 
 def stored_bytes(image: dict | None) -> bytes:
-    """The same without a look at what a file holds: for content that is known, and compared."""
+    """As `original_bytes`, without checking that a file holds a picture: for content that is only compared."""
     image = image or {}
     if image.get("bytes") is not None:
         return image["bytes"]
@@ -112,7 +112,7 @@ def stored_bytes(image: dict | None) -> bytes:
     try:
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):
-            raise BadImage(f"{Path(path).name}: expected a file, found something else")
+            raise BadImage(f"{Path(path).name}: expected a regular file, found something else")
         if found.st_size > MAX_FILE_BYTES:
             raise BadImage(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, found a larger one")
         return Path(path).read_bytes()
@@ -121,7 +121,7 @@ def stored_bytes(image: dict | None) -> bytes:
 
 
 def content_hash(image: dict | None) -> bytes:
-    """sha256 of an undecoded image's bytes, stored or in the file that it names; 32 zeros where there are none."""
+    """sha256 of an undecoded image's bytes, stored or in the file that it names; 32 zeros if there are none."""
     image = image or {}
     if image.get("bytes") is not None:
         return hashlib.sha256(image["bytes"]).digest()
@@ -140,8 +140,8 @@ def content_hash(image: dict | None) -> bytes:
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> tuple[float, ...]:
     """A random crop `(left, top, right, bottom)` in pixels with `min_area` to 1 of the area and a ratio of 3/4 to 4/3.
 
-    Where ten draws find none that fits, as in a picture wider than 4:3 at a large `min_area`, it is the middle of the
-    picture at the nearest ratio allowed.
+    If ten draws find none that fits, as in a picture wider than 4:3 with a large `min_area`, the crop is the middle of the
+    picture at the nearest allowed ratio.
 
     References: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6 (random resized crop).
     """
@@ -152,7 +152,6 @@ def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Gen
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
             return int(left), int(top), int(left) + w, int(top) + h
-    # No such crop fits, as in a wide picture: its middle at the nearest ratio allowed.
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -1,4 +1,4 @@
-"""Which examples are drawn when: few-shot subsets and the order of an epoch, as functions of seeds alone."""
+"""Few-shot subsets and the order of an epoch, as functions of seeds alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A random generator that depends on the whole numbers given (a seed, an epoch, a row) and on nothing else.
+    """A random generator that depends only on the given integers (a seed, an epoch, a row).
 
-    So the draws are the same for any number of workers or processes, and after a resume.
+    Draws are therefore the same for any number of workers or processes, and after a resume.
     """
     return np.random.default_rng(np.random.SeedSequence([int(k) for k in key]))
 
@@ -21,8 +21,8 @@ def few_shot_split(labels: Sequence[int], shots: int, seed: int = 0) -> list[int
 
     Args:
         labels: Class of each row (`C` classes).
-        shots: Examples per class, at least 1. A class with fewer gives all it has.
-        seed: The only source of chance.
+        shots: Examples per class, at least 1. A class with fewer gives all of them.
+        seed: The only source of randomness.
 
     Raises:
         ValueError: `shots` is below 1.
@@ -33,7 +33,7 @@ def few_shot_split(labels: Sequence[int], shots: int, seed: int = 0) -> list[int
     chosen: list[int] = []
     for c in np.unique(labels):
         rows = np.flatnonzero(labels == c)
-        # One generator per class: adding a class does not change what the others draw.
+        # One generator per class, so that an added class does not change the draws of the others.
         chosen += generator(seed, c).permutation(rows)[:shots].tolist()
     return sorted(chosen)
 
@@ -50,26 +50,25 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[lis
     return rest, sorted(held)
 
 
-# A number that stands for no row: it fills up the last step where several processes share it.
+# Stands for no row: it fills up the last step when several processes share it.
 PADDING = -1
-# Label of a row that is no example: an image that could not be read, or one that fills up a batch. Losses and metrics
-# leave it out.
+# Label of a row that is no example: an unreadable image, or padding of a batch. Losses and metrics leave it out.
 IGNORED = -100
 
 
 class EpochSampler:
-    """Shuffled row numbers that carry their epoch: it yields `epoch * length + row`.
+    """Yields shuffled row numbers that carry their epoch: `epoch * length + row`.
 
-    A data set then knows the epoch of each read without any state that workers, processes or a resume would have to
-    share: see `TrainingView`. The Trainer calls `set_epoch`; accelerate gives every W-th batch of the stream to each of W
-    processes. To a `DataLoader` anything with a length that yields row numbers is a sampler; so this module needs no torch.
+    A data set then knows the epoch of each read without state that workers, processes or a resume would have to share: see
+    `TrainingView`. The Trainer calls `set_epoch`; accelerate gives every W-th batch of the stream to each of W processes.
+    A `DataLoader` accepts anything with a length that yields row numbers, so this module needs no torch.
 
     Args:
-        length: rows of the data set, `n`.
+        length: number of rows of the data set, `n`.
         seed: of the order.
-        processes, batch_size: W and B, with which the rows that are left for the last step are dealt evenly to the
-            processes, and each fills its batch with `PADDING`: a step then has the same rows for any W with the same
-            W * B. Without a batch size nothing is filled up.
+        processes, batch_size: W and B. The rows of an incomplete last step are dealt evenly to the processes, and each
+            fills its batch up with `PADDING`: a step then has the same rows for any W with the same W * B. Without a batch
+            size nothing is filled up.
     """
 
     def __init__(self, length: int, seed: int = 0, processes: int = 1, batch_size: int | None = None):
@@ -106,19 +105,19 @@ class EpochSampler:
 
 
 class ClassBalancedSampler(EpochSampler):
-    """Batches in which every class has the same number of images, so that SupCon has its positives.
+    """Batches in which every class has the same number of images, so that SupCon has positives.
 
-    The classes come in shuffled rounds, each with its next `samples_per_class` images, and a class begins anew when its
-    images are used up: rare classes are seen more often than others. No image is twice in a batch; a class with fewer
-    images gives all it has. An epoch is as long as without balancing, `n` images.
+    The classes come in shuffled rounds, each with its next `samples_per_class` images. A class starts over when its images
+    are used up, so images of rare classes are seen more often. No image is twice in a batch; a class with fewer images gives
+    all of them. An epoch has `n` images, as without balancing.
 
     Args:
         labels: Class of each row (`C` classes), length `n`.
-        step_size: images of a step in all processes, W * B; a batch has about `step_size / samples_per_class` classes.
+        step_size: images per step in all processes, W * B; a step has about `step_size / samples_per_class` classes.
         samples_per_class: images of each class in a batch, 2 or more.
         seed, processes, batch_size: as in `EpochSampler`.
 
-    Yields `visit * n + row`, where a row's visits have numbers of their own, so that each has its own crop and caption.
+    Yields `visit * n + row`, where every visit of a row has its own number, and so its own crop and caption.
 
     Raises:
         ValueError: `samples_per_class` is below 2, or more than a batch holds.
@@ -163,13 +162,13 @@ class ClassBalancedSampler(EpochSampler):
                     if row not in batch:
                         batch.add(row)
                         of_class[c] += 1
-                        # Beyond any number of epochs, so that no other epoch has it.
+                        # Larger than any number of epochs, so that no other epoch has it.
                         stream.append((self.epoch + (int(visits[row]) << 32)) * self.length + row)
                         visits[row] += 1
         return stream
 
 
 def _deck(values: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
-    """The values in shuffled order, again and again, shuffled anew each time."""
+    """Repeats the values without end, in a new random order each time."""
     while True:
         yield from rng.permutation(values).tolist()

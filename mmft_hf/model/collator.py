@@ -1,4 +1,4 @@
-"""From rows to tensors: pictures and texts, just in time."""
+"""From rows to tensors: pictures and texts are prepared when a batch needs them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .families import is_padded
 def tokenize(
     processor: ProcessorMixin, texts: Sequence[str], padding: bool | str = True
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Tokenises texts, cut at the text tower's limit with the end token kept.
+    """Tokenises texts, truncated at the text tower's limit; the end token is kept.
 
-    SigLIP was trained on lower-case texts padded to the limit, whose pads its text tower reads, so it gets just that.
+    SigLIP was trained on lower-case texts padded to the limit, and reads the padding, so it gets exactly that.
 
     Args:
-        padding: True to the longest of them, `max_length` to the limit.
+        padding: True pads to the longest text, `max_length` to the limit.
 
     Returns:
-        `{"input_ids", "attention_mask"}`, both `(B, T)`, of SigLIP without the mask; and `cut`, bool `(B,)`: which texts
-        lost tokens.
+        `{"input_ids", "attention_mask"}`, both `(B, T)`, for SigLIP without the mask; and which texts were truncated, bool
+        `(B,)`.
     """
     padded = is_padded(processor)
     texts = [text.lower() for text in texts] if padded else list(texts)
@@ -35,7 +35,7 @@ def tokenize(
     tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
     if tokens.encodings is not None:
         cut = [bool(encoding.overflowing) for encoding in tokens.encodings]
-    else:  # a tokenizer in Python does not say
+    else:  # a tokenizer written in Python does not tell
         whole = tokenizer(texts, verbose=False)["input_ids"]
         cut = [len(ids) > tokenizer.model_max_length for ids in whole]
     names = ("input_ids",) if padded else ("input_ids", "attention_mask")
@@ -43,7 +43,7 @@ def tokenize(
 
 
 def input_size(processor: ProcessorMixin) -> tuple[int, int] | None:
-    """Width and height in pixels of what the image tower sees; None where pictures keep their proportions."""
+    """Width and height in pixels of the image tower's input; None if pictures keep their proportions."""
     image_processor = processor.image_processor
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     return (size["width"], size["height"]) if "width" in size else None

@@ -47,7 +47,7 @@ def add_embedding_forward(
     own = {term: nn.ParameterDict(values) for term, values in (parameters or {}).items() if values}
     if own:
         model.loss_terms = nn.ModuleDict(own)
-    # A bound method, so that a deep copy of the model calls itself and not the original.
+    # A bound method, so that a deep copy of the model calls its own forward.
     model.forward = MethodType(embedding_forward, model)
 
 
@@ -87,9 +87,9 @@ def _in_chunks(encode: Callable[..., Tensor], inputs: list[Tensor], size: int) -
 
 @contextmanager
 def quick_attention(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    """Plain attention where that is the quicker one to train: on a CPU, in bfloat16.
+    """Uses eager attention where it trains faster: on a CPU in bfloat16.
 
-    There, the backward of the fused attention takes five times as long as in float32, and most of a step.
+    There the backward of fused attention takes five times as long as in float32, and most of a step.
     """
     usual = model.config._attn_implementation
     quick = "eager" if bf16 and model.device.type == "cpu" and usual == "sdpa" else usual

@@ -1,7 +1,7 @@
-"""Which dual encoders are known, and what each kind has of its own. All that differs between them stands here.
+"""The families of dual encoders that are supported, and how they differ.
 
-They share the names `vision_model`, `visual_projection`, `text_model` and `text_projection` for their parts, and a forward
-that gives `image_embeds` and `text_embeds`.
+All of them call their parts `vision_model`, `visual_projection`, `text_model` and `text_projection`, and have a forward that
+returns `image_embeds` and `text_embeds`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of dual encoder.
+    """One family of dual encoders.
 
     Args:
-        title: what people call it.
+        title: common name.
         example: a model on the Hub.
         model, processor: classes of transformers.
         scale: parameter that scales the cosines: `logit_scale`, its logarithm, or `temperature`, its inverse.
         visual_projection: whether the image tower's pooled output still has to be projected.
-        unused: parameters, by the starts of their names, that have no part in a softmax over cosines, and so no gradient.
-        padded: texts are lower case, always padded to the limit, and pads are read: the text tower has no mask.
-        causal: no token of a text sees those after it, so pads, which come last, need no mask. Without one attention can use
-            its fastest kernels, and nobody has to look whether there are pads.
-        max_tokens: limit of texts, where it is below what the positions allow.
-        zero_shot: whether transformers has it in its zero-shot pipeline.
+        unused: parameters, by the start of their names, that do not affect a softmax over cosines and so get no gradient.
+        padded: texts are lower case and always padded to the limit, and the text tower reads the padding: it has no mask.
+        causal: tokens do not see later ones, so padding, which comes last, needs no mask. Without a mask attention can use
+            its fastest kernels.
+        max_tokens: limit of texts, if it is below what the positions allow.
+        zero_shot: whether it works in transformers' zero-shot pipeline.
     """
 
     title: str
@@ -65,7 +65,7 @@ FAMILIES = {
         "AlignProcessor",
         scale="temperature",
         visual_projection=False,
-        unused=("text_model.pooler.",),  # it takes the first token as it is
+        unused=("text_model.pooler.",),  # the first token is used unpooled
         max_tokens=64,  # as its own processor does
     ),
     "vision-text-dual-encoder": Family(
@@ -73,14 +73,14 @@ FAMILIES = {
         "one that VisionTextDualEncoderModel.from_vision_text_pretrained made",
         "VisionTextDualEncoderModel",
         "VisionTextDualEncoderProcessor",
-        unused=("vision_model.embeddings.mask_token",),  # of pre-training with hidden patches
+        unused=("vision_model.embeddings.mask_token",),  # only used in pre-training with masked patches
         zero_shot=False,
     ),
 }
 REFUSED = {
     "siglip2": "the NaFlex kind, whose pictures have any number of patches. Those of one size have model_type siglip"
 }
-# Text towers whose positions count from the padding token's id on.
+# Text towers whose positions start after the padding token's id.
 POSITIONS_AFTER_PADDING = (
     *("altclip_text_model", "camembert", "data2vec-text", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
@@ -93,7 +93,7 @@ def is_padded(processor) -> bool:
 
 
 def token_limit(config) -> int:
-    """Tokens that the text tower reads at most, begin and end included."""
+    """Maximum number of tokens that the text tower reads, including begin and end."""
     text, family = config.text_config, FAMILIES.get(config.model_type)
     limit = text.max_position_embeddings
     if text.model_type in POSITIONS_AFTER_PADDING:

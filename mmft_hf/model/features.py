@@ -1,6 +1,6 @@
-"""Embeddings of a tower that does not change, encoded once and kept on disk under a name made of all they depend on.
+"""Encodes pictures and texts in batches, and caches the embeddings of towers that do not change.
 
-Every method that works on frozen features shares one pass. Shapes: `n` pictures or texts, `D` embedding size.
+A cache file's name is a hash of everything that its content depends on. All methods on frozen features share it. Shapes: `n` pictures or texts, `D` embedding size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .towers import TOWERS
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 256
-# Of what is stored and how its key is made; to be raised with every change of either.
+# Version of the files and their keys; to be raised with every change of either.
 FORMAT = 1
 
 
@@ -206,12 +206,12 @@ def _once(
     encode: Callable[[], Iterator[tuple[Tensor, Tensor]]],
     how: Encoding,
 ) -> Features:
-    """What is on disk under the key of `settings` and `digests`, else what `encode` yields, which is then kept there."""
+    """Reads the file for `settings` and `digests`; if there is none, collects what `encode` yields and writes it."""
     shard, autocast = how.shard, how.autocast
     key = _key(settings, digests, len(batches), shard)
     path = (how.folder or cache_folder("features")) / f"{kind}-{key}.safetensors"
     found = _read(path, key)
-    # Another machine's disk may lack what this one has; then all encode, since all must gather.
+    # Another machine's disk may lack the file; then all processes encode, since all must gather.
     if _everywhere(found is not None, shard):
         return Features(found["embeds"], found["flags"], True)
     parts = []
@@ -234,7 +234,7 @@ def _once(
     if first:
         metadata = {"key": key, "sha256": _checksum(whole)}
         keep(path, lambda file: save_file(whole, file, metadata))
-    _everywhere(True, shard)  # a barrier: from here on the file is there, if it could be written
+    _everywhere(True, shard)  # a barrier: from here on the file exists, if it could be written
     found = _read(path, key)
     if not _everywhere(found is not None, shard):
         found = whole if first else None
@@ -244,9 +244,9 @@ def _once(
 
 
 def gather_rows_in_order(parts: list[Tensor], sizes: list[int], shard: bool, keep: bool = True) -> Tensor | None:
-    """All rows on the CPU, where batch `i` of `sizes[i]` rows is in `parts` of process `i mod W`.
+    """Gathers all rows on the CPU; batch `i` of `sizes[i]` rows is in `parts` of process `i mod W`.
 
-    One batch travels at a time, so that no process but those that `keep` holds more than its own share.
+    One batch is sent at a time, so only the processes with `keep` hold more than their own share.
 
     Returns:
         `(sum(sizes), ...)`; None without `keep`.
@@ -274,13 +274,13 @@ def _batches(n: int, size: int) -> list[range]:
 
 
 def _share(batches: list[range], shard: bool) -> list[range]:
-    """The batches of this process. Whole ones, so that their bits are those of one process; by turns, as long texts
-    come last."""
+    """The batches of this process: whole ones, so that the result is bit-equal to that of one process; every W-th, since
+    long texts come last."""
     return batches[process_index() :: world_size()] if shard else batches
 
 
 def _everywhere(value: bool, shard: bool) -> bool:
-    """Whether it is so in every process; also a barrier."""
+    """Whether `value` is true in every process; also a barrier."""
     if not shard or world_size() == 1:
         return value
     values: list = [None] * world_size()
@@ -290,7 +290,7 @@ def _everywhere(value: bool, shard: bool) -> bool:
 
 # -- files -----------------------------------------------------------------------------------------------------------
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of a file, mapped into memory; None where there is none, or a damaged one."""
+    """The tensors of a file, mapped into memory; None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -300,7 +300,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         if metadata["key"] != key or metadata["sha256"] != _checksum(tensors):
             raise ValueError("its content is not what was written")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s) and made again.", path, error)
+        logger.warning("%s is damaged (%s) and is computed again.", path, error)
         return None
     return tensors
 
@@ -333,10 +333,10 @@ def _key(settings: dict, digests: list[bytes], batches: int, shard: bool) -> str
 
 
 def _computation(model, tower: str, how: Encoding) -> dict:
-    """All that the embeddings of a tower depend on beside its inputs.
+    """Everything that the embeddings of a tower depend on besides its inputs.
 
-    Versions, device, attention and batch size belong to it: other kernels sum in another order, and what is read from
-    disk must be what a fresh pass gives, to the last bit. An update costs one pass.
+    This includes versions, device, attention and batch size: other kernels sum in another order, and what is read from
+    disk must equal a fresh pass to the last bit. An update therefore costs one pass.
     """
     device = model.device.type
     towers = (model.config, *(getattr(model.config, f"{t}_config", None) for t in TOWERS))
@@ -356,7 +356,7 @@ def _computation(model, tower: str, how: Encoding) -> dict:
 def _matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through torch.backends.*.fp32_precision, which is in the key, too
+    except RuntimeError:  # set through torch.backends.*.fp32_precision, which is also in the key
         return None
 
 
@@ -371,7 +371,7 @@ def weights_digest(model, tower: str) -> str:
 
 
 def _plain(settings: dict) -> dict:
-    """Settings without names of files, classes and versions, which nothing computed depends on."""
+    """Settings without names of files, classes and versions, on which no result depends."""
     names = "id2label label2id transformers_version architectures dtype problem_type processor_class".split()
     return {
         key: _plain(value) if isinstance(value, dict) else value
@@ -386,6 +386,6 @@ def _tokenizer(tokenizer) -> list:
     if backend is None:
         return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), *sides]
     content = json.loads(backend.to_str())
-    # What the last call left there, not what the tokenizer is.
+    # These are left over from the last call and do not define the tokenizer.
     content.pop("padding", None), content.pop("truncation", None)
     return [content, *sides]

@@ -1,4 +1,4 @@
-"""Loading a dual encoder, CLIP or one of its kin (`encoders`), and encoding with it.
+"""Loads a dual encoder (CLIP or another one of `families`) and encodes with it.
 
 Shapes: `B` images or texts, `T` tokens, `D` embedding size.
 """
@@ -27,26 +27,26 @@ from ..core.errors import UserError
 from .collator import input_size
 from .families import FAMILIES, REFUSED, token_limit
 
-# A temperature is no logarithm, so that a large step could take it below zero, where it would turn all logits around. It is
-# set back to this, which is a scale of 1,000: ten times the highest that CLIP was trained with.
+# A large step could take a temperature below zero, which would reverse all logits. It is clamped to this value, a scale of
+# 1,000: ten times the highest scale that CLIP was trained with.
 LOWEST_TEMPERATURE = 1e-3
 
 
 def load_model(
     name_or_path: str = "builtin/tiny-clip", revision: str | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Loads a dual encoder and its processor, in float32 whatever precision it was stored in.
+    """Loads a dual encoder and its processor, in float32 whatever precision it is stored in.
 
-    Half-precision weights cannot be fine-tuned: AdamW's steps vanish in rounding. Autocast (`--bf16 true`) is the way
-    to speed. Pictures are always prepared by the Pillow backend, so that an installed torchvision changes no result.
-    Parameters that have no part in the embeddings are frozen, since they would get no gradient.
+    Half-precision weights cannot be fine-tuned: AdamW's steps vanish in rounding. For speed, use autocast (`--bf16 true`).
+    Pictures are always prepared by the Pillow backend, so that an installed torchvision changes no result. Parameters that
+    do not affect the embeddings are frozen, since they would get no gradient.
 
     Args:
         name_or_path: Hub id, local folder, or `builtin/tiny-clip`.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: not found, or none of the kinds that `encoders.FAMILIES` lists.
+        UserError: it is not found, or is none of `families.FAMILIES`.
     """
     path = builtin(name_or_path)
     try:
@@ -65,7 +65,7 @@ def load_model(
             f"{config.model_type!r}{reason}. Type for example --model_name_or_path openai/clip-vit-base-patch32."
         )
     try:
-        # Only safetensors: nothing is ever unpickled from a path that a user gives.
+        # Only safetensors: nothing is unpickled from a path that a user gives.
         model, found = AutoModel.from_pretrained(
             path,
             revision=revision,
@@ -78,7 +78,7 @@ def load_model(
         image_processor = load_image_processor(path, revision)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json beside "
+            f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json next to "
             f"config.json; {str(error).strip().splitlines()[0]}"
         ) from error
     except (ImportError, ValueError) as error:
@@ -91,7 +91,7 @@ def load_model(
             f"model {name_or_path!r}: expected all weights of a {type(model).__name__}, found none of {missing[0]} and "
             f"{len(missing) - 1} others. A checkpoint of a lora run holds only what was trained; type the run's --output_dir."
         )
-    # Without its vocabulary file a tokenizer still loads, with next to no words, and everything would run on.
+    # Without its vocabulary file a tokenizer still loads, with hardly any words, and everything would run.
     vocabulary = config.text_config.vocab_size
     if not 0.9 * vocabulary <= len(tokenizer) <= vocabulary:
         raise UserError(
@@ -107,7 +107,7 @@ def load_model(
 
 @torch.no_grad()
 def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Raises `UserError` for pictures of no fixed size, and for towers without one vector per picture or text."""
+    """Raises `UserError` if pictures have no fixed size, or a tower does not give one vector per picture or text."""
     size = input_size(processor)
     if size is None:
         raise UserError(
@@ -131,14 +131,14 @@ def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) 
 
 
 def freeze_unused(model: PreTrainedModel) -> None:
-    """Freezes what has no part in the embeddings and the scale: it gets no gradient, for which DDP would wait in vain."""
+    """Freezes parameters without effect on embeddings and scale: they get no gradient, and DDP would wait for one forever."""
     for name, parameter in model.named_parameters():
         if name.startswith(FAMILIES[model.config.model_type].unused):
             parameter.requires_grad_(False)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a dual encoder, without its weights; its `model_max_length` is the text tower's limit.
+    """Loads the tokenizer of a dual encoder without the weights; `model_max_length` is the text tower's limit.
 
     Raises:
         UserError: not found.
@@ -157,7 +157,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 
 def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseImageProcessor:
-    """What resizes, crops and normalises pictures, always through Pillow, whatever else is installed.
+    """Loads the image processor (resize, crop, normalise) of a model, always with the Pillow backend.
 
     Args:
         hub: `token`, `cache_dir`, `local_files_only`, as in transformers.
@@ -170,22 +170,22 @@ def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseI
 
 
 def default_device() -> torch.device:
-    """The accelerator, where there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def is_dual_encoder(model) -> bool:
-    """Whether a model is of one of the kinds that `encoders.FAMILIES` lists."""
+    """Whether a model belongs to one of `families.FAMILIES`."""
     return getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
 
 
 def scale_parameter(model: PreTrainedModel) -> nn.Parameter:
-    """What `logit_scale` is made of. It is always trained, whatever the towers are."""
+    """The parameter behind `logit_scale`. It is always trained, whatever the towers' modes."""
     return getattr(model, FAMILIES[model.config.model_type].scale)
 
 
 def logit_scale(model: PreTrainedModel) -> Tensor:
-    """Scalar that multiplies cosines, with its gradient: `exp(logit_scale)`, or `1 / temperature` for ALIGN."""
+    """The scalar that multiplies cosines, with its gradient: `exp(logit_scale)`, or `1 / temperature` for ALIGN."""
     parameter = scale_parameter(model)
     if FAMILIES[model.config.model_type].scale == "temperature":
         with torch.no_grad():
@@ -195,7 +195,7 @@ def logit_scale(model: PreTrainedModel) -> Tensor:
 
 
 def embedding_size(model: PreTrainedModel) -> int:
-    """Size `D` of the embeddings that image and text have in common."""
+    """Size `D` of the embedding space that images and texts share."""
     config = model.config
     return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, before the first one; and giving it back after the last.
+"""Estimates the memory of a training step before the first one, and frees memory after the last.
 
 Shapes: `B` images of a process' batch.
 """
@@ -19,14 +19,14 @@ from .collator import input_size, tokenize
 from .loading import encode_images, encode_texts
 from .towers import frozen_batch_norms
 
-# Rows of the two trials: what both keep is there once for a batch, the rest once for each row.
+# Rows of the two trials: what both keep alike is needed once per batch, the difference once per row.
 FEW, MORE = 1, 3
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes of a training step in one process. Under autocast `weights` has the copies in half precision, too; `average` is
-    that of the trained weights, where there is one."""
+    """Bytes of a training step in one process. Under autocast `weights` includes the copies in half precision; `average` is
+    the average of the trained weights, if there is one."""
 
     weights: int
     gradients_and_optimizer: int
@@ -35,13 +35,13 @@ class MemoryEstimate:
     average: int = 0
 
     def total(self, batch: int, chunk: int | None = None) -> int:
-        """Bytes at B images, `chunk` of them encoded at a time."""
+        """Bytes for B images, `chunk` of them encoded at a time."""
         at_once = min(batch, chunk or batch)
         fixed = self.weights + self.gradients_and_optimizer + self.average
         return fixed + batch * self.pixels_per_image + at_once * self.activations_per_image
 
     def chunk_that_fits(self, batch: int, available: int) -> int | None:
-        """The largest power of two of images at a time with which B images fit; None if not even one does."""
+        """The largest power of two as a chunk size with which B images fit; None if not even 1 fits."""
         chunk = 1 << (batch - 1).bit_length()
         while chunk and self.total(batch, chunk) > available:
             chunk //= 2
@@ -55,14 +55,14 @@ def estimate_memory(
     autocast: AbstractContextManager | None = None,
     averaging: bool = False,
 ) -> MemoryEstimate:
-    """Measures what autograd keeps of one small forward, and adds weights, gradients and AdamW's two moments.
+    """Measures what autograd keeps of a small forward, and adds weights, gradients and AdamW's two moments.
 
     Args:
-        texts: some of the training texts; the longest of them stands for all, since it decides how a batch is padded.
+        texts: some of the training texts; the longest stands for all, since it decides how a batch is padded.
         autocast: context of the training's precision.
-        averaging: whether there is an average of the trained weights beside them.
+        averaging: whether an average of the trained weights is kept.
 
-    What kernels need for themselves, and what PyTorch's allocator wastes, is not in it.
+    Workspace of kernels and fragmentation in PyTorch's allocator are not included.
     """
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -70,8 +70,10 @@ def estimate_memory(
     text = max(texts, key=len)
     was_training = model.training
     model.train()
-    frozen_batch_norms(model)  # which would take up the trial's pictures
-    devices = [model.device] if model.device.type == "cuda" else []  # otherwise it would start up all there are
+    frozen_batch_norms(model)  # otherwise their statistics would include the trial's pictures
+    devices = (
+        [model.device] if model.device.type == "cuda" else []
+    )  # otherwise every GPU of the machine would be started
     with torch.random.fork_rng(devices):
         few, more = (_kept(model, processor, text, rows, autocast or nullcontext()) for rows in (FEW, MORE))
     model.train(was_training)
@@ -86,7 +88,7 @@ def estimate_memory(
 
 
 def _kept(model: PreTrainedModel, processor: ProcessorMixin, text: str, rows: int, autocast) -> int:
-    """Bytes that autograd keeps of a forward of so many images and texts, beside the weights themselves."""
+    """Bytes that autograd keeps of a forward of `rows` images and texts, without the weights themselves."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -98,7 +100,7 @@ def _kept(model: PreTrainedModel, processor: ProcessorMixin, text: str, rows: in
 
     tokens, _ = tokenize(processor, [text] * rows)
     width, height = input_size(processor)
-    held = []  # so that no storage takes the place of another meanwhile
+    held = []  # so that no storage is reused for another tensor
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), autocast:
         held.append(encode_images(model, torch.zeros(rows, 3, height, width, device=model.device)))
         held.append(encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}))
@@ -106,7 +108,7 @@ def _kept(model: PreTrainedModel, processor: ProcessorMixin, text: str, rows: in
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes of an accelerator that are free or ours; None where nobody can tell."""
+    """Bytes of an accelerator that are free or already ours; None if unknown."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -114,9 +116,9 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def give_memory_back() -> None:
-    """Frees what nothing but cycles of references holds, as a Trainer that is done, and gives the system what is free.
+    """Frees reference cycles, such as a finished Trainer, and returns free memory to the system.
 
-    After many trainings in one process, glibc would otherwise keep gigabytes in gaps between what is still in use.
+    After many trainings in one process, glibc would otherwise keep gigabytes of fragmented memory.
     """
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none

@@ -1,7 +1,7 @@
-"""Which parts of a dual encoder are trained: each tower whole (`full`), by LoRA (`lora`) or not at all (`frozen`).
+"""Which parts of a dual encoder are trained: each tower as a whole (`full`), with LoRA (`lora`) or not at all (`frozen`).
 
-LoRA layers are put into the model itself, which stays what it is: nothing that encodes or trains knows of them. The logit
-scale (of ALIGN the temperature) is always trained. PEFT neither trains nor saves such a bare parameter, so that is done here.
+LoRA layers are injected into the model itself, so the code that encodes or trains need not know of them. The logit scale
+(for ALIGN the temperature) is always trained. PEFT neither trains nor saves such a bare parameter; this module does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .loading import freeze_unused, scale_parameter
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# Parameters of each tower, by the start of their names; every kind of dual encoder has these, or some of them.
+# Parameters of each tower, by the start of their names. Every family has all or some of these.
 TOWERS = {
     "vision": ("vision_model.", "visual_projection."),
     "text": ("text_model.", "text_projection."),
@@ -42,20 +42,20 @@ def set_towers(
     lora_dropout: float = 0.0,
     lora_targets: Sequence[str] | None = None,
 ) -> None:
-    """Makes each tower trainable whole (`full`), by LoRA (`lora`) or not (`frozen`). The logit scale is always trained.
+    """Sets how each tower is trained: as a whole (`full`), with LoRA (`lora`) or not (`frozen`). The logit scale always is.
 
-    LoRA's first matrices are random: `transformers.set_seed(…)` before makes them the same again. The second ones are zero,
-    so that the model computes what it did.
+    LoRA's A matrices are random; call `transformers.set_seed(…)` first to reproduce them. Its B matrices are zero, so the
+    model's outputs do not change yet.
 
     Args:
         lora_rank, lora_alpha, lora_dropout: of the LoRA layers, which add `alpha / rank * B A` to a weight.
-        lora_targets: linear layers that get LoRA, by the ends of their names. Default: all in the tower's blocks, which are
-            those of attention and MLP.
+        lora_targets: linear layers that get LoRA, by the ends of their names. Default: all in the tower's blocks, that is
+            in attention and MLP.
 
-    Parameters that have no part in the embeddings stay frozen in any mode (`modeling.freeze_unused`).
+    Parameters that do not affect the embeddings stay frozen in any mode (`loading.freeze_unused`).
 
     Raises:
-        UserError: an unknown mode, both towers frozen, targets that a tower does not have.
+        UserError: a mode is unknown, both towers are frozen, or a tower lacks the targets.
 
     References: Hu et al. 2022, "LoRA" (arXiv 2106.09685).
     """
@@ -87,7 +87,8 @@ def set_towers(
 def _linear_layers(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
     """Full names of the linear layers of `towers` that take part in the embeddings.
 
-    The one inside `nn.MultiheadAttention` is left out: its weight is read past the layer, so that LoRA would do nothing.
+    The one inside `nn.MultiheadAttention` is left out: its weight is used without calling the layer, so LoRA would have no
+    effect.
     """
     prefixes = tuple(prefix for tower in towers for prefix in TOWERS[tower])
     linear = [
@@ -100,7 +101,7 @@ def _linear_layers(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
 
 
 def _in_blocks(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
-    """Full names of the linear layers in the repeated blocks of `towers`: of transformers, those of attention and MLP."""
+    """Full names of the linear layers in the repeated blocks of `towers`, in transformers those of attention and MLP."""
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     names = []
     for tower in towers:
@@ -132,16 +133,16 @@ def _targets(model: PreTrainedModel, towers: Sequence[str], ends: Sequence[str])
 
 
 def lora_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers with LoRA, by their names; none in a plain model."""
+    """The layers with LoRA, by name; empty for a plain model."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def frozen_batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms of a model, now with the statistics of pre-training; `model.train()` undoes that.
+    """Puts the batch norms of a model into evaluation mode, and returns them; `model.train()` undoes this.
 
-    ALIGN's image tower has some. With a batch's own statistics an embedding would depend on what else is in the batch, and
-    on how many processes share it; and the running ones, from small batches, would be worse than those of pre-training.
-    Their scales and shifts are trained like any other parameter.
+    ALIGN's image tower has some. With the statistics of a batch, an embedding would depend on the rest of the batch and on
+    the number of processes; and running statistics of small batches would be worse than those of pre-training. Scales and
+    shifts are trained like any other parameter.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
@@ -162,7 +163,7 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, tuple[int, int, int]]:
 
 
 def checkpoint_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights that a checkpoint holds: with LoRA only what is trained, since the base model has the rest."""
+    """The weights that a checkpoint holds: with LoRA only the trained ones, since the base model has the rest."""
     state = model.state_dict() if state is None else state
     if not lora_layers(model):
         return state
@@ -182,7 +183,7 @@ def plain_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) 
 
 @torch.no_grad()
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights of the plain model that computes the same without LoRA layers; `model` is left as it is."""
+    """The weights of the equivalent plain model without LoRA layers; `model` is not changed."""
     state = {n.replace(".base_layer.", "."): v for n, v in model.state_dict().items() if ".lora_" not in n}
     for name, layer in lora_layers(model).items():
         state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight("default")
@@ -190,7 +191,7 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def merge(model: PreTrainedModel) -> None:
-    """Turns a model with LoRA layers into the plain model that computes the same, in place."""
+    """Merges the LoRA layers into the weights, in place; the result is the equivalent plain model."""
     state = merged_state(model)
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.get_base_layer())
@@ -200,9 +201,9 @@ def merge(model: PreTrainedModel) -> None:
 
 @dataclass
 class Adapter:
-    """What training added to the base model, as PEFT reads it: LoRA weights, the logit scale, and a `full` tower whole.
+    """The difference to the base model in PEFT's format: LoRA weights, the logit scale, and all weights of a `full` tower.
 
-    `peft.PeftModel.from_pretrained(base, folder)` computes what the merged model does.
+    `peft.PeftModel.from_pretrained(base, folder)` computes the same as the merged model.
     """
 
     config: LoraConfig
@@ -211,7 +212,7 @@ class Adapter:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Adapter | None:
-        """The adapter of a model with LoRA layers; it keeps its values when the model is merged. None of a plain model."""
+        """The adapter of a model with LoRA layers, which stays valid when the model is merged; None for a plain model."""
         if not lora_layers(model):
             return None
         return cls(model.peft_config["default"], checkpoint_state(model), type(model))
@@ -226,6 +227,6 @@ class Adapter:
         self.config.auto_mapping = {"base_model_class": name, "parent_library": library}
         self.config.inference_mode = True
         self.config.save_pretrained(folder)
-        # PEFT loads entries that are no LoRA weights, too, where the model has parameters of such names.
+        # PEFT also loads entries that are not LoRA weights, if the model has parameters of these names.
         weights = {f"base_model.model.{n.replace('.default.', '.')}": v for n, v in self.weights.items()}
         save_file({n: v.detach().cpu().contiguous() for n, v in weights.items()}, folder / ADAPTER_FILES[1])

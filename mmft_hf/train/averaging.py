@@ -1,4 +1,4 @@
-"""Weight averaging: what is evaluated and saved is an exponential moving average of the weights that are trained."""
+"""Weight averaging: an exponential moving average of the trained weights is evaluated and saved."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transformers.trainer_callback import TrainerCallback
 from ..core.errors import UserError
 from .checkpoints import is_checkpoint
 
-# Beside the averaged weights of a checkpoint: those that a resume goes on with.
+# A checkpoint's model file has the averaged weights; this one has the trained weights, from which a resume continues.
 FILE_NAME = "unaveraged.safetensors"
 
 
 def share_of_step(decay: float, step: int) -> float:
-    """What the weights after `step` (from 1 on) count for in the average that they enter: `(1 - decay) / (1 - decay ** step)`.
+    """Share of the weights after `step` (from 1 on) in the updated average: `(1 - decay) / (1 - decay ** step)`.
 
-    So the average after n steps is that of the weights after each of them, weighed by `decay ** (n - step)`, also where a run is
-    short: the untuned weights, with which an average without this correction begins, have no part in it.
+    The average after n steps then weights the weights after each step by `decay ** (n - step)`, also in short runs. The
+    untuned weights, with which an average without this correction starts, have no part in it.
 
     References: Kingma & Ba 2015, "Adam" (arXiv 1412.6980), section 3, for this correction of the start.
     """
@@ -31,17 +31,17 @@ def share_of_step(decay: float, step: int) -> float:
 
 
 class WeightAveraging:
-    """A part of `MMFTTrainer`, for `args.weight_averaging`: the decay, from 0 (no averaging) to below 1.
+    """The part of `MMFTTrainer` that averages weights, with `args.weight_averaging` as the decay; 0: no averaging.
 
-    The average of what is trained (a tower, its LoRA matrices, the logit scale) is kept beside it, updated after each step of
-    the optimizer, and takes its place while the model is evaluated or saved, and for good when training ends. Every process does
-    that alike. A checkpoint holds both.
+    The average of all trained weights (towers, LoRA matrices, logit scale) is kept next to the model and updated after each
+    optimizer step. It is swapped into the model for evaluation and saving, and permanently when training ends. Every process
+    does the same. A checkpoint holds both.
 
     References: Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization" (arXiv 1803.05407);
     Morales-Brotons et al. 2024, "Exponential moving average of weights in deep learning" (arXiv 2411.18704).
     """
 
-    # The average; while that is in the model, the weights that it stands in for. None: there is no training.
+    # The average, or the trained weights while the average is in the model. None: no training is under way.
     _beside: dict[str, Tensor] | None = None
     _average_is_in = False
 
@@ -51,19 +51,19 @@ class WeightAveraging:
             self.add_callback(_Average(self))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """All trainable parameters, by name."""
         model = self.accelerator.unwrap_model(self.model)
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def _exchange(self) -> None:
-        """The average for the weights, or these again for it: tensors change places, no number is copied."""
+        """Swaps average and trained weights; the tensors change places, nothing is copied."""
         for name, parameter in self.trained_parameters().items():
             parameter.data, self._beside[name] = self._beside[name], parameter.data
         self._average_is_in = not self._average_is_in
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The model has the averaged weights meanwhile."""
+        """Within this context the model has the averaged weights."""
         if self._beside is None or self._average_is_in:
             yield
             return
@@ -82,7 +82,7 @@ class WeightAveraging:
             return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
-        with self._averaged():  # as a whole, since it may be pushed
+        with self._averaged():  # around all of it, since the model may be pushed, too
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -97,8 +97,8 @@ class WeightAveraging:
         if path.is_file() != (self.args.weight_averaging > 0):
             left, now = ("a", "none") if path.is_file() else ("no", "one")
             raise UserError(
-                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a run with {left} --weight_averaging, as the one "
-                f"that left it, found {now}. Type the settings that it was started with, or a new --output_dir."
+                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a run with {left} --weight_averaging, like "
+                f"the one that wrote it, found {now}. Type the settings that the run was started with, or a new --output_dir."
             )
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if not self.args.weight_averaging:
@@ -107,7 +107,7 @@ class WeightAveraging:
         if set(trained) != set(parameters):
             raise UserError(
                 f"--resume_from_checkpoint {resume_from_checkpoint}: it was trained with other towers. Type the --vision_tower "
-                "and --text_tower that it was started with, or a new --output_dir."
+                "and --text_tower that the run was started with, or a new --output_dir."
             )
         self._beside = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         with torch.no_grad():
@@ -115,7 +115,7 @@ class WeightAveraging:
                 parameter.copy_(trained[name])
 
     def _load_best_model(self):
-        self._beside = None  # a checkpoint's weights are averaged
+        self._beside = None  # the checkpoint's weights are averaged already
         super()._load_best_model()
 
     def train(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The settings of training: `TrainingArguments` with those of the method."""
+"""The settings of training: `TrainingArguments` plus the settings of the method."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class MMFTConfig(TrainingArguments):
     supcon_weight: float = setting(0.1, "w of the loss w * SupCon + (1 - w) * CLIP, from 0 to 1.", range=SHARE)
     supcon_weight_end: float | None = setting(
         None,
-        "w goes in a straight line, step by step, from supcon_weight to this, which it would reach after the last "
-        "step. Default: it stays.",
+        "Final value of w: it changes linearly, step by step, from supcon_weight to this value after the last step. "
+        "Default: w is constant.",
         range=SHARE,
     )
-    include_self: bool = setting(False, "UniCL form: the pair itself is a positive of the SupCon term, too.")
+    include_self: bool = setting(False, "UniCL form: an image's own text is a positive of the SupCon term, too.")
     class_template: str = setting(
         DEFAULT_TEMPLATE, "Text before every caption, and the zero-shot prompt; {} stands for the class name."
     )
@@ -91,14 +91,14 @@ class MMFTConfig(TrainingArguments):
     )
     samples_per_class: int | None = setting(
         None,
-        "Class-balanced batches: so many images of each class in a batch (2 or more), which gives SupCon its "
-        "positives where there are many classes. Default: plain shuffle.",
+        "Class-balanced batches with this many images of each class (2 or more), so that SupCon has positives even with "
+        "many classes. Default: plain shuffle.",
         range=Range(2),
     )
     loss_chunk_size: int | None = setting(
         None,
-        "Encode a batch in chunks of so many images, to save memory at the cost of one more forward; the loss and "
-        "its gradient stay those of the whole batch. Default: all at once.",
+        "Encode a batch in chunks of this many images. This saves memory and costs one more forward; the loss and its "
+        "gradient are still those of the whole batch. Default: all at once.",
         range=Range(1),
         decides=False,
     )
@@ -110,8 +110,8 @@ class MMFTConfig(TrainingArguments):
     )
     weight_averaging: float = setting(
         0.0,
-        "Decay, below 1 (0.99, say), of an exponential moving average of the trained weights, which is what is "
-        "evaluated and saved; it takes memory for one more copy of them. 0: off.",
+        "Decay, below 1 (for example 0.99), of an exponential moving average of the trained weights. The average is what "
+        "is evaluated and saved; it takes the memory of one more copy of them. 0: off.",
         range=Range(0, 1, open=("high",)),
     )
     template_weight: float = setting(
@@ -122,24 +122,25 @@ class MMFTConfig(TrainingArguments):
     )
     crop_min_area: float = setting(
         0.9,
-        "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cut to 4:3 in the middle); 1: no random crop.",
+        "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cropped to 4:3 in "
+        "the middle); 1: no random crop.",
         range=Range(0, 1, open=("low",)),
     )
     on_bad_image: str = setting(
-        "fail", "fail: stop at an image that cannot be read; skip: go on and count it.", choices=("fail", "skip")
+        "fail", "fail: stop at an image that cannot be read; skip: leave it out and count it.", choices=("fail", "skip")
     )
 
     cache_frozen_features: bool = setting(
         True,
-        "Encode with a frozen tower once, and keep the embeddings on disk (mmft-hf env says where) for every later "
-        "epoch and run on the same content.",
+        "Encode everything with a frozen tower only once, and keep the embeddings on disk (mmft-hf env says where) for "
+        "later epochs and runs on the same content.",
         decides=False,
     )
     decode_cache: int | None = setting(
         None,
-        "Keep training pictures on disk as decoded and made smaller once, their short side so many pixels (256, say), "
-        "which saves time where decoding takes most of it. The result is not that of the pictures themselves to "
-        "the last bit. Evaluation reads the pictures themselves. Default: no such cache.",
+        "Keep decoded training pictures on disk, with a short side of this many pixels (for example 256). This saves "
+        "time where decoding takes most of it; results differ slightly from those of the original pictures. Evaluation "
+        "reads the originals. Default: no such cache.",
         range=Range(1),
     )
 
@@ -156,34 +157,36 @@ class MMFTConfig(TrainingArguments):
     per_device_train_batch_size: int = setting(64, "Training batch per process.", range=Range(1))
     per_device_eval_batch_size: int = setting(256, "Evaluation batch per process.", range=Range(1))
     eval_strategy: IntervalStrategy | str = setting("epoch", "When validation accuracy is measured.")
-    eval_on_start: bool = setting(True, "Make the untuned model a candidate of the selection, as epoch 0.")
+    eval_on_start: bool = setting(True, "Include the untuned model in the selection, as epoch 0.")
     save_strategy: SaveStrategy | str = setting("epoch", "When a checkpoint is saved.")
-    save_total_limit: int | None = setting(1, "Checkpoints kept, beside the best one. Nothing: all.")
+    save_total_limit: int | None = setting(1, "Number of checkpoints kept in addition to the best one. Empty: all.")
     load_best_model_at_end: bool = setting(True, "Keep the weights of the best validation accuracy, not the last ones.")
     metric_for_best_model: str | None = setting("accuracy", "What selection compares.")
-    greater_is_better: bool | None = setting(None, "Whether more of that is better. Default: yes, but for a loss.")
+    greater_is_better: bool | None = setting(
+        None, "Whether a higher value of that metric is better. Default: yes, except for a loss."
+    )
     logging_strategy: IntervalStrategy | str = setting("epoch", "When the losses are logged.")
     logging_nan_inf_filter: bool = setting(
-        False, "Hide non-finite losses. Off: training stops at one and names the step."
+        False, "Hide non-finite losses. Off: training stops at the first one and names the step."
     )
     bf16: bool | None = setting(
         None,
-        "Compute in bfloat16, with weights in float32. Default: yes on GPUs that have it, no on a CPU (where it is "
-        "faster if the CPU has AMX or AVX512-BF16).",
+        "Compute in bfloat16, with weights in float32. Default: yes on GPUs that support it, no on a CPU (where it is "
+        "faster only with AMX or AVX512-BF16).",
     )
     dataloader_num_workers: int | None = setting(
-        None, "Processes that read images. Default: up to 8 beside an accelerator, 0 on a CPU.", range=Range(0)
+        None, "Processes that read images. Default: up to 8 with an accelerator, 0 on a CPU.", range=Range(0)
     )
     dataloader_persistent_workers: bool | None = setting(
-        None, "Keep them from epoch to epoch. Default: yes, where there are any."
+        None, "Keep these processes from epoch to epoch. Default: yes, if there are any."
     )
     auto_find_batch_size: bool = setting(
         False,
-        "Where memory runs out, start again with the batch encoded in smaller chunks, as of loss_chunk_size; the "
-        "batch of the loss stays. Evaluation is not adjusted.",
+        "If memory runs out, start again with smaller chunks (see loss_chunk_size); the batch of the loss stays the same. "
+        "Evaluation is not adjusted.",
     )
     ddp_find_unused_parameters: bool | None = setting(
-        None, "Look for parameters without a gradient in each step. Default: no; there are none."
+        None, "Look for parameters without a gradient in each step. Default: no, since there are none."
     )
     # HfArgumentParser reads no other order of these types.
     report_to: None | str | list[str] = setting("none", "Trackers, e.g. tensorboard, wandb.")  # noqa: RUF036
@@ -191,7 +194,7 @@ class MMFTConfig(TrainingArguments):
     def __post_init__(self):
         accelerated = torch.accelerator.is_available() and not self.use_cpu
         if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # which the Trainer wants to be told, though there is nothing else
+            self.use_cpu = True  # the Trainer requires it for bf16 on a CPU
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and _has_bf16()
         if self.dataloader_num_workers is None:
@@ -205,8 +208,8 @@ class MMFTConfig(TrainingArguments):
         sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
         if self.weight_averaging and (sharded or self.fsdp or self.deepspeed):
             raise UserError(
-                f"--weight_averaging: expected 0 under FSDP and DeepSpeed, found {self.weight_averaging}: no process has all the "
-                "weights that it would average. Leave it out, or start without them."
+                f"--weight_averaging: expected 0 under FSDP and DeepSpeed, found {self.weight_averaging}: no process has all "
+                "the weights to average. Leave it out, or start without them."
             )
         launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
@@ -279,14 +282,14 @@ class MMFTConfig(TrainingArguments):
         return known.get("decides", name not in HARMLESS)
 
     def supcon_weight_at(self, step: int, steps: int) -> float:
-        """w of the loss in the step that follows `step` of `steps`; nothing else decides it, so a resume changes nothing."""
+        """w of the loss in the step after `step` of `steps`. It depends on nothing else, so a resume changes nothing."""
         if self.supcon_weight_end is None:
             return self.supcon_weight
         return self.supcon_weight + (self.supcon_weight_end - self.supcon_weight) * step / steps
 
 
 def _has_bf16() -> bool:
-    """Whether the accelerator computes in bfloat16, and does not merely imitate it."""
+    """Whether the accelerator computes in bfloat16 natively."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return False

@@ -1,4 +1,4 @@
-"""Training beside a frozen tower: what it would encode again and again is encoded once, see `features`."""
+"""Frozen towers during training: their inputs are encoded once instead of in every epoch, see `model.features`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .config import MMFTConfig
 
 
 class FrozenTowers(TrainerCallback):
-    """Which towers of a model are frozen and can be encoded once, and their features.
+    """Finds the frozen towers of a model, encodes their inputs once, and gives the embeddings to the data views.
 
-    A tower counts as frozen if none of its parameters is trained. It is encoded once unless it has dropout, with which it
-    computes something else in every step (its batch normalisation is kept as in evaluation by the Trainer).
+    A tower is frozen if none of its parameters is trained. Frozen towers with dropout are encoded in every step, since they
+    compute something else each time. (The Trainer keeps batch norms in evaluation mode.)
 
     Args:
-        args: `cache_frozen_features` false turns all of it off.
-        collator: as does one that is not ours, which would not know what to do with embeddings.
+        args: `cache_frozen_features=False` turns this off.
+        collator: so does a collator that is not an `MMFTDataCollator`, which may not expect embeddings.
     """
 
     def __init__(self, model, processor, args: MMFTConfig, collator: Callable):
@@ -36,20 +36,20 @@ class FrozenTowers(TrainerCallback):
         self.used = [tower for tower in TOWERS if on and (tower == "vision" or collator.texts)]
         self.towers: set[str] | None = None
         self._made: dict[tuple, tuple] = {}
-        # The weights that a tower was encoded with: cheap to compare, and surely.
+        # The weights that a tower was encoded with: parameter versions, cheap to compare, and a digest, which is certain.
         self._states: dict[str, tuple] = {}
         self._said: set[str] = set()
 
     def attach(self, view: ImageView, dataset: Dataset) -> None:
-        """Gives a view of `dataset` the features of the frozen towers. All processes must call; a second time is free."""
+        """Gives a view of `dataset` the features of the frozen towers. All processes must call; a repeated call is free."""
         training = isinstance(view, TrainingView)
         if training or self.towers is None:
             self.towers = {tower for tower in self.used if self._encodable(tower)}
         if "vision" in self.towers:
             if training and view.crop_min_area < 1:
                 self._say_once(
-                    "The vision tower is frozen, but a random crop is another picture in every epoch and must be encoded "
-                    "again. To encode each picture once, type --crop_min_area 1."
+                    "The vision tower is frozen, but random crops differ in every epoch and must be encoded again. To encode "
+                    "each picture once, type --crop_min_area 1."
                 )
             elif features := self._images(view, dataset):
                 view.use_features(features)
@@ -57,7 +57,7 @@ class FrozenTowers(TrainerCallback):
             view.use_text_features(*texts)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Refuses a checkpoint whose frozen tower is not the one that was encoded."""
+        """Refuses a checkpoint whose frozen tower differs from the one that was encoded."""
         for tower in self.towers or ():
             if not self._same_weights(tower):
                 raise UserError(
@@ -78,12 +78,12 @@ class FrozenTowers(TrainerCallback):
         return ((name, p) for name, p in self.model.named_parameters() if name.startswith(TOWERS[tower]))
 
     def _same_weights(self, tower: str) -> bool:
-        """Whether a tower still has the weights that it was encoded with, if it was."""
+        """Whether a tower still has the weights that it was encoded with; True if it was not encoded."""
         if tower not in self._states or _sharded(self.model):
             return True
         versions, digest = self._states[tower]
         now = self._versions(tower)
-        if now != versions:  # something was written to them: perhaps the same values, from a checkpoint
+        if now != versions:  # something was written to them, perhaps the same values from a checkpoint
             if weights_digest(self.model, tower) != digest:
                 return False
             self._states[tower] = now, digest
@@ -98,7 +98,7 @@ class FrozenTowers(TrainerCallback):
             say(text)
 
     def _images(self, view: ImageView, dataset: Dataset) -> Features | None:
-        # A view of its own: the training view draws captions and passes over bad pictures.
+        # Not the training view, which draws captions and passes over bad pictures.
         plain = ImageView(dataset, view.on_bad_image, view.name, view.short_side)
 
         def encode(how: Encoding) -> Features:
@@ -117,7 +117,7 @@ class FrozenTowers(TrainerCallback):
         return self._once(key, dataset, encode, "training texts")
 
     def _once(self, key: tuple, dataset: Dataset, encode, what: str):
-        """What `encode` returns, made once for each key; says how many were encoded, in how long."""
+        """The result of `encode`, computed once per key; prints how many were encoded and how long it took."""
         tower = key[0]
         if not self._same_weights(tower):
             self._made = {other: made for other, made in self._made.items() if other[0] != tower}
@@ -134,14 +134,14 @@ class FrozenTowers(TrainerCallback):
         how = "read from the cache" if features.hit else "encoded once"
         n, seconds = len(features.embeds), time.monotonic() - start
         say(f"Frozen {tower} tower: {n:,} {what} {how} in {seconds:.1f} s.")
-        # With the data set, so that its id stays its own.
+        # Holds the data set, so that its id is not reused.
         self._made[key] = (dataset, made)
         self._states[tower] = self._versions(tower), weights_digest(self.model, tower)
         return made
 
 
 def has_dropout(model, tower: str) -> bool:
-    """Whether a tower, even a frozen one, computes something else in every step of training."""
+    """Whether a tower has dropout, so that even a frozen one computes something else in every training step."""
     for name, module in model.named_modules():
         if f"{name}.".startswith(TOWERS[tower]):
             rates = (getattr(module, key, 0) for key in ("p", "dropout", "attention_dropout", "drop_path"))
@@ -151,7 +151,7 @@ def has_dropout(model, tower: str) -> bool:
 
 
 def _sharded(model) -> bool:
-    """Whether the weights are spread over processes (FSDP, DeepSpeed's third stage), so that no tower can run alone."""
+    """Whether the weights are sharded over processes (FSDP, DeepSpeed stage 3), so that no tower can run alone."""
     return any(
         hasattr(p, "_local_tensor") or hasattr(p, "ds_id") or "_fsdp" in name for name, p in model.named_parameters()
     )

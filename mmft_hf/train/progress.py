@@ -1,4 +1,4 @@
-"""What a user watches while it trains: one bar, and one line per epoch."""
+"""Progress of a training: one bar, and one line per epoch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EpochLines(ProgressCallback):
     """A progress bar with one readable line per evaluation, in place of the stock callback's dictionaries.
 
     Args:
-        terms: of the loss, to write it as their sum.
+        terms: of the loss, which is written as their weighted sum.
         bar: False prints the lines without a bar, for log files.
     """
 
@@ -54,26 +54,26 @@ class EpochLines(ProgressCallback):
                 self.training_bar.set_description("Training")
                 self.training_bar.update(state.global_step)
         self.current_step = state.global_step
-        # The star marks a new best accuracy; a run that selects by something else has none.
+        # The star marks a new best accuracy. A run that selects by another metric has none.
         by_accuracy = (args.metric_for_best_model or "").removeprefix("eval_") == "accuracy"
         self.best = float("-inf") if by_accuracy else float("inf")
         if by_accuracy and state.best_metric is not None:
             self.best = state.best_metric
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Moves the bar."""
+        """Advances the bar."""
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """Moves a bar that shows only for validations longer than a second."""
+        """Advances a bar that appears only if a validation takes longer than a second."""
         if self.bar and state.is_world_process_zero:
             if self.prediction_bar is None:
                 self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Validation", leave=False, delay=1)
             self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Remembers the losses of an epoch, and prints the line when its validation is known."""
+        """Remembers the losses of an epoch, and prints the line once its validation is known."""
         if not state.is_world_process_zero or not self.training:
             return
         if "loss" in logs:
@@ -87,7 +87,7 @@ class EpochLines(ProgressCallback):
     def _line(self, logs: dict, state, accuracy: float | None) -> str:
         parts = [f"epoch {state.epoch or 0:>5.1f}/{state.num_train_epochs:g}"]
         if logs:
-            # A weight that moves is the mean of the steps, with which the sum is not quite the loss.
+            # A scheduled weight is shown as the mean over the steps, so the sum is only about the loss.
             moves = any(callable(term.weight) for term in self.terms)
             weights = {
                 t.name: f"{logs[f'{t.name}_weight']:.3g}" if callable(t.weight) else f"{t.weight:g}" for t in self.terms

@@ -1,4 +1,4 @@
-"""Pushes of the Trainer (`push_to_hub=True`): what it publishes while it trains, and at the end."""
+"""Pushes to the Hub with `push_to_hub=True`: during training and at its end."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..model.towers import plain_state
 
 logger = logging.getLogger(__name__)
 
-# What prototypes belong to whose tower is not trained, in place of a step.
+# In place of a step: prototypes of a tower that is not trained stay valid.
 STAY = "weights that stay"
 
 
 class TrainingPushes:
-    """A part of `MMFTTrainer`.
+    """The part of `MMFTTrainer` that publishes.
 
-    The stock pushes copy a checkpoint's weights over those in the output folder, and publish a pickle of all settings, the
-    token among them. These publish a plain `CLIPModel` with the prototypes of the same weights, and nothing else.
+    The stock pushes copy a checkpoint's weights over those in the output folder, and publish a pickle of all settings,
+    including the token. These publish a plain `CLIPModel` and the head of the same weights, and nothing else.
     """
 
     def init_hf_repo(self, token=None, private=None) -> None:
-        """The repository, with the branch that is pushed to. Arguments as in the stock Trainer."""
+        """Creates the repository and the branch to push to. Arguments as in the stock Trainer."""
         if self.is_world_process_zero():
             args = self.args
             token, private = token or args.hub_token, args.hub_private_repo if private is None else private
@@ -49,7 +49,7 @@ class TrainingPushes:
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not args.hub_always_push:
             return
-        # A folder of its own, since checkpoints come and go while it is uploaded.
+        # A separate folder, since checkpoints are deleted during the upload.
         staged = Path(tempfile.mkdtemp(prefix="mmft-push-"))
         self._write_model(staged)
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -72,7 +72,7 @@ class TrainingPushes:
             self.push_in_progress = PushInProgress([upload])
 
     def _write_model(self, folder: Path) -> None:
-        """A plain model, its processor, its record, and prototypes where they are of these very weights."""
+        """Writes the plain model, its processor, the run's record, and the head if it belongs to these weights."""
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, state_dict=plain_state(model))
         self.processing_class.save_pretrained(folder)
@@ -82,10 +82,10 @@ class TrainingPushes:
         write_json(folder / RUN_FILE, without_local_paths(record))
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
-        """Publishes model, processor and prototypes; with what else of a finished run is in the output folder.
+        """Publishes model, processor and head, and the other files of a finished run in the output folder.
 
         Args:
-            commit_message, token, revision: as in the stock Trainer. It waits for the end in any case.
+            commit_message, token, revision: as in the stock Trainer. The call always waits until the push is done.
 
         Returns:
             The address of the commit, in the first process.
@@ -110,7 +110,7 @@ class TrainingPushes:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A second name of a file, which stays when the first one goes; where the disk has no such thing, a copy."""
+    """Hard-links a file, so that it outlives the original name; copies it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -118,8 +118,8 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _after(upload, staged: Path) -> None:
-    """Training goes on whatever becomes of a push on the way, but not silently."""
+    """Cleans up after a push during training. A failed one is reported, and training continues."""
     shutil.rmtree(staged, ignore_errors=True)
     if not upload.cancelled() and (error := upload.exception()):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("A push during training failed (%s); what it had is pushed with the next one.", reason)
+        logger.warning("A push during training failed (%s); the next push includes its content.", reason)

@@ -1,7 +1,7 @@
-"""FSDP2: a dual encoder whose weights, gradients and optimiser state lie in pieces on several processes.
+"""FSDP2: weights, gradients and optimiser state of a dual encoder are sharded over several processes.
 
-`accelerate launch --config_file recipes/accelerate/fsdp2.yaml` asks for it, and accelerate does it; what follows is what a
-dual encoder needs beside that. Where FSDP is not asked for, nothing here does anything.
+`accelerate launch --config_file recipes/accelerate/fsdp2.yaml` turns it on. accelerate does the sharding; this module adds
+what a dual encoder needs in addition. Without FSDP, nothing here has any effect.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..core.errors import UserError
 
 
 class ShardedTraining:
-    """A part of `MMFTTrainer`."""
+    """The part of `MMFTTrainer` for FSDP2."""
 
-    _whole: nn.Module | None = None  # a copy from before the model was cut, in main memory
+    _whole: nn.Module | None = None  # a copy in main memory from before the model was sharded
 
     def create_optimizer(self, *args, **kwargs):
-        """The stock optimiser. Under FSDP2 this is the last that happens before the model is cut into pieces."""
+        """The stock optimiser. Under FSDP2 this is the last call before the model is sharded."""
         if not self.is_fsdp_enabled:
             return super().create_optimizer(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin
@@ -53,7 +53,7 @@ class ShardedTraining:
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.is_fsdp_enabled)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.is_fsdp_enabled:  # from here on every process has the whole model, and works alone with it
+        if self.is_fsdp_enabled:  # from here on every process works alone, with the whole model
             self.model = self.model_wrapped = gather_into(self._whole, self.model)
         return result
 
@@ -66,7 +66,7 @@ def check_settings(args: TrainingArguments, plugin) -> None:
     """Raises `UserError` for settings under which a sharded run could not be trained, saved or resumed."""
     for name in ("loss_chunk_size", "auto_find_batch_size"):
         if getattr(args, name, None):
-            # Every forward is a meeting of all processes, and they may have different numbers of distinct texts.
+            # All processes take part in every forward, but they may have different numbers of distinct texts, and so of chunks.
             raise UserError(
                 f"--{name}: expected nothing under FSDP, found {getattr(args, name)}. Type --gradient_checkpointing true to "
                 "save memory, or start without FSDP."
@@ -80,17 +80,17 @@ def check_settings(args: TrainingArguments, plugin) -> None:
         if found != expected:
             raise UserError(
                 f"{name}: expected {expected}, found {found}. Type accelerate launch --config_file "
-                "recipes/accelerate/fsdp2.yaml …, which has what is needed."
+                "recipes/accelerate/fsdp2.yaml …, which has these settings."
             )
 
 
 def check_checkpoint(checkpoint: Path, fsdp: bool) -> None:
-    """Raises `UserError` for a checkpoint of FSDP without FSDP, and the reverse: their optimiser states differ in form."""
+    """Raises `UserError` if a checkpoint was written with FSDP and this run has none, or the reverse: optimiser states differ."""
     left = (checkpoint / "optimizer.bin").is_file()
     if left != fsdp:
         before, now = ("with", "without") if left else ("without", "with")
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: expected a run {before} FSDP, as the one that left it, found one {now}. "
+            f"--resume_from_checkpoint {checkpoint}: expected a run {before} FSDP, like the one that wrote it, found one {now}. "
             "Start it with the same accelerate configuration as before, or type a new --output_dir."
         )
 
@@ -101,7 +101,7 @@ def keep_whole(model: nn.Module) -> nn.Module:
     These are the logit scale, since FSDP2 shards no scalar, and what loss terms train of their own: both are read outside of
     the forward. Their gradients are averaged here, as FSDP2 averages those of the others.
     """
-    # accelerate wants to treat a language model's embedding apart, and CLIPModel refuses to name one.
+    # accelerate shards the input embedding of a language model separately, and CLIPModel refuses to name one.
     model.get_input_embeddings = lambda: None
     ignored = nn.Module()
     for name, parameter in model.named_parameters():
@@ -120,10 +120,10 @@ def _average_gradient(parameter: nn.Parameter) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
-    """Every process holds all weights meanwhile, so that it may encode as many batches as it likes, and alone.
+    """Within this context every process holds all weights, so that it can encode batches on its own.
 
     Args:
-        reshard_after_forward: what holds for the parts of the model again afterwards.
+        reshard_after_forward: the setting that the parts of the model get back afterwards.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not parts:
@@ -145,7 +145,7 @@ def unsharded(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[
 
 @torch.no_grad()
 def gather_into(whole: nn.Module, model: nn.Module) -> nn.Module:
-    """Puts the weights of a sharded model into `whole`, a copy from before; returns that, on the device of the model."""
+    """Copies the weights of a sharded model into `whole`, its copy from before sharding; returns it on the model's device."""
     state = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in model.state_dict().items()}
     whole.load_state_dict(state)
     return whole.to(model.device)

@@ -105,18 +105,18 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         train_dataset (`datasets.Dataset`): columns `image`, `label` (`ClassLabel`) and, where there are any, `captions`.
         eval_dataset (`datasets.Dataset`, *optional*): columns `image`, `label`: validation, which selects the best
             epoch. Without it the last step is kept.
-        processing_class (`CLIPProcessor`): of the model.
+        processing_class (`CLIPProcessor`): that of the model.
         compute_metrics (*optional*): gets class logits `(n, C)` and labels `(n,)`; the default gives `accuracy`,
             `top5_accuracy` and `mean_per_class_accuracy`.
         loss (`LossTerm` or a list of them, *optional*): what is minimised, see `train.terms`. Default: MMFT's own two terms,
             with the weights of `args`.
 
-    Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn afresh in
+    Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn anew in
     every epoch. Evaluation compares images with the class prototypes of the current weights (`args.prototypes`); its
-    `eval_loss` is the cross-entropy of the class logits, which, unlike a contrastive loss, no batch size can move.
+    `eval_loss` is the cross-entropy of the class logits, which, unlike a contrastive loss, does not depend on the batch size.
 
     Raises:
-        UserError: a model, a data set or a checkpoint that does not fit.
+        UserError: a model, a data set or a checkpoint does not fit.
 
     References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426).
     """
@@ -215,10 +215,10 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         self._unseen_losses: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
 
         # -- three lines that every contrastive Trainer needs --------------------------------------------------------
-        # CLIPModel.forward takes **kwargs, so the Trainer would believe that the model divides the loss by the number
-        # of accumulated items; it does not, and gradients would come out multiplied by the accumulation steps.
+        # CLIPModel.forward takes **kwargs, so the Trainer would assume that the model divides the loss by the number of
+        # accumulated items. It does not, and gradients would be multiplied by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        # training_step divides by the accumulation steps; in transformers 5.2 accelerate would do so once more.
+        # training_step divides by the accumulation steps; in transformers 5.2 accelerate would do so again.
         if not self.is_deepspeed_enabled:
             self.accelerator.gradient_accumulation_steps = 1
         # Otherwise evaluate() would leave out the loss.
@@ -257,11 +257,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             self._frozen.attach(view, dataset)
             dataset = view
         if is_training:
-            batch_size = self.args.train_batch_size  # whatever auto_find_batch_size found: see _chunk_size
+            batch_size = self.args.train_batch_size  # auto_find_batch_size lowers the chunks instead: see _chunk_size
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # With workers that stay, the stock method returns the loader that it made first, whatever it is asked for.
+        # With persistent workers, the stock method returns its first loader, whatever data set it is asked for.
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self._eval_loader_of is not dataset:
             vars(self).get("_eval_dataloaders", {}).clear()
@@ -271,7 +271,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args, seed = self.args, self._data_seed
-        # One process alone may have a shorter last batch, unless it was compiled for one size.
+        # Only a single process may have a shorter last batch, unless the model is compiled for one shape.
         fill_up = args.world_size > 1 or args.torch_compile
         share = (args.world_size, args.train_batch_size if fill_up else None)
         if args.samples_per_class:
@@ -291,7 +291,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         scalars["skipped_images"] = inputs["skipped"].sum()
         if "captions_cut" in inputs:
             scalars["captions_cut"] = inputs["captions_cut"].sum()
-        # All that the loss sees of other processes is gathered here.
+        # Everything that the loss sees of other processes is gathered here.
         embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs}
         extras = {name: outputs[name] for name in ("class_embeds",) if name in outputs}
         shared = {"parameters": outputs["parameters"], "extras": extras}
@@ -302,7 +302,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 values = dict(term(batch))
                 value = values.pop("loss")
                 scalars |= {f"{term.name}_loss": value, **values, f"{term.name}_weight": torch.tensor(weight)}
-                if weight:  # left out otherwise, so that an overflow of it could not leak into the sum
+                if weight:  # otherwise it is left out, so that an overflow cannot leak into the sum
                     loss = loss + weight * value
         for name, value in scalars.items():
             self._sums[name] = self._sums[name] + value.detach()
@@ -318,22 +318,22 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         if texts is not None and "captions_cut" in inputs:
             own = texts[: len(inputs["labels"])] if "class_rows" in inputs else texts
             outputs["text_embeds"] = own if rows is None else texts[rows]
-        # A tower that is frozen has been encoded before.
+        # The embeddings of a frozen tower come with the batch.
         return outputs | {name: inputs[name] for name in ("image_embeds", "text_embeds") if name in inputs}
 
     def _chunk_size(self) -> int:
-        """Rows encoded at a time; 0: all. Where memory runs out, `auto_find_batch_size` lowers it, and not the batch."""
+        """Rows encoded at a time; 0: all. If memory runs out, `auto_find_batch_size` lowers this and not the batch."""
         chosen = self.args.loss_chunk_size or 0
         if self.args.auto_find_batch_size and self._train_batch_size < self.args.train_batch_size:
             return min(chosen, self._train_batch_size) if chosen else self._train_batch_size
         return chosen
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One forward and backward; a loss that is not finite stops the training before anything is saved."""
+        """One forward and backward. A loss that is not finite stops the training before anything is saved."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         arrived = None
         if loss.device.type == "cuda":
-            # To look at it now would wait for all that the GPU still has to do. So it is sent, and looked at a step later.
+            # Reading it now would wait for the GPU's whole queue. It is copied, and read one step later.
             sent, arrived = loss.to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record()
         else:
@@ -393,14 +393,14 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard)
 
     def current_prototypes(self) -> Head:
-        """`build_prototypes()`, or what it gave before if the weights that it depends on are still the same."""
+        """The head of the current weights: that of the last call if its weights are unchanged, else a new one."""
         model = self.accelerator.unwrap_model(self.model)
         tower = TOWERS["vision" if self.args.prototypes == "images" else "text"]
         tower += ("loss_terms.",)  # which may hold the head itself
         trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(tower))
         of = self.state.global_step if trained else STAY
         if self.prototypes is None or self._prototypes_of != of:
-            with self.accelerator.autocast():  # as the images that are compared with them
+            with self.accelerator.autocast():  # as for the images that are compared with it
                 self.prototypes = self.build_prototypes()
             self._prototypes_of = of
         if isinstance(self.prototypes, ClassPrototypes):  # the scale is always trained
@@ -408,16 +408,16 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return self.prototypes
 
     def forget_prototypes(self) -> None:
-        """To be called after weights were changed in any other way than by training."""
+        """To be called after weights were changed by anything other than training."""
         self._prototypes_of = None
 
     def evaluation_loop(self, *args, **kwargs):
-        """The stock loop, after prototypes of the current weights were built."""
+        """The stock loop, with a head of the current weights."""
         self._expect_finite_losses()
         self.current_prototypes()
         output = super().evaluation_loop(*args, **kwargs)
         if isinstance(output.predictions, np.ndarray) and self.preprocess_logits_for_metrics is None:
-            # The stock mean weighs batches alike whose images could not all be read, or that were filled up.
+            # The stock mean gives batches equal weights, even if they are shorter or have unreadable images.
             labels = torch.from_numpy(output.label_ids)
             loss = _cross_entropy(torch.from_numpy(output.predictions), labels).item()
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss
@@ -427,7 +427,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Class logits `(B, C)` of a batch, with their mean cross-entropy as the loss."""
+        """Class logits `(B, C)` of a batch, and their mean cross-entropy as the loss."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         with torch.no_grad(), self.accelerator.autocast():
@@ -457,17 +457,17 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args, **kwargs):
-        """Nothing: the stock card would overwrite the one with the results, which the output folder gets at the end."""
+        """Does nothing: the stock card would overwrite the one with the results."""
 
 
 class _Beginnings(TrainerCallback):
-    """What a training, an epoch and a step begin with."""
+    """Prepares the start of a training, an epoch and a step."""
 
     def __init__(self, trainer: MMFTTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A second training, or one that begins anew after memory ran out, counts its steps from 0 with other weights.
+        # A second training, or a restart after memory ran out, counts its steps from 0 with other weights.
         self.trainer.forget_prototypes()
         self.trainer._sums.clear()
         self.trainer._unseen_losses.clear()
@@ -476,7 +476,7 @@ class _Beginnings(TrainerCallback):
         step = (state.global_step, state.max_steps)
         self.trainer.loss_weights = [t.weight(*step) if callable(t.weight) else t.weight for t in self.trainer.terms]
 
-    # Also where the loader is wrapped, as on a resume within an epoch of several processes.
+    # The stock call misses a wrapped loader, as after a resume within an epoch on several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))

@@ -230,9 +230,9 @@ def test_fsdp_with_what_it_cannot_do_is_refused():
 def test_checkpoints_of_fsdp_and_others_are_kept_apart(tmp_path):
     (tmp_path / "optimizer.bin").touch()
     sharding.check_checkpoint(tmp_path, fsdp=True)
-    with pytest.raises(UserError, match="expected a run with FSDP, as the one that left it, found one without"):
+    with pytest.raises(UserError, match="expected a run with FSDP, like the one that wrote it, found one without"):
         sharding.check_checkpoint(tmp_path, fsdp=False)
     (tmp_path / "optimizer.bin").rename(tmp_path / "optimizer.pt")
     sharding.check_checkpoint(tmp_path, fsdp=False)
-    with pytest.raises(UserError, match="expected a run without FSDP, as the one that left it, found one with"):
+    with pytest.raises(UserError, match="expected a run without FSDP, like the one that wrote it, found one with"):
         sharding.check_checkpoint(tmp_path, fsdp=True)
