@@ -45,10 +45,9 @@ def import_journal(journal: Journal, file: str | Path) -> int:
         )
     for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):
         for row in batch.to_pylist():
-            if not (row["key"] and row["slot"] and row["status"] in STATUSES and _is_list(row["checks"])):
-                raise UserError(
-                    f"{file}: expected an exported journal, found a row that no run writes: {str(row)[:200]}."
-                )
+            if not _is_ours(row):
+                found = f"a row that no run writes: {str(row)[:200]}"
+                raise UserError(f"{file}: expected an exported journal, found {found}.")
     terminal: dict[str, bool] = {}
     for row in read_rows(journal.folder, ("key", "status")):
         terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
@@ -65,8 +64,9 @@ def import_journal(journal: Journal, file: str | Path) -> int:
     return added
 
 
-def _is_list(text: str | None) -> bool:
+def _is_ours(row: dict) -> bool:
     try:
-        return isinstance(json.loads(text or "[]"), list)
+        checks = json.loads(row["checks"] or "[]")
     except ValueError:
         return False
+    return bool(row["key"] and row["slot"]) and row["status"] in STATUSES and isinstance(checks, list)

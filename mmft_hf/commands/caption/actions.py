@@ -21,6 +21,8 @@ from ...captioning.judge.tokens import load_counter
 from ...captioning.types import ACCEPTED, OPEN, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionWorkflow, load_data, write_folder
 from ...captioning.write.dataset import without_captions
+from ...captioning.write.imports import KEY_RULES, import_captions
+from ...captioning.write.merges import merge_captions
 from ...captioning.write.output_folder import CaptionFolder
 from ...core.arguments import DataArguments
 from ...core.console import is_main, many, printable_text, say, table
@@ -217,8 +219,6 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
             f"caption import: expected a .parquet file of `export`, or .json files of captions, found "
             f"{', '.join(files) or 'none'}. Type mmft-hf caption import FILE …"
         )
-    from ...captioning.write.imports import KEY_RULES, import_captions
-
     if args.key_rule not in KEY_RULES:
         raise UserError(
             f"--key_rule: expected one of {', '.join(KEY_RULES)}, which says how the keys of {files[0]} name images, "
@@ -238,8 +238,6 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
 
 def merge(data_args: DataArguments, args: CaptionArguments, *names: str) -> None:
     """Joins several captioned data sets of the same images."""
-    from ...captioning.write.merges import merge_captions
-
     if len(names) < 2:
         raise UserError(
             "caption merge: expected two or more captioned data sets. Type mmft-hf caption merge FOLDER FOLDER …"
