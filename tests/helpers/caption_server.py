@@ -1,7 +1,7 @@
-"""A server on loopback that answers as OpenAI, Gemini and Anthropic do, and fails as a script tells it to.
+"""A server on loopback that answers like OpenAI, Gemini and Anthropic, and fails as a script says.
 
-In a process of its own: `python tests/caption_server.py --port 0 --script FILE.json --log FILE.jsonl` prints its port.
-In a thread: `with serving(script, log) as server:`, or the same with `process=True`.
+In a process of its own: `python tests/helpers/caption_server.py --port 0 --script FILE.json --log FILE.jsonl` prints its port.
+In a thread: `with serving(script, log) as server:`; in a process: with `process=True`.
 
 A script is JSON, `{"rules": [...], "mode": "json", "aspects": [...]}`. The first rule that fits a request decides:
     {"do": NAME, "at": [1, 4], "from": 5, "to": 9, "every": 3, "after_ok": 10, "times": 2, "prompt": "cat",
@@ -37,16 +37,16 @@ from aiohttp import web
 QUOTA = {
     "error": {"message": "You exceeded your current quota.", "type": "insufficient_quota", "code": "insufficient_quota"}
 }
-# What a rule's `do` may be: status and body of an error, or None where the code below does it.
+# The actions of a rule: status and body of an error, or None if the code below handles it.
 ACTIONS = {
     "ok": None,
-    "truncated": None,  # cut at the token limit
-    "thinking": None,  # the whole budget went into thinking: no text
+    "truncated": None,  # at the token limit
+    "thinking": None,  # all tokens were spent on thinking: no text
     "refusal": None,
     "blocked": None,  # Gemini: no candidate at all
     "empty_choices": None,
     "malformed": None,  # status 200, no JSON
-    "huge": None,  # `bytes` of an answer, 9 MiB unless told
+    "huge": None,  # an answer of `bytes`, by default 9 MiB
     "hang": None,
     "reset": None,  # RST before a byte of the answer
     "reset_middle": None,  # RST within the answer
@@ -69,7 +69,7 @@ def caption_of(picture_sha: str, prompt: str) -> str:
 
 
 def read_request(path: str, body: dict) -> tuple[bytes, str, list[str]]:
-    """Picture, prompt and the keys of the JSON object asked for, of any of the three kinds of request."""
+    """Picture, prompt and the keys of the requested JSON object, for all three kinds of request."""
     if path.endswith(":generateContent"):
         parts = body["contents"][0]["parts"]
         schema = body.get("generationConfig", {}).get("responseSchema", {})
@@ -84,7 +84,7 @@ def read_request(path: str, body: dict) -> tuple[bytes, str, list[str]]:
 
 
 def answer(path: str, model: str, text: str, kind: str) -> dict:
-    """A body of status 200 as each provider writes it; `kind` is one of the actions above the line of errors."""
+    """A body with status 200 as the provider writes it; `kind` is an action that is no error."""
     tokens_out = len(text.split()) + (kind == "thinking") * 50
     if path.endswith(":generateContent"):
         if kind == "blocked":
@@ -123,7 +123,7 @@ def answer(path: str, model: str, text: str, kind: str) -> dict:
 
 
 class CaptionServer:
-    """Plays a script and writes down what it is asked.
+    """Plays a script and logs what it is asked.
 
     Args:
         script: as above. It may be exchanged between requests.
@@ -235,7 +235,7 @@ class CaptionServer:
 
 
 async def _run(server: CaptionServer, port: int, ready, stop: asyncio.Event) -> None:
-    # A handler that hangs ends with its client, or shortly after the server is told to stop.
+    # A handler that hangs ends with its client, or shortly after the server stops.
     options = {"handle_signals": False, "handler_cancellation": True, "shutdown_timeout": 0.1}
     runner = web.AppRunner(server.app(), access_log=None, **options)
     await runner.setup()
@@ -247,7 +247,7 @@ async def _run(server: CaptionServer, port: int, ready, stop: asyncio.Event) -> 
 
 
 class Running:
-    """A server that runs: `url` without a path, `log`, and in a thread also `server`."""
+    """A running server: `url` without a path, `log`, and `server` if it runs in a thread."""
 
     def __init__(self, port: int, log: Path, server: CaptionServer | None = None):
         self.url, self.log, self.server = f"http://127.0.0.1:{port}", log, server

@@ -1,7 +1,7 @@
-"""For tests of captioning runs: pictures, what each must be called, and commands as real processes that can be killed.
+"""For tests of captioning runs: pictures, their expected captions, and commands as real processes that can be killed.
 
-The expectation of a caption is computed from the picture's file and from a prompt written here, never from what the
-library recorded.
+An expected caption is computed from the bytes of the picture and from a prompt written here, never from what the library
+recorded.
 """
 
 import atexit
@@ -28,7 +28,7 @@ ASPECTS = ("visual", "shape", "texture")
 
 
 def picture(i: int, kind: str = "PNG") -> bytes:
-    """A small picture that no other number gives."""
+    """A small picture, different for each number."""
     pixels = np.random.default_rng(i).integers(0, 256, (10, 12 + i % 3, 3), dtype=np.uint8)
     file = io.BytesIO()
     PILImage.fromarray(pixels).save(file, kind)
@@ -36,7 +36,7 @@ def picture(i: int, kind: str = "PNG") -> bytes:
 
 
 def dataset(pictures, names=NAMES, labels=None) -> Dataset:
-    """A data set of encoded pictures; labels take turns."""
+    """A data set of encoded pictures; the default labels alternate."""
     pictures = list(pictures)
     labels = labels or [i % len(names) for i in range(len(pictures))]
     columns = {"image": [{"bytes": data, "path": None} for data in pictures], "label": labels}
@@ -65,7 +65,7 @@ def expected(data: bytes, name: str, aspect: str) -> str:
 
 
 def pairs(data: bytes, name: str, aspects=ASPECTS) -> set[tuple[str, str]]:
-    """What the server must have been asked about a picture: its sha256 with each prompt."""
+    """The requests that the server must have received for a picture: its sha256 with each prompt."""
     return {(hashlib.sha256(data).hexdigest(), prompt(name, aspect)) for aspect in aspects}
 
 
@@ -75,7 +75,7 @@ def asked(rows) -> list[tuple[str, str]]:
 
 
 def wrong(rows, aspects=ASPECTS, names=NAMES) -> list:
-    """Rows of a captioned data set (images not decoded) that have any caption but their own, or lack one."""
+    """Rows of a captioned data set (images not decoded) with a missing or a wrong caption."""
     found = []
     for row in rows:
         name, data = names[row["label"]], row["image"]["bytes"]
@@ -89,7 +89,7 @@ def wrong(rows, aspects=ASPECTS, names=NAMES) -> list:
 
 
 def written(folder: Path, split: str = "train") -> list[dict]:
-    """Rows of a captioned folder, read without the library."""
+    """The rows of a captioned folder, read without the library."""
     return [row for file in sorted((folder / "data").glob(f"{split}-*")) for row in pq.read_table(file).to_pylist()]
 
 
@@ -99,7 +99,7 @@ def undecoded(captioned) -> list[dict]:
 
 # -- processes --------------------------------------------------------------------------------------------------------
 class Command:
-    """`mmft-hf …` as a process of its own. It begins as a fork of one that has imported everything: 10 ms, not 4 s."""
+    """`mmft-hf …` as a process, forked from one that has imported everything, which takes 10 ms in place of 4 s."""
 
     def __init__(self, pid: int, output: Path):
         self.pid, self.output = pid, output
@@ -108,7 +108,7 @@ class Command:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """The exit code, negative where a signal ended it."""
+        """The exit code, negative if a signal ended the process."""
         return _launcher().ask({"wait": self.pid})
 
     @property
@@ -138,19 +138,19 @@ def _launcher() -> Launcher:
 
 
 def start(words, output: Path, before: str = "", **environment) -> Command:
-    """Starts a command. `before`: Python that runs in its process first; `environment`: more variables."""
+    """Starts a command. `before`: Python code that its process runs first; `environment`: additional variables."""
     message = {"words": [str(word) for word in words], "output": str(output), "before": before, "env": environment}
     return Command(_launcher().ask(message), output)
 
 
 def caption(server, data: Path, output: Path, *more) -> list:
-    """The words of a captioning command."""
+    """The command line of a captioning run."""
     words = ["caption", "--captioner", "openai", "--captioner_model", "m", "--base_url", f"{server.url}/v1"]
     return [*words, "--dataset_name", data, "--output_dir", output, *more]
 
 
 def until(condition, seconds: float = 30.0, every: float = 0.005) -> None:
-    """Waits until it holds."""
+    """Waits until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
