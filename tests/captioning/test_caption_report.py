@@ -98,8 +98,8 @@ def test_the_page_shows_the_figures(tmp_path):
     text = " ".join(page.words)
     for expected in (
         "Captions of someone/colours", "split train · tiny/vlm · 20260101T000000Z · 3 captions are missing",
-        "a round red thing indeed", "rejected: label_contradicted", "0.80", "http_503 2", "1 answers were asked for again",
-        "tokens in", "Describe this [class name] & its ```look```",
+        "a round red thing indeed", "rejected: label_contradicted", "1 answers were asked for again",
+        "Describe this [class name] & its ```look```",
     ):  # fmt: skip
         assert expected in text, expected
     with PILImage.open(tmp_path / "captions.png") as picture:

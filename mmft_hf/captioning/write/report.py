@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from textwrap import wrap
 
-import numpy as np
-from datasets import Dataset, Image
+from datasets import Image
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from ...core.files import CARD_FILE
 from ...core.pages import render_page
 from ...data.images import BadImage, read_image
 from ...data.texts import clean_class_name, printable
@@ -24,7 +25,6 @@ from .statistics import CaptionStatistics, percentage, spread
 
 SAMPLES, NOTABLE_SAMPLES, ON_PICTURE = 12, 12, 6
 THUMBNAIL = 320  # pixels: longer side of a picture on the page
-BINS = 36  # of a histogram of lengths
 
 
 def caption_report(
@@ -49,9 +49,10 @@ def caption_report(
     """
     figures, names = statistics.figures, statistics.class_names
     images = statistics.dataset.cast_column("image", Image(decode=False))
-    chosen = statistics.sample_rows(SAMPLES)
     kinds = sorted(statistics.notable.items(), key=_severity)
     notable = [(kind, *places[turn]) for turn in range(3) for kind, places in kinds if turn < len(places)]
+    rows = statistics.sample_rows(SAMPLES) or range(min(SAMPLES, len(images)))
+    samples = [_sample(images[row], names) for row in rows]
     page = render_page(
         TEMPLATES / "captions.html.j2",
         title=title(details),
@@ -60,24 +61,21 @@ def caption_report(
         statistics=statistics,
         figures=figures,
         details=details,
-        samples=[_sample(images[row], names) for row in chosen],
+        samples=samples,
         notable=[
             _notable_sample(images[row], names, kind, position, rejected_text(row, position))
             for kind, row, position in notable[:NOTABLE_SAMPLES]
         ],
         limit=(details.get("checks") or {}).get("token_limit"),
-        histogram_of=_histogram,
-        overlap={tuple(pair["aspects"]): pair["jaccard"] for pair in figures["overlap"]},
         checks=TABLE,
-        printable=printable,
         percentage=percentage,
         spread=spread,
+        card=CARD_FILE,
         version=__version__,
     )
     path = Path(folder) / PAGE_FILE
     path.write_text(page, encoding="utf-8")
-    rows = chosen[:ON_PICTURE] or list(range(min(ON_PICTURE, len(images))))
-    _sheet(images, rows, names).save(path.with_name(PICTURE_FILE), optimize=True)
+    _sheet(samples[:ON_PICTURE]).save(path.with_name(PICTURE_FILE), optimize=True)
     return path
 
 
@@ -120,48 +118,22 @@ def _severity(entry: tuple[str, list]) -> tuple:
     return "label_contradicted" not in kind, kind in CHECKS, kind
 
 
-def _histogram(lengths: Mapping[int, int], limit: int | None) -> dict:
-    """Heights of the bars from 0 to 1, and the place of the limit among them."""
-    top = max(*lengths, limit or 1, 1) + 1
-    bars, _ = np.histogram(list(lengths), BINS, (0, top), weights=list(lengths.values()))
-    return {"bars": (bars / bars.max()).tolist(), "limit": limit and BINS * limit / top}
-
-
 # -- the picture ------------------------------------------------------------------------------------------------------
-def _sheet(images: Dataset, rows: list[int], names: list[str]) -> PILImage.Image:
-    """A few images with their captions, in two columns."""
-    width, height, gap = 470, 216, 14  # pixels
-    lines = max(-(-len(rows) // 2), 1)
-    sheet = PILImage.new("RGB", (2 * (width + gap) + gap, lines * (height + gap) + gap), "#fbfaf8")
-    for place, row in enumerate(rows):
-        tile = _tile(images[row], names, width, height)
-        sheet.paste(tile, (gap + place % 2 * (width + gap), gap + place // 2 * (height + gap)))
+def _sheet(samples: list[dict]) -> PILImage.Image:
+    """A few images in two columns, each beside its class and the first of its captions."""
+    width, height, margin, left = 470, 216, 12, 176  # pixels; `left` is where the text begins
+    sheet = PILImage.new("RGB", (2 * width, height * max(-(-len(samples) // 2), 1)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for place, sample in enumerate(samples):
+        x, y = place % 2 * width, place // 2 * height + margin
+        if sample["picture"]:
+            picture = PILImage.open(io.BytesIO(sample["picture"]))
+            picture.thumbnail((left - 2 * margin, height - 2 * margin))
+            sheet.paste(picture, (x + margin, y))
+        else:
+            draw.text((x + margin, y), "cannot be read", "gray", font)
+        captions = [f"{aspect}: {text}" for aspect, text in sample["entries"][:4]] or ["no caption"]
+        lines = [wrap(text, 44, max_lines=max(2, 10 // len(captions)), placeholder=" …") for text in captions]
+        text = "\n".join([*wrap(sample["heading"], 44, max_lines=1), "", *chain(*lines)])
+        draw.multiline_text((x + left, y), text, "black", font)
     return sheet
-
-
-def _tile(row: Mapping, names: list[str], width: int, height: int) -> PILImage.Image:
-    """One image with its class and the first of its captions."""
-    side, left = 150, 176  # pixels: of the picture, and where the text begins
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
-    tile = PILImage.new("RGB", (width, height), "#fbfaf8")
-    draw = ImageDraw.Draw(tile)
-    draw.rounded_rectangle((0, 0, width - 1, height - 1), 8, "white", "#e4e2dd")
-    try:
-        picture = read_image(row["image"])
-        picture.thumbnail((side, height - 24))
-        tile.paste(picture, (12 + (side - picture.width) // 2, (height - picture.height) // 2))
-    except BadImage:
-        draw.text((24, height // 2), "cannot be read", "#656d76", font)
-    draw.text((left, 10), _lines(_class_name(names, row["label"]), 36, 1), "#1f2328", bold)
-    captions, top = _accepted(row) or [("", "no caption")], 34
-    for aspect, text in captions[:4]:
-        text = f"{aspect}: {text}" if aspect and len(captions) > 1 else text
-        text = _lines(text, 44, max(2, 10 // min(len(captions), 4)))
-        draw.multiline_text((left, top), text, "#3b424a", font, spacing=3)
-        top += 16 * len(text.split("\n")) + 5
-    return tile
-
-
-def _lines(text: str, characters: int, most: int) -> str:
-    """The text in at most `most` lines."""
-    return "\n".join(wrap(text, characters, max_lines=most, placeholder=" …"))

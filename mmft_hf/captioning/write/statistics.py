@@ -93,7 +93,6 @@ class CaptionStatistics:
             answer; `overlap`: mean Jaccard index of the word sets of two aspects of one image; `duplicates`: texts shared by
             several images; the classes with the fewest captions per image; models, prompt ids, and the tokens and attempts
             spent.
-        counts: counts by aspect; those of all aspects together under None.
         notable: places of records worth a look, up to three for each kind: `(row, position in caption_records)`.
         unreadable_row: the first row whose image cannot be read, or None.
     """
@@ -101,7 +100,7 @@ class CaptionStatistics:
     def __init__(self, dataset: Dataset, seed: int = 0):
         self.dataset = dataset
         self.class_names = dataset.features["label"].names
-        self.counts: dict[str | None, _Counts] = defaultdict(_Counts, {None: _Counts()})
+        self._aspects: dict[str | None, _Counts] = defaultdict(_Counts, {None: _Counts()})  # None: all together
         self.notable: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.unreadable_row: int | None = None
         self._total = Counter()  # the figures that are plain sums
@@ -135,7 +134,7 @@ class CaptionStatistics:
         for position, record in enumerate(records):
             status, aspect, checks = record["status"], record["aspect"] or "", record["checks"] or ()
             accepted = status in ACCEPTED and bool(record["text"])
-            for counts in (self.counts[None], self.counts[aspect]):
+            for counts in (self._aspects[None], self._aspects[aspect]):
                 counts.add(record, len(record["text"].split()) if accepted else 0)
             self._models[record["model"] or ""] += accepted
             self._prompt_ids[aspect][record["prompt_id"] or ""] += accepted
@@ -203,8 +202,8 @@ class CaptionStatistics:
             "statuses": {status: self._statuses[status] for status in STATUSES if self._statuses[status]},
             "asked_again": sums["asked_again"],
             "failures": dict(self._failures.most_common()),
-            "all": self.counts[None].as_dict(),
-            "aspects": {name: counts.as_dict() for name, counts in self.counts.items() if name is not None},
+            "all": self._aspects[None].as_dict(),
+            "aspects": {name: counts.as_dict() for name, counts in self._aspects.items() if name is not None},
             "overlap": [
                 {"aspects": list(pair), "jaccard": round(total / number, 4)}
                 for pair, (total, number) in sorted(self._overlap.items())
@@ -243,12 +242,10 @@ class CaptionStatistics:
         hidden |= set() if found["unreadable_images"] else {"unreadable images"}
         return [row for row in rows if row.label not in hidden]
 
-    def by_aspect(self) -> list[tuple[str, dict, Counter]]:
-        """For each aspect, and for all together if there are several: name, figures, and the number of captions of each
-        length in tokens (in words if tokens were not counted)."""
-        rows = [(name, figures, self.counts[name]) for name, figures in self.figures["aspects"].items()]
-        rows += [("all", self.figures["all"], self.counts[None])] if len(rows) > 1 else []
-        return [(name, figures, counts.clip_tokens or counts.words) for name, figures, counts in rows]
+    def by_aspect(self) -> list[tuple[str, dict]]:
+        """Name and figures of each aspect, and of all together if there are several."""
+        aspects = list(self.figures["aspects"].items())
+        return aspects + [("all", self.figures["all"])] * (len(aspects) > 1)
 
 
 def share(count: int, total: int) -> float | None:
