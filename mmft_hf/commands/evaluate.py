@@ -12,7 +12,7 @@ from ..core.arguments import DataArguments, Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..core.files import RUN_FILE, write_json
-from ..core.repositories import read_beside
+from ..core.repositories import read_text_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +135,7 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
 
 def _record(name: str, revision: str | None) -> dict:
     """The `mmft.json` of a folder or Hub repository; empty if there is none."""
-    text = read_beside(name, RUN_FILE, revision, "model")
+    text = read_text_file(name, RUN_FILE, revision, "model")
     if text is None:
         return {}
     try:
