@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from benchmark_tools import command, parts_of, some_splits, with_bad_picture
-from tiny_clip import colour_dataset
+from tiny_clip import COLOURS, colour_dataset
 
 from mmft_hf.benchmark.run import workflow
 from mmft_hf.benchmark.run.data_checks import notes_on, refuse_unreadable, runnable, unreadable
@@ -19,7 +19,7 @@ from mmft_hf.cli import main
 from mmft_hf.commands import caption
 from mmft_hf.commands.parser import parse
 from mmft_hf.core.errors import UserError
-from mmft_hf.data.splits import text_columns
+from mmft_hf.data.splits import labels_of, text_columns
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------
@@ -80,13 +80,15 @@ def test_notes_on_missing_images():
     splits.notes = ["There are no captions: training uses the class template alone.", "Held out."]
     test = with_bad_picture(splits.test, 4)
     far = splits.test.select([0, 1, 3, 4])
-    found = notes_on(splits, {"test": test, "far": far}, [16, 0, 8, "full", 7], {"test": unreadable("test", test)})
+    summary = {"class_names": list(COLOURS), "train_images_per_class": [8, 7, 7], "duplicates_count": 0}
+    summary["labels"] = {"test": labels_of(test).tolist(), "far": labels_of(far).tolist()}
+    found = notes_on(splits, summary, [16, 0, 8, "full", 7], {"test": unreadable("test", test), "far": []})
     assert found == [
         "Held out.",
-        "8 shots: 2 of 3 classes have fewer images (7); all of them are taken.",
-        "16 shots: 3 of 3 classes have fewer images (7 to 8); all of them are taken.",
+        "8 shots: 2 of 3 classes have fewer training images (7); all of them are taken.",
+        "16 shots: 3 of 3 classes have fewer training images (7 to 8); all of them are taken.",
+        "1 of 3 classes has no far image: blue thing. Accuracy is over the other classes.",
         "1 of 18 test images cannot be read and are not counted: row 4 of test.",
-        "1 of 3 classes has no far image: blue thing. Accuracy is over the others.",
     ]
 
 
@@ -107,7 +109,7 @@ def test_without_captions_methods_that_need_them_are_left_out_and_the_others_run
         "Left out, because the training images have no captions: zs-cap, mmft. To write them, type: mmft-hf "
     )
     assert "Comparing 1 method on" in printed and "training uses the class template" not in printed
-    assert "Note: 9 shots: 3 of 3 classes have fewer images (4); all of them are taken." in printed
+    assert "Note: 9 shots: 3 of 3 classes have fewer training images (4); all of them are taken." in printed
     assert [row["method"] for row in read_results(out / RESULTS_FILE)] == ["lp"]
     typed = shlex.split(re.search(r"mmft-hf caption (.*?) \(", note)[1])
     assert parse("caption", caption, typed)[0].dataset_name == str(data)

@@ -13,9 +13,10 @@ from scipy import stats
 
 from mmft_hf.benchmark.report import DRAWN, page, write_report
 from mmft_hf.benchmark.report.figures import apart, map_panels
-from mmft_hf.benchmark.report.provenance import class_notes, command
+from mmft_hf.benchmark.report.provenance import command
 from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, drawn, gather
 from mmft_hf.benchmark.report.verdict import baselines, intervals, shots_list, verdict
+from mmft_hf.benchmark.run.data_summary import class_notes
 from mmft_hf.benchmark.run.results import read_results
 from mmft_hf.benchmark.run.summary import image_note, interval, summary_table
 from mmft_hf.core.errors import UserError
@@ -582,12 +583,12 @@ def test_classes_with_fewer_images_than_shots_or_without_any_are_named(tmp_path)
     data = DATA | counts | {"labels": {"test": TRUTH.tolist(), "shift": np.where(TRUTH == 3, 2, TRUTH).tolist()}}
     page = Page(write_report(a_folder(tmp_path, rows, data)))
     results = page.text.split("Accuracy against shots")[0]
-    assert "16 shots: 3 of 5 classes have fewer training images (2 to 9); all of them were taken." in results
+    assert "16 shots: 3 of 5 classes have fewer training images (2 to 9); all of them are taken." in results
     assert "4 shots: 1 of 5 classes has fewer training images (2); all" in results
     assert "1 of 5 classes has no shift image: クラス. Accuracy is over the other classes." in results
     assert "1 shot: " not in results and "all images: " not in results and "no test image" not in page.text
     without = gather(rows, a_folder(tmp_path / "without", rows))
-    assert class_notes(without) == []
+    assert class_notes(without.data, without.shots) == []
 
 
 def test_the_command_repeats_the_grid(tmp_path):

@@ -12,9 +12,10 @@ from statistics import mean
 from ...core.errors import UserError
 from ...core.pages import render_page
 from ...version import __version__
+from ..run.data_summary import class_notes
 from ..run.results import RESULTS_FILE, read_results
 from ..run.summary import fewer_seeds, image_note, in_order, interval, seeds_text, shots_name
-from .provenance import class_notes, command, settings, split_facts, without_folder
+from .provenance import command, settings, split_facts, without_folder
 from .statistics import (
     HEADINGS,
     PER_CLASS,
@@ -114,7 +115,10 @@ def _values(results: Findings, folder: Path) -> dict:
         "best": {
             (split, n): results.best(n, results.methods_at(n), split=split) for split in splits for n in results.shots
         },
-        "notes": [image_note(results.all_rows(), len(set(results.groups() or ()))), *class_notes(results)],
+        "notes": [
+            image_note(results.all_rows(), len(set(results.groups() or ()))),
+            *class_notes(results.data, results.shots),
+        ],
         "failures": _failures(results),
         "splits": split_facts(results),
         "settings": list(settings(results.identity)),

@@ -7,12 +7,9 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...core.markdown import one_line
-from ..run.summary import FULL, shots_name
 from .statistics import Findings
 
 DIGEST = re.compile("[0-9a-f]{16}")
-MOST_NAMED = 8
 
 
 def without_folder(name: str) -> str:
@@ -32,28 +29,6 @@ def split_facts(results: Findings) -> list[tuple[str, int, str]]:
         remark = "groups, too few for an interval over images" if results.few_groups(split) else "groups of images"
         found.append((split, len(truth), f"{groups:,} {remark}" if groups else ""))
     return found
-
-
-def class_notes(results: Findings) -> list[str]:
-    """Sentences on classes with fewer training images than shots, and on classes without test images."""
-    names, counts = results.class_names, results.data.get("train_images_per_class") or []
-
-    def have(some: list) -> str:
-        return f"{len(some)} of {len(names)} classes {'have' if len(some) > 1 else 'has'}"
-
-    notes = []
-    for n in results.shots:
-        if few := [count for count in counts if n != FULL and count < n]:
-            span = f"{min(few)} to {max(few)}" if min(few) < max(few) else f"{few[0]}"
-            notes.append(f"{shots_name(n)}: {have(few)} fewer training images ({span}); all of them were taken.")
-    for split, truth in (results.data.get("labels") or {}).items():
-        if missing := [name for c, name in enumerate(names) if c not in set(truth)]:
-            listing = ", ".join(one_line(name, 40) for name in missing[:MOST_NAMED])
-            more = ", …" if len(missing) > MOST_NAMED else ""
-            notes.append(
-                f"{have(missing)} no {one_line(split, 40)} image: {listing}{more}. Accuracy is over the other classes."
-            )
-    return notes
 
 
 def settings(identity: dict, above: str = "") -> Iterable[tuple[str, object]]:

@@ -12,11 +12,10 @@ from ...core.arguments import DataArguments
 from ...core.console import some
 from ...core.errors import UserError, nearest
 from ...data.sources import SPLIT_NAMES, load_raw
-from ...data.splits import NO_CAPTIONS, Splits, labels_of, text_columns
+from ...data.splits import NO_CAPTIONS, Splits, text_columns
+from .data_summary import class_notes
 from .methods import METHODS
 from .protocol import Cell, make_task, readable_rows, undecoded
-from .results import FULL
-from .summary import in_order, shots_name
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------------
@@ -94,62 +93,29 @@ def runnable(methods: Sequence[str], splits: Splits, dataset_name: str) -> tuple
 
 
 # -- notes -----------------------------------------------------------------------------------------------------------------
-def notes_on(
-    splits: Splits, judged: Mapping[str, Dataset], shots: Iterable, unreadable: Mapping[str, list[str]]
-) -> list[str]:
-    """Sentences on missing images, which a reader of the results should know.
+def notes_on(splits: Splits, summary: Mapping, shots: Iterable, unreadable: Mapping[str, list[str]]) -> list[str]:
+    """Sentences on the data for a reader of the results.
 
     Args:
-        judged: the splits that methods are evaluated on, by name.
+        summary: see `data_summary`.
         shots: of all cells.
         unreadable: the images of each judged split that are skipped.
     """
     # Methods that need captions are left out, see `runnable`.
-    names, notes = splits.class_names, [note for note in splits.notes if NO_CAPTIONS not in note]
-    counts = np.bincount(labels_of(splits.train), minlength=len(names))
-    for n in in_order(shots):
-        few = counts[counts < n] if n != FULL else ()
-        if len(few):
-            low, high = few.min(), few.max()
-            notes.append(
-                f"{shots_name(n)}: {_some_have(len(few), names)} fewer images ({low if low == high else f'{low} to {high}'}); "
-                "all of them are taken."
-            )
-    for split, dataset in judged.items():
-        missing = np.flatnonzero(np.bincount(labels_of(dataset), minlength=len(names)) == 0)
-        if len(missing):
-            notes.append(
-                f"{_some_have(len(missing), names)} no {split} image: {some([names[c] for c in missing])}. Accuracy is over "
-                "the others."
-            )
-        if bad := unreadable.get(split):
-            notes.append(
-                f"{len(bad)} of {len(dataset):,} {split} images cannot be read and are not counted: {some(bad)}."
-            )
+    notes = [note for note in splits.notes if NO_CAPTIONS not in note] + class_notes(summary, shots)
+    for split, bad in unreadable.items():
+        if bad:
+            total = len(summary["labels"][split])
+            notes.append(f"{len(bad)} of {total:,} {split} images cannot be read and are not counted: {some(bad)}.")
+    if count := summary["duplicates_count"]:
+        shown = ((*d["images"], *d["splits"]) for d in summary["duplicates"][:3])
+        pairs = [f"{one} of {split} is {other} of {another}" for one, other, split, another in shown]
+        notes.append(
+            f"{count} {'pictures are' if count > 1 else 'picture is'} in two splits, byte for byte ({'; '.join(pairs)}): what is "
+            "learnt or chosen on one is then measured on the other. They stay in; for a fair comparison remove them from one "
+            "split."
+        )
     return notes
-
-
-def duplicates_note(summary: dict) -> list[str]:
-    """A sentence on pictures that are in two splits, if there are any.
-
-    Args:
-        summary: see `data_summary`.
-    """
-    count = summary["duplicates_count"]
-    if not count:
-        return []
-    some = "; ".join(
-        f"{images[0]} of {splits[0]} is {images[1]} of {splits[1]}"
-        for splits, images in ((d["splits"], d["images"]) for d in summary["duplicates"][:3])
-    )
-    return [
-        f"{count} {'pictures are' if count > 1 else 'picture is'} in two splits, byte for byte ({some}): what is learnt or chosen "
-        "on one is then measured on the other. They stay in; for a fair comparison remove them from one split."
-    ]
-
-
-def _some_have(count: int, names: Sequence[str]) -> str:
-    return f"{count} of {len(names)} classes {'have' if count > 1 else 'has'}"
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -13,13 +13,17 @@ import numpy as np
 from datasets import Dataset, Image
 
 from ...core.arguments import DataArguments
+from ...core.console import some
 from ...core.errors import UserError
 from ...core.files import read_json, write_json
+from ...core.markdown import one_line
 from ...data.images import BadImage, content_hash, read_image
 from ...data.splits import Splits, captions_of, labels_of
 from ...hub.cards.sources import captioning_cost
 from .arguments import BenchmarkArguments, BenchmarkData
 from .identity import fingerprint_of
+from .results import FULL
+from .summary import in_order, shots_name
 
 DATA_FILE = "data.json"
 PIXELS = 96  # longer side of an example image
@@ -101,6 +105,32 @@ def _captions(splits: Splits, data_args: BenchmarkData) -> dict:
     if data_args.captions_dataset:
         return found | (captioning_cost(data_args.captions_dataset) or {})
     return found | (captioning_cost(data_args.dataset_name, data_args.dataset_revision) or {})
+
+
+def class_notes(summary: Mapping, shots: Iterable) -> list[str]:
+    """Sentences on classes with fewer training images than shots, and on classes without images to be judged on.
+
+    Args:
+        summary: the content of `data.json`; a key may be missing.
+        shots: of all cells.
+    """
+    names, counts = summary.get("class_names") or [], summary.get("train_images_per_class") or []
+
+    def have(classes: list) -> str:
+        return f"{len(classes)} of {len(names)} classes {'have' if len(classes) > 1 else 'has'}"
+
+    notes = []
+    for n in in_order(shots):
+        if few := [count for count in counts if n != FULL and count < n]:
+            span = f"{min(few)} to {max(few)}" if min(few) < max(few) else f"{few[0]}"
+            notes.append(f"{shots_name(n)}: {have(few)} fewer training images ({span}); all of them are taken.")
+    for split, labels in (summary.get("labels") or {}).items():
+        present = set(labels)
+        if missing := [one_line(name, 40) for c, name in enumerate(names) if c not in present]:
+            notes.append(
+                f"{have(missing)} no {one_line(split, 40)} image: {some(missing)}. Accuracy is over the other classes."
+            )
+    return notes
 
 
 def groups_of(judged: Mapping[str, Dataset], column: str | None) -> dict[str, list[str]] | None:

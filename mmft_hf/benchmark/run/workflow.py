@@ -16,7 +16,7 @@ from ...train.config import MMFTConfig
 from ..report import DRAWN, FIGURES, PAGE, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
 from .context import Context
-from .data_checks import check_labels, duplicates_note, notes_on, refuse_unreadable, runnable, unreadable
+from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, unreadable
 from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
 from .embedding_map import MAPS_FILE
 from .grid import Grid, cells
@@ -106,8 +106,7 @@ def run_benchmark(
         say(f"  cells    {len(grid_cells)}: {count}, shots {' '.join(data_args.shots)}, seeds {seeds}")
         say(f"  output   {folder}")
         skipped = {name: unreadable(name, dataset) for name, dataset in judged.items()} if skip and left else {}
-        notes = notes_on(splits, judged, {cell.shots for cell in grid_cells}, skipped)
-        for note in (*left_out, *notes, *duplicates_note(summary)):
+        for note in left_out + notes_on(splits, summary, {cell.shots for cell in grid_cells}, skipped):
             say(f"\n  Note: {note}")
         say("")
         if len(left) < len(grid_cells):
