@@ -112,7 +112,7 @@ def draw_curves(path: Path, log_history: Iterable[dict], zero_shot: float, best_
     """
     losses, accuracies = training_curves(log_history)
     with _figure(path, 2.9) as figure:
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, sharex=True)
         for axes, title, points in ((left, "Training loss", losses), (right, "Validation accuracy, %", accuracies)):
             axes.set_title(title)
             if not points:
@@ -122,6 +122,7 @@ def draw_curves(path: Path, log_history: Iterable[dict], zero_shot: float, best_
             axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=3 if len(points) <= 60 else 0)
             axes.set_xlabel("epoch", color=GREY)
             axes.grid(axis="y", color=FAINT)
+            axes.locator_params(axis="x", integer=points[-1][0] >= 1)
         if not accuracies:
             return
         level = 100 * zero_shot

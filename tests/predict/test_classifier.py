@@ -18,6 +18,7 @@ from mmft_hf.data.images import BadImage
 from mmft_hf.model.loading import encode_images
 from mmft_hf.predict import heads
 from mmft_hf.predict.heads import LinearHead
+from mmft_hf.train import pushes
 
 NAMES = list(COLOURS)
 
@@ -83,6 +84,22 @@ def test_the_folder_of_a_trainer_predicts(clip, tmp_path, pictures):
         ImageClassifier.from_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="expected a head for the model's 3 classes red thing"):
         pipeline("mmft-image-classification", model=str(tmp_path / "saved"))
+
+
+def test_what_the_trainer_publishes_is_the_folder_that_it_saves(clip, tmp_path, monkeypatch):
+    model, processor = clip
+    config = MMFTConfig(str(tmp_path / "run"), use_cpu=True, disable_tqdm=True)
+    trainer = MMFTTrainer(model, config, colour_dataset(2), processing_class=processor)
+    pushed = {}
+    monkeypatch.setattr(pushes, "push_files", lambda files, *args, **kwargs: pushed.update(files))
+    trainer.hub_model_id, trainer.push_in_progress = "somebody/colours", None
+    trainer.push_to_hub()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = {path.name: path for path in (tmp_path / "saved").iterdir()}
+    assert pushed.keys() - saved.keys() == {"mmft.json"} and not saved.keys() - pushed.keys()
+    assert json.loads(pushed["config.json"].read_text())["id2label"] == {str(i): name for i, name in enumerate(NAMES)}
+    heads_of = [ClassPrototypes.from_file(files["head.safetensors"]) for files in (pushed, saved)]
+    assert heads_of[0].embeddings.equal(heads_of[1].embeddings) and heads_of[0].class_names == NAMES
 
 
 TOY = '''
