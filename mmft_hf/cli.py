@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except OSError as error:
         if error.errno not in REFUSED:
-            return _defect()
+            return _bug()
         place = f"{error.filename}: " if error.filename else ""
         return _fail(
             2, f"{place}expected a place to write to, found: {error.strerror}. Type another path, or make room.", debug
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as error:  # after --help
         return error.code if isinstance(error.code, int) else 1
     except Exception:
-        return _defect()
+        return _bug()
 
 
 def _without_retry(argv: list[str]) -> list[str]:
@@ -115,7 +115,7 @@ def _again(argv: list[str], arguments: tuple) -> str:
     return shlex.join(["mmft-hf", *argv, *more])
 
 
-def _defect() -> int:
+def _bug() -> int:
     traceback.print_exc()
     print("\nmmft-hf: this is a bug in mmft_hf. Please report it with the output above.", file=sys.stderr)
     return 1

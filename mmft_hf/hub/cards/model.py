@@ -16,15 +16,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ...core.files import (
-    ADAPTER_FOLDER,
-    CARD_FILE,
-    PREDICTIONS_FILE,
-    PROTOTYPES_FILE,
-    RESULTS_FILE,
-    RUN_FILE,
-    SHEET_FILE,
-)
+from ...core import files
 from ...core.markdown import code, front_matter, listed, md, read_front_matter
 from ...core.pages import render_card
 from ...model.families import FAMILIES
@@ -64,13 +56,15 @@ def model_card(
         inference_code: whether `mmft_inference.py` is published too.
     """
     folder = Path(folder)
-    record, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN_FILE, RESULTS_FILE))
+    record, results = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in (files.RUN_FILE, files.RESULTS_FILE)
+    )
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
     images, names = images_of(data), record["class_names"]
-    parts = parts or ("both" if has_lora(record) and (folder / ADAPTER_FOLDER).is_dir() else "merged")
+    parts = parts or ("both" if has_lora(record) and (folder / files.ADAPTER_FOLDER).is_dir() else "merged")
     title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(images)}"
     license_fields = {"license": license} if license else _license_of(base)
-    classes = _per_class(folder / PREDICTIONS_FILE, names, record["sources"]["train_images_per_class"])
+    classes = _per_class(folder / files.PREDICTIONS_FILE, names, record["sources"]["train_images_per_class"])
     tested = [row for row in classes if row["images"]]
     shown = [*names] if len(names) <= 10 else [*names[:8], f"{len(names) - 8} more"]
     licensed = next((source for source in (images, data) if _licenses(source)), images)
@@ -101,7 +95,7 @@ def model_card(
 
 def write_model_card(folder: str | Path) -> None:
     """Writes the card of a finished run, `README.md`."""
-    (Path(folder) / CARD_FILE).write_text(model_card(folder), encoding="utf-8")
+    (Path(folder) / files.CARD_FILE).write_text(model_card(folder), encoding="utf-8")
 
 
 def card_for_repository(
@@ -116,9 +110,9 @@ def card_for_repository(
     Args:
         folder, repo_id, parts, license, inference_code: see `model_card`.
     """
-    path = Path(folder) / CARD_FILE
+    path = Path(folder) / files.CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    record = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    record = json.loads((Path(folder) / files.RUN_FILE).read_text(encoding="utf-8"))
     ours = "sources" in record  # early versions recorded none: their cards count as edited
     if text is None or (ours and text == model_card(folder)):
         return model_card(folder, repo_id, parts, license, inference_code)
@@ -127,7 +121,7 @@ def card_for_repository(
 
     def published(block: re.Match) -> str:
         fixed = block[0].replace('"."', json.dumps(repo_id))
-        for name in (SHEET_FILE, PROTOTYPES_FILE):
+        for name in (files.SHEET_FILE, files.PROTOTYPES_FILE):
             fixed = re.sub(rf'(?<!, )"{re.escape(name)}"', f'hf_hub_download("{repo_id}", "{name}")', fixed)
         if "hf_hub_download(" not in fixed or "import hf_hub_download" in fixed:
             return fixed
