@@ -8,10 +8,10 @@ from pathlib import Path
 from ..core.arguments import setting
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.files import RUN_FILE
+from ..core.files import DETAILS_FILE, RUN_FILE
 
 POSITIONAL = ("folder", "the --output_dir of mmft-hf finetune or mmft-hf caption")
-MARKERS = {"model": RUN_FILE, "dataset": "captions.json"}  # the file that tells what a folder holds
+MARKERS = {"model": RUN_FILE, "dataset": DETAILS_FILE}  # the file that tells what a folder holds
 
 
 @dataclass

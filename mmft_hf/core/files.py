@@ -23,6 +23,9 @@ RUN_FILES = {RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PR
 RUN_FILES |= {SHEET_FILE, CONFUSION_FILE, CURVES_FILE}
 ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
+# What a captioning run writes into its folder, apart from the data and the card.
+DETAILS_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
+
 # What a model and its processor are loaded from, apart from the weights.
 MODEL_FILES = frozenset(
     "config.json preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from ..core.errors import PartialResult, UserError
+from ..core.files import CARD_FILE
 
 TRIES = 6
 LONGEST_PAUSE_S = 30.0  # between two tries, if the Hub does not say how long to wait
@@ -142,7 +143,7 @@ def check_name(repo_id: str, repo_type: str, marker: str | None = None, token: s
         UserError: the repository has other files but not that one, so they belong to something else.
     """
     listed = _retry(lambda: HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type), repo_id, missing=[])
-    if marker and marker not in listed and set(listed) - {".gitattributes", "README.md"}:
+    if marker and marker not in listed and set(listed) - {".gitattributes", CARD_FILE}:
         raise UserError(
             f"{repo_id}: expected a new {repo_type} repository or one that mmft-hf pushed, found one with other files "
             f"({', '.join(sorted(listed)[:4])}, …). Type another name, or --create_pr true to propose it there."

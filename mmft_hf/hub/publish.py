@@ -170,7 +170,7 @@ def push_captioned_dataset(
             folder = _written(folder, Path(temporary) / "whole")
         files = dataset_files(folder, repo_id, Path(temporary) / "captions", captions_only, license)
         message = "Captions" if captions_only else "Images with captions"
-        return push_files(files, repo_id, "dataset", message, replaces=DATA_FILES, marker="captions.json", **options)
+        return push_files(files, repo_id, "dataset", message, replaces=DATA_FILES, marker=names.DETAILS_FILE, **options)
 
 
 def dataset_files(
@@ -184,14 +184,14 @@ def dataset_files(
     from datasets import Image, load_dataset
 
     from ..captioning.write.card import caption_card
-    from ..captioning.write.output_folder import DETAILS_FILE, PAGE_FILE, PICTURE_FILE, CaptionFolder
+    from ..captioning.write.output_folder import CaptionFolder
     from ..captioning.write.statistics import CaptionStatistics
 
     folder, record = Path(folder), CaptionFolder(folder).details()
     data_files = [folder / name for name in record.get("files", ()) if DATA_FILES.fullmatch(name)]
     if not data_files or not all(path.is_file() for path in data_files):
         raise UserError(
-            f"{folder}: expected the output folder of mmft-hf caption, found no {DETAILS_FILE} whose parquet files all exist. "
+            f"{folder}: expected the output folder of mmft-hf caption, found no {names.DETAILS_FILE} whose parquet files all exist. "
             "Run mmft-hf caption first, or again."
         )
     scratch.mkdir(parents=True)
@@ -210,7 +210,7 @@ def dataset_files(
         }
     else:
         files = {path.relative_to(folder).as_posix(): path for path in data_files}
-        files |= {name: folder / name for name in (PAGE_FILE, PICTURE_FILE) if (folder / name).is_file()}
+        files |= {name: folder / name for name in (names.PAGE_FILE, names.PICTURE_FILE) if (folder / name).is_file()}
         (scratch / "data").mkdir()
         for path in data_files:
             (scratch / "data" / path.name).touch()  # the card lists splits by file name
@@ -218,7 +218,7 @@ def dataset_files(
     first = first.cast_column("image", Image(decode=False))
     card = caption_card(CaptionStatistics(first), scratch, details, repo_id, captions_only)
     files[names.CARD_FILE] = card.read_bytes()
-    files[DETAILS_FILE] = (
+    files[names.DETAILS_FILE] = (
         json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n"
     ).encode()
     return files

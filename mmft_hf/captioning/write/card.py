@@ -8,13 +8,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ...core.files import CARD_FILE
+from ...core.files import CARD_FILE, PAGE_FILE, PICTURE_FILE
 from ...core.markdown import code, front_matter, listed, one_line
 from ...core.pages import render_card
 from ...core.repositories import describe_recorded_dataset
 from ...version import __version__
 from ..judge.checks import TABLE
-from .output_folder import PAGE_FILE, PICTURE_FILE
 from .statistics import CaptionStatistics, percentage, spread
 
 TEMPLATES = Path(__file__).parent / "templates"

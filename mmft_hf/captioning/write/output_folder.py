@@ -16,10 +16,9 @@ from datasets import Dataset, Image
 
 from ...core.console import printable_text
 from ...core.errors import UserError
-from ...core.files import is_temporary, read_json, write_json
+from ...core.files import DETAILS_FILE, is_temporary, read_json, write_json
 from ...version import __version__
 
-DETAILS_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
 PARTIAL = ".partial"
 SHARD_BYTES = 500 * 2**20
 

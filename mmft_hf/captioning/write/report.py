@@ -12,7 +12,7 @@ from datasets import Image
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from ...core.files import CARD_FILE
+from ...core.files import CARD_FILE, PAGE_FILE, PICTURE_FILE
 from ...core.pages import render_page
 from ...data.images import BadImage, read_image
 from ...data.texts import clean_class_name, printable
@@ -20,7 +20,6 @@ from ...version import __version__
 from ..judge.checks import CHECKS, TABLE
 from ..types import ACCEPTED, OPEN
 from .card import TEMPLATES, captioned_splits, title
-from .output_folder import PAGE_FILE, PICTURE_FILE
 from .statistics import CaptionStatistics, percentage, spread
 
 SAMPLES, NOTABLE_SAMPLES, ON_PICTURE = 12, 12, 6

@@ -15,10 +15,10 @@ from ...captioning.ask.plan import Plan, WorkItem
 from ...captioning.split import SplitCaptioner
 from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionResult, CaptionWorkflow
-from ...captioning.write.output_folder import PAGE_FILE
 from ...captioning.write.statistics import CaptionStatistics
 from ...core.console import many, printable_text, say, table
 from ...core.errors import PartialResult, nearest
+from ...core.files import PAGE_FILE
 from ...data.texts import ASPECTS
 
 WIDTH = 100  # characters of an example

@@ -12,6 +12,7 @@ import torch
 
 from ...captioning.types import ACCEPTED
 from ...core.arguments import DataArguments, ModelArguments
+from ...core.files import DETAILS_FILE
 from ...core.markdown import one_line, public_name
 from ...core.repositories import describe_recorded_dataset, describe_source, read_text_file
 from ...data.splits import Splits, captions_of, labels_of
@@ -86,7 +87,7 @@ def _part(record: dict, name: str) -> dict:
 
 def _record(name: str, revision: str | None) -> dict:
     """The `captions.json` of a captioned dataset; empty if there is none."""
-    text = read_text_file(name, "captions.json", revision, "dataset")
+    text = read_text_file(name, DETAILS_FILE, revision, "dataset")
     try:
         found = json.loads(text) if text else {}
     except ValueError:
