@@ -1,4 +1,4 @@
-"""The data of a benchmark: splits that are refused, `data.json`, and the map of embeddings."""
+"""The data of a benchmark: splits that are refused, and `data.json`."""
 
 import base64
 import io
@@ -15,7 +15,6 @@ from mmft_hf import MMFTConfig
 from mmft_hf.benchmark.report.figures import compared
 from mmft_hf.benchmark.run.context import Context
 from mmft_hf.benchmark.run.data_summary import find_duplicates
-from mmft_hf.benchmark.run.embedding_map import MAPS_FILE, cells_to_show, draw_map, keep_map
 from mmft_hf.benchmark.run.methods import METHODS, fit
 from mmft_hf.benchmark.run.protocol import Cell, SealedTest, Task
 from mmft_hf.benchmark.run.results import RESULTS_FILE, read_results
@@ -148,22 +147,3 @@ def test_unreadable_test_pictures_are_not_counted():
         SealedTest({"test": data}, list(COLOURS)).judge(Cell("a", 1, 0), lambda dataset: scores)
     with pytest.raises(ValueError, match="expected 6 x 3 scores, found"):
         sealed.judge(Cell("b", 1, 0), lambda dataset: scores[:4])
-
-
-def test_maps_show_images_beside_their_classes(tmp_path):
-    grid_of = [Cell("zs", 0, 0), *(Cell("mmft", n, seed) for n in (1, "full", 4) for seed in (3, 1))]
-    assert cells_to_show(grid_of) == {Cell("zs", 0, 0), Cell("mmft", "full", 3)}
-    # Three directions, and classes that lie in them: an image is nearest to its own class, in the plane as before.
-    images, rng = colour_dataset(8), np.random.default_rng(0)
-    directions = np.eye(8)[:3]
-    vectors = directions[labels_of(images)] + 0.02 * rng.normal(size=(24, 8))
-    drawn = draw_map(lambda dataset: vectors + 5, directions - 3, images)
-    points, classes = np.array(drawn["points"]), np.array(drawn["prototypes"])
-    nearest = ((points[:, None] - classes) ** 2).sum(-1).argmin(1)
-    assert nearest.tolist() == drawn["labels"] == labels_of(images).tolist()
-    assert draw_map(lambda dataset: vectors[:9], directions, images.select(range(9))) is None
-    for value in (1, 2):
-        keep_map(tmp_path, Cell("mmft", 4, 0), {"points": value})
-        keep_map(tmp_path, Cell("zs", 0, 0), {"points": value})
-    kept = json.loads((tmp_path / MAPS_FILE).read_text())
-    assert [(entry["method"], entry["points"]) for entry in kept] == [("mmft", 2), ("zs", 2)]

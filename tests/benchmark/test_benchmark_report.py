@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from mmft_hf.benchmark.report import DRAWN, page, write_report
-from mmft_hf.benchmark.report.figures import apart, map_panels
+from mmft_hf.benchmark.report.figures import apart
 from mmft_hf.benchmark.report.provenance import command
 from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, drawn, gather
 from mmft_hf.benchmark.report.verdict import baselines, intervals, shots_list, verdict
@@ -99,19 +99,13 @@ DATA = {
         for c in range(5)
     },
 }
-_points = np.random.default_rng(0).normal(size=(60, 2)).round(3).tolist()
-MAPS = [
-    {"method": m, "shots": n, "seed": 0, "labels": TRUTH.tolist(), "points": _points, "prototypes": _points[:5]}
-    for m, n in (("zs", 0), ("mmft", "full"))
-]
 
 
-def a_folder(path, rows, data=None, maps=None):
+def a_folder(path, rows, data=None):
     path.mkdir(parents=True, exist_ok=True)
     (path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for name, content in (("data", data), ("maps", maps)):
-        if content is not None:
-            (path / f"{name}.json").write_text(json.dumps(content))
+    if data is not None:
+        (path / "data.json").write_text(json.dumps(data))
     return path
 
 
@@ -146,7 +140,7 @@ class Page(html.parser.HTMLParser):
 def whole(tmp_path_factory):
     """A report with everything in it, on hostile data."""
     rows = [failed("lp", 1, 0), *some_rows(), failed("mmft-w1", 1, 0), failed("mmft-w1", 1, 1)]
-    folder = a_folder(tmp_path_factory.mktemp("report") / "out", rows, DATA, MAPS)
+    folder = a_folder(tmp_path_factory.mktemp("report") / "out", rows, DATA)
     write_report(folder)
     return folder
 
@@ -461,7 +455,7 @@ def test_a_whole_report_has_every_part_and_nothing_from_elsewhere(whole):
     page = Page(whole / "report.html")
     assert page.headings == [
         "Accuracy", "Differences", "Robustness to shift", "Cost", "Which classes gain from captions",
-        "Embeddings before and after training", "What was run, and how to repeat it",
+        "What was run, and how to repeat it",
     ]  # fmt: skip
     assert {p.name for p in (whole / "report").iterdir()} == {f"{name}.png" for name in DRAWN}
     for path in (whole / "report").iterdir():
@@ -510,28 +504,17 @@ def test_drawn_twice_it_has_the_same_bytes_and_half_a_line_is_passed_over(whole,
 
 
 def test_with_less_there_is_less(tmp_path):
-    folder = a_folder(tmp_path / "out", some_rows({"mmft": 0.9, "lp": 0.4}, shots=[4], seeds=[0]), DATA, MAPS)
+    folder = a_folder(tmp_path / "out", some_rows({"mmft": 0.9, "lp": 0.4}, shots=[4], seeds=[0]), DATA)
     write_report(folder)
     assert (folder / "report" / "classes.png").is_file()
-    (folder / "data.json").unlink()
-    (folder / "maps.json").write_text("[{")
+    (folder / "data.json").write_text("[{")
     page = Page(write_report(folder))
     assert "Which classes gain from captions" not in page.headings and "Accuracy" in page.headings
-    assert "maps.json could not be read" in page.text and "one seed" in page.text
-    assert not (folder / "report" / "classes.png").exists() and not (folder / "report" / "map.png").exists()
+    assert "data.json could not be read" in page.text and "one seed" in page.text
+    assert not (folder / "report" / "classes.png").exists()
     for rows in ([row("zs", 0, 0, accuracy=0.5)], [failed("mmft", 4, 0)], [row("lp", "full", 1, accuracy=0.5)]):
         page = Page(write_report(a_folder(tmp_path / "out", rows)))
         assert "cannot be told" in page.text and "Accuracy" in page.headings
-
-
-def test_the_map_after_training_is_that_of_most_shots_in_whatever_order_it_was_made(tmp_path):
-    entries = [
-        MAPS[0],
-        *(MAPS[1] | {"shots": n, "seed": seed} for n, seed in ((16, 0), ("full", 3), ("full", 1), (4, 0))),
-    ]
-    rows = some_rows({"mmft": 0.9}, shots=[4], seeds=[0])
-    panels = map_panels(gather(rows, a_folder(tmp_path, rows, DATA, entries)))
-    assert panels == {"before: zs": entries[0], "after: mmft, all images, seed 1": entries[3]}
 
 
 def test_predictions_of_another_run_are_left_out(tmp_path):

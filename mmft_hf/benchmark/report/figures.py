@@ -10,7 +10,6 @@ from matplotlib import style
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from sklearn.isotonic import isotonic_regression
 
@@ -22,10 +21,10 @@ from .verdict import CONTROL, METHOD, signed
 STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 WIDTH = 9.0  # inches
 PAGE_DPI = 109  # pixels of the page per inch of a figure
-INK, GREY, PALE, BLUE, ORANGE = "#22262b", "#70767d", "#c9cdd2", "#0067a5", "#c4500c"
+INK, GREY, BLUE, ORANGE = "#22262b", "#70767d", "#0067a5", "#c4500c"
 # The colours of Okabe and Ito, light ones darkened for white paper. Blue is reserved for mmft.
 COLOURS = ("#d55e00", "#007a5e", "#b5609a", "#b07d00", "#3d8fc4", "#5b4a9e", "#7f4a2a", "#5f6b2a")
-MOST_LINES, MOST_COLOURED = 8, 12
+MOST_LINES = 8  # in a panel
 
 
 def draw(function: Callable[..., Figure | None], path: Path, *values) -> dict | None:
@@ -239,45 +238,4 @@ def classes_figure(gains: ClassGains | None, names: list[str]) -> Figure | None:
         axes.axhline(len(shown) / 2 - 0.5, color=GREY, lw=1, ls=":")
     axes.axvline(0, color=INK, lw=0.9)
     axes.set_xlabel(f"points of recall, {gains.method} minus {gains.other}")
-    return figure
-
-
-def map_panels(results: Findings) -> dict[str, dict]:
-    """Entries of `maps.json` by title: the untuned model, and mmft with most shots, there the first seed."""
-    maps = [e for e in results.maps if e.get("points") and len(e["points"]) == len(e.get("labels") or [])]
-    panels = {f"before: {entry['method']}": entry for entry in maps if entry.get("method") == "zs"}
-    own = {(entry.get("shots"), entry.get("seed") or 0): entry for entry in maps if entry.get("method") == METHOD}
-    if own:
-        most = in_order(n for n, _ in own)[-1]
-        seed = min(seed for n, seed in own if n == most)
-        panels[f"after: {METHOD}, {shots_name(most)}, seed {seed}"] = own[most, seed]
-    return panels
-
-
-def map_figure(results: Findings, gains: ClassGains | None) -> Figure | None:
-    """Embeddings in the plane: a panel before and one after training, some classes in colour, their prototypes as stars."""
-    panels, names = map_panels(results), results.class_names
-    if not panels:
-        return None
-    labels = np.concatenate([entry["labels"] for entry in panels.values()])
-    present, weights = np.unique(labels[labels >= 0], return_counts=True)
-    if gains is not None and present[-1] < len(gains.gain):  # those that changed most; otherwise the largest
-        weights = np.abs(np.nan_to_num(gains.gain[present]))
-    chosen = sorted(present[np.argsort(-weights, kind="stable")][:MOST_COLOURED].tolist())
-    figure = Figure(figsize=(WIDTH, WIDTH / 2 + 0.75))
-    for axes, (title, entry) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        points, labels, stars = np.array(entry["points"]), np.array(entry["labels"]), entry.get("prototypes") or []
-        axes.scatter(*points[~np.isin(labels, chosen)].T, s=9, color=PALE, lw=0)
-        for i, c in enumerate(chosen):
-            colour, marker = (BLUE, *COLOURS[:5])[i % 6], "o^"[i // 6 % 2]
-            name = legible(names[c], c) if c < len(names) else f"class {c + 1}"
-            axes.scatter(*points[labels == c].T, s=22, color=colour, marker=marker, lw=0, label=f"{i + 1}  {name}")
-            if c < len(stars):
-                axes.scatter(*stars[c], s=150, color=colour, marker="*", edgecolor=INK, linewidth=0.8, zorder=4)
-                text = axes.annotate(str(i + 1), stars[c], (5, 4), textcoords="offset points", weight="bold", zorder=5)
-                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        axes.set(title=title, xticks=[], yticks=[])
-        axes.set_aspect("equal", "datalim")
-        axes.spines[:].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure

@@ -31,7 +31,7 @@ from .statistics import (
 from .verdict import BEST, CONTROL, MARKS, METHOD, intervals, shots_list, signed, verdict
 
 PAGE, FIGURES = "report.html", "report"
-DRAWN = ("shots", "differences", "robustness", "cost", "classes", "map")
+DRAWN = ("shots", "differences", "robustness", "cost", "classes")
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 POLICIES = {
     "last": "the last step, without validation",
@@ -46,7 +46,7 @@ def write_report(folder: str | Path) -> Path:
 
     Args:
         folder: the `--output_dir` of a benchmark, or the page or results in it. `results.jsonl` is required; without
-            `data.json` and `maps.json` the report lacks the parts that need them. The same files give the same bytes.
+            `data.json` the report lacks the parts that need it. The same files give the same bytes.
 
     Returns:
         The page.
@@ -97,7 +97,6 @@ def _values(results: Findings, folder: Path) -> dict:
         "robustness": (figures.robustness_figure, results, most),
         "cost": (figures.cost_figure, results, most),
         "classes": (figures.classes_figure, gains, results.class_names),
-        "map": (figures.map_figure, results, gains),
     }
     splits = (TEST, PER_CLASS, *results.shift_splits)
     return {

@@ -43,7 +43,6 @@ class Findings:
         failed: rows of the cells that failed.
         identity: model, data, settings and versions that all rows share.
         data: content of `data.json`; empty if there is none.
-        maps: content of `maps.json`; empty if there is none.
         notes: warnings for the reader about files and predictions that could not be used.
         folder: name of the folder of results.
     """
@@ -52,7 +51,6 @@ class Findings:
     failed: list[dict]
     identity: dict
     data: dict = field(default_factory=dict)
-    maps: list = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     folder: str = ""
 
@@ -205,7 +203,6 @@ def gather(rows: list[dict], folder: Path) -> Findings:
         [row for row in rows if row["status"] != "done"],
         identity,
         read_json(folder / "data.json", dict, notes),
-        read_json(folder / "maps.json", list, notes),
         notes,
         folder.resolve().name,
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ...data.sampling import IGNORED
 from ...data.splits import labels_of
 from ...data.texts import TEMPLATES
-from ...model.features import image_embeddings, image_features
+from ...model.features import image_features
 from ...model.loading import load_model, logit_scale
 from ...model.memory import give_memory_back
 from ...predict.classifier import ImageClassifier
@@ -106,13 +106,6 @@ class Context:
     @property
     def _batches(self) -> tuple[int, str]:
         return self.config.per_device_eval_batch_size, self.config.on_bad_image
-
-    def embeddings(self, model: PreTrainedModel, dataset: Dataset) -> np.ndarray:
-        """Unit-norm image embeddings `(n, D)` of a tuned or the untuned model, float64."""
-        if model is self.model:
-            return self.features(dataset)
-        found = image_embeddings(model, self.processor, dataset, *self._batches)
-        return torch.cat([embeds.cpu() for embeds, _ in found]).double().numpy()
 
     def classifier(self, model: PreTrainedModel, head) -> Classifier:
         """Scores `(n, C)` of a head on the image embeddings of a tuned or the untuned model."""

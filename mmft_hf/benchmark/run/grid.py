@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,8 +17,7 @@ from datasets import Dataset
 from ...core.errors import UserError
 from ...data.splits import Splits
 from .context import Context
-from .embedding_map import cells_to_show, draw_map, keep_map
-from .methods import METHODS, Fitted, fit
+from .methods import METHODS, fit
 from .processes import Claims
 from .protocol import Cell, SealedTest, Shots, Task, make_task, write_rows
 from .results import CLAIMS, RESULTS_FILE, SUBSETS, Results, append_row, binding, check_identity, key_of, latest
@@ -74,7 +72,6 @@ class Grid:
             make_task(splits, cell.shots, cell.seed, allow_fewer)  # raises an error now, not after hours
         self.claims = Claims(folder / CLAIMS)
         self.sealed = SealedTest({"test": splits.test, **(shifts or {})}, splits.class_names, skip_bad_images)
-        self._shown = cells_to_show(self.cells)
         self._task: tuple[tuple, Task] | None = None
 
     def _all_rows(self) -> list[dict]:
@@ -120,36 +117,22 @@ class Grid:
         return mine
 
     def _run_cell(self, context: Context, cell: Cell) -> None:
-        found, fitted = run_cell(cell, context, self._task_of(cell), self.sealed)
         row = {
             "method": cell.method,
             "shots": cell.shots,
             "seed": cell.seed,
-            **found,
+            **run_cell(cell, context, self._task_of(cell), self.sealed),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "identity": self.identity,
         }
         with self.claims.alone("results"):
             append_row(self.folder / RESULTS_FILE, row)
-        if fitted:
+        if row["status"] == "done":
             result = f"{100 * row['test_accuracy']:5.1f} %  {row['fit_seconds'] + row['test_seconds']:.1f} s"
         else:
             result = f"failed: {row['error']}"
         count = f"{len(self.cells) - len(self.open_cells())}/{len(self.cells)}"
         self.say(f"{count:>9}  {cell.method:<22} {shots_name(cell.shots):>10}  seed {cell.seed}  {result}")
-        if fitted and cell in self._shown:
-            self._draw(cell, context, fitted)
-
-    def _draw(self, cell: Cell, context: Context, fitted: Fitted) -> None:
-        try:
-            embed, prototypes = partial(context.embeddings, fitted.model), fitted.head.embeddings.cpu().numpy()
-            drawn = draw_map(embed, prototypes, self.splits.validation)
-        except Exception as error:  # a map is not worth a result
-            self.say(f"{'':>9}  no map of {cell}: {str(error) or type(error).__name__}")
-            return
-        if drawn:
-            with self.claims.alone("maps"):
-                keep_map(self.folder, cell, drawn)
 
     def _task_of(self, cell: Cell) -> Task:
         key = (cell.shots, cell.seed)
@@ -169,8 +152,8 @@ def _fitted_with(cell: Cell) -> str:
     return next(other.name for other in METHODS.values() if other.training is method.training)
 
 
-def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> tuple[dict, Fitted | None]:
-    """Fits a method and then has it judged on the test split and its shifts. Returns its part of the row, and None if it failed."""
+def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> dict:
+    """Fits a method and then has it judged on the test split and its shifts. Returns its part of the row."""
     method = METHODS[cell.method]
     try:
         if method.needs_captions and not task.has_captions:
@@ -182,8 +165,8 @@ def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> tu
     except Exception as error:  # no failure of one cell may end the others
         if not isinstance(error, (UserError, ValueError)):
             traceback.print_exc()
-        return {"status": "failed", "error": str(error).strip() or type(error).__name__}, None
-    row = {
+        return {"status": "failed", "error": str(error).strip() or type(error).__name__}
+    return {
         "status": "done",
         "selection_policy": fitted.policy,
         "chosen": fitted.chosen,
@@ -195,4 +178,3 @@ def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> tu
         "validation_images": len(task.validation),
         "fit_seconds": round(fitted.seconds, 3),
     }
-    return row, fitted

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedModel
-
 from ...baselines import clap, gda, linear, lp_plus_plus, tip_adapter
 from ...core.errors import UserError
 from .context import Context, Trained
@@ -170,7 +168,7 @@ class Fitted:
     """A method fitted to a task.
 
     Args:
-        classifier: gives scores; `model` and `head` are its parts.
+        classifier: gives scores.
         policy: what validation was used for: `last` (nothing), `val-k`, `val-full`.
         chosen: what validation chose, from `tried` candidates.
         steps: optimiser steps of the training that was kept.
@@ -178,8 +176,6 @@ class Fitted:
     """
 
     classifier: Classifier
-    model: PreTrainedModel
-    head: object
     policy: str
     validation_accuracy: float
     chosen: dict = field(default_factory=dict)
@@ -217,7 +213,7 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
         if best is None or accuracy > best.validation_accuracy:
             chosen = {"learning_rate": rate} if len(rates) > 1 else {}
             chosen |= trained.chosen | (choice.parameters if choice else {})
-            best = Fitted(classifier, trained.model, head, "last", accuracy, chosen, steps=trained.steps)
+            best = Fitted(classifier, "last", accuracy, chosen, steps=trained.steps)
             best.tried = choice.tried if choice else len(rates)
     if best is None:
         raise next(iter(failed.values()))

@@ -18,7 +18,6 @@ from .arguments import BenchmarkArguments, BenchmarkData
 from .context import Context
 from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, unreadable
 from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
-from .embedding_map import MAPS_FILE
 from .grid import Grid, cells
 from .identity import identity_of
 from .methods import METHODS
@@ -177,7 +176,7 @@ def delete_benchmark(folder: Path) -> None:
         for lock in sorted(claims.folder.glob("*.lock")):
             if not held.enter_context(claims.take(lock.stem)):
                 raise UserError(f"{what} another one at {lock.stem}. Wait for its end, or type another --output_dir.")
-        paths = [folder / name for name in (RESULTS_FILE, DATA_FILE, MAPS_FILE, PAGE)]
+        paths = [folder / name for name in (RESULTS_FILE, DATA_FILE, PAGE)]
         paths += [
             *(folder / SUBSETS).glob("shots-*_seed-*.json"),
             *(folder / FIGURES / f"{name}.png" for name in DRAWN),
