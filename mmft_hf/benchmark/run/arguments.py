@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from ...core.arguments import DataArguments, setting
+from ...core.arguments import DataArguments, Range, check_settings, setting
 from ...core.errors import UserError
 from .methods import METHODS
 
@@ -29,7 +29,9 @@ class BenchmarkArguments:
         "Default: learning_rate alone.",
     )
     min_steps: int = setting(
-        0, "Train on few images for at least this many steps. Default: 0, num_train_epochs alone decides."
+        0,
+        "Train on few images for at least this many steps. Default: 0, num_train_epochs alone decides.",
+        range=Range(),
     )
     shift_splits: list[str] | None = setting(
         None, "Further splits of the same classes to evaluate every method on, in addition to the test split."
@@ -44,8 +46,7 @@ class BenchmarkArguments:
             raise UserError(f"--learning_rates: expected numbers above 0, found {min(self.learning_rates):g}.")
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
             raise UserError(f"--seeds: expected numbers from 0 to {2**32 - 1}, found {wrong[0]}.")
-        if self.min_steps < 0:
-            raise UserError(f"--min_steps: expected 0 or more, found {self.min_steps}.")
+        check_settings(self)
 
 
 @dataclass

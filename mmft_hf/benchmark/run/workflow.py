@@ -62,7 +62,7 @@ def run_benchmark(
     Raises:
         UserError: a setting that is wrong or has no effect here, data that cannot be judged on, results of another identity.
     """
-    check_settings(args, model_args, config)
+    check_supported(args, model_args, config)
     shots = parse_shots(data_args.shots)
     if not cells(args.methods, shots, args.seeds):
         raise UserError(
@@ -129,7 +129,7 @@ def check_packages() -> None:
         raise UserError("benchmark: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
 
 
-def check_settings(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:
+def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:
     """Raises `UserError` for an unknown method, a missing package, or a setting that has no effect in a benchmark."""
     check_packages()
     for name in args.methods:
