@@ -19,7 +19,6 @@ from .wording import REFUSAL, STOPS, ClassWords, contradicts, has_loop, has_url,
 RULES = 1  # part of the fingerprint: raise it whenever a check or a cleaning step gives another result for some text
 
 ACTIONS = ("keep", "reask", "reject")
-SCRIPTS = "Latin Cyrillic Greek Arabic Hebrew Armenian Georgian Devanagari Bengali Tamil Telugu Thai Han Hiragana Katakana Hangul"
 
 
 @dataclass
@@ -32,7 +31,6 @@ class Candidate:
         cleaned: names of the cleaning steps that changed the answer (`cleaning.CLEANINGS`).
         unclosed: whether a thinking block was never closed.
         thinking_tokens: spent before the answer.
-        scripts: Unicode names of the scripts that a caption may use.
         text: the caption: `whole`, perhaps trimmed, perhaps with the class template in front.
         status: a word of `types.STATUSES`, as far as it is known before the checks.
         trimmed: whether `text` was trimmed.
@@ -51,7 +49,6 @@ class Candidate:
     cleaned: set[str]
     unclosed: bool
     thinking_tokens: int
-    scripts: frozenset[str]
     text: str = ""
     status: str = "ok"
     trimmed: bool = False
@@ -74,7 +71,7 @@ class Check:
         finds: whether the check fires for a candidate. None: it needs more than one row to tell.
         action: what follows by default: one of `ACTIONS` or `own_action`.
         meaning: what it found, in words for the report and the card.
-        advice: added to the prompt when the caption is asked for again; `{scripts}` and `{name}` are filled in.
+        advice: added to the prompt when the caption is asked for again; `{name}` is filled in.
         own_action: an action that only this check offers: `trim` or `prefix`.
     """
 
@@ -130,10 +127,10 @@ TABLE = {  # in the order in which `checks` of a caption record lists them
         lambda c: has_loop(c.words), "reask", "the text repeats itself", advice="Do not repeat yourself."
     ),
     "foreign_script": Check(
-        lambda c: is_foreign(c.text, c.scripts),
+        lambda c: is_foreign(c.text),
         "reask",
         "letters of another script",
-        advice="Use {scripts} letters only.",
+        advice="Use Latin letters only.",
     ),
     "prompt_echo": Check(
         lambda c: not c.echo.isdisjoint(_runs_of_eight(c.words)),
@@ -223,7 +220,6 @@ class CaptionChecker:
         class_names: of the dataset, by label.
         tokenizer (*optional*): of the model that will be trained, or a `TokenCounter`. Without it no tokens are counted.
         words: requested length, repeated when asking again.
-        scripts: writing systems that a caption may use, from `SCRIPTS`.
         template: precedes a caption in training; its tokens count, too.
         actions: what follows from a check, where it differs from `DEFAULT_ACTIONS`. `keep` only records it. `reask` asks
             again; on the last try, checks that are kept by default are kept, the others reject the caption or set a status
@@ -232,7 +228,7 @@ class CaptionChecker:
         clean: False for texts written by people: they are left unchanged, and every check defaults to `keep`.
 
     Raises:
-        UserError: an unknown check, action or script, or an invalid template.
+        UserError: an unknown check or action, or an invalid template.
     """
 
     def __init__(
@@ -240,23 +236,17 @@ class CaptionChecker:
         class_names: Sequence[str],
         tokenizer=None,
         words: int = 50,
-        scripts: Sequence[str] = ("Latin",),
         template: str = DEFAULT_TEMPLATE,
         actions: Mapping[str, str] | None = None,
         clean: bool = True,
     ):
-        for script in scripts:
-            if script.title() not in SCRIPTS.split():
-                found = nearest(script.title(), SCRIPTS.split())
-                raise UserError(f"scripts: expected names of {SCRIPTS.replace(' ', ', ')}, found {script!r}.{found}")
         self.class_names, self.words, self.clean = tuple(class_names), words, clean
         counts = tokenizer is None or isinstance(tokenizer, TokenCounter)
         self.tokens = tokenizer if counts else TokenCounter(tokenizer)
-        self.scripts, self.template = tuple(scripts), check_template(template)
+        self.template = check_template(template)
         defaults = DEFAULT_ACTIONS if clean else dict.fromkeys(DEFAULT_ACTIONS, "keep")
         self.actions = {**defaults, **check_actions(actions or {})}
         self._classes = ClassWords(self.class_names)
-        self._scripts = frozenset("CJK" if s.upper() == "HAN" else s.upper() for s in self.scripts)
         self._echoes: dict[tuple[str, int], frozenset] = {}
 
     def spec(self) -> dict:
@@ -265,7 +255,7 @@ class CaptionChecker:
             "rules": RULES,
             "actions": self.actions,
             "words": self.words,
-            "scripts": list(self.scripts),
+            "scripts": ["Latin"],
             "template": self.template,
             "clean": self.clean,
             "tokenizer": self.tokens.digest() if self.tokens else None,
@@ -293,7 +283,7 @@ class CaptionChecker:
         """
         cleaned, changed, unclosed = clean_caption(text or "")
         whole = cleaned if self.clean else " ".join((text or "").split())
-        c = Candidate(whole, finish_reason, changed, unclosed, thinking_tokens, self._scripts, text=whole)
+        c = Candidate(whole, finish_reason, changed, unclosed, thinking_tokens, text=whole)
         if whole:
             self._trim_to_sentences(c, last_try)
             marked, c.names_class, c.names_other = self._classes.mark(c.text, label)
@@ -359,8 +349,8 @@ class CaptionChecker:
             status = "rejected" if faulty else "trimmed" if c.trimmed else "ok"
         if not asking or rejecting or last_try:
             return status, None
-        words = {"scripts": " and ".join(self.scripts), "name": clean_class_name(self.class_names[label])}
-        advice = [TABLE[name].advice.format(**words) for name in asking if TABLE[name].advice]
+        own_name = clean_class_name(self.class_names[label])
+        advice = [TABLE[name].advice.format(name=own_name) for name in asking if TABLE[name].advice]
         return status, " ".join([*advice, f"Answer in one plain paragraph of at most {self.words} words."])
 
     def _echo(self, prompt: str, label: int) -> frozenset:

@@ -182,19 +182,19 @@ def _script(letter: str) -> str:
     return unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "UNKNOWN").split()[0]
 
 
-def is_foreign(text: str, scripts: frozenset[str]) -> bool:
-    """Whether a text holds another script: more than 3 % of its letters, a word of four letters, or one glyph.
+def is_foreign(text: str) -> bool:
+    """Whether a text holds another script than Latin: more than 3 % of its letters, a word of four letters, or one glyph.
 
     Quoted text, such as the words on a sign, does not count.
     """
-    if text.isascii() and "LATIN" in scripts:
+    if text.isascii():
         return False
     letters = foreign = run = longest = 0
     for letter in _QUOTED.sub(" ", text):
         if letter.isalpha():
             letters += 1
             script = "LATIN" if letter < "\x80" else _script(letter)
-            if script not in scripts:
+            if script != "LATIN":
                 foreign += 1
                 run += 4 if script in GLYPHS else 1
                 longest = max(longest, run)
