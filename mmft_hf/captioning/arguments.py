@@ -6,16 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.arguments import setting
+from ..core.arguments import Range, check_settings, setting
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
 from .ask.captioner import BACKENDS, WITHOUT_MODEL, Captioner
 from .ask.pictures import PicturePolicy
 from .types import Sampling
 
-# Settings that must be above 0, or at least 0.
-POSITIVE = ("concurrency", "max_tokens", "requests_per_minute", "tokens_per_minute", "captioner_batch_size")
-NOT_NEGATIVE = ("temperature", "max_reasks", "max_cost_usd")
+ABOVE_0 = Range(open=("low",))
 
 
 @dataclass
@@ -67,23 +65,29 @@ class CaptionArguments:
         "call for each aspect.",
         choices=("one", "all"),
     )
-    samples: int = setting(1, "Number of captions per aspect.")
-    temperature: float = setting(0.2, "Sampling temperature; 0 always takes the most likely token.")
-    max_tokens: int = setting(200, "Maximum length of a caption in the captioner's tokens; thinking takes thousands.")
+    samples: int = setting(1, "Number of captions per aspect.", range=Range(1))
+    temperature: float = setting(0.2, "Sampling temperature; 0 always takes the most likely token.", range=Range())
+    max_tokens: int = setting(
+        200, "Maximum length of a caption in the captioner's tokens; thinking takes thousands.", range=Range(1)
+    )
     request_options: str | None = setting(None, "Further request fields, as JSON or YAML; null removes a field.")
-    max_side: int = setting(512, "Longer side in pixels of the pictures that are sent.")
-    captioner_batch_size: int = setting(8, "Batch size in pictures of --captioner transformers.")
-    concurrency: int = setting(16, "Maximum number of calls in flight.")
-    requests_per_minute: float | None = setting(None, "Maximum number of calls per minute.")
-    tokens_per_minute: float | None = setting(None, "Maximum number of tokens per minute, in prompts and answers.")
-    timeout: float = setting(120.0, "Timeout of a call in seconds.")
-    max_reasks: int = setting(1, "How often a caption is asked for again after a check turned it down.")
+    max_side: int = setting(512, "Longer side in pixels of the pictures that are sent.", range=Range(16))
+    captioner_batch_size: int = setting(8, "Batch size in pictures of --captioner transformers.", range=Range(1))
+    concurrency: int = setting(16, "Maximum number of calls in flight.", range=Range(1))
+    requests_per_minute: float | None = setting(None, "Maximum number of calls per minute.", range=ABOVE_0)
+    tokens_per_minute: float | None = setting(
+        None, "Maximum number of tokens per minute, in prompts and answers.", range=ABOVE_0
+    )
+    timeout: float = setting(120.0, "Timeout of a call in seconds.", range=ABOVE_0)
+    max_reasks: int = setting(1, "How often a caption is asked for again after a check turned it down.", range=Range())
     on_check: list[str] | None = setting(
         None,
         "What to do when a check fires: CHECK=keep, reask or reject, and for some checks trim or prefix, e.g. "
         "label_missing=reask.",
     )
-    max_cost_usd: float | None = setting(None, "Maximum cost of all runs in this folder together, in US dollars.")
+    max_cost_usd: float | None = setting(
+        None, "Maximum cost of all runs in this folder together, in US dollars.", range=Range()
+    )
     prices: str | None = setting(None, "YAML file of prices per million tokens, which override the built-in table.")
     dry_run: bool = setting(False, "Show the plan, some prompts, calls and cost; ask nobody and write nothing.")
     split: list[str] | None = setting(None, "Splits to caption. Default: the training split.")
@@ -110,12 +114,7 @@ class CaptionArguments:
         prompts = PromptSet(
             tuple(self.aspects), self.domain, self.words, self.prompt_template, own, not self.keep_class_names
         )
-        if self.max_side < 16:
-            raise UserError(f"--max_side: expected 16 pixels or more, found {self.max_side}.")
-        for name in (*POSITIVE, *NOT_NEGATIVE):
-            value, strict = getattr(self, name), name in POSITIVE
-            if value is not None and (value < 0 or (strict and value == 0)):
-                raise UserError(f"--{name}: expected {'more than 0' if strict else '0 or more'}, found {value:g}.")
+        check_settings(self)
         return Captioner(
             backend=self.captioner,
             model=self.captioner_model,
