@@ -112,10 +112,10 @@ def test_console_page_and_card_show_the_same_figures(tmp_path, capsys):
     card = caption_card(found, tmp_path, DETAILS).read_text(encoding="utf-8")
     print_folder(tmp_path, found)
     printed = capsys.readouterr().out
-    assert [figure.text for figure in found.headline()] == [
+    assert list(found.headline().values()) == [
         "5", "1", "5", "1.00", "100.0 %", "20.0 %", "26", "22.2 %", "1", "1"
     ]  # fmt: skip
-    for label, text in ((figure.label, figure.text) for figure in found.headline()):
+    for label, text in found.headline().items():
         assert f"<b>{text}</b><span>{label}</span>" in page and f"| {label} | {text} |" in card
         assert re.search(rf"\n  {label} +{text}\n", printed), label
     assert "not accepted" in printed and "1 refused, 1 rejected, 1 failed, 1 empty, 1 not_run" in printed

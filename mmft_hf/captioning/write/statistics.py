@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -22,20 +21,6 @@ from ..types import ACCEPTED, STATUSES
 UNANSWERED = ("failed", "bad_image", "not_run")  # there is no text whose checks could be counted
 NOTABLE = ("label_contradicted", "duplicate", "over_token_limit", "other_class", "url")  # shown although accepted
 FEWEST = 12
-
-
-class Figure(NamedTuple):
-    """One figure for people: `unit` is `count`, `mean` or `share` (0 to 1); a `value` of None is undefined."""
-
-    label: str
-    value: float | None
-    unit: str = "count"
-
-    @property
-    def text(self) -> str:
-        if self.value is None:
-            return "–"
-        return {"count": "{:,}".format, "mean": "{:.2f}".format, "share": percent}[self.unit](self.value)
 
 
 class _Counts:
@@ -219,28 +204,26 @@ class CaptionStatistics:
             **{name: sums[name] for name in ("tokens_in", "tokens_out", "attempts")},
         }
 
-    def headline(self) -> list[Figure]:
-        """The figures that console, page and card begin with."""
+    def headline(self) -> dict[str, str]:
+        """The figures that console, page and card begin with: text by label."""
         found, every = self.figures, self.figures["all"]
         images, captions, tokens = found["images"], found["captions"], every["clip_tokens"]
-        rows = [
-            Figure("images", images),
-            Figure("unreadable images", found["unreadable_images"]),
-            Figure("images without a caption", found["images_without_caption"]),
-            Figure("captions", captions),
-            Figure("captions per image", captions / images if images else None, "mean"),
-            Figure("captions that name their class", share(every["mentions_label"], every["captions"]), "share"),
-            Figure("trimmed captions", share(every["trimmed"], every["captions"]), "share"),
-            Figure("longest caption in tokens", tokens and tokens["max"]),
-            Figure(
-                "answers over the token limit", share(every["checks"]["over_token_limit"], every["answers"]), "share"
-            ),
-            Figure("answers that deny their label", every["checks"]["label_contradicted"]),
-            Figure("texts shared by several images", found["duplicates"]["texts"]),
-        ]
-        hidden = set() if tokens else {"longest caption in tokens", "answers over the token limit"}
-        hidden |= set() if found["unreadable_images"] else {"unreadable images"}
-        return [row for row in rows if row.label not in hidden]
+        rows = {"images": f"{images:,}"}
+        if found["unreadable_images"]:
+            rows["unreadable images"] = f"{found['unreadable_images']:,}"
+        rows |= {
+            "images without a caption": f"{found['images_without_caption']:,}",
+            "captions": f"{captions:,}",
+            "captions per image": f"{captions / images:.2f}" if images else "–",
+            "captions that name their class": percentage(every["mentions_label"], every["captions"]),
+            "trimmed captions": percentage(every["trimmed"], every["captions"]),
+        }
+        if tokens:
+            rows["longest caption in tokens"] = f"{tokens['max']:,}"
+            rows["answers over the token limit"] = percentage(every["checks"]["over_token_limit"], every["answers"])
+        rows["answers that deny their label"] = f"{every['checks']['label_contradicted']:,}"
+        rows["texts shared by several images"] = f"{found['duplicates']['texts']:,}"
+        return rows
 
     def by_aspect(self) -> list[tuple[str, dict]]:
         """Name and figures of each aspect, and of all together if there are several."""
@@ -248,14 +231,9 @@ class CaptionStatistics:
         return aspects + [("all", self.figures["all"])] * (len(aspects) > 1)
 
 
-def share(count: int, total: int) -> float | None:
-    """`count / total`; None where `total` is 0."""
-    return count / total if total else None
-
-
 def percentage(count: int, total: int) -> str:
     """`12.5 %`, or a dash where `total` is 0."""
-    return Figure("", share(count, total), "share").text
+    return percent(count / total) if total else "–"
 
 
 def spread(distribution: dict | None) -> str:

@@ -183,7 +183,7 @@ def print_folder(path: str, statistics: CaptionStatistics, journaled: bool = Fal
     Args:
         journaled: there is a journal, so that `caption status` can explain what is missing.
     """
-    lines = {figure.label: figure.text for figure in statistics.headline()}
+    lines = statistics.headline()
     if (row := statistics.unreadable_row) is not None:
         image = statistics.dataset.cast_column("image", Image(decode=False))[row]["image"] or {}
         name = printable_text(Path(image.get("path") or "no name").name)
