@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
@@ -24,12 +24,13 @@ class EpochLines(ProgressCallback):
 
     Args:
         terms: of the loss, which is written as their weighted sum.
+        mean_weights: mean weight of each scheduled term since the last log, by name; the Trainer updates it.
         bar: False prints the lines without a bar, for log files.
     """
 
-    def __init__(self, terms: Sequence[LossTerm], bar: bool = True):
+    def __init__(self, terms: Sequence[LossTerm], mean_weights: Mapping[str, float], bar: bool = True):
         super().__init__()
-        self.terms = terms
+        self.terms, self.mean_weights = terms, mean_weights
         self.bar = bar
         self.losses: dict[str, float] = {}
         self.best = float("-inf")
@@ -90,7 +91,8 @@ class EpochLines(ProgressCallback):
             # A scheduled weight is shown as the mean over the steps, so the sum is only about the loss.
             moves = any(callable(term.weight) for term in self.terms)
             weights = {
-                t.name: f"{logs[f'{t.name}_weight']:.3g}" if callable(t.weight) else f"{t.weight:g}" for t in self.terms
+                t.name: f"{self.mean_weights[t.name]:.3g}" if callable(t.weight) else f"{t.weight:g}"
+                for t in self.terms
             }
             sum_ = " + ".join(f"{w} x {name} {logs[f'{name}_loss']:.3f}" for name, w in weights.items())
             parts.append(f"loss {logs['loss']:.3f} {'~' if moves else '='} {sum_}")

@@ -180,6 +180,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         # -- loss and batches --------------------------------------------------------------------------------------
         self.terms = terms_of(loss, args)
         self.loss_weights: list[float] = []  # of the present step
+        self.mean_weights: dict[str, float] = {}  # as of the last log, by the name of the term
         add_embedding_forward(model, {term.name: term.parameters for term in self.terms})
         needs = {need for term in self.terms for need in term.needs}
         class_texts = (class_prompt(args.class_template, name) for name in self.class_names or ())
@@ -230,7 +231,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         self.add_callback(_Beginnings(self))
         # One line per epoch in place of a dictionary.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(EpochLines(self.terms, bar=not args.disable_tqdm))
+        self.add_callback(EpochLines(self.terms, self.mean_weights, bar=not args.disable_tqdm))
 
     @property
     def _data_seed(self) -> int:
@@ -355,7 +356,12 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             logs["skipped_images"] = totals.pop("skipped_images")
             if "captions_cut" in totals:
                 logs["captions_cut"] = totals.pop("captions_cut") / images
-            logs |= {name: total / batches for name, total in totals.items()}
+            means = {name: total / batches for name, total in totals.items()}
+            for term in self.terms:
+                self.mean_weights[term.name] = means[f"{term.name}_weight"]
+                if not term.log_weight:
+                    del means[f"{term.name}_weight"]
+            logs |= means
             self._sums.clear()
         super().log(logs, start_time)
 

@@ -25,7 +25,9 @@ def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> 
         weights = (w, 1 - w)
         if config.supcon_weight_end is not None:
             weights = (config.supcon_weight_at, lambda step, steps: 1 - config.supcon_weight_at(step, steps))
-        return [SupCon(weights[0], config.include_self), Clip(weights[1])]
+        supcon, clip = SupCon(weights[0], config.include_self), Clip(weights[1])
+        clip.log_weight = False  # it follows from that of SupCon
+        return [supcon, clip]
     terms = [loss] if isinstance(loss, LossTerm) else list(loss)
     names = [term.name for term in terms]
     if not names or len(set(names)) < len(names):
