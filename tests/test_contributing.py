@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -38,12 +37,72 @@ def extended(tmp_path_factory):
     return root
 
 
-def run(extended, code: str, *arguments) -> dict:
-    """What a script prints last, with the copy in place of the package."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+SCRIPT = """
+# What the examples do, all in one process with the copy in place of the package. Prints one line of JSON.
+import contextlib, io, json, sys
+from tiny_clip import build_clip, colour_dataset, colour_images
+from transformers import pipeline
+from mmft_hf import ImageClassifier, MMFTConfig, MMFTTrainer
+from mmft_hf.captioning.judge.checks import CHECKS, TABLE, Candidate
+from mmft_hf.cli import main
+from mmft_hf.model.features import image_features
+from mmft_hf.predict.heads import HEADS
+from mmft_hf.train.terms import TERMS, Clip, SupCon
+
+out, data_folder, *benchmark = sys.argv[1:]
+printed = io.StringIO()
+
+
+def term():
+    model, processor = build_clip()
+    args = MMFTConfig(f"{out}/term", max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none")
+    terms = [SupCon(0.1), Clip(0.9), TERMS["alignment"](0.5)]
+    trainer = MMFTTrainer(model, args, colour_dataset(8), colour_dataset(4), processor, loss=terms)
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "alignment_loss" in log]
+    return {"log": log, "shown": "alignment" in printed.getvalue()}
+
+
+def head():
+    folder = f"{out}/classifier"
+    model, processor = build_clip()
+    data = colour_dataset(8)
+    embeds, labels = image_features(model, processor, data)
+    head = HEADS["nearest_mean"].fit(embeds, labels, data.features["label"].names)
+    ImageClassifier(model, processor, head).save_pretrained(folder)
+    image = colour_images(1)[0][0]
+    scores = {row["label"]: row["score"] for row in pipeline("mmft-image-classification", model=folder)(image)}
+    again = ImageClassifier.from_pretrained(folder)
+    before = len(printed.getvalue())
+    code = main(["evaluate", "--model_name_or_path", folder, "--dataset_name", data_folder])
+    direct = head.scores(image_features(model, processor, colour_dataset(1))[0])[0]
+    return {
+        "code": code, "kind": again.head.kind, "printed": printed.getvalue()[before:],
+        "difference": max(abs(scores[n] - p) for n, p in zip(head.class_names, direct.tolist())),
+    }
+
+
+def check():
+    fired = [TABLE["exclamation"].finds(Candidate(t, "stop", set(), False, 0, frozenset(), text=t)) for t in ("Oh!", "Oh.")]
+    return {"fired": fired, "listed": "exclamation" in CHECKS}
+
+
+with contextlib.redirect_stdout(printed):
+    found = {f.__name__: f() for f in (term, head, check)} | {"code": main(benchmark)}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(extended, clip_folder, data_folder, tmp_path_factory):
+    """What a script found that uses the examples, with the copy in place of the package; and where it wrote."""
+    out = tmp_path_factory.mktemp("out")
+    words = f"benchmark --model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {out}/benchmark"
+    settings = "--methods zs mmft-w05 --shots 2 --seeds 0 --num_train_epochs 1 --use_cpu true"
+    command = [sys.executable, "-c", SCRIPT, str(out), str(data_folder), *words.split(), *settings.split()]
     done = subprocess.run(command, cwd=extended, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"out": out}
 
 
 def test_there_is_an_example_for_every_seam():
@@ -52,91 +111,28 @@ def test_there_is_an_example_for_every_seam():
     assert len(new) == 2 and len(tables) == 2 and len(EXAMPLES) == 6
 
 
-def test_a_term_is_trained_logged_and_shown(extended, tmp_path):
-    found = run(
-        extended,
-        """
-        import contextlib, io, json, sys
-        from tiny_clip import build_clip, colour_dataset
-        from mmft_hf import MMFTConfig, MMFTTrainer
-        from mmft_hf.train.terms import TERMS, Clip, SupCon
-        model, processor = build_clip()
-        args = MMFTConfig(sys.argv[1], max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none")
-        terms = [SupCon(0.1), Clip(0.9), TERMS["alignment"](0.5)]
-        trainer = MMFTTrainer(model, args, colour_dataset(8), colour_dataset(4), processor, loss=terms)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            trainer.train()
-        (log,) = [log for log in trainer.state.log_history if "alignment_loss" in log]
-        print(json.dumps({"log": log, "shown": "alignment" in printed.getvalue()}))
-        """,
-        tmp_path,
-    )
+def test_a_term_is_trained_logged_and_shown(found):
+    found = found["term"]
     log = found["log"]
     parts = 0.1 * log["supcon_loss"] + 0.9 * log["clip_loss"] + 0.5 * log["alignment_loss"]
     assert log["loss"] == pytest.approx(parts, abs=1e-3)
     assert log["alignment_loss"] > 0 and found["shown"]
 
 
-def test_a_head_is_saved_and_used_everywhere(extended, data_folder, tmp_path):
-    found = run(
-        extended,
-        """
-        import contextlib, io, json, sys
-        import torch
-        from tiny_clip import build_clip, colour_dataset, colour_images
-        from transformers import pipeline
-        from mmft_hf import ImageClassifier
-        from mmft_hf.cli import main
-        from mmft_hf.model.features import image_features
-        from mmft_hf.predict.heads import HEADS
-        model, processor = build_clip()
-        data = colour_dataset(8)
-        embeds, labels = image_features(model, processor, data)
-        head = HEADS["nearest_mean"].fit(embeds, labels, data.features["label"].names)
-        ImageClassifier(model, processor, head).save_pretrained(sys.argv[1])
-        image = colour_images(1)[0][0]
-        scores = {row["label"]: row["score"] for row in pipeline("mmft-image-classification", model=sys.argv[1])(image)}
-        again = ImageClassifier.from_pretrained(sys.argv[1])
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            code = main(["evaluate", "--model_name_or_path", sys.argv[1], "--dataset_name", sys.argv[2]])
-        direct = head.scores(image_features(model, processor, colour_dataset(1))[0])[0]
-        print(json.dumps({
-            "code": code, "kind": again.head.kind, "printed": printed.getvalue(),
-            "difference": max(abs(scores[n] - p) for n, p in zip(head.class_names, direct.tolist())),
-        }))
-        """,
-        tmp_path / "classifier",
-        data_folder,
-    )
+def test_a_head_is_saved_and_used_everywhere(found):
+    found = found["head"]
     assert found["code"] == 0 and found["kind"] == "nearest_mean"
     assert found["difference"] < 1e-6
     assert re.search(r"\d+\.\d %", found["printed"])
 
 
-def test_a_check_fires_and_is_listed(extended):
-    found = run(
-        extended,
-        """
-        import json
-        from mmft_hf.captioning.judge.checks import CHECKS, TABLE, Candidate
-        fired = [TABLE["exclamation"].finds(Candidate(t, "stop", set(), False, 0, frozenset(), text=t)) for t in ("Oh!", "Oh.")]
-        print(json.dumps({"fired": fired, "listed": "exclamation" in CHECKS}))
-        """,
-    )
-    assert found == {"fired": [True, False], "listed": True}
+def test_a_check_fires_and_is_listed(found):
+    assert found["check"] == {"fired": [True, False], "listed": True}
 
 
-def test_a_method_runs_and_is_in_results_and_report(extended, clip_folder, data_folder, tmp_path):
-    words = f"benchmark --model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {tmp_path}/out"
-    settings = "--methods zs mmft-w05 --shots 2 --seeds 0 --num_train_epochs 1 --use_cpu true"
-    code = run(
-        extended,
-        "import json, sys; from mmft_hf.cli import main; print(json.dumps({'code': main(sys.argv[1:])}))",
-        *words.split(),
-        *settings.split(),
-    )
-    assert code == {"code": 0}
-    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+def test_a_method_runs_and_is_in_results_and_report(found):
+    assert found["code"] == 0
+    folder = found["out"] / "benchmark"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert "mmft-w05" in {row["method"] for row in rows}
-    assert "mmft-w05" in (tmp_path / "out" / "report.html").read_text()
+    assert "mmft-w05" in (folder / "report.html").read_text()

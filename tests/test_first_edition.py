@@ -760,6 +760,7 @@ def test_no_cell_of_a_benchmark_is_computed_anew(benchmark):
     assert (benchmark / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_cells_that_are_deleted_come_back_with_the_same_numbers(benchmark):
     path = benchmark / "results.jsonl"
     rows = benchmark_rows(path)

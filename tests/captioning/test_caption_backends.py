@@ -579,6 +579,7 @@ def test_tokens_of_a_picture():
 
 
 # -- the server of these tests ----------------------------------------------------------------------------------------
+@pytest.mark.slow  # it tests the fake, not the library
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_server_runs_as_a_process(tmp_path, fast):
     script = {"rules": [{"do": "rate_limit", "at": [2], "retry_after": 3}]}

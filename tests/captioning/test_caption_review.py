@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from caption_server import serving
-from caption_tools import ASPECTS, NAMES, caption, dataset, image_folder, picture, start, undecoded, until, written
+from caption_tools import ASPECTS, NAMES, caption, dataset, image_folder, picture, start, undecoded, written
 from datasets import ClassLabel, Dataset, Features, Image
+from launch_tools import free_port
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.ask.cost import Spending
@@ -125,16 +126,17 @@ def test_a_rate_limit_under_which_others_get_on_ends_no_run(server, run):
 
 
 def test_a_stop_waits_for_no_pause(server, run):
-    """One call is sent away for 20 s; another comes back after the stop, with an answer that needs a second try."""
+    """One call is sent away for 100 s; another comes back after the stop, with an answer that needs a second try."""
     looped = says("la " * 20) | {"delay_ms": 800}
     server.server.script = {
-        "rules": [{"at": [1]}, {"do": "rate_limit", "at": [2], "retry_after": 20}, looped, {"do": "ok"}]
+        "rules": [{"at": [1]}, {"do": "rate_limit", "at": [2], "retry_after": 100}, looped, {"do": "ok"}]
     }
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         run(dataset(PICTURES[:2]), Limits(4))
-    assert time.monotonic() - begun < 5 and len(server.requests()) == 5
+    assert len(server.requests()) == 5
+    assert time.monotonic() - begun < 100, "the pause was over"
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
@@ -153,16 +155,14 @@ def test_a_process_that_is_two_splits_ahead_is_not_waited_for_again(tmp_path):
 
 def test_under_a_launcher_one_process_asks_a_server_about_all_pictures(server, tmp_path):
     data, environment = image_folder(tmp_path / "data", 4), {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words = caption(server, data, tmp_path / "out")
     others = [start(words, tmp_path / f"{rank}.txt", RANK=str(rank), **environment) for rank in (1, 0)]
-    begun = time.monotonic()
-    try:
-        until(lambda: (tmp_path / "out" / "captions.json").exists(), 30)
-        assert [process.wait() for process in others] == [0, 0] and len(server.requests()) == 12
-    finally:
-        if time.monotonic() - begun > 30:
-            others[1].kill()
+    overdue = threading.Timer(60, others[1].kill)
+    overdue.start()
+    assert [process.wait() for process in others] == [0, 0] and len(server.requests()) == 12
+    overdue.cancel()
+    assert (tmp_path / "out" / "captions.json").exists()
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

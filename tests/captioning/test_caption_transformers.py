@@ -270,6 +270,7 @@ def test_identity_samples_large_files_from_end_to_end(copy):
     assert len(found) == 4
 
 
+@pytest.mark.slow
 def test_identity_is_the_same_in_another_process_and_a_commit_for_a_hub_model(vlm, tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--someone--tiny-vlm"

@@ -63,9 +63,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, tmp_path):
         end(process)
     survivor, killed = ranks("cut", die=signal.SIGKILL)
     killed.wait(60)
-    since = time.monotonic()
-    _, err = end(survivor, 3, timeout=30)
-    assert time.monotonic() - since < 10
+    _, err = end(survivor, 3, timeout=30)  # a process that waits for another would wait half an hour
     assert killed.returncode == -signal.SIGKILL
     message = err[err.index("mmft-hf: ") :]
     assert "process 0 of 2: another process has ended or does not answer (" in message
