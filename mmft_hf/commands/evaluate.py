@@ -37,6 +37,8 @@ ARGUMENTS = (DataArguments, EvaluateArguments)
 
 def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
+    import numpy as np
+
     from ..model.loading import default_device, load_model
     from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
@@ -84,11 +86,11 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if missing:
         say(f"\n  Note: no zero-shot baseline, because the untuned model is missing. {missing}")
     say("\nPer class, weakest first")
-    tested = [
-        (row, wrong) for row, wrong in zip(result["per_class"], _confusions(result), strict=True) if row["images"]
-    ]
-    for row, wrong in sorted(tested, key=lambda pair: pair[0]["accuracy"]):
-        taken = f"most often taken for {names[wrong[0]]} ({wrong[1]})" if wrong[1] else ""
+    wrong = np.array(result["confusion_matrix"])
+    np.fill_diagonal(wrong, 0)
+    tested = [(row, counts) for row, counts in zip(result["per_class"], wrong, strict=True) if row["images"]]
+    for row, counts in sorted(tested, key=lambda pair: pair[0]["accuracy"]):
+        taken = f"most often taken for {names[counts.argmax()]} ({counts.max()})" if counts.any() else ""
         label = f"{row['label']:<{max(map(len, names))}}"
         say(f"  {label}  {row['images']:>5} images  {percent(row['accuracy']):>8}  {taken}".rstrip())
 
@@ -103,16 +105,6 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             with open(folder / file, "w", newline="", encoding="utf-8") as opened:
                 csv.writer(opened).writerows([header, *lines])
         say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
-
-
-def _confusions(result: dict) -> list[tuple[int, int]]:
-    """For each class the one that it is most often taken for, and how often."""
-    found = []
-    for true, counts in enumerate(result["confusion_matrix"]):
-        wrong = [0 if predicted == true else count for predicted, count in enumerate(counts)]
-        most = max(range(len(wrong)), key=wrong.__getitem__)
-        found.append((most, wrong[most]))
-    return found
 
 
 def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> Dataset:

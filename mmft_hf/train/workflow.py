@@ -203,21 +203,19 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     model, processor = load()
     model.to(config.device)
 
-    def score(model, head, dataset, name):
-        return classify(
-            ImageClassifier(model, processor, head),
-            dataset,
-            config.per_device_eval_batch_size,
-            config.on_bad_image,
-            config.dataloader_num_workers,
-            name,
-            progress=is_main() and not config.disable_tqdm,
-            shard=True,
-        )
-
+    score = partial(
+        classify,
+        batch_size=config.per_device_eval_batch_size,
+        on_bad_image=config.on_bad_image,
+        workers=config.dataloader_num_workers,
+        progress=is_main() and not config.disable_tqdm,
+        shard=True,
+    )
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
-    untuned_validation = score(model, zero_shot, splits.validation, "validation").report()
+    untuned_validation = score(
+        ImageClassifier(model, processor, zero_shot), splits.validation, name="validation"
+    ).report()
     parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
     plan = FinetunePlan(model_args, data_args, config, splits, parameters, untuned_validation["accuracy"], memory)
     reporter.started(plan)
@@ -236,20 +234,20 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     adapter = Adapter.of(tuned)
     if adapter:  # from here on everything is measured and built with the weights that are saved
         merge(tuned)
-    head = trainer.build_prototypes()
-    validated = score(tuned, head, splits.validation, "validation")
+    chosen = ImageClassifier(tuned, processor, trainer.build_prototypes())
+    validated = score(chosen, splits.validation, name="validation")
     if np.isnan(validated.scores).any():  # possible in a run of one step
         trainer.stop_at("the output of the trained model", math.nan, state.global_step)
     validation = validated.report()["accuracy"]
 
     # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
-    untuned = load()[0].to(config.device)
-    zero_shot_test = score(untuned, zero_shot, splits.test, "test")
+    untuned = ImageClassifier(load()[0].to(config.device), processor, zero_shot)
+    zero_shot_test = score(untuned, splits.test, name="test")
     # The zero-shot classifier wins only where no epoch reached its validation accuracy.
     zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
     if zero_shot_won:
-        tuned, head, validation, adapter = untuned, zero_shot, untuned_validation["accuracy"], None
-    predictions = zero_shot_test if zero_shot_won else score(tuned, head, splits.test, "test")
+        chosen, validation, adapter = untuned, untuned_validation["accuracy"], None
+    predictions = zero_shot_test if zero_shot_won else score(chosen, splits.test, name="test")
 
     # -- files ---------------------------------------------------------------------------------------------------------
     validations = {
@@ -261,8 +259,8 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
         predictions.report(), zero_shot_test.report(), validations, train_metrics, state, zero_shot_won
     )
     if is_main():
-        folder.save(ImageClassifier(tuned, processor, head), predictions, metrics, state, adapter)
-    result = FinetuneResult(folder.path, metrics, head.fallback_classes)
+        folder.save(chosen, predictions, metrics, state, adapter)
+    result = FinetuneResult(folder.path, metrics, chosen.head.fallback_classes)
     reporter.finished(result)
     if config.push_to_hub and is_main():
         trainer._finish_current_push()
