@@ -75,7 +75,7 @@ def cli_page() -> str:
         "Every verb takes `--config FILE.yaml` and `--key value`; the command line wins over the file. `mmft-hf VERB --help` prints the same.",
         "",
         "Exit codes: 0, done; 2, you have to change something, and the message says what; 3, done in part, and the message says how to "
-        "continue; 1, a defect of mmft_hf.",
+        "continue; 1, a bug in mmft_hf.",
         "",
     ]
     for verb, summary in VERBS.items():
