@@ -182,7 +182,8 @@ def test_interpolated_weights_are_between_the_two(context, task):
 
 def test_each_method_compares_with_the_texts_of_its_row(context, task):
     names = ("mmft", "mmft-mixed", "mmft-train-captions", "mmft-no-captions", "mmft-test-captions", "flyp", "flyp-ens")
-    found = {name: fit(METHODS[name], context, task).head for name in names}
+    rows = [METHODS[name] for name in names]
+    found = {row.name: row.inference(context, task, context.train(row.training, task, 1e-3)) for row in rows}
     sources = {name: prototypes.source for name, prototypes in found.items()}
     assert sources == {
         "mmft": "captions",

@@ -26,6 +26,8 @@ from .protocol import make_task, parse_shots
 from .results import CLAIMS, RESULTS_FILE, SUBSETS, read_results
 from .summary import image_note
 
+OLD_FILES = ("maps.json", f"{FIGURES}/map.png")  # version 0.1 wrote them
+
 
 @dataclass
 class BenchmarkResult:
@@ -176,7 +178,7 @@ def delete_benchmark(folder: Path) -> None:
         for lock in sorted(claims.folder.glob("*.lock")):
             if not held.enter_context(claims.take(lock.stem)):
                 raise UserError(f"{what} another one at {lock.stem}. Wait for its end, or type another --output_dir.")
-        paths = [folder / name for name in (RESULTS_FILE, DATA_FILE, PAGE)]
+        paths = [folder / name for name in (RESULTS_FILE, DATA_FILE, PAGE, *OLD_FILES)]
         paths += [
             *(folder / SUBSETS).glob("shots-*_seed-*.json"),
             *(folder / FIGURES / f"{name}.png" for name in DRAWN),
