@@ -27,6 +27,7 @@ def test_the_wheel_holds_assets_templates_and_licences(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tracked = {str(p.relative_to(ROOT)) for p in ASSETS.rglob("*") if p.is_file()} | {
+        "mmft_hf/core/page.css",
         "mmft_hf/hub/templates/model_card.md.j2",
         "mmft_hf/captioning/write/templates/captions.html.j2",
         "mmft_hf/captioning/write/templates/caption_card.md.j2",

@@ -119,8 +119,7 @@ class SplitCaptioner:
     def plan(self) -> Plan:
         """Reads every picture once to hash it, and finds what the journal lacks. Makes no call and takes no lock."""
         done = settled_slots(self.folder, self.captioner.sampling.max_tokens)
-        with tqdm(total=len(self.dataset), desc="Planning", unit=" images", disable=not self.progress) as bar:
-            return make_plan(self.dataset, self.keys, done, self.rows, (self.rank, self.world), bar.update)
+        return make_plan(self.dataset, self.keys, done, self.rows, (self.rank, self.world), self.progress)
 
     def sizes(self, items: Iterable[WorkItem]) -> list[tuple[int, int]]:
         """Width and height in pixels of the pictures as they would be sent, without the unreadable ones."""

@@ -17,7 +17,8 @@ from .markdown import code, fenced, md, one_line
 
 
 def render_page(template: Path, filters: Mapping[str, Callable] | None = None, **values: object) -> str:
-    """Renders an HTML template; `{% include %}` and `{% import %}` find their files in its folder.
+    """Renders an HTML template; `{% include %}` and `{% import %}` find their files in its folder, and the
+    styles that pages share in `page.css`.
 
     A value that is None prints nothing, and control characters are removed. Filters of ours: `one_line(limit=120)`,
     `thousands` (`1,234`), `percent` (a share as `31.5 %`) and `base64` (of bytes), and those that the caller adds.
@@ -47,7 +48,7 @@ def render_card(template: Path, **values: object) -> str:
 
 def _render(template: Path, finalize: Callable, filters: dict, values: dict) -> str:
     environment = Environment(
-        loader=FileSystemLoader(template.parent),
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=finalize,

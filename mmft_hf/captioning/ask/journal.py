@@ -258,14 +258,11 @@ def by_slot(folder: str | Path, columns: Sequence[str] = tuple(COLUMNS)) -> Iter
 
 
 class JournalReader:
-    """Looks up slots. It opens the files on first use, so that it can be pickled for the processes of `datasets.map`."""
+    """Looks up slots. It opens the files on first use, when all processes have created theirs."""
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder)
         self._dbs: list[sqlite3.Connection] | None = None
-
-    def __getstate__(self) -> dict:
-        return {"folder": self.folder, "_dbs": None}
 
     def history(self, slots: Sequence[str]) -> dict[str, list[dict]]:
         """The tries of each slot that has results, the one that counts last (see `best`)."""

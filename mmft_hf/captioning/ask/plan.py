@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from ...data.images import BadImage, original_bytes
 from .captioner import Captioner
@@ -130,7 +131,7 @@ def make_plan(
     done: set[str],
     rows: Container[int] | None = None,
     part: tuple[int, int] = (0, 1),
-    seen: Callable[[], object] | None = None,
+    progress: bool = False,
 ) -> Plan:
     """The plan of one split. Reads one picture at a time.
 
@@ -140,15 +141,14 @@ def make_plan(
         rows: the rows to caption; None: all.
         part: `(rank, world)`: this process takes every world-th distinct picture, from the rank-th on. Strided, because
             neighbours are often of the same class and take equally long.
-        seen (*optional*): called after each row, for a progress bar.
+        progress: whether to show a progress bar.
     """
     names = dataset.features["label"].names
     rank, world = part
     plan = Plan([], set())
     pictures, seen_so_far = 0, hashlib.sha256()
-    for row, (digest, label) in enumerate(digests(dataset)):
-        if seen:
-            seen()
+    bar = tqdm(digests(dataset), "Planning", len(dataset), unit=" images", disable=not progress)
+    for row, (digest, label) in enumerate(bar):
         asked = rows is None or row in rows
         plan.rows += asked
         seen_so_far.update(f"{digest} {asked}\n".encode("utf-8", "replace"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ...core.files import CARD_FILE, PAGE_FILE, PICTURE_FILE
-from ...core.markdown import code, front_matter, listed, one_line
+from ...core.markdown import code, front_matter, listed, one_line, public_name
 from ...core.pages import render_card
 from ...core.repositories import describe_recorded_dataset
 from ...version import __version__
@@ -30,8 +30,7 @@ def title(details: Mapping) -> str:
 
 def source_name(details: Mapping) -> str:
     """The dataset that was captioned. Of a local path only the last part, because paths are private."""
-    name = str((details.get("made_from") or {}).get("dataset_name") or "")
-    return Path(name).name if name and Path(name).exists() else name
+    return public_name(str((details.get("made_from") or {}).get("dataset_name") or ""))
 
 
 def captioned_splits(details: Mapping) -> list[str]:

@@ -68,7 +68,6 @@ class CaptionStatistics:
 
     Args:
         dataset: with the columns `label` (`ClassLabel`), `caption_records` and `image_sha256`.
-        seed: of the random choice of rows to show.
 
     Attributes:
         figures: JSON-able; `statistics` in `captions.json`. Counts of images, captions, statuses (of the last try of each
@@ -82,7 +81,7 @@ class CaptionStatistics:
         unreadable_row: the first row whose image cannot be read, or None.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self.class_names = dataset.features["label"].names
         self._aspects: dict[str | None, _Counts] = defaultdict(_Counts, {None: _Counts()})  # None: all together
@@ -94,7 +93,7 @@ class CaptionStatistics:
         self._images_of, self._captions_of = Counter(), Counter()  # by label
         self._rows: dict[int, list[int]] = defaultdict(list)  # label -> rows with captions
         self._seen = Counter()
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._images: set[str] = set()
         self._asked: set[tuple] = set()
         self._texts: Counter = Counter()
