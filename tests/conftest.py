@@ -9,6 +9,7 @@ import copy
 import socket
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -39,8 +40,11 @@ def no_network(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Features of frozen towers are kept where the tests end, also by the processes that they start."""
+    """Features of frozen towers and converted data sets are kept where the tests end, for each worker of pytest-xdist and the
+    processes that its tests start."""
     os.environ["MMFT_HF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,11 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 180
 
 
+FINETUNE, TRAINER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 @pytest.mark.parametrize(
-    "snippet", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL), ids=["finetune", "trainer"]
+    "snippet", [pytest.param(FINETUNE, marks=pytest.mark.slow, id="finetune"), pytest.param(TRAINER, id="trainer")]
 )
 def test_python_of_the_readme_runs(tmp_path, monkeypatch, snippet):
     assert len(snippet.strip().splitlines()) <= 12
