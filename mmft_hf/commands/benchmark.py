@@ -13,7 +13,7 @@ from ..benchmark.run.arguments import BenchmarkArguments, BenchmarkData
 from ..benchmark.run.processes import number_of_process
 from ..benchmark.run.results import RESULTS_FILE, SUBSETS
 from ..benchmark.run.summary import summary_table
-from ..benchmark.run.workflow import check_packages, run_benchmark
+from ..benchmark.run.workflow import run_benchmark
 from ..core.arguments import ModelArguments
 from ..core.console import say
 from ..core.errors import PartialResult
@@ -25,7 +25,6 @@ ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, MMFTConfig)
 def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: BenchmarkData, config: MMFTConfig) -> None:
     """Runs the cells of the grid that have no result yet, and prints a table of all."""
     if args.report:
-        check_packages()
         if number_of_process() == 0:
             say(f"Report: {write_report(Path(args.report))}")
         return

@@ -7,8 +7,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 
-from scipy.stats import t
-
 from .results import FULL, latest
 
 FEWEST_SEEDS = 3  # two may agree by chance, or give an interval that contains everything
@@ -19,6 +17,8 @@ def interval(values: list[float]) -> float | None:
 
     None for fewer than `FEWEST_SEEDS` values, and where all are the same: they tell nothing about other seeds.
     """
+    from scipy.stats import t  # comes with scikit-learn, whose absence is reported first
+
     if len(values) < FEWEST_SEEDS or max(values) - min(values) < 1e-9:
         return None
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

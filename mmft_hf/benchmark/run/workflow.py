@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from ...core.arguments import ModelArguments
@@ -13,7 +12,7 @@ from ...core.console import many, say
 from ...core.errors import UserError, nearest
 from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
-from ..report import DRAWN, FIGURES, PAGE, write_report
+from ..report import DRAWN, FIGURES, PAGE, check_packages, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
 from .context import Context
 from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, unreadable
@@ -123,12 +122,6 @@ def run_benchmark(
             page = write_report(folder)
     groups = (summary["groups"] or {}).get("test", ())
     return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))))
-
-
-def check_packages() -> None:
-    """Raises `UserError` where scikit-learn is missing."""
-    if find_spec("sklearn") is None:
-        raise UserError("benchmark: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
 
 
 def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:
