@@ -12,7 +12,6 @@ from PIL import Image
 from scipy import stats
 
 from mmft_hf.benchmark.report import DRAWN, page, write_report
-from mmft_hf.benchmark.report.figures import apart
 from mmft_hf.benchmark.report.provenance import command
 from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, drawn, gather
 from mmft_hf.benchmark.report.verdict import baselines, intervals, shots_list, verdict
@@ -443,11 +442,9 @@ def test_what_a_baseline_is(tmp_path):
     )
 
 
-def test_names_of_shots_and_places_of_labels():
+def test_names_of_shots():
     assert shots_list([1, 4, "full"]) == "1 and 4 shots, and all images"
     assert shots_list([4, "full"]) == "4 shots and all images" and shots_list(["full"]) == "all images"
-    places = apart([1.0, 1.0, 5.0, 1.1], 1.0, 0.0, 6.0)
-    assert np.diff(sorted(places)).min() > 0.99 and min(places) >= 0 and np.argsort(places, kind="stable")[-1] == 2
 
 
 # -- page ----------------------------------------------------------------------------------------------------------------

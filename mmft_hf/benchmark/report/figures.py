@@ -11,7 +11,6 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
-from sklearn.isotonic import isotonic_regression
 
 from ...core.markdown import one_line
 from ..run.summary import in_order, interval, shots_name
@@ -70,7 +69,7 @@ def shots_figure(results: Findings) -> Figure | None:
     shots, (panels, _) = results.positive_shots, shots_panels(results)
     if not panels:
         return None
-    columns, span = min(2, len(panels)), max(1, len(shots) - 1)
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH if columns == 2 else WIDTH * 0.66, 3.7 * lines))
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
@@ -79,7 +78,7 @@ def shots_figure(results: Findings) -> Figure | None:
     low, high = min(every + list(untuned.values())), max(every + list(untuned.values()))
     room = max((high - low) * 0.08, 1.0)  # wide bands are clipped so that they do not press the lines together
     for axes, (family, methods) in zip(grid.flat, panels.items(), strict=False):
-        ends, colours = [], iter(COLOURS)
+        colours = iter(COLOURS)
         for method in methods:
             found = [(i, values) for i, n in enumerate(shots) if (values := results.values(method, n))]
             if not found:
@@ -90,38 +89,19 @@ def shots_figure(results: Findings) -> Figure | None:
             colour = BLUE if main else next(colours)
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18 if main else 0.08, lw=0)
             marks = {"ls": "--", "mfc": "white"} if hollow else {}
-            axes.plot(x, y, marker="o", color=colour, lw=2.4 if main else 1.4, zorder=3 + main, **marks)
-            ends.append((x[-1], y[-1], method, colour))
+            axes.plot(x, y, marker="o", color=colour, lw=2.4 if main else 1.4, zorder=3 + main, label=method, **marks)
         for (method, level), dashes in zip(untuned.items(), ("--", ":"), strict=False):
-            axes.axhline(level, color=GREY, ls=dashes, lw=1.2, zorder=1)
-            ends.append((len(shots) - 1, level, method, GREY))
+            axes.axhline(level, color=GREY, ls=dashes, lw=1.2, zorder=1, label=method)
         axes.set(title=HEADINGS[family], ylim=(low - room, high + room))
-        axes.set(xticks=range(len(shots)), xlim=(-0.07 * span, len(shots) - 1 + 0.05 * span))
-        axes.set_xticklabels(map(shots_name, shots))
+        axes.set(xticks=range(len(shots)), xticklabels=map(shots_name, shots))
         axes.grid(axis="x", visible=False)
-        places = apart([y for _, y, *_ in ends], (high - low + 2 * room) * 0.055, low - room / 2, high + room / 2)
-        right = len(shots) - 1 + 0.1 * span
-        for (x, y, method, colour), place in zip(ends, places, strict=True):
-            line = [x + 0.02 * span, right - 0.01 * span]
-            axes.plot(line, [y, place], color=colour, lw=0.6, alpha=0.7, clip_on=False)
-            weight = "bold" if method == METHOD else "normal"
-            axes.text(right, place, method, color=colour, va="center", fontsize=9, weight=weight)
+        by_height = sorted(axes.lines, key=lambda line: line.get_ydata()[-1], reverse=True)
+        axes.legend(handles=by_height, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy, %")
     return figure
-
-
-def apart(places: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Places moved as little as possible so that they are `gap` apart, within `low` and `high` if there is room."""
-    order = np.argsort(places, kind="stable")
-    steps = gap * np.arange(len(places))
-    moved = np.empty(len(places))
-    moved[order] = steps + isotonic_regression(
-        np.asarray(places, float)[order] - steps, y_min=low, y_max=max(low, high - steps[-1])
-    )
-    return moved.tolist()
 
 
 # -- a row for each method -----------------------------------------------------------------------------------------------
@@ -193,25 +173,6 @@ def robustness_figure(results: Findings, shots) -> Figure | None:
             if method == "zs":
                 axes.axvline(outside, color=GREY, lw=1, ls="--", zorder=1)
     figure.supxlabel("accuracy, %", fontsize=9.5)
-    return figure
-
-
-def cost_figure(results: Findings, shots) -> Figure | None:
-    """Test accuracy with its interval over seeds, and seconds of fitting, side by side."""
-    rows = {method: list(results.nearest(method, shots).values()) for method in compared(results.methods)}
-    rows = {method: found for method, found in rows.items() if any(row.get("fit_seconds") for row in found)}
-    if not rows:
-        return None
-    figure, (left, right) = named_rows(list(rows), [f"Test accuracy, {shots_name(shots)}", "Seconds of fitting"])
-    for i, (method, found) in enumerate(rows.items()):
-        colour = BLUE if method == METHOD else INK
-        values = [100 * row["test_accuracy"] for row in found]
-        left.errorbar(np.mean(values), i, xerr=interval(values), fmt="o", color=colour, lw=1.1)
-        right.plot(np.mean([row["fit_seconds"] for row in found if row.get("fit_seconds")]), i, "o", color=colour)
-    left.set_xlabel("%")
-    right.set_xlabel("seconds, choices on validation included")
-    right.set_xscale("log")
-    right.xaxis.set_major_formatter(lambda x, place: f"{x:g}")
     return figure
 
 

@@ -15,7 +15,7 @@ from ...version import __version__
 from ..run.data_summary import class_notes
 from ..run.results import RESULTS_FILE, read_results
 from ..run.summary import fewer_seeds, image_note, in_order, interval, seeds_text, shots_name
-from .provenance import command, settings, split_facts, without_folder
+from .provenance import command, split_facts, without_folder
 from .statistics import (
     HEADINGS,
     PER_CLASS,
@@ -31,7 +31,7 @@ from .statistics import (
 from .verdict import BEST, CONTROL, MARKS, METHOD, intervals, shots_list, signed, verdict
 
 PAGE, FIGURES = "report.html", "report"
-DRAWN = ("shots", "differences", "robustness", "cost", "classes")
+DRAWN = ("shots", "differences", "robustness", "classes")
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 POLICIES = {
     "last": "the last step, without validation",
@@ -54,8 +54,7 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         UserError: there is no such folder or no result in it, identities differ, or scikit-learn is missing.
     """
-    if find_spec("sklearn") is None:
-        raise UserError("report: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
+    check_packages()
     folder = Path(folder)
     if folder.name in (PAGE, RESULTS_FILE):
         folder = folder.parent
@@ -65,6 +64,12 @@ def write_report(folder: str | Path) -> Path:
     path = folder / PAGE
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def check_packages() -> None:
+    """Raises `UserError` where scikit-learn, and with it scipy, is missing."""
+    if find_spec("sklearn") is None:
+        raise UserError("benchmark: expected scikit-learn, found none. Type: pip install 'mmft_hf[benchmark]'")
 
 
 def _values(results: Findings, folder: Path) -> dict:
@@ -95,7 +100,6 @@ def _values(results: Findings, folder: Path) -> dict:
         "shots": (figures.shots_figure, results),
         "differences": (figures.differences_figure, differences, f"{versus}, points of test accuracy"),
         "robustness": (figures.robustness_figure, results, most),
-        "cost": (figures.cost_figure, results, most),
         "classes": (figures.classes_figure, gains, results.class_names),
     }
     splits = (TEST, PER_CLASS, *results.shift_splits)
@@ -120,7 +124,6 @@ def _values(results: Findings, folder: Path) -> dict:
         ],
         "failures": _failures(results),
         "splits": split_facts(results),
-        "settings": list(settings(results.identity)),
         "command": command(results),
         "dates": _dates(results),
         "version": __version__,

@@ -1,10 +1,9 @@
-"""What a benchmark was run on, with which settings, and the command that repeats it."""
+"""What a benchmark was run on, and the command that repeats it."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from .statistics import Findings
@@ -29,15 +28,6 @@ def split_facts(results: Findings) -> list[tuple[str, int, str]]:
         remark = "groups, too few for an interval over images" if results.few_groups(split) else "groups of images"
         found.append((split, len(truth), f"{groups:,} {remark}" if groups else ""))
     return found
-
-
-def settings(identity: dict, above: str = "") -> Iterable[tuple[str, object]]:
-    """The entries of an identity, nested ones as `versions.torch`."""
-    for key, value in identity.items():
-        if isinstance(value, dict):
-            yield from settings(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", without_folder(value) if isinstance(value, str) else value
 
 
 def command(results: Findings) -> str:
