@@ -36,6 +36,14 @@ HARMLESS = frozenset(
     torch_compile torch_compile_backend torch_compile_mode
     """.split()
 )
+# Stock settings that must keep their default, and why.
+UNSUPPORTED = {
+    "prediction_loss_only": (False, "it has no meaning for this loss"),
+    "label_smoothing_factor": (0.0, "it has no meaning for this loss"),
+    "train_sampling_strategy": ("random", "it has no meaning for this loss"),
+    "neftune_noise_alpha": (None, "CLIP's text tower has no such noise"),
+    "dataloader_drop_last": (False, "it would also drop the last images of every evaluation"),
+}
 
 
 @dataclass
@@ -251,29 +259,14 @@ class MMFTConfig(TrainingArguments):
                 "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which older transformers "
                 "give a lora tower no gradient. Leave it out."
             )
-        if self.neftune_noise_alpha is not None:
-            raise UserError(
-                "--neftune_noise_alpha: expected nothing; CLIP's text tower has no such noise. Leave it out."
-            )
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
             raise UserError(
                 f"--save_steps and --eval_steps: expected the same number, found {self.save_steps:g} and {self.eval_steps:g}: "
                 "the best step could not be restored if it was not saved."
             )
-        for name, default in (
-            ("prediction_loss_only", False),
-            ("label_smoothing_factor", 0.0),
-            ("train_sampling_strategy", "random"),
-        ):
+        for name, (default, reason) in UNSUPPORTED.items():
             if getattr(self, name) != default:
-                raise UserError(
-                    f"--{name}: expected {default}, found {getattr(self, name)}; it has no meaning for this loss. Leave it out."
-                )
-        if self.dataloader_drop_last:
-            raise UserError(
-                "--dataloader_drop_last: expected false, found true. It would also drop the last images of every "
-                "evaluation. Leave it out."
-            )
+                raise UserError(f"--{name}: expected {default}, found {getattr(self, name)}; {reason}. Leave it out.")
 
     @classmethod
     def decides(cls, name: str) -> bool:

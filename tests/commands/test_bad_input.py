@@ -194,7 +194,7 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
         ("--prediction_loss_only", "true", "False"),
         ("--shots", "0", "1 or more"),
         ("--test_size", "1", "between 0 and 1"),
-        ("--dataloader_drop_last", "true", "false"),
+        ("--dataloader_drop_last", "true", "expected False"),
         ("--class_template", "a photo.", "{} once"),
         ("--class_template", "a {} of a {}.", "{} once"),
     ],
