@@ -203,6 +203,9 @@ def add_captions(
     Returns:
         The dataset, its images with their original bytes. A picture that cannot be read keeps its row, with one record
         of status `bad_image` and no caption.
+
+    Raises:
+        RuntimeError: the bytes of a picture changed on the way (a defect).
     """
     columns = {name for name in CAPTION_FEATURES if name in dataset.column_names}
     features = Features({k: v for k, v in dataset.features.items() if k not in columns} | CAPTION_FEATURES)
@@ -226,6 +229,9 @@ def add_captions(
         writer_batch_size=100,  # rows that are in memory at a time, with their pictures
         desc="Writing" if progress else None,
     )
+    for row in captioned.select_columns(["image", "image_sha256"]):
+        if row["image_sha256"] and sha256(row["image"]["bytes"]) != row["image_sha256"]:
+            raise RuntimeError("the bytes of a picture changed on their way through datasets.map")
     return captioned.cast_column("image", Image())
 
 
