@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,24 +12,19 @@ import pyarrow.parquet as pq
 from ...core.errors import UserError
 from ...core.files import atomic_write
 from ..types import STATUSES, TERMINAL
-from .journal import COLUMNS, Journal, by_slot, journal_files, read_rows
+from .journal import COLUMNS, Journal, by_slot, read_rows
 
 
 def export_journal(folder: str | Path, file: str | Path) -> int:
     """Writes the union of a journal folder to one parquet file. Returns its number of rows."""
     kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
     schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
-    if not journal_files(folder):
-        raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
-    written, batch = 0, []
+    written, rows = 0, (row for _, tries in by_slot(folder) for row in tries)
     with atomic_write(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for _, rows in by_slot(folder):
-            batch += rows
-            if len(batch) >= 10_000:
-                writer.write_table(pa.Table.from_pylist(batch, schema))
-                written, batch = written + len(batch), []
-        writer.write_table(pa.Table.from_pylist(batch, schema))
-    return written + len(batch)
+        while batch := list(islice(rows, 10_000)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            written += len(batch)
+    return written
 
 
 def import_journal(journal: Journal, file: str | Path) -> int:
@@ -48,19 +44,14 @@ def import_journal(journal: Journal, file: str | Path) -> int:
             if not _is_ours(row):
                 found = f"a row that no run writes: {str(row)[:200]}"
                 raise UserError(f"{file}: expected an exported journal, found {found}.")
-    terminal: dict[str, bool] = {}
-    for row in read_rows(journal.folder, ("key", "status")):
-        terminal[row["key"]] = terminal.get(row["key"], False) or row["status"] in TERMINAL
+    known = {row["key"] for row in read_rows(journal.folder, ("key",))}
+    done = {row["key"] for row in read_rows(journal.folder, ("key", "status")) if row["status"] in TERMINAL}
     added = 0
     for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
         # New rows, and results of what failed here.
-        rows = [
-            row
-            for row in batch.to_pylist()
-            if row["key"] not in terminal or (row["status"] in TERMINAL and not terminal[row["key"]])
-        ]
-        journal.put(rows)
-        added += len(rows)
+        wanted = [row for row in batch.to_pylist() if row["key"] not in (done if row["status"] in TERMINAL else known)]
+        journal.put(wanted)
+        added += len(wanted)
     return added
 
 
