@@ -1,7 +1,5 @@
 """The data of a benchmark: splits that are refused, and `data.json`."""
 
-import base64
-import io
 import json
 
 import numpy as np
@@ -80,13 +78,6 @@ def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path
     assert described["train_images_per_class"] == [8, 8, 8] and described["validation_images"] == 12
     assert described["captions"]["images"] == 24 and described["captions"]["captions"] == 48
     assert described["captions"]["calls"] is None
-    for label in range(3):
-        for example in described["examples"][str(label)]:
-            picture = PILImage.open(io.BytesIO(base64.b64decode(example["image"])))
-            assert picture.format == "JPEG" and max(picture.size) <= 96
-            # Red, green and blue things are so in their channel.
-            assert np.asarray(picture).mean(axis=(0, 1)).argmax() == label
-            assert example["captions"][1] == f"very {list(COLOURS)[label][:4].strip()}"
     (row,) = read_results(tmp_path / "out" / RESULTS_FILE)
     for split, labels in described["labels"].items():
         right = np.mean(np.array(row["predictions"][split]) == labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from itertools import groupby
@@ -20,13 +19,11 @@ from .statistics import (
     HEADINGS,
     PER_CLASS,
     TEST,
-    ClassGains,
     Findings,
     class_gains,
     compare,
     gather,
     method_of,
-    shown_classes,
 )
 from .verdict import BEST, CONTROL, MARKS, METHOD, intervals, shots_list, signed, verdict
 
@@ -38,7 +35,6 @@ POLICIES = {
     "val-k": "chosen on few validation images, at most four per class",
     "val-full": "chosen on the whole validation split",
 }
-MOST_SAMPLES = 3
 
 
 def write_report(folder: str | Path) -> Path:
@@ -114,7 +110,6 @@ def _values(results: Findings, folder: Path) -> dict:
         "over_control": over_control,
         "most_shots": most,
         "gains": gains,
-        "extremes": _extremes(gains),
         "best": {
             (split, n): results.best(n, results.methods_at(n), split=split) for split in splits for n in results.shots
         },
@@ -128,15 +123,6 @@ def _values(results: Findings, folder: Path) -> dict:
         "dates": _dates(results),
         "version": __version__,
     } | CONSTANTS
-
-
-def _extremes(gains: ClassGains | None) -> dict[str, list[int]]:
-    """The classes that gain and that lose most."""
-    order = [] if gains is None else shown_classes(gains.gain).tolist()
-    return {
-        "Largest gains": [c for c in order if gains.gain[c] > 0][:MOST_SAMPLES],
-        "Largest losses": [c for c in reversed(order) if gains.gain[c] < 0][:MOST_SAMPLES],
-    }
 
 
 def _failures(results: Findings) -> dict[tuple, list[int]]:
@@ -164,14 +150,9 @@ def seconds(count: float) -> str:
     return f"{count / 60:.0f} min" if count < 6000 else f"{count / 3600:.1f} h"
 
 
-def only_base64(text: object) -> str:
-    """The text if it can be nothing but base64."""
-    return str(text) if re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", str(text)) else ""
-
-
 CONSTANTS = {"METHOD": METHOD, "TEST": TEST, "PER_CLASS": PER_CLASS, "MARKS": MARKS, "BEST": BEST, "POLICIES": POLICIES}
 FILTERS = {
     f.__name__: f
-    for f in (by_family, fewer_seeds, in_order, interval, intervals, mean, method_of, only_base64, seconds, seeds_text,
+    for f in (by_family, fewer_seeds, in_order, interval, intervals, mean, method_of, seconds, seeds_text,
               shots_list, shots_name, signed, without_folder)
 }  # fmt: skip

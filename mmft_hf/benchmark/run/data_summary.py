@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -17,8 +15,8 @@ from ...core.console import some
 from ...core.errors import UserError
 from ...core.files import read_json, write_json
 from ...core.markdown import one_line
-from ...data.images import BadImage, content_hash, read_image
-from ...data.splits import Splits, captions_of, labels_of
+from ...data.images import content_hash
+from ...data.splits import Splits, labels_of
 from ...hub.cards.sources import captioning_cost
 from .arguments import BenchmarkArguments, BenchmarkData
 from .identity import fingerprint_of
@@ -26,9 +24,6 @@ from .results import FULL
 from .summary import in_order, shots_name
 
 DATA_FILE = "data.json"
-PIXELS = 96  # longer side of an example image
-CAPTIONS = 3  # per example
-MANY_CLASSES = 200  # with more classes each has one example, otherwise two
 MOST_DUPLICATES = 100  # in the list
 
 
@@ -50,8 +45,8 @@ def load_or_summarize(
         `dataset` and `model` (names), `class_names` (C), `labels` by judged split, `groups` likewise (None without a column),
         `train_images_per_class` (C), `validation_images`, `captions` (None without any, else `images` that have some,
         `captions`, and the keys of `captioning_cost`), `duplicates` (`splits` and `images`, two each) and
-        `duplicates_count`, `examples` of training images by class number, `arguments` (further settings to type for the
-        same data), `made_from` (fingerprints), `pictures_read_for` (the tasks whose pictures were all read).
+        `duplicates_count`, `arguments` (further settings to type for the same data), `made_from` (fingerprints),
+        `pictures_read_for` (the tasks whose pictures were all read).
 
     Raises:
         UserError: a judged split has no column `group_column`.
@@ -82,7 +77,6 @@ def load_or_summarize(
         "captions": _captions(splits, data_args) if splits.has_captions else None,
         "duplicates": duplicates[:MOST_DUPLICATES],
         "duplicates_count": len(duplicates),
-        "examples": examples(splits.train, classes),
         "arguments": typed | ({"allow_fewer": True} if args.allow_fewer else {}),
         "made_from": made_from,
     }
@@ -179,32 +173,3 @@ def _name(dataset: Dataset, row: int) -> str:
     path = (found["image"] or {}).get("path") or ""
     # In an archive: `zip://bird/1.png::/home/me/birds.zip`.
     return "/".join(Path(path.split("::")[0]).parts[-2:]).lstrip("/") or f"row {found.get('source_row', row)}"
-
-
-def examples(train: Dataset, classes: int) -> dict[str, list[dict]]:
-    """Small training images of each class as base64 JPEG with some of their captions, preferably with different captions."""
-    each = 2 if classes <= MANY_CLASSES else 1
-    rows = train.select_columns([c for c in ("image", "captions") if c in train.column_names])
-    rows = rows.cast_column("image", Image(decode=False))
-    texts = [captions_of(value) for value in train["captions"][:]] if "captions" in train.column_names else None
-    labels, found = labels_of(train), {}
-    for label in range(classes):
-        own = np.flatnonzero(labels == label).tolist()
-        if texts:  # the first image with each set of texts comes first
-            once = {tuple(texts[row]): row for row in reversed(own) if texts[row]}
-            own.sort(key=lambda row: (once.get(tuple(texts[row])) != row, not texts[row]))
-        shown = []
-        for row in own:
-            try:
-                picture = read_image(rows[row]["image"])
-            except BadImage:
-                continue
-            picture.thumbnail((PIXELS, PIXELS))
-            file = io.BytesIO()
-            picture.save(file, "JPEG", quality=85)
-            image = base64.b64encode(file.getvalue()).decode()
-            shown.append({"image": image, "captions": texts[row][:CAPTIONS] if texts else []})
-            if len(shown) == each:
-                break
-        found[str(label)] = shown
-    return found

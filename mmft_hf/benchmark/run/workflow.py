@@ -25,7 +25,7 @@ from .protocol import make_task, parse_shots
 from .results import CLAIMS, RESULTS_FILE, SUBSETS, read_results
 from .summary import image_note
 
-OLD_FILES = ("maps.json", f"{FIGURES}/map.png")  # version 0.1 wrote them
+OLD_FILES = ("maps.json", f"{FIGURES}/map.png", f"{FIGURES}/cost.png")  # version 0.1 wrote them
 
 
 @dataclass
