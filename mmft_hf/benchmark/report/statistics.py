@@ -10,7 +10,6 @@ Shapes: `n` test images, `G` groups of them, `S` seeds, `C` classes.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ...core.errors import UserError
+from ...core.files import read_json
+from ..run.data_summary import DATA_FILE
 from ..run.methods import FAMILIES, METHODS, Method
 from ..run.results import RESULTS_FILE, differences
 from ..run.summary import FEWEST_SEEDS, in_order, interval, latest
@@ -197,27 +198,21 @@ def gather(rows: list[dict], folder: Path) -> Findings:
     for row in rows:
         if row["status"] == "done":
             cells.setdefault((row["method"], row["shots"]), {})[row["seed"]] = row
-    notes: list[str] = []
+    data, notes = read_json(folder / DATA_FILE), []
+    if not isinstance(data, dict):
+        if (folder / DATA_FILE).is_file():
+            notes.append(f"{DATA_FILE} could not be read. The report leaves out what depends on it.")
+        data = {}
     results = Findings(
         cells,
         [row for row in rows if row["status"] != "done"],
         identity,
-        read_json(folder / "data.json", dict, notes),
+        data,
         notes,
         folder.resolve().name,
     )
     drop_foreign_predictions(results)
     return results
-
-
-def read_json(path: Path, kind: type, notes: list[str]):
-    """The content of a JSON file; empty if the file is missing, unreadable or not of this kind."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        notes.append(f"{path.name} could not be read ({error}). The report leaves out what depends on it.")
-        content = None
-    return content if isinstance(content, kind) else kind()
 
 
 def drop_foreign_predictions(results: Findings) -> None:
