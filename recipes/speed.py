@@ -6,8 +6,8 @@
 All variants of a row take turns within one run, on one model with random weights: ratios hold on a machine that is busy,
 single figures do not. The median of the rounds is shown, after one round that is not counted.
 
-  ours    a step of MMFTTrainer, from the end of the last one: loading, forward, loss, backward, optimiser, callbacks
-  floor   forward, backward and optimiser step of the same model on a batch that is there already
+  ours    a step of MMFTTrainer, from the end of the last one: loading, forward, loss, backward, optimizer, callbacks
+  floor   forward, backward and optimizer step of the same model on a batch that is there already
   77      the floor, with every text of the batch padded to 77 tokens
   fp32    the floor without autocast
   plain   an ordinary loop: loading, 77 tokens, float32 (float16 on a GPU), every text of every image encoded;
@@ -160,7 +160,7 @@ def autocast(precision: str):
 
 
 class Turns(TrainerCallback):
-    """After every step of the Trainer, the other variants take theirs on the same model and optimiser."""
+    """After every step of the Trainer, the other variants take theirs on the same model and optimizer."""
 
     def __init__(self, processor, dataset: Dataset, batch: int, precision: str):
         self.processor, self.dataset, self.batch, self.precision = processor, dataset, batch, precision
@@ -408,7 +408,7 @@ def chunks(geometry: str, precision: str, whole: int, batch: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    step(8, 0)  # the optimiser's moments are there from here on
+    step(8, 0)  # the optimizer's moments are there from here on
     for size, chunk in ((whole, 0), (batch, whole)):
         seconds, used = timed(step, size, chunk)
         rows.append(

@@ -40,7 +40,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Features of frozen towers and converted data sets are kept where the tests end, for each worker of pytest-xdist and the
+    """Features of frozen towers and converted datasets are kept where the tests end, for each worker of pytest-xdist and the
     processes that its tests start."""
     os.environ["MMFT_HF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")

@@ -186,7 +186,7 @@ def without_times(entry: dict) -> dict:
 # -- files --------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder with the model and the pictures that all commands name, and no data set in any cache."""
+    """A working folder with the model and the pictures that all commands name, and no dataset in any cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("FIRST_EDITION_KEY", "no-secret")

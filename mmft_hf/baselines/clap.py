@@ -31,7 +31,7 @@ def clap(train_x, train_y, test_x, zero_shot, **training) -> np.ndarray:
         train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
         scale (100): `exp(logit_scale)` of the model; 100 is where CLIP's ends.
         epochs (300), learning_rate (1e-3), batch_size (256): of SGD with momentum 0.9 and a cosine schedule. The authors use
-            0.1 on text embeddings that are not normalised; a step turns weights that are r times as long by 1/r² of the
+            0.1 on text embeddings that are not normalized; a step turns weights that are r times as long by 1/r² of the
             angle. On unit-norm weights a rate of 0.1 let one image per class undo the zero-shot start.
         seed (0): of the order and the views. The global generator is left alone.
 

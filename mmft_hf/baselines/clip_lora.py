@@ -37,7 +37,7 @@ def clip_lora(
         dropout: on the input of the LoRA matrices.
 
     Returns:
-        The number of optimiser steps taken. `ClassPrototypes.from_templates` gives the classifier.
+        The number of optimizer steps taken. `ClassPrototypes.from_templates` gives the classifier.
 
     Raises:
         UserError: a tower has no attention; otherwise as `MMFTTrainer`.

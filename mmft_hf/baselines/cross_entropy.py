@@ -46,7 +46,7 @@ def train_head(
         fixed: whether the head stays as it is.
 
     Returns:
-        The trained head, and the number of optimiser steps taken.
+        The trained head, and the number of optimizer steps taken.
 
     Raises:
         UserError: the head does not fit the classes or the model; otherwise as `MMFTTrainer`.
@@ -87,7 +87,7 @@ def train_class_texts(
         train_scale: whether the logit scale is trained.
 
     Returns:
-        The number of optimiser steps taken. `ClassPrototypes.from_templates` gives the classifier.
+        The number of optimizer steps taken. `ClassPrototypes.from_templates` gives the classifier.
 
     References: Goyal et al. 2023, "Finetune like you pretrain" (arXiv 2212.00638), whose ablation this is.
     """

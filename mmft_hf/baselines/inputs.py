@@ -186,7 +186,7 @@ def train(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Minimises `loss(features (B, D), labels (B,))` over shuffled batches of the training examples, with a cosine schedule.
+    """Minimizes `loss(features (B, D), labels (B,))` over shuffled batches of the training examples, with a cosine schedule.
 
     If examples have several views, each step takes a random one of each.
     """

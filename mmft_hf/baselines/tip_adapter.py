@@ -23,7 +23,7 @@ def tip(
     """Scores `(N, C)` without training: `scale * f·w_c + alpha * sum over examples i of c of exp(-beta (1 - f·key_i))`.
 
     Args:
-        train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; the key of an example is the normalised mean of its V views
+        train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; the key of an example is the normalized mean of its V views
             (the paper: 10 random crops with flips). A class without example keeps its zero-shot score.
         train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
         alpha: weight of the cache. By default 1, the middle of the grid on validation that `choose` tries.
@@ -54,7 +54,7 @@ def tip_f(
 ) -> np.ndarray:
     """Scores `(N, C)` like those of `tip`, with keys trained by cross-entropy on the training examples.
 
-    The optimiser is AdamW with eps 1e-4 and a cosine schedule. The keys of the last epoch are used; no other data select
+    The optimizer is AdamW with eps 1e-4 and a cosine schedule. The keys of the last epoch are used; no other data select
     an epoch. Training uses the default `alpha` and `beta`: the given ones only enter the scores.
 
     Args:

@@ -1,4 +1,4 @@
-"""Captioning: a labelled image data set in, the same data set with captions out."""
+"""Captioning: a labelled image dataset in, the same dataset with captions out."""
 
 from .ask.captioner import Captioner
 

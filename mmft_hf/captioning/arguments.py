@@ -31,12 +31,12 @@ class CaptionArguments:
     }
 
     output_dir: str = setting(
-        "outputs/captioned", "Folder of the captioned data set and its journal. A run continues it."
+        "outputs/captioned", "Folder of the captioned dataset and its journal. A run continues it."
     )
     captioner: str = setting(
         "columns",
         "transformers: a model in this process; openai: any server that speaks its protocol (vLLM, transformers serve, a "
-        "router, OpenAI); gemini; anthropic; columns: texts that the data set already has (--text_columns); template: class "
+        "router, OpenAI); gemini; anthropic; columns: texts that the dataset already has (--text_columns); template: class "
         "templates.",
         choices=(*BACKENDS, *WITHOUT_MODEL),
     )
@@ -99,7 +99,7 @@ class CaptionArguments:
         "builtin/tiny-clip",
         "Model to be trained, whose tokenizer counts the tokens and whose limit captions should keep.",
     )
-    overwrite_output_dir: bool = setting(False, "Replace another data set in output_dir. A journal there is kept.")
+    overwrite_output_dir: bool = setting(False, "Replace another dataset in output_dir. A journal there is kept.")
 
     def to_captioner(self, text_columns: list[str] | None = None) -> Captioner:
         """The captioner of these settings.

@@ -1,4 +1,4 @@
-"""Captions one split in three steps: plan what the journal lacks, ask for it, read the answers into a data set."""
+"""Captions one split in three steps: plan what the journal lacks, ask for it, read the answers into a dataset."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class SplitCaptioner:
     def results(self, plan: Plan) -> Results:
         """What all processes have stored for the whole plan."""
         found = results_of(self.folder, plan.slots, plan.others)
-        # The digest covers the pictures, since files that a data set names may change without it, and the rows that
+        # The digest covers the pictures, since files that a dataset names may change without it, and the rows that
         # were asked for, since those without a result get a record too.
         return replace(found, digest=sha256(f"{plan.digest} {found.digest}".encode()))
 
@@ -173,7 +173,7 @@ class SplitCaptioner:
         return JournalSource(self.keys, JournalReader(self.folder), self.checker, names, plan.slots, results.repeated)
 
     def read(self, plan: Plan, results: Results) -> Dataset:
-        """The data set with the columns `captions`, `caption_records` and `image_sha256` (see `add_captions`)."""
+        """The dataset with the columns `captions`, `caption_records` and `image_sha256` (see `add_captions`)."""
         source = self.source(plan, results)
         try:
             return add_captions(self.dataset, source, self.fingerprint(results), self.progress)

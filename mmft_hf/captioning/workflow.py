@@ -1,4 +1,4 @@
-"""The whole captioning job: `caption_dataset` for a data set in memory, `CaptionWorkflow` from settings to a folder."""
+"""The whole captioning job: `caption_dataset` for a dataset in memory, `CaptionWorkflow` from settings to a folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def caption_dataset(
     run_id: str | None = None,
     progress: bool = True,
 ) -> Dataset | DatasetDict:
-    """Adds `captions`, `caption_records` and `image_sha256` to a labelled image data set.
+    """Adds `captions`, `caption_records` and `image_sha256` to a labelled image dataset.
 
     Answers are stored in `run_dir` as they arrive. Called again, on the same data or on more, it asks only for what is
     missing.
@@ -63,7 +63,7 @@ def caption_dataset(
         run_id (*optional*): recorded with every caption; default: the current time.
 
     Returns:
-        The data set, images with their original bytes. `captions` of a row are its accepted texts, each once;
+        The dataset, images with their original bytes. `captions` of a row are its accepted texts, each once;
         `caption_records` lists every try. A failure is a status there, never an exception.
 
     Raises:
@@ -102,7 +102,7 @@ def caption_dataset(
 
 
 def _class_names(dataset: Dataset) -> list[str]:
-    """The class names of a data set that can be captioned; raises `UserError` for any other."""
+    """The class names of a dataset that can be captioned; raises `UserError` for any other."""
     for column, kind in (("image", Image), ("label", ClassLabel)):
         if not isinstance(dataset.features.get(column), kind):
             found = ", ".join(f"{name} ({type(f).__name__})" for name, f in dataset.features.items())
@@ -118,7 +118,7 @@ def _class_names(dataset: Dataset) -> list[str]:
 
 
 def load_data(data_args: DataArguments) -> tuple[DatasetDict, str]:
-    """The data set that the settings name, and the name of its training split."""
+    """The dataset that the settings name, and the name of its training split."""
     options = {k: v for k, v in vars(data_args).items() if k not in ("dataset_name", "dataset_config_name")}
     data = load_captioned_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
     return data, data_args.train_split or ("train" if "train" in data else next(iter(data)))
@@ -127,10 +127,10 @@ def load_data(data_args: DataArguments) -> tuple[DatasetDict, str]:
 def write_folder(
     folder: CaptionFolder, splits: dict, captioned: str, details: dict, source: JournalSource | None = None
 ) -> CaptionStatistics:
-    """Writes a captioned data set with its report and card.
+    """Writes a captioned dataset with its report and card.
 
     Args:
-        splits: all splits, with the columns of a captioned data set.
+        splits: all splits, with the columns of a captioned dataset.
         captioned: the split that the report and the card describe.
         details: content of `captions.json`.
         source (*optional*): gives the report the answers that were not accepted.
@@ -164,7 +164,7 @@ class CaptionResult:
         statuses: number of captions by status, over all splits.
         unreadable: number of images that cannot be read.
         outcome: the calls of this run.
-        statistics: of the written captions; None if the folder already held exactly this data set.
+        statistics: of the written captions; None if the folder already held exactly this dataset.
     """
 
     statuses: Counter = field(default_factory=Counter)
@@ -245,7 +245,7 @@ class CaptionWorkflow:
         return rows
 
     def _made_from(self) -> dict:
-        """What distinguishes this data set from another one in the same folder."""
+        """What distinguishes this dataset from another one in the same folder."""
         model = self.captioner.model and public_name(self.captioner.model)
         spec = self.captioner.spec({"backend": self.captioner.backend, "model": model})
         found = {"dataset_name": public_name(self.data_args.dataset_name), "split": self.splits}

@@ -1,4 +1,4 @@
-"""Compares methods on one data set under one protocol: the same shots and seeds for all, and a test split that no method can read.
+"""Compares methods on one dataset under one protocol: the same shots and seeds for all, and a test split that no method can read.
 
 Several processes may work on one grid: the same command in a second terminal, or torchrun and accelerate launch with
 recipes/benchmark.py, each with a GPU of its own. Each takes the next free cells.

@@ -18,7 +18,7 @@ MARKERS = {"model": RUN_FILE, "dataset": DETAILS_FILE}  # the file that tells wh
 class PushArguments:
     """What is published, and where."""
 
-    repo_id: str | None = setting(None, "Name on the Hub: user/name or organisation/name.")
+    repo_id: str | None = setting(None, "Name on the Hub: user/name or organization/name.")
     repo_type: str | None = setting(
         None, "model or dataset. Default: what the folder holds.", choices=("model", "dataset")
     )

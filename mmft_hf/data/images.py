@@ -86,11 +86,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def original_bytes(image: dict | None) -> bytes:
-    """The bytes of an undecoded image, from the data set or from the file that it names.
+    """The bytes of an undecoded image, from the dataset or from the file that it names.
 
     Raises:
-        BadImage: there are none. A network address is never fetched, and only pictures are read from files: a foreign data
-            set may name an endless device, or a file with a secret.
+        BadImage: there are none. A network address is never fetched, and only pictures are read from files: a foreign dataset
+            may name an endless device, or a file with a secret.
     """
     data = stored_bytes(image)
     if (image or {}).get("bytes") is None:

@@ -59,12 +59,12 @@ IGNORED = -100
 class EpochSampler:
     """Yields shuffled row numbers that carry their epoch: `epoch * length + row`.
 
-    A data set then knows the epoch of each read without state that workers, processes or a resume would have to share: see
+    A dataset then knows the epoch of each read without state that workers, processes or a resume would have to share: see
     `TrainingView`. The Trainer calls `set_epoch`; accelerate gives every W-th batch of the stream to each of W processes.
     A `DataLoader` accepts anything with a length that yields row numbers, so this module needs no torch.
 
     Args:
-        length: number of rows of the data set, `n`.
+        length: number of rows of the dataset, `n`.
         seed: of the order.
         processes, batch_size: W and B. The rows of an incomplete last step are dealt evenly to the processes, and each
             fills its batch up with `PADDING`: a step then has the same rows for any W with the same W * B. Without a batch

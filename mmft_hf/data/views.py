@@ -1,4 +1,4 @@
-"""What a data loader sees of a data set: rows that are read, cropped and given a text when they are needed."""
+"""What a data loader sees of a dataset: rows that are read, cropped and given a text when they are needed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TextView:
         """The text of a row in one epoch, and what `crop` draws: a function of (seed, epoch, place) alone.
 
         Args:
-            place: number of the row in its data set.
+            place: number of the row in its dataset.
             crop: draws from the generator that also draws the caption, before it, and the template, after it.
         """
         # 1: a stream of its own, apart from the sampler's (seed, epoch).
@@ -86,7 +86,7 @@ class TextView:
 
 
 def text_rows(dataset: Dataset) -> Iterator[dict]:
-    """The rows of a data set as `TextView` takes them, without opening a picture."""
+    """The rows of a dataset as `TextView` takes them, without opening a picture."""
     captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
     for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
         yield {"label": label, "captions": value}

@@ -50,7 +50,7 @@ def push_files(
 
     Args:
         files: local files or their content, by path in the repository.
-        repo_id: `user/name` or `organisation/name`.
+        repo_id: `user/name` or `organization/name`.
         repo_type: `model` or `dataset`.
         private: whether a new repository is private.
         revision: branch, created if it is missing. Default: main.

@@ -17,7 +17,7 @@ from .families import is_padded
 def tokenize(
     processor: ProcessorMixin, texts: Sequence[str], padding: bool | str = True
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Tokenises texts, truncated at the text tower's limit; the end token is kept.
+    """Tokenizes texts, truncated at the text tower's limit; the end token is kept.
 
     SigLIP was trained on lower-case texts padded to the limit, and reads the padding, so it gets exactly that.
 
@@ -54,8 +54,8 @@ class MMFTDataCollator:
     """Batches of images, with one text each in training.
 
     Args:
-        processor: that of the model; it resizes, crops, normalises and tokenises.
-        distinct_texts: each text is tokenised (and so encoded) once, however many images of the batch have it.
+        processor: that of the model; it resizes, crops, normalizes and tokenizes.
+        distinct_texts: each text is tokenized (and so encoded) once, however many images of the batch have it.
         pad_to_limit: texts are padded to the tower's limit, so that every batch has the same shapes, for `torch.compile`.
         texts: False leaves out the texts of the rows, for a loss that uses none.
         class_texts: one text of each of `C` classes, which every training batch has in addition.

@@ -27,7 +27,7 @@ def add_embedding_forward(
 
     Args:
         parameters: what loss terms train of their own, by the name of the term. It becomes a part of the model
-            (`model.loss_terms`), and so of its optimiser, checkpoints and forward.
+            (`model.loss_terms`), and so of its optimizer, checkpoints and forward.
 
     Inputs of the call:
         pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what the towers

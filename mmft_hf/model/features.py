@@ -190,7 +190,7 @@ def image_embeddings(
     name: str = "evaluation",
     rows: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What `encode_image_batches` yields for `rows` of a data set, or for all of them; nothing is cached."""
+    """What `encode_image_batches` yields for `rows` of a dataset, or for all of them; nothing is cached."""
     rows = range(len(dataset)) if rows is None else rows
     batches = [rows[batch.start : batch.stop] for batch in _batches(len(rows), batch_size)]
     return encode_image_batches(model, processor, ImageView(dataset, on_bad_image, name), batches, workers, progress)

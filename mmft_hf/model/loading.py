@@ -157,7 +157,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 
 def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseImageProcessor:
-    """Loads the image processor (resize, crop, normalise) of a model, always with the Pillow backend.
+    """Loads the image processor (resize, crop, normalize) of a model, always with the Pillow backend.
 
     Args:
         hub: `token`, `cache_dir`, `local_files_only`, as in transformers.

@@ -1,7 +1,7 @@
 """The losses of MMFT: pure functions of embeddings and labels, without parameters, models or I/O.
 
 Shapes: `B` images of this process, `N` images and `M` texts of all processes, `D` embedding size. Embeddings are
-L2-normalised inside, so any scale of input is fine. Everything is computed in float32 at least, also inside autocast, and
+L2-normalized inside, so any scale of input is fine. Everything is computed in float32 at least, also inside autocast, and
 through log-sum-exp: the plain exponential overflows at logits above 88, which is a cosine of 0.89 at CLIP's scale of 100.
 """
 

@@ -125,7 +125,7 @@ class MMFTConfig(TrainingArguments):
     template_weight: float = setting(
         0.0,
         "Share t, from 0 to 1, of the class template in prototypes of captions: (1 - t) * captions + t * template, "
-        "normalised.",
+        "normalized.",
         range=SHARE,
     )
     crop_min_area: float = setting(

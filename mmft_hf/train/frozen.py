@@ -134,7 +134,7 @@ class FrozenTowers(TrainerCallback):
         how = "read from the cache" if features.hit else "encoded once"
         n, seconds = len(features.embeds), time.monotonic() - start
         say(f"Frozen {tower} tower: {n:,} {what} {how} in {seconds:.1f} s.")
-        # Holds the data set, so that its id is not reused.
+        # Holds the dataset, so that its id is not reused.
         self._made[key] = (dataset, made)
         self._states[tower] = self._versions(tower), weights_digest(self.model, tower)
         return made

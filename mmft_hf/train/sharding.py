@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimiser state of a dual encoder are sharded over several processes.
+"""FSDP2: weights, gradients and optimizer state of a dual encoder are sharded over several processes.
 
 `accelerate launch --config_file recipes/accelerate/fsdp2.yaml` turns it on. accelerate does the sharding; this module adds
 what a dual encoder needs in addition. Without FSDP, nothing here has any effect.
@@ -27,7 +27,7 @@ class ShardedTraining:
     _whole: nn.Module | None = None  # a copy in main memory from before the model was sharded
 
     def create_optimizer(self, *args, **kwargs):
-        """The stock optimiser. Under FSDP2 this is the last call before the model is sharded."""
+        """The stock optimizer. Under FSDP2 this is the last call before the model is sharded."""
         if not self.is_fsdp_enabled:
             return super().create_optimizer(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin
@@ -85,7 +85,7 @@ def check_settings(args: TrainingArguments, plugin) -> None:
 
 
 def check_checkpoint(checkpoint: Path, fsdp: bool) -> None:
-    """Raises `UserError` if a checkpoint was written with FSDP and this run has none, or the reverse: optimiser states differ."""
+    """Raises `UserError` if a checkpoint was written with FSDP and this run has none, or the reverse: optimizer states differ."""
     left = (checkpoint / "optimizer.bin").is_file()
     if left != fsdp:
         before, now = ("with", "without") if left else ("without", "with")

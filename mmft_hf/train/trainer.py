@@ -10,7 +10,7 @@ Public methods of `transformers.Trainer` that are overridden:
 | `compute_loss`, `training_step` | loss terms over the batch of all processes; a loss that is not finite stops the run |
 | `evaluate`, `predict`, `evaluation_loop`, `prediction_step` | class logits against a head of the current weights |
 | `log` | means of what the loss terms return |
-| `get_eval_dataloader` | persistent workers would keep serving the first data set |
+| `get_eval_dataloader` | persistent workers would keep serving the first dataset |
 | `create_optimizer` | the last moment before FSDP shards the model |
 | `save_model`, `push_to_hub`, `init_hf_repo`, `create_model_card` | a complete classifier, without pickles |
 
@@ -108,7 +108,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         processing_class (`CLIPProcessor`): that of the model.
         compute_metrics (*optional*): gets class logits `(n, C)` and labels `(n,)`; the default gives `accuracy`,
             `top5_accuracy` and `mean_per_class_accuracy`.
-        loss (`LossTerm` or a list of them, *optional*): what is minimised, see `train.terms`. Default: MMFT's own two terms,
+        loss (`LossTerm` or a list of them, *optional*): what is minimized, see `train.terms`. Default: MMFT's own two terms,
             with the weights of `args`.
 
     Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn anew in
@@ -116,7 +116,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     `eval_loss` is the cross-entropy of the class logits, which, unlike a contrastive loss, does not depend on the batch size.
 
     Raises:
-        UserError: a model, a data set or a checkpoint does not fit.
+        UserError: a model, a dataset or a checkpoint does not fit.
 
     References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426).
     """
@@ -262,7 +262,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # With persistent workers, the stock method returns its first loader, whatever data set it is asked for.
+        # With persistent workers, the stock method returns its first loader, whatever dataset it is asked for.
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self._eval_loader_of is not dataset:
             vars(self).get("_eval_dataloaders", {}).clear()

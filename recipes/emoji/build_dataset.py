@@ -1,4 +1,4 @@
-"""Builds the emoji data set: pictures of one concept by several vendors, 43 classes, new concepts and new styles as tests.
+"""Builds the emoji dataset: pictures of one concept by several vendors, 43 classes, new concepts and new styles as tests.
 
 usage: bash fetch.sh RAW && python build_dataset.py RAW OUT      (needs rsvg-convert; about a minute on 2 cores)
 """
@@ -173,7 +173,7 @@ def build(raw: Path) -> tuple[dict[str, list[dict]], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, help="folder that fetch.sh filled")
-    parser.add_argument("out", type=Path, help="folder of the data set, for --dataset_name; it must not exist")
+    parser.add_argument("out", type=Path, help="folder of the dataset, for --dataset_name; it must not exist")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"expected a folder that does not exist yet, found {args.out}. Type another, or remove it.")

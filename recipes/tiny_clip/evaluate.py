@@ -41,14 +41,14 @@ class Pictures:
 
 @torch.no_grad()
 def embed(model, pixels):
-    """(pooled (N, W), projected and normalised (N, P)) of pixels (N, 3, S, S)."""
+    """(pooled (N, W), projected and normalized (N, P)) of pixels (N, 3, S, S)."""
     parts = [image_features(model, x) for x in pixels.split(256)]
     return torch.cat([p for p, _ in parts]), F.normalize(torch.cat([q for _, q in parts]), dim=-1)
 
 
 @torch.no_grad()
 def class_embeddings(model, tokenizer, names, template=TEMPLATE):
-    """(C, P) normalised text embeddings of the class names."""
+    """(C, P) normalized text embeddings of the class names."""
     ids = tokenizer([template.format(n) for n in names], padding=True, return_tensors="pt").input_ids
     return F.normalize(text_features(model, ids), dim=-1)
 
@@ -62,7 +62,7 @@ def zero_shot(model, tokenizer, pictures, classes=None):
 
 
 def linear_probe(model, train, test, c=1.0):
-    """Accuracy of logistic regression on the standardised pooled features."""
+    """Accuracy of logistic regression on the standardized pooled features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -72,7 +72,7 @@ def start_local(model, strength=0.7, value_strength=0.4):
     """Starting weights of the vision tower under which a patch first looks at patches like and near itself.
 
     Query times key begins near the identity and value times output near its negative, as trained towers have it
-    (mimetic initialisation, Trockman and Kolter 2023): small towers on little data learn much faster from there.
+    (mimetic initialization, Trockman and Kolter 2023): small towers on little data learn much faster from there.
     """
     config = model.config.vision_config
     width, heads = config.hidden_size, config.num_attention_heads

@@ -53,7 +53,7 @@ def split_words(text):
 
 
 def stems(text):
-    """Normalised words of a text without digits, as a list."""
+    """Normalized words of a text without digits, as a list."""
     return [singular(w) for w in split_words(text) if not w.isdigit()]
 
 

@@ -108,7 +108,7 @@ def test_a_head_is_trained_as_a_plain_loop_does(clip, tmp_path, fixed, bias):
 
 
 def test_adamw_is_the_trainers_own(clip, tmp_path):
-    """Schedule, weight decay and all: a fixed head is what the plain optimiser makes of the same losses."""
+    """Schedule, weight decay and all: a fixed head is what the plain optimizer makes of the same losses."""
     model, processor = clip
     train, start = colour_dataset(8), zero_shot_head(clip)
     model.vision_model.encoder.requires_grad_(

@@ -245,7 +245,7 @@ def test_the_revision_of_a_folder_covers_the_files_of_the_model(clip_folder, tmp
     assert len({whole, *(content(**change) for change in changed)}) == 1 + len(changed)
 
 
-def test_results_of_another_optimiser_are_not_mixed(run, clip_folder, data_folder, capsys):
+def test_results_of_another_optimizer_are_not_mixed(run, clip_folder, data_folder, capsys):
     assert main(command(clip_folder, data_folder, run, *SMALL, "--max_grad_norm", 1.0)) == 2
     assert "expected results of the same settings, found others" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ def test_shifts_that_cannot_be_judged_on_are_refused(clip_folder, tmp_path, caps
     more = {"sketch": colour_dataset(3, 3), "blank": without_labels(colour_dataset(3, 4))}
     words = command(clip_folder, parts_of(tmp_path / "data", **more), tmp_path / "out", "--shift_splits")
     for names, expected in (
-        (["sketches"], "expected a split of the data set, found"),
+        (["sketches"], "expected a split of the dataset, found"),
         (["validation"], "found it as validation split, too. Splits that are free: "),
         (["sketch", "sketch"], "found it as a shift twice"),
         (["blank"], "expected images with labels, found 9 images without any"),

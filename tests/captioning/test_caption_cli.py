@@ -68,7 +68,7 @@ def data(tmp_path):
 
 
 def parquet(path: Path, rows: list[dict], names=NAMES) -> Path:
-    """A data set as anybody may upload one: pyarrow writes what it is told."""
+    """A dataset as anybody may upload one: pyarrow writes what it is told."""
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = Features({"image": Image(), "label": ClassLabel(names=list(names))}).arrow_schema
     pq.write_table(pa.Table.from_pylist(rows, schema), path)

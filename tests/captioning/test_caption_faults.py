@@ -80,7 +80,7 @@ def journal_of(folder) -> list[tuple]:
 # -- kill -9 ----------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path):
-    """29 kills: 20 while captions are asked for, 6 while the data set is written, 3 of the installed command."""
+    """29 kills: 20 while captions are asked for, 6 while the dataset is written, 3 of the installed command."""
     data, rng, delay = image_folder(tmp_path / "data", 120), random.Random(7), 0.04
     aspects = {"m": ASPECTS, **{f"own-{i}": ("visual",) for i in range(3)}}
     kills, cache = defaultdict(list), {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -206,7 +206,7 @@ def test_ctrl_c_in_a_notebook_keeps_what_is_on_its_way(server, tmp_path, request
 
 # -- storms -----------------------------------------------------------------------------------------------------------
 def storm(server, tmp_path, rules, count=24, max_tokens=200):
-    """Captions `count` pictures while the server plays the rules. Returns the data set and what was asked."""
+    """Captions `count` pictures while the server plays the rules. Returns the dataset and what was asked."""
     server.server.script = {"rules": [*rules, {"do": "ok", "delay_ms": 10}]}
     before = len(server.requests())
     timeout_s = 1.0 if any(rule["do"] == "hang" for rule in rules) else 20.0

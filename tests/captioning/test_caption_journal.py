@@ -32,7 +32,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Captions a data set in one folder; returns it with the requests that this took."""
+    """Captions a dataset in one folder; returns it with the requests that this took."""
 
     def go(data, folder="run", concurrency=8, **settings):
         before = len(server.requests())

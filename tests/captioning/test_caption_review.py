@@ -45,7 +45,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Captions a data set in one folder."""
+    """Captions a dataset in one folder."""
 
     def go(data, limits=None, actions=None, **settings):
         captioner = Captioner("openai", **{"model": "m", "base_url": f"{server.url}/v1", **settings})
@@ -67,7 +67,7 @@ def history(folder) -> list[list[tuple]]:
 
 
 def on_disk(files) -> Dataset:
-    """A data set that names its files."""
+    """A dataset that names its files."""
     columns = {"image": [{"bytes": None, "path": str(f)} for f in files], "label": [i % 2 for i in range(len(files))]}
     return Dataset.from_dict(columns, features=Features({"image": Image(), "label": ClassLabel(names=NAMES)}))
 
@@ -207,7 +207,7 @@ def test_a_folder_is_ours_from_the_first_moment_of_a_run_to_the_last(tmp_path, m
     folder = CaptionFolder(tmp_path / "out")
     folder.claim({"a": 1}, False)
     Journal(journal).close()
-    # Wherever a kill hits while the first data set is written: before each change of the folder.
+    # Wherever a kill hits while the first dataset is written: before each change of the folder.
     for name in ("mkdir", "write_text", "replace"):
         change, count = getattr(Path, name), iter(range(100))
         for stop in range(8):

@@ -201,7 +201,7 @@ def test_files_beside_train_are_its_other_splits(kind, pictures, tmp_path):
         assert [splits.class_names[c] for c in labels_of(split)] == [row["label"] for row in expected]
     known = load_test_split(DataArguments(dataset_name=str(path)), splits.class_names)
     assert paths_of(known) == paths_of(splits.test)
-    assert splits.train.features == splits.test.features  # as parquet files of one data set have to have
+    assert splits.train.features == splits.test.features  # as parquet files of one dataset have to have
     # A list without labels judges nothing; one of another name stands for itself.
     write(tmp_path / f"test.{kind}", [{"image": row["image"]} for row in rows[12:]])
     assert "Split 'test' has no labels and is left out." in splits_of(path).notes

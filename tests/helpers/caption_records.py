@@ -1,4 +1,4 @@
-"""Captioned data sets made of records, without any captioner."""
+"""Captioned datasets made of records, without any captioner."""
 
 from datasets import ClassLabel, Dataset, Features, Image
 from tiny_clip import COLOURS, colour_images
@@ -23,7 +23,7 @@ def record(aspect="visual", text="a red thing", status="ok", checks=(), **others
 
 
 def captioned(records, names=tuple(COLOURS), images=None):
-    """A data set of as many rows as there are lists of records."""
+    """A dataset of as many rows as there are lists of records."""
     pictures = colour_images(-(-len(records) // 3))
     rows = [
         {

@@ -36,7 +36,7 @@ def picture(i: int, kind: str = "PNG") -> bytes:
 
 
 def dataset(pictures, names=NAMES, labels=None) -> Dataset:
-    """A data set of encoded pictures; the default labels alternate."""
+    """A dataset of encoded pictures; the default labels alternate."""
     pictures = list(pictures)
     labels = labels or [i % len(names) for i in range(len(pictures))]
     columns = {"image": [{"bytes": data, "path": None} for data in pictures], "label": labels}
@@ -75,7 +75,7 @@ def asked(rows) -> list[tuple[str, str]]:
 
 
 def wrong(rows, aspects=ASPECTS, names=NAMES) -> list:
-    """Rows of a captioned data set (images not decoded) with a missing or a wrong caption."""
+    """Rows of a captioned dataset (images not decoded) with a missing or a wrong caption."""
     found = []
     for row in rows:
         name, data = names[row["label"]], row["image"]["bytes"]

@@ -1,4 +1,4 @@
-"""Data sets as files and folders, and pictures that cannot be read."""
+"""Datasets as files and folders, and pictures that cannot be read."""
 
 import csv
 import json

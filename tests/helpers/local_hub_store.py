@@ -19,7 +19,7 @@ import yaml
 
 LFS_SUFFIXES = "7z arrow bin bz2 ckpt gz h5 joblib model msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar"
 LFS_SUFFIXES += " tflite tgz wasm xz zip zst"
-PICTURES = "bmp gif png tiff jpg jpeg webp"  # tracked by data set repositories only
+PICTURES = "bmp gif png tiff jpg jpeg webp"  # tracked by dataset repositories only
 LICENCES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m afl-3.0 artistic-2.0
 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0

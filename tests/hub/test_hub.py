@@ -317,7 +317,7 @@ out["rows"] = [[names[row["label"]], row["captions"]] for row in data.select_col
     assert all(name in text for name, texts in rows for text in texts)
 
 
-def test_private_organisation_branch_and_pull_request(hub, captioned, alice):
+def test_private_organization_branch_and_pull_request(hub, captioned, alice):
     for more in (
         ["--repo_id", "alice/secret", "--private", "true"],
         ["--repo_id", "team/captions", "--license", "cc-by-4.0"],

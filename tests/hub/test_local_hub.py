@@ -216,7 +216,7 @@ out["auth"] = [fails(api.auth_check, "alice/m"), fails(api.auth_check, "alice/m"
 
 
 def test_who_may(hub):
-    """Tokens, private and gated repositories, organisations."""
+    """Tokens, private and gated repositories, organizations."""
     hub.put("alice/open", {"a.txt": b"a"})
     hub.put("alice/private", {"a.txt": b"a"}, private=True)
     hub.put("team/gated", {"a.txt": b"a", "README.md": b"# Ask"})
@@ -286,7 +286,7 @@ out["merged"] = api.get_discussion_details("alice/m", 1).merge_commit_oid
 
 
 def test_datasets_and_transformers(hub, clip_folder):
-    """A data set with pictures and a model: pushed, and opened by name in a process with an empty cache."""
+    """A dataset with pictures and a model: pushed, and opened by name in a process with an empty cache."""
     colour_dataset(2).save_to_disk(hub.folder / "colours")
     push = """
 import datasets

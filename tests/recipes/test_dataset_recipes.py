@@ -35,7 +35,7 @@ LAND = (
 
 @dataclass
 class Fake:
-    """A data set of a recipe's schema. `more` are ClassLabel columns beside it, with the wrong answers."""
+    """A dataset of a recipe's schema. `more` are ClassLabel columns beside it, with the wrong answers."""
 
     names: list[str]
     prompts: dict[int, str]  # of some classes, as training and zero-shot see them
@@ -397,7 +397,7 @@ def test_split_file_of_coop_in_caption_and_finetune(coop, clip_folder, capsys):
     model = ["--model_name_or_path", str(clip_folder), "--output_dir"]
     words = ["--captioner", "template", "--captioner_model", "none", *model, captioned]
     assert cli.main(["caption", "--dataset_name", str(file), *words]) == 0, capsys.readouterr().err
-    # The captioned data set is that of the file, pictures included.
+    # The captioned dataset is that of the file, pictures included.
     before, after = (load_splits(DataArguments(name)) for name in (str(file), captioned))
     assert shas(before.train) == shas(after.train) and after.captions_per_image().tolist() == [1] * 4
     assert [len(after.validation), len(after.test)] == [4, 4] and after.class_names == before.class_names

@@ -190,7 +190,7 @@ def gather(rows: list[dict], folder: Path) -> Findings:
         if different := differences(identity, row.get("identity") or {}):
             listed = "; ".join(f"{name} ({a}, {b})" for name, a, b in different)
             raise UserError(
-                f"{folder}: expected results of one model, data set, settings and versions, found rows that differ in "
+                f"{folder}: expected results of one model, dataset, settings and versions, found rows that differ in "
                 f"{listed}. They must not be averaged. Type another --output_dir for each."
             )
     cells: dict[tuple, dict[int, dict]] = {}

@@ -51,10 +51,10 @@ class BenchmarkArguments:
 
 @dataclass
 class BenchmarkData(DataArguments):
-    """The data set, and the numbers of shots in place of one.
+    """The dataset, and the numbers of shots in place of one.
 
     Attributes:
-        whole: the same data set with all training images, as `load_splits` takes it.
+        whole: the same dataset with all training images, as `load_splits` takes it.
     """
 
     GROUPS: ClassVar = {"benchmark": "shots", "data": "*"}

@@ -1,6 +1,6 @@
 """What all cells of a benchmark share: the untuned model and its features, the settings of fine-tuning, the last training.
 
-Shapes: `n` images of a data set, `C` classes, `D` embedding size.
+Shapes: `n` images of a dataset, `C` classes, `D` embedding size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Trained:
     Args:
         model: with LoRA merged into its weights.
         texts: the training images with the texts that the model was trained on.
-        steps: optimiser steps; None without training.
+        steps: optimizer steps; None without training.
         head: the classification head trained with the model, and `first_head`, the head it started from; None where images
             were compared with texts.
         chosen: what validation chose on the way, by name.

@@ -38,7 +38,7 @@ def check_labels(args: DataArguments, shift_splits: Sequence[str]) -> None:
     for name in shift_splits:
         role = next((role for role, split in roles.items() if split == name), None)
         if name not in raw:
-            wrong = f"a split of the data set, found {', '.join(raw)}.{nearest(name, raw)}"
+            wrong = f"a split of the dataset, found {', '.join(raw)}.{nearest(name, raw)}"
         elif role:
             wrong = f"one role for each split, found it as {role} split, too."
         elif shift_splits.count(name) > 1:
@@ -69,7 +69,7 @@ def _has_labels(dataset: Dataset, column: str) -> bool:
 
 # -- captions --------------------------------------------------------------------------------------------------------------
 def runnable(methods: Sequence[str], splits: Splits, dataset_name: str) -> tuple[list[str], list[str]]:
-    """The methods that can run on this data set, and a note on those that lack the captions they need.
+    """The methods that can run on this dataset, and a note on those that lack the captions they need.
 
     Raises:
         UserError: none can run.

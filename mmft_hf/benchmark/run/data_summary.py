@@ -1,4 +1,4 @@
-"""`data.json`: a summary of the data, from which a report is written without opening the data set or a model."""
+"""`data.json`: a summary of the data, from which a report is written without opening the dataset or a model."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Fitted:
         classifier: gives scores.
         policy: what validation was used for: `last` (nothing), `val-k`, `val-full`.
         chosen: what validation chose, from `tried` candidates.
-        steps: optimiser steps of the training that was kept.
+        steps: optimizer steps of the training that was kept.
         seconds: of all fits one after the other, including a training that other methods share.
     """
 

@@ -1,7 +1,7 @@
 """What the methods of a benchmark are given, and how they are judged: images of training and validation, and a sealed test.
 
 Shots are training images per class. A seed draws the subset, the order and the captions, the same for every method.
-Shapes: `n` images of a data set, `C` classes.
+Shapes: `n` images of a dataset, `C` classes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def write_rows(folder: Path, task: Task, rows: dict[str, list[int]], splits: Spl
     write_json(folder / f"shots-{task.shots}_seed-{task.seed}.json", content, indent=1)
 
 
-# Scores `(n, C)` of the images of a data set: what a method leaves behind.
+# Scores `(n, C)` of the images of a dataset: what a method leaves behind.
 Classifier = Callable[[Dataset], np.ndarray]
 # The columns of a test image that a classifier sees: the picture, and its row for messages.
 VISIBLE = ("image", "source_row")

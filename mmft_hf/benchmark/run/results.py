@@ -99,7 +99,7 @@ def latest(rows: Iterable[dict]) -> list[dict]:
 def differences(one: dict, other: dict, above: str = "") -> list[tuple[str, object, object]]:
     """Where two identities differ: `("settings.learning_rate", 0.001, 0.0001)`.
 
-    The name of the data set is not compared: its fingerprint says more, and a folder may have been moved.
+    The name of the dataset is not compared: its fingerprint says more, and a folder may have been moved.
     """
     found = []
     for key in sorted({*one, *other} - {"dataset"}):

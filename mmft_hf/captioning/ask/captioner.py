@@ -29,7 +29,7 @@ class Captioner:
 
     Args:
         backend: `transformers` (a model in this process), `openai` (any server that speaks its protocol), `gemini` or
-            `anthropic`; `columns` (texts of the data set) and `template` (class templates) need no model.
+            `anthropic`; `columns` (texts of the dataset) and `template` (class templates) need no model.
         model: its name at the server, Hub id or folder.
         prompts: one prompt per aspect.
         sampling: temperature, token limit and seed.

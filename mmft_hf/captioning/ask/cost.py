@@ -163,7 +163,7 @@ class CostMeter:
 
 @dataclass
 class Spending:
-    """What the captions of a data set took over all runs, as far as the journal knows.
+    """What the captions of a dataset took over all runs, as far as the journal knows.
 
     A quantity that any answer leaves unknown is None in the sum, so that no sum is too small.
 

@@ -33,7 +33,7 @@ class Driver:
     """Fills a plan. One object serves one run.
 
     Args:
-        data: the data set, its pictures not decoded; `data[row]["image"]` is read when its turn comes.
+        data: the dataset, its pictures not decoded; `data[row]["image"]` is read when its turn comes.
         checker: see `CaptionChecker`.
         meter: prices, what was spent, and the limit.
         done: called after each caption with the outcome so far and the number of new captions.

@@ -1,4 +1,4 @@
-"""The plan: which requests a data set needs, and the keys under which their results are stored."""
+"""The plan: which requests a dataset needs, and the keys under which their results are stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Slot:
 
 
 class Keys:
-    """Makes slots and request keys. A request has the same key in any data set, order, process or folder.
+    """Makes slots and request keys. A request has the same key in any dataset, order, process or folder.
 
     Args:
         captioner: with a backend that asks a model.
@@ -90,7 +90,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One picture with its open slots. `row`: the row of the data set that holds its bytes."""
+    """One picture with its open slots. `row`: the row of the dataset that holds its bytes."""
 
     row: int
     label: int
@@ -101,7 +101,7 @@ class WorkItem:
 
 @dataclass
 class Plan:
-    """What a data set needs, and what of it is still open.
+    """What a dataset needs, and what of it is still open.
 
     Args:
         items: distinct pictures with open slots, for this process.

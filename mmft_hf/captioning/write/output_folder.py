@@ -1,6 +1,6 @@
 """The output folder of a captioning run: `data/*.parquet`, `captions.json`, the report, the card, and the `journal/`.
 
-A new dataset replaces an old one file by file, `captions.json` last. After a kill the folder is still recognised as ours,
+A new dataset replaces an old one file by file, `captions.json` last. After a kill the folder is still recognized as ours,
 and the same command repairs it. The journal always stays.
 """
 

@@ -1,4 +1,4 @@
-"""Adds captions to a labelled image data set: written by a multimodal model, or texts that it already has."""
+"""Adds captions to a labelled image dataset: written by a multimodal model, or texts that it already has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POSITIONAL = (
     "action",
     "run (default): caption, or continue; plan: same as --dry_run; status: what there is, what failed and why; retry STATUS …: "
     "ask again for results that were rejected, refused, …; bench: time a few calls; export FILE.parquet: write the journal to "
-    "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned data sets.",
+    "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned datasets.",
 )
 ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge")
 ARGUMENTS = (DataArguments, CaptionArguments)

@@ -51,7 +51,7 @@ def plan(data_args: DataArguments, args: CaptionArguments) -> None:
     workflow = CaptionWorkflow(data_args, args)
     printing.print_heading("Plan for", workflow)
     if not workflow.captioner.asks:
-        say("\nNo model is asked, so there is nothing to pay for. Leave --dry_run out to write the data set.")
+        say("\nNo model is asked, so there is nothing to pay for. Leave --dry_run out to write the dataset.")
         return
     left = 0
     for split in workflow.splits:
@@ -73,7 +73,7 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
     record = folder.details()
     made_from = record.get("made_from") or {}
     backend = (made_from.get("captioner") or {}).get("backend")  # only of a captioner that asks no model
-    journal = _journal(args, f"a data set of captioner {backend}, which needs none" if backend else "none")
+    journal = _journal(args, f"a dataset of captioner {backend}, which needs none" if backend else "none")
     by_aspect: dict[str, Counter] = {}
     checks, models, spent, errors = Counter(), Counter(), Spending(), {}
     for _, rows in by_slot(journal):
@@ -101,7 +101,7 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
         lines["checks"] = ", ".join(f"{name} {count:,}" for name, count in checks.most_common())
     if record.get("statuses"):
         state = "complete" if record["complete"] else "with captions missing"
-        lines["data set"] = f"{state}, of run {record['run_id']}"
+        lines["dataset"] = f"{state}, of run {record['run_id']}"
     table(lines)
     if not errors:
         return
@@ -129,7 +129,7 @@ def _journal(args: CaptionArguments, found: str = "none") -> Path:
 
 
 def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
-    """File names of the images with these sha256, from the data set in the folder as far as it is written."""
+    """File names of the images with these sha256, from the dataset in the folder as far as it is written."""
     found: dict[str, str] = {}
     for name in folder.details().get("files", ()):
         if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():
@@ -204,7 +204,7 @@ def export(data_args: DataArguments, args: CaptionArguments, *files: str) -> Non
 
 
 def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> None:
-    """Adds an exported parquet file to the journal, or makes a captioned data set from JSON files of captions."""
+    """Adds an exported parquet file to the journal, or makes a captioned dataset from JSON files of captions."""
     kinds = {Path(name).suffix.lower() for name in files}
     missing = [name for name in files if not Path(name).is_file()]
     if missing:
@@ -237,10 +237,10 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
 
 
 def merge(data_args: DataArguments, args: CaptionArguments, *names: str) -> None:
-    """Joins several captioned data sets of the same images."""
+    """Joins several captioned datasets of the same images."""
     if len(names) < 2:
         raise UserError(
-            "caption merge: expected two or more captioned data sets. Type mmft-hf caption merge FOLDER FOLDER …"
+            "caption merge: expected two or more captioned datasets. Type mmft-hf caption merge FOLDER FOLDER …"
         )
     sources = [public_name(name) for name in names]
     folder, made_from = _claim(args, "merged", {"backend": "merge", "data_sets": sources})

@@ -38,7 +38,7 @@ def rate(dollars: float) -> str:
 
 # -- before a run -----------------------------------------------------------------------------------------------------
 def print_heading(verb: str, workflow: CaptionWorkflow) -> None:
-    """The data set, the captioner and what it is asked for."""
+    """The dataset, the captioner and what it is asked for."""
     captioner, data, args = workflow.captioner, workflow.data, workflow.args
     say(f"{verb} {workflow.data_args.dataset_name}\n")
     others = [f"{name} {len(split):,}" for name, split in data.items() if name not in workflow.splits]
@@ -178,7 +178,7 @@ def _calls(workflow: CaptionWorkflow, outcome: Outcome) -> str:
 
 
 def print_folder(path: str, statistics: CaptionStatistics, journaled: bool = False) -> None:
-    """What is in a captioned data set, and some of its captions.
+    """What is in a captioned dataset, and some of its captions.
 
     Args:
         journaled: there is a journal, so that `caption status` can explain what is missing.
@@ -211,7 +211,7 @@ def _print_captions(statistics: CaptionStatistics) -> None:
 
 
 def next_line(path: str, statistics: CaptionStatistics) -> str:
-    """The command that trains on a captioned data set."""
+    """The command that trains on a captioned dataset."""
     skip = " --on_bad_image skip" if statistics.figures["unreadable_images"] else ""
     return f"Next: mmft-hf finetune --dataset_name {path}{skip}"
 

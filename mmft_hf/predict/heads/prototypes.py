@@ -71,7 +71,7 @@ class ClassPrototypes(Head):
         return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T
 
     def interpolate(self, templates: ClassPrototypes, weight: float) -> ClassPrototypes:
-        """Moves prototypes of captions towards the class template: `normalise((1 - weight) * own + weight * template)`.
+        """Moves prototypes of captions towards the class template: `normalize((1 - weight) * own + weight * template)`.
 
         A class without captions already has the template's embedding and does not change.
 
@@ -104,7 +104,7 @@ class ClassPrototypes(Head):
         shard: bool = False,
         template_weight: float = 0.0,
     ) -> ClassPrototypes:
-        """Averages the captions of each class: normalise each embedding, mean per class, normalise.
+        """Averages the captions of each class: normalize each embedding, mean per class, normalize.
 
         A caption counts once for each image that has it; equal texts are encoded once. Texts are sorted by length and
         encoded in batches of bounded size, whatever the size of a class. A class without captions gets the embedding of
@@ -170,7 +170,7 @@ class ClassPrototypes(Head):
         progress: bool = False,
         shard: bool = False,
     ) -> ClassPrototypes:
-        """Averages the image embeddings of each class: normalise each, mean per class, normalise.
+        """Averages the image embeddings of each class: normalize each, mean per class, normalize.
 
         Args:
             dataset: the training split, never an evaluation split; with the columns `image` and `label`.

@@ -18,12 +18,12 @@ class LossTerm:
 
     Attributes:
         name: of the term; its loss is logged as `NAME_loss`.
-        weight: factor in the sum: a number, or a function of the optimiser steps done and of all steps. A term of weight 0
+        weight: factor in the sum: a number, or a function of the optimizer steps done and of all steps. A term of weight 0
             is computed and logged, and adds nothing.
         needs: what the batch must hold beside the images: `texts` (one drawn for each image) or `class_texts` (one of
             every class, as `batch.extras["class_embeds"]`).
         log_weight: whether `NAME_weight` is logged.
-        parameters: what the term trains of its own, by name. The Trainer gives it to the optimiser and keeps it in
+        parameters: what the term trains of its own, by name. The Trainer gives it to the optimizer and keeps it in
             checkpoints; `__call__` reads it from `batch.parameters[self.name]`, since only what goes through the forward
             of the wrapped model is averaged over processes.
     """

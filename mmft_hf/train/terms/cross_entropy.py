@@ -19,7 +19,7 @@ from .base import LossTerm
 class CrossEntropy(LossTerm):
     """Mean cross-entropy of a linear head on unit-norm image embeddings; validation uses the head.
 
-    The optimiser sees rows of about unit length; a fixed factor, the scale of the logits, is kept apart. If it were part of
+    The optimizer sees rows of about unit length; a fixed factor, the scale of the logits, is kept apart. If it were part of
     the rows, they would be 100 times as long for CLIP, and AdamW, whose steps do not depend on the size of a weight, would
     leave the head where it was unless there were thousands of steps.
 

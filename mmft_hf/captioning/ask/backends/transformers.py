@@ -211,7 +211,7 @@ class TransformersBackend:
                 output_loading_info=True,
             )
         if missing := sorted(found["missing_keys"]):
-            # They would be initialised at random, and the captions would be noise.
+            # They would be initialized at random, and the captions would be noise.
             raise UserError(
                 f"captioner {self.name!r}: expected the weights of a {type(model).__name__}; {len(missing)} are missing, "
                 f"for example {missing[0]}."
