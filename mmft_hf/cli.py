@@ -28,7 +28,7 @@ VERBS = {
     "push": "publish a trained model or a captioned dataset on the Hub",
     "env": "print versions and devices, for bug reports",
 }
-# The system refuses to write: no permission, a file in place of a folder or the reverse, a full or read-only disk.
+# The system refuses to write: no permission, a file instead of a folder or the reverse, a full or read-only disk.
 REFUSED = {EACCES, EPERM, EEXIST, ENOTDIR, EISDIR, ENOSPC, EDQUOT, EROFS}
 HELP = (
     "usage: mmft-hf VERB [--config FILE.yaml] [--key value …]\n\n"
@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(2, error, debug)
     except PartialResult as error:
         return _fail(
-            3, f"{error} To go on, type: {_again(_without_retry(argv), arguments)}" if error.again else error, debug
+            3, f"{error} To continue, type: {_again(_without_retry(argv), arguments)}" if error.again else error, debug
         )
     except KeyboardInterrupt:
-        return _fail(3, f"stopped by you. To go on, type: {_again(argv, arguments)}", debug)
+        return _fail(3, f"stopped by you. To continue, type: {_again(argv, arguments)}", debug)
     except BrokenPipeError:  # for example `mmft-hf … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

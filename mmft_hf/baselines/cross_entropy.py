@@ -38,7 +38,7 @@ def train_head(
     Args:
         model: trained in place. The text tower and the logit scale are frozen, and no text is encoded.
         config: as for `MMFTTrainer`; its settings of the loss, of texts and of prototypes have no effect.
-        train: columns `image`, `label`. Captions are not used, but where there are any, each image gets the crops that
+        train: columns `image`, `label`. Captions are not used, but if there are any, each image gets the crops that
             MMFT gives it.
         head: where the head starts.
         validation: columns `image`, `label`; it selects the best epoch, tower and head together. Without it the last step
@@ -75,7 +75,7 @@ def train_class_texts(
     validation: Dataset | None = None,
     train_scale: bool = True,
 ) -> int:
-    """Fine-tunes by cross-entropy over the classes' texts (`config.class_template`), encoded anew in every step.
+    """Fine-tunes by cross-entropy over the classes' texts (`config.class_template`), encoded again in every step.
 
     The benchmark's `ce-text`; `clip_lora` adds LoRA to it.
 

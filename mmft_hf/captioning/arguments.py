@@ -89,7 +89,7 @@ class CaptionArguments:
         None, "Maximum cost of all runs in this folder together, in US dollars.", range=Range()
     )
     prices: str | None = setting(None, "YAML file of prices per million tokens, which override the built-in table.")
-    dry_run: bool = setting(False, "Show the plan, some prompts, calls and cost; ask nobody and write nothing.")
+    dry_run: bool = setting(False, "Show the plan, some prompts, calls and cost; send nothing and write nothing.")
     split: list[str] | None = setting(None, "Splits to caption. Default: the training split.")
     classes: list[str] | None = setting(None, "Caption only these classes.")
     key_rule: str | None = setting(

@@ -182,7 +182,7 @@ class SplitCaptioner:
 
 
 def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
-    """Runs the driver to its end, in a thread of its own where an event loop already runs, as in a notebook."""
+    """Runs the driver to its end, in its own thread if an event loop is already running, as in a notebook."""
     loop, pressed = None, 0
 
     def stop() -> None:

@@ -96,7 +96,7 @@ class Backend(Protocol):
     """Answers requests, through an HTTP server or with a model in this process."""
 
     batch_size: int
-    """Best number of requests for one `generate`: 1 for a server, which batches by itself."""
+    """Best number of requests for one `generate`: 1 for a server, which forms its own batches."""
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes its answers: provider, model, revision, … Never a key, an address or a path."""
@@ -105,7 +105,7 @@ class Backend(Protocol):
         """Raises `UserError` if a key is needed and its environment variable is not set."""
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
-        """The answers in the order of the requests; an error in place of an answer concerns that request alone.
+        """The answers in the order of the requests; an error instead of an answer concerns that request alone.
 
         Raises `Transient`, `Unanswerable` or `Fatal` if all requests are concerned.
         """

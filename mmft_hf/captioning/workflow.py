@@ -158,7 +158,7 @@ def write_folder(
 
 @dataclass
 class CaptionResult:
-    """What a captioning run came to.
+    """The result of a captioning run.
 
     Args:
         statuses: number of captions by status, over all splits.
@@ -266,10 +266,10 @@ class CaptionWorkflow:
         """Captions, or continues to, and writes the folder.
 
         Args:
-            say: is told what begins, a line at a time.
+            say: prints a line about what begins.
 
         Returns:
-            What it came to, in the main process; None in the others.
+            The result, in the main process; None in the others.
 
         Raises:
             PartialResult: interrupted by the user.

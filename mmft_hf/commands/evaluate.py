@@ -1,4 +1,4 @@
-"""Measures a saved classifier on a labelled split, with the zero-shot baseline beside it."""
+"""Measures a saved classifier on a labelled split, together with the zero-shot baseline."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
 
     if (dataset := load_test_split(data_args, class_names)) is not None:
         return dataset
-    # Held out as in the training, whatever the other settings of this call are.
+    # Held out as in the training, independently of the other settings of this call.
     again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
     again["image_root"] = data_args.image_root or again.get("image_root")  # the images may have moved
     splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))

@@ -25,7 +25,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig
 
 
 class Terminal:
-    """Prints what will be trained, the result beside the zero-shot baseline, and what to type next."""
+    """Prints what will be trained, the result next to the zero-shot baseline, and what to type next."""
 
     def started(self, plan: FinetunePlan) -> None:
         model_args, config, splits = plan.model_args, plan.config, plan.splits

@@ -64,7 +64,7 @@ def _has_many_choices(action: argparse.Action) -> bool:
 
 
 def default_text(action: argparse.Action) -> str:
-    """The default of a setting as it would be typed; empty where there is none."""
+    """The default of a setting as it would be typed; empty if there is none."""
     default = action.default
     if default in (None, "", argparse.SUPPRESS):
         return ""

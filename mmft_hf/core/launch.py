@@ -1,4 +1,4 @@
-"""Starts of several processes are checked, and all processes end with a message when one of them ends.
+"""Checks the start of several processes, and ends all of them with a message when one of them ends.
 
 `accelerate launch`, `torchrun` and a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are treated alike.
 """

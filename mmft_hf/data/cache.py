@@ -41,7 +41,7 @@ def cache_folder(kind: str = "") -> Path:
 class Features(NamedTuple):
     """Embeddings of a frozen tower, see `model.features`.
 
-    `embeds` `(n, D)`, unit-norm, float32, mapped from the file where there is one; `flags` `(n,)`, bool: which pictures
+    `embeds` `(n, D)`, unit-norm, float32, mapped from the file if there is one; `flags` `(n,)`, bool: which pictures
     could be read, or which texts were truncated; `hit`: whether they were on disk already.
     """
 
@@ -63,7 +63,7 @@ def folder_size(folder: Path) -> int:
 
 
 def keep(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file of the cache atomically. If that fails (full disk, no permission), warns once and goes on."""
+    """Writes a file of the cache atomically. If that fails (full disk, no permission), warns once and continues."""
     try:
         with atomic_write(path) as temporary:
             write(temporary)
@@ -74,7 +74,7 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 @cache
 def _cannot_write(folder: Path, reason: str) -> None:
     logger.warning(
-        "Nothing is kept in %s: %s. It is made again when it is needed. Another folder: set %s.",
+        "Nothing can be kept in %s: %s. It is computed again when needed. To use another folder, set %s.",
         folder,
         reason,
         VARIABLE,
@@ -82,7 +82,7 @@ def _cannot_write(folder: Path, reason: str) -> None:
 
 
 def check_short_side(short_side: int, size: tuple[int, int] | None) -> None:
-    """Raises `UserError` if kept pictures would be smaller than what the model sees (`size`, None where it has none)."""
+    """Raises `UserError` if kept pictures would be smaller than what the model sees (`size`; None if it has none)."""
     if size and short_side < min(size):
         raise UserError(
             f"--decode_cache: expected at least {min(size)}, the side in pixels of what the model sees, found {short_side}."

@@ -89,7 +89,7 @@ def original_bytes(image: dict | None) -> bytes:
     """The bytes of an undecoded image, from the dataset or from the file that it names.
 
     Raises:
-        BadImage: there are none. A network address is never fetched, and only pictures are read from files: a foreign dataset
+        BadImage: there are no bytes. A network address is never fetched, and only pictures are read from files: a foreign dataset
             may name an endless device, or a file with a secret.
     """
     data = stored_bytes(image)
@@ -100,7 +100,7 @@ def original_bytes(image: dict | None) -> bytes:
 
 
 def stored_bytes(image: dict | None) -> bytes:
-    """As `original_bytes`, without checking that a file holds a picture: for content that is only compared."""
+    """Returns the same bytes as `original_bytes`, but does not check that a file holds a picture: for comparing content."""
     image = image or {}
     if image.get("bytes") is not None:
         return image["bytes"]

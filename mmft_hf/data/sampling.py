@@ -52,7 +52,7 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[lis
 
 # Stands for no row: it fills up the last step when several processes share it.
 PADDING = -1
-# Label of a row that is no example: an unreadable image, or padding of a batch. Losses and metrics leave it out.
+# Label of a row that is not an example: an unreadable image, or padding of a batch. Losses and metrics leave it out.
 IGNORED = -100
 
 
@@ -142,7 +142,7 @@ class ClassBalancedSampler(EpochSampler):
         self.samples_per_class = samples_per_class
 
     def rows(self) -> list[int]:
-        """As in `EpochSampler`, in batches of `step_size` that are balanced."""
+        """The epoch's stream of numbers, as in `EpochSampler`, in balanced batches of `step_size`."""
         rng = generator(self.seed, self.epoch, 2)  # 2: a stream of its own
         classes = np.unique(self.labels)
         images = {c: np.flatnonzero(self.labels == c) for c in classes.tolist()}

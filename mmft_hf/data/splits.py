@@ -294,7 +294,7 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
     validation and test stay whole.
 
     Args:
-        dataset: splits in memory, in place of what `args.dataset_name` names.
+        dataset: splits in memory, used instead of `args.dataset_name`.
 
     Raises:
         UserError: as `load_captioned_dataset`, and for a class without a training image.

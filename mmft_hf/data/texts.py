@@ -149,5 +149,5 @@ class PromptSet:
         )
 
     def prompt_id(self, aspect: str) -> str:
-        """8 hex digits that identify the wording of a prompt, whatever the class name."""
+        """8 hex digits that identify the wording of a prompt, independently of the class name."""
         return hashlib.sha256(self.prompt(aspect, "\0").encode()).hexdigest()[:8]

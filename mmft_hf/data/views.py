@@ -1,4 +1,4 @@
-"""What a data loader sees of a dataset: rows that are read, cropped and given a text when they are needed."""
+"""Views of a dataset for a data loader: rows are read, cropped and given a text when they are needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TextView:
     Args:
         class_names: `C` names, in the order of the labels.
         templates: with `{}` for the class name; of several, one is drawn for each read.
-        caption_dropout: probability of the class template alone in place of a caption.
+        caption_dropout: probability of the class template alone instead of a caption.
         seed: of all draws.
 
     A row is a mapping with `label` and, perhaps, `captions`.
@@ -73,11 +73,11 @@ class TextView:
             place: number of the row in its dataset.
             crop: draws from the generator that also draws the caption, before it, and the template, after it.
         """
-        # 1: a stream of its own, apart from the sampler's (seed, epoch).
+        # 1: a separate stream from the sampler's (seed, epoch).
         rng = generator(self.seed, epoch, place, 1)
         captions = captions_of(row.get("captions"))
         caption = captions[rng.integers(len(captions))] if captions else None
-        # 2: again a stream of its own, so that every other draw is what it would be without dropout.
+        # 2: another separate stream, so that every other draw is what it would be without dropout.
         if self.caption_dropout and generator(self.seed, epoch, place, 2).random() < self.caption_dropout:
             caption = None
         drawn = crop(rng) if crop else None
@@ -122,7 +122,7 @@ class ImageView(TorchDataset):
         return len(self.rows)
 
     def use_features(self, features: Features) -> None:
-        """From now on a row has `image_embeds` `(D,)` in place of `image`, and no picture is opened."""
+        """From now on a row has `image_embeds` `(D,)` instead of `image`, and no picture is opened."""
         self.features = features
         self.rows = self.rows.remove_columns("image")
 
@@ -132,7 +132,7 @@ class ImageView(TorchDataset):
         return "image" if self.features is None else "image_embeds"
 
     def read(self, row: int) -> dict:
-        """The row with its picture or embedding; None where there is none and `on_bad_image` is `skip`."""
+        """The row with its picture or embedding; None if it cannot be read and `on_bad_image` is `skip`."""
         values = self.rows[row]
         try:
             values[self.key] = self._read(values["image"]) if self.features is None else self._embedding(row)
@@ -169,7 +169,7 @@ class TrainingView(ImageView):
     """Rows for training: `image`, `box`, `label`, `text`, `skipped`, as a function of (seed, epoch, row) alone.
 
     Indexed by `epoch * length + row`, which `EpochSampler` yields. With `on_bad_image="skip"` the next readable row takes
-    the place of a bad one, so that batches keep their size in every process, and `skipped` counts the rows passed over. The
+    the place of a bad one, so that batches keep their size in every process, and `skipped` counts the skipped rows. The
     sampler's `PADDING` gives a row with the label -100.
 
     Args:
@@ -192,7 +192,7 @@ class TrainingView(ImageView):
         self.text_features: tuple[dict[str, int], Features] | None = None
 
     def use_text_features(self, positions: dict[str, int], features: Features) -> None:
-        """From now on a row has `text_embeds` `(D,)` in place of `text`, and `cut` says whether the text lost tokens.
+        """From now on a row has `text_embeds` `(D,)` instead of `text`, and `cut` says whether the text was truncated.
 
         Args:
             positions: the row of `features` of every text that can be drawn.
@@ -230,7 +230,7 @@ class TrainingView(ImageView):
 
 
 def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:
-    """Raises `UserError` unless there are images and labels with class names, these ones if they are given."""
+    """Raises `UserError` unless there are images and labels with class names, namely those given, if any."""
     for column in ("image", "label"):
         if column not in dataset.column_names:
             raise UserError(

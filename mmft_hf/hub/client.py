@@ -101,7 +101,7 @@ def make_repo(
 
 
 def check_access(repo_id: str, token: str | None = None, proposes: bool = False) -> str:
-    """Checks that this token may write there, as far as that is known without writing. Returns the full name, `owner/name`.
+    """Checks that this token may write there, as far as that can be known without writing. Returns the full name, `owner/name`.
 
     Args:
         proposes: only a pull request is to be opened, which anybody may do.
@@ -178,7 +178,7 @@ def _retry(call, repo_id: str, missing=None):
                     f"{repo_id}: the Hub refuses the card: {said}. Correct README.md, or type another --license."
                 ) from None
             # A failed upload comes as a RuntimeError with a cause. It is worth a retry, because the URLs for uploads are
-            # signed anew.
+            # signed again.
             cause = error.__cause__ if isinstance(error, RuntimeError) else error
             connection = type(cause).__module__.split(".")[0] in CONNECTION_LIBRARIES
             if not connection and not isinstance(cause, (HfHubHTTPError, ConnectionError, TimeoutError)):

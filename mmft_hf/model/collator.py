@@ -63,14 +63,14 @@ class MMFTDataCollator:
     A row has `image` (a PIL image, or None for one that could not be read) and `label`. A training row also has `text`, and
     `box` (left, top, right, bottom in pixels): the crop that is resized to the model's input. Without a box the processor's
     own resize and centre crop apply. `skipped` counts the unreadable images that the row stands for. Embeddings of a frozen
-    tower (see `train.frozen`) come as `image_embeds` and `text_embeds` `(D,)` in place of `image` and `text`; `cut` says
-    whether such a text lost tokens.
+    tower (see `train.frozen`) come as `image_embeds` and `text_embeds` `(D,)` instead of `image` and `text`; `cut` says
+    whether such a text was truncated.
 
     Returns:
         `pixel_values` `(B, 3, height, width)`, `labels` `(B,)` (-100 where the image is None), `skipped` `(B,)`, and in
         training `input_ids`, `attention_mask` `(U, T)` of U texts and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
         of the U texts each image has, `class_rows` `(C,)` which are the class texts; without `text_rows` the first B texts
-        are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` in place of pixels and
+        are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` instead of pixels and
         tokens.
     """
 

@@ -26,7 +26,7 @@ def add_embedding_forward(
     wrapped model, and nothing else.
 
     Args:
-        parameters: what loss terms train of their own, by the name of the term. It becomes a part of the model
+        parameters: the parameters of the loss terms themselves, by the name of the term. They become a part of the model
             (`model.loss_terms`), and so of its optimizer, checkpoints and forward.
 
     Inputs of the call:
@@ -59,7 +59,7 @@ def remove_embedding_forward(model: PreTrainedModel) -> None:
 
 
 def term_parameters(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
-    """What loss terms train of their own, by the name of the term."""
+    """The parameters of the loss terms themselves, by the name of the term."""
     return {term: dict(values.items()) for term, values in getattr(model, "loss_terms", {}).items()}
 
 

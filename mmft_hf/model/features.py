@@ -127,7 +127,7 @@ def encode_pictures_once(model, processor, view: ImageView, how: Encoding) -> Fe
     }
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
-        # A generator of its own: a pass must not move the random numbers of the training around it.
+        # A separate generator: a pass must not change the random numbers of the training around it.
         random = torch.Generator()
         for embeds, labels in encode_image_batches(model, processor, view, mine, how.workers, how.progress, random):
             yield embeds, labels != IGNORED

@@ -180,7 +180,7 @@ def is_dual_encoder(model) -> bool:
 
 
 def scale_parameter(model: PreTrainedModel) -> nn.Parameter:
-    """The parameter behind `logit_scale`. It is always trained, whatever the towers' modes."""
+    """The parameter behind `logit_scale`. It is always trained, in all modes of the towers."""
     return getattr(model, FAMILIES[model.config.model_type].scale)
 
 

@@ -20,18 +20,18 @@ from ..data.sampling import IGNORED
 
 @dataclass
 class Batch:
-    """What a loss sees: the embeddings of all processes, and what is known of them.
+    """The input of a loss: the embeddings of all processes, with their labels.
 
     Args:
         image_embeds (`(N, D)`, float32): with gradient.
-        labels (`(N,)`, int64): class of each image. -100 marks a row that is no example: neither anchor nor candidate.
+        labels (`(N,)`, int64): class of each image. -100 marks a row that is not an example: neither anchor nor candidate.
         scale (scalar): `exp(logit_scale)`, multiplies cosines.
         text_embeds (`(M, D)`, float32, *optional*): None where no term needs texts.
         owner (`(M,)`, int64, *optional*): which image each text belongs to, -1 for a text without one. Default: text i
             belongs to image i.
         weights (`(N,)`), text_weights (`(M,)`, *optional*): how much a row counts as an anchor. Default: all alike.
         extras: further tensors, by name. `class_embeds` `(C, D)` are the embeddings of the class texts.
-        parameters: what the loss terms train of their own, by the name of the term.
+        parameters: the parameters of the loss terms themselves, by the name of the term.
     """
 
     image_embeds: Tensor
@@ -63,11 +63,11 @@ class Batch:
 
         Args:
             image_embeds (`(B, D)`), labels (`(B,)`), text_embeds (`(B, D)`): text i belongs to image i.
-            equal_sizes: whether every process is known to have the same B. Otherwise they tell each other first, for
-                which a GPU has to be waited for.
+            equal_sizes: whether every process is known to have the same B. Otherwise they exchange the sizes first, which waits for the
+                GPU.
             more: fields that are the same in every process.
 
-        Every process then computes the same loss, so that the mean of the gradients over processes (DDP, FSDP) is exactly
+        Every process then computes the same loss, so the mean of the gradients over processes (DDP, FSDP) is exactly
         the gradient of one process.
         """
         parts = [image_embeds] if text_embeds is None else [image_embeds, text_embeds]
@@ -102,7 +102,7 @@ class Batch:
 
     @cached_property
     def image_logits(self) -> Tensor:
-        """`(N, M)` scaled cosines of images with texts. Texts that are no examples get the least finite number, not -inf:
+        """`(N, M)` scaled cosines of images with texts. Texts that are not examples get the least finite number, not -inf:
         a batch without any example would be NaN."""
         return self._logits.masked_fill(self.text_labels == IGNORED, torch.finfo(self._logits.dtype).min)
 
@@ -201,7 +201,7 @@ def supcon_loss(
         candidates (`(N, D)`): Embeddings compared with; the softmax of each anchor runs over all of them.
         candidate_labels (`(N,)`, integer): Class of each candidate, gathered together with them.
         scale (scalar): `exp(logit_scale)`; multiplies the cosines.
-        exclude (`(B, N)`, bool, *optional*): True where a pair is no positive. It stays in the denominator.
+        exclude (`(B, N)`, bool, *optional*): True where a pair is not a positive. It stays in the denominator.
 
     Returns:
         Scalar: the mean over the anchors that have a positive. When an anchor has no positive it contributes nothing;
@@ -250,7 +250,7 @@ class MMFTLoss(nn.Module):
 
     Args:
         supcon_weight (`float`, defaults to 0.1): w, between 0 and 1. At 0 or 1 the other term is left out of the sum.
-        include_self (`bool`, defaults to `False`): False is the paper's form: the pair itself is no positive of the
+        include_self (`bool`, defaults to `False`): False is the paper's form: the pair itself is not a positive of the
             SupCon term but stays in its denominator. True is the UniCL form: the pair is a positive, too.
 
     Inputs of the call:
@@ -258,7 +258,7 @@ class MMFTLoss(nn.Module):
         labels (`(B,)`, integer): Class of each example. A row labelled -100 is left out, as anchor and as candidate.
         scale (scalar): `exp(logit_scale)`.
         equal_sizes (`bool`, defaults to `False`): every process is known to have the same B, so that they need not
-            tell each other, which makes a GPU wait.
+            exchange it, which would wait for the GPU.
 
     Returns:
         `{"loss", "supcon", "clip"}`, scalars that are equal in every process, and `"anchors_with_positives"`, the share

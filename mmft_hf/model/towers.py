@@ -172,7 +172,7 @@ def checkpoint_state(model: PreTrainedModel, state: dict[str, Tensor] | None = N
 
 
 def plain_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of the plain model to save: LoRA merged, and without what loss terms train of their own.
+    """The weights of the plain model to save: LoRA merged, and without the parameters of loss terms.
 
     Args:
         state: the weights of `model`, where they are known already.

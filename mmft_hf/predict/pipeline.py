@@ -51,7 +51,7 @@ class MMFTImageClassificationPipeline(Pipeline):
 
     Args:
         model (`CLIPModel` or another dual encoder): from the folder or Hub repository that `mmft-hf finetune` wrote.
-        prototypes (`ClassPrototypes` or another head, *optional*): used in place of the head saved with the model.
+        prototypes (`ClassPrototypes` or another head, *optional*): used instead of the head saved with the model.
 
     Call it with a path, URL or `PIL.Image`, or with a list or dataset of them; `top_k` (5) classes are returned.
 

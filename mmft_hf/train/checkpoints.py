@@ -81,10 +81,10 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
 
 
 def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
-    """Raises `UserError` if a step of the run that left a checkpoint had another number of images than one of `args`.
+    """Raises `UserError` if the run that left a checkpoint had another number of images per step than `args` gives.
 
     The number of processes may differ: the order of the images and every draw depend on the step's size alone. Only the
-    random numbers of dropout are other ones then.
+    random numbers of dropout differ.
     """
     # Each process left its random state, on its own machine.
     left = {path.name for path in checkpoint.glob("rng_state*.pth")}
@@ -123,7 +123,7 @@ class TrainingCheckpoints:
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         if self.state.global_step == 0 and self.args.load_best_model_at_end and self.state.best_metric is None:
             self._determine_best_metric(metrics, trial)
-            # The stock code takes a best step of 0 for none.
+            # The stock code reads a best step of 0 as no best step.
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / "checkpoint-0")
             self._save_checkpoint(self.model_wrapped, trial)
         return metrics
@@ -140,7 +140,7 @@ class TrainingCheckpoints:
         if is_checkpoint(folder):
             state_dict = checkpoint_state(model, state_dict) if lora_layers(model) else state_dict
             # save_pretrained gives some weights (of ViT and AltCLIP) the names of older versions. The stock Trainer reads a
-            # checkpoint by today's names, and would pass over the others with a warning.
+            # checkpoint by today's names, and would skip the others with a warning.
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         else:
             state_dict = plain_state(model, state_dict)
@@ -163,7 +163,7 @@ class TrainingCheckpoints:
     def stop_at(self, what: str, value: float, step: int) -> None:
         """Raises the error of a number that is not finite. No checkpoint is saved after such an evaluation."""
         checkpoint = last_complete_checkpoint(self.args.output_dir)
-        good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations nobody looked at it
+        good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations, it was never checked
         kept = f"The last {good}checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
         raise UserError(
             f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
@@ -201,11 +201,11 @@ class TrainingCheckpoints:
         return result
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trains, or continues from a checkpoint; the result is the same, bit for bit on a CPU with as many threads.
+        """Trains, or continues from a checkpoint; the result is the same, bit for bit on a CPU with the same number of threads.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last complete one of `args.output_dir`.
-                Half-written checkpoints are passed over; where there is none, training starts anew.
+                Incomplete checkpoints are skipped; without a complete one, training starts from the beginning.
 
         Raises:
             UserError: the checkpoint is incomplete or belongs to another model; a loss is not finite.
@@ -213,7 +213,9 @@ class TrainingCheckpoints:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                logger.warning("There is no complete checkpoint in %s: training starts anew.", self.args.output_dir)
+                logger.warning(
+                    "There is no complete checkpoint in %s: training starts from the beginning.", self.args.output_dir
+                )
         elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
             found = last_complete_checkpoint(self.args.output_dir)
             raise UserError(

@@ -194,7 +194,7 @@ class MMFTConfig(TrainingArguments):
         "Evaluation is not adjusted.",
     )
     ddp_find_unused_parameters: bool | None = setting(
-        None, "Look for parameters without a gradient in each step. Default: no, since there are none."
+        None, "Search for parameters without a gradient in each step. Default: no, since there are none."
     )
     # HfArgumentParser reads no other order of these types.
     report_to: None | str | list[str] = setting("none", "Trackers, e.g. tensorboard, wandb.")  # noqa: RUF036

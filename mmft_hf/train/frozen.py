@@ -70,7 +70,7 @@ class FrozenTowers(TrainerCallback):
         if any(p.requires_grad for _, p in self._parameters(tower)):
             return False
         if has_dropout(self.model, tower):
-            self._say_once(f"The {tower} tower is frozen, but has dropout: it is encoded anew in every step.")
+            self._say_once(f"The {tower} tower is frozen, but has dropout: it is encoded again in every step.")
             return False
         return True
 

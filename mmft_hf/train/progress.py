@@ -20,7 +20,7 @@ FORMATS = {
 
 
 class EpochLines(ProgressCallback):
-    """A progress bar with one readable line per evaluation, in place of the stock callback's dictionaries.
+    """A progress bar with one readable line per evaluation, instead of the stock callback's dictionaries.
 
     Args:
         terms: of the loss, which is written as their weighted sum.

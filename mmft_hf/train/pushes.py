@@ -22,7 +22,7 @@ from ..model.towers import plain_state
 
 logger = logging.getLogger(__name__)
 
-# In place of a step: prototypes of a tower that is not trained stay valid.
+# Stands for a step: prototypes of a tower that is not trained stay valid.
 STAY = "weights that stay"
 
 

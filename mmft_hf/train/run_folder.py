@@ -163,7 +163,7 @@ class RunFolder:
         """Deletes the files that a run writes, by their exact names, and nothing else."""
         if not (self.path / files.RUN_FILE).is_file():
             return
-        # The record goes last, so that a process killed in between leaves a folder that is still known as a run.
+        # The record goes last, so that a process killed in between leaves a folder that is still recognized as a run.
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == files.RUN_FILE):
             if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
                 shutil.rmtree(entry)

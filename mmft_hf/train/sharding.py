@@ -98,7 +98,7 @@ def check_checkpoint(checkpoint: Path, fsdp: bool) -> None:
 def keep_whole(model: nn.Module) -> nn.Module:
     """Prepares a dual encoder for FSDP2; returns a module of the parameters that FSDP must leave alone.
 
-    These are the logit scale, since FSDP2 shards no scalar, and what loss terms train of their own: both are read outside of
+    These are the logit scale, since FSDP2 shards no scalar, and the parameters of loss terms: both are read outside of
     the forward. Their gradients are averaged here, as FSDP2 averages those of the others.
     """
     # accelerate shards the input embedding of a language model separately, and CLIPModel refuses to name one.

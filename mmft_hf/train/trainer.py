@@ -102,7 +102,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     Args:
         model (`CLIPModel`): as `load_model` returns it, in float32.
         args (`MMFTConfig`): settings of the training and of the method.
-        train_dataset (`datasets.Dataset`): columns `image`, `label` (`ClassLabel`) and, where there are any, `captions`.
+        train_dataset (`datasets.Dataset`): columns `image`, `label` (`ClassLabel`) and, if there are any, `captions`.
         eval_dataset (`datasets.Dataset`, *optional*): columns `image`, `label`: validation, which selects the best
             epoch. Without it the last step is kept.
         processing_class (`CLIPProcessor`): that of the model.
@@ -111,7 +111,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         loss (`LossTerm` or a list of them, *optional*): what is minimized, see `train.terms`. Default: MMFT's own two terms,
             with the weights of `args`.
 
-    Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn anew in
+    Each step makes one forward of the wrapped model with B images and B texts; one caption per image is drawn in
     every epoch. Evaluation compares images with the class prototypes of the current weights (`args.prototypes`); its
     `eval_loss` is the cross-entropy of the class logits, which, unlike a contrastive loss, does not depend on the batch size.
 
@@ -229,7 +229,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         self._frozen = FrozenTowers(self.model, processing_class, args, self.data_collator)
         self.add_callback(self._frozen)
         self.add_callback(_Beginnings(self))
-        # One line per epoch in place of a dictionary.
+        # One line per epoch instead of a dictionary.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(EpochLines(self.terms, self.mean_weights, bar=not args.disable_tqdm))
 
@@ -292,7 +292,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         scalars["skipped_images"] = inputs["skipped"].sum()
         if "captions_cut" in inputs:
             scalars["captions_cut"] = inputs["captions_cut"].sum()
-        # Everything that the loss sees of other processes is gathered here.
+        # Everything that the loss needs from other processes is gathered here.
         embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs}
         extras = {name: outputs[name] for name in ("class_embeds",) if name in outputs}
         shared = {"parameters": outputs["parameters"], "extras": extras}

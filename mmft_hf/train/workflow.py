@@ -46,7 +46,7 @@ SELECTION_METRICS = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "lo
 
 @dataclass
 class FinetunePlan:
-    """What is about to be trained on what.
+    """The model, the data and the settings of a training that is about to start.
 
     Args:
         model_args, data_args, config: the settings.
@@ -173,7 +173,7 @@ def run_finetuning(
     """`finetune` with its settings in three dataclasses.
 
     Args:
-        dataset: splits in memory, in place of what `data_args.dataset_name` names.
+        dataset: splits in memory, used instead of `data_args.dataset_name`.
         reporter: is told what happens, in the main process.
     """
     reporter = reporter if reporter and is_main() else Reporter()
@@ -280,7 +280,7 @@ def _pushed(result: FinetuneResult, config: MMFTConfig, reporter: Reporter) -> F
         again += ["--private", "true"] if config.hub_private_repo else []
         again += ["--revision", config.hub_revision] if config.hub_revision else []
         raise PartialResult(
-            f"{error} The results are in {result.output_dir}. To go on, type: {shlex.join(again)}"
+            f"{error} The results are in {result.output_dir}. To continue, type: {shlex.join(again)}"
         ) from error
     reporter.pushed(result, config.hub_model_id)
     return result

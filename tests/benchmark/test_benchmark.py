@@ -349,7 +349,7 @@ def test_a_cell_that_fails_is_kept_as_failed_and_the_grid_continues(
         )
         assert main(words) == 3
     printed = capsys.readouterr()
-    assert "1 of 2 cells failed. To go on, type: mmft-hf benchmark" in printed.err
+    assert "1 of 2 cells failed. To continue, type: mmft-hf benchmark" in printed.err
     assert "1 cell failed: lp, 2 shots, seed 0 (the scores are not finite)" in printed.out
     assert main(words) == 0  # only what failed is tried again
     rows = read_results(tmp_path / "out" / RESULTS_FILE)

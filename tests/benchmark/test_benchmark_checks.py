@@ -157,7 +157,7 @@ def test_overwriting_deletes_the_files_of_a_benchmark_and_no_others(
     with monkeypatch.context() as patch:
         patch.setattr(Grid, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(command(clip_folder, data_folder, out, *again, 2)) == 3
-    assert "To go on, type: mmft-hf benchmark" in (printed := capsys.readouterr().err)
+    assert "To continue, type: mmft-hf benchmark" in (printed := capsys.readouterr().err)
     assert printed.rstrip().endswith("--overwrite_output_dir false")  # what is typed then must not delete
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"}
     assert left == {"data.json", "mine.txt", "report/mine.png", "subsets/mine.json"}

@@ -300,7 +300,7 @@ def test_the_installed_command_is_interrupted_and_shows_no_key(server, data, tmp
         shown = b"".join(file.read_bytes() for file in shown if file.exists())
         process.send_signal(signal.SIGINT)
         text = process.communicate()[0]
-    assert process.returncode == 3 and "To go on, type: mmft-hf caption --captioner openai" in text
+    assert process.returncode == 3 and "To continue, type: mmft-hf caption --captioner openai" in text
     assert CANARY.encode() not in shown and CANARY not in text and not leaks(tmp_path)
 
 
@@ -322,7 +322,9 @@ def test_status_retry_export_import_and_bench(server, run, data, tmp_path):
     code, text, requests = run(data, verb=("retry", "rejected"))  # and what failed
     assert {p for p, _ in asked(requests)} == {sha256(picture(2)), sha256(picture(3))} and len(requests) == 7
     assert (
-        code == 3 and re.search("3 results .*rejected", text) and "To go on, type: mmft-hf caption --captioner" in text
+        code == 3
+        and re.search("3 results .*rejected", text)
+        and "To continue, type: mmft-hf caption --captioner" in text
     )
     server.server.script = {"rules": [{"do": "ok", "prompt": "Describe what can be seen"}, rules[1]]}  # the second try
     code, text, requests = run(data, verb=("retry", "refused", "rejected"))

@@ -65,7 +65,7 @@ def command(server, tmp_path):
 
 def continuing(text: str) -> list[str]:
     """The words of the command that a message says to type."""
-    program, *words = shlex.split(text.rpartition("To go on, type: ")[2])
+    program, *words = shlex.split(text.rpartition("To continue, type: ")[2])
     assert program == "mmft-hf"
     return words
 

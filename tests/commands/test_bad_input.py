@@ -800,5 +800,5 @@ def test_stopping_names_the_command_that_continues(fails, finetune, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmft_hf.commands.finetune.run", stop)
-    message = fails(finetune("--class_template", "a {}!"), "To go on, type: mmft-hf finetune", code=3)
+    message = fails(finetune("--class_template", "a {}!"), "To continue, type: mmft-hf finetune", code=3)
     assert message.rstrip().endswith("'a {}!' --resume_from_checkpoint true")

@@ -27,7 +27,7 @@ MOST_LINES = 8  # in a panel
 
 
 def draw(function: Callable[..., Figure | None], path: Path, *values) -> dict | None:
-    """Saves a figure as PNG, whatever the user's matplotlib settings are. The same figure gives the same bytes.
+    """Saves a figure as PNG, independently of the user's matplotlib settings. The same figure gives the same bytes.
 
     Returns:
         `png`: its bytes, and `width`: its width on the page in pixels; None without a figure.

@@ -31,7 +31,7 @@ def split_facts(results: Findings) -> list[tuple[str, int, str]]:
 
 
 def command(results: Findings) -> str:
-    """The command that runs the same grid, as far as the results tell."""
+    """The command that runs the same grid, as far as the results record it."""
     identity, arguments = results.identity, results.data.get("arguments")
     revision = identity.get("base_model_revision")
     named = {

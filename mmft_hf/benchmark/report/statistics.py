@@ -1,4 +1,4 @@
-"""What the results of a benchmark show, and how certain it is: means over seeds, paired differences and their intervals.
+"""The statistics of a benchmark: means over seeds, paired differences and their intervals.
 
 A difference between two methods has two 95 % intervals. The interval *over seeds* (Student's t on the differences within each
 seed) covers the choice of training images. The interval *over test images* (a bootstrap that draws test images, or groups of

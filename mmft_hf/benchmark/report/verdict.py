@@ -18,7 +18,7 @@ Comparisons = dict[object, tuple[str, Difference]]  # by shots: the other method
 
 
 def verdict(results: Findings) -> tuple[str, list[str], dict[str, Comparisons]]:
-    """A headline, sentences, and comparisons of mmft with each of `CONTROLS` and `BEST`, as far as there are any."""
+    """A headline, sentences, and comparisons of mmft with each of `CONTROLS` and `BEST` that has results."""
     shots = [n for n in results.shots if results.rows(METHOD, n)]
     others = {name: dict.fromkeys(shots, name) for name in CONTROLS}
     others[BEST] = {n: names[0] for n in shots if (names := results.best(n, baselines(results), METHOD))}
@@ -86,7 +86,7 @@ def _unfinished(results: Findings) -> str:
 
 
 def baselines(results: Findings) -> list[str]:
-    """Methods that read no captions, MMFT's own training without them included; sanity checks are no baselines."""
+    """Methods that read no captions, MMFT's own training without them included; sanity checks are not baselines."""
     known = {name: method_of(name) for name in results.methods}
     return [name for name, method in known.items() if not (method.needs_captions or method.sanity_check)]
 

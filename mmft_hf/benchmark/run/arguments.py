@@ -1,4 +1,4 @@
-"""The settings of `mmft-hf benchmark` beside those of model, data and training."""
+"""The settings of `mmft-hf benchmark` in addition to those of model, data and training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BenchmarkArguments:
 
 @dataclass
 class BenchmarkData(DataArguments):
-    """The dataset, and the numbers of shots in place of one.
+    """The dataset, with several numbers of shots instead of a single one.
 
     Attributes:
         whole: the same dataset with all training images, as `load_splits` takes it.

@@ -1,4 +1,4 @@
-"""What is checked and noted about the data before the first cell, so that hours of work do not end in an error."""
+"""Checks of the data, and notes on it, before the first cell: hours of work must not end in an error."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_labels(args: DataArguments, shift_splits: Sequence[str]) -> None:
 
 
 def _roles(raw: DatasetDict, args: DataArguments) -> dict[str, str]:
-    """The split that `load_splits` takes for each role, where there is one."""
+    """The split that `load_splits` takes for each role that has one."""
     found = {}
     for role, aliases in SPLIT_NAMES.items():
         name = getattr(args, f"{role}_split") or next((alias for alias in aliases if alias in raw), None)

@@ -90,7 +90,7 @@ def write_summary(folder: Path, content: dict) -> None:
 
 
 def _captions(splits: Splits, data_args: BenchmarkData) -> dict:
-    """How many training images have captions, how many captions there are, and what they cost, as far as it is known."""
+    """How many training images have captions, how many captions there are, and what they cost, if that is known."""
     counts = splits.captions_per_image()
     found = {"images": int((counts > 0).sum()), "captions": int(counts.sum())}
     found |= dict.fromkeys(("captioner", "calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))

@@ -1,7 +1,7 @@
 """Runs the cells of a benchmark and keeps each result as soon as it exists, so that an interrupted grid can continue.
 
 Several processes may run the same grid at once. Each takes the next cells that no other process has. A cell depends on nothing
-but itself, so that the numbers are the same for any number of processes (with the same number of threads each, on CPUs).
+but itself, so the numbers are the same for any number of processes (with the same number of threads each, on CPUs).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Grid:
     def run(self, context: Context | None) -> list[dict]:
         """Runs the cells without a result, waits for those that other processes run, and returns the rows of all.
 
-        A cell that fails is kept as failed, and the others go on. The cells of a process that died are taken over.
+        A cell that fails is recorded as failed, and the others continue. Other processes take over the cells of one that died.
 
         Args:
             context: may be None where no cell is open.

@@ -1,4 +1,4 @@
-"""The identity of results: what they depend on beside method, shots and seed. Results of two identities are not averaged."""
+"""The identity of results: what they depend on apart from method, shots and seed. Results of two identities are not averaged."""
 
 from __future__ import annotations
 

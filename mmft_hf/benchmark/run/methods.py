@@ -54,7 +54,7 @@ class Method:
         family: a key of `FAMILIES`.
         about: what it is, or what the comparison with `mmft` shows, in one sentence.
         needs_captions: it reads captions, and is left out where the training images have none.
-        sanity_check: its labels are permuted, so that it should fall to chance; it is no baseline to compare with.
+        sanity_check: its labels are permuted, so it should fall to chance; it is not a baseline.
         alpha: weights are `(1 - alpha) * untuned + alpha * trained`.
     """
 
@@ -115,7 +115,7 @@ _ROWS = (
     Method("mmft", MMFT, training_texts, "mmft",
            "Both towers on captions with the SupCon and the CLIP loss.", True),
     Method("mmft-lora", contrastive(vision_tower="lora", text_tower="lora", small_lora=True), training_texts, "mmft",
-           "The LoRA of clip-lora in both towers in place of whole towers.", True),
+           "The LoRA of clip-lora in both towers instead of whole towers.", True),
     Method("mmft-mixed", MMFT, mixed, "mmft",
            "Compared with prototypes halfway between captions and class template.", True),
     Method("mmft-balanced", contrastive(samples_per_class=4), training_texts, "mmft",
@@ -123,22 +123,22 @@ _ROWS = (
     Method("mmft-schedule", contrastive(supcon_weight=0.5, supcon_weight_end=0.0), training_texts, "mmft",
            "w falls from 0.5 to 0 during training: classes first, then single images.", True),
     Method("mmft-averaged", contrastive(weight_averaging=0.95), training_texts, "mmft",
-           "The running average of the weights (decay 0.95) in place of the last ones.", True),
+           "The running average of the weights (decay 0.95) instead of the last ones.", True),
     Method("mmft-dropout", contrastive(caption_dropout=0.5), training_texts, "mmft",
            "Half of the captions dropped in training: do class templates among them help?", True),
     Method("mmft-lora-all", contrastive(vision_tower="lora", text_tower="lora"), training_texts, "mmft",
-           "LoRA of rank 8 in all layers of both towers in place of whole towers.", True),
+           "LoRA of rank 8 in all layers of both towers instead of whole towers.", True),
     Method("mmft-frozen-text", contrastive(text_tower="frozen"), training_texts, "mmft",
            "Only the image tower is trained.", True),
     Method("mmft-frozen-vision", contrastive(vision_tower="frozen"), training_texts, "mmft",
            "Only the text tower is trained.", True),
 
     Method("mmft-no-captions", NO_CAPTIONS, template, "ablation",
-           "Class templates in training and at inference: what captions bring in all."),
+           "Class templates in training and at inference: what captions bring in total."),
     Method("mmft-train-captions", MMFT, template, "ablation",
-           "Captions in training, the class template at inference: what captions in training bring alone.", True),
+           "Captions in training, the class template at inference: what captions bring in training alone.", True),
     Method("mmft-test-captions", NO_CAPTIONS, captions, "ablation",
-           "Class templates in training, captions at inference: what captions at inference bring alone.", True),
+           "Class templates in training, captions at inference: what captions bring at inference alone.", True),
     Method("mmft-w0", contrastive(supcon_weight=0.0), training_texts, "ablation",
            "w = 0, the CLIP loss alone: what the SupCon term brings.", True),
     Method("mmft-w1", contrastive(supcon_weight=1.0), training_texts, "ablation",

@@ -1,4 +1,4 @@
-"""Several processes on one grid, each with an accelerator of its own. They share nothing but the folder of results.
+"""Several processes on one grid, each with an accelerator of its own. They share only the folder of results.
 
 Work that two of them must not do at once is under a lock of `filelock`, which the system releases when its process dies.
 """
@@ -37,7 +37,7 @@ def count_of_processes() -> int:
 
 
 def work_alone(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Makes the processes of a launcher independent of each other, each with one GPU where there are any.
+    """Makes the processes of a launcher independent of each other, each with one GPU if there are any.
 
     Call it before torch or accelerate read the environment. The process takes the GPU at its local rank among those of
     `CUDA_VISIBLE_DEVICES`, or among all; if there are more processes than GPUs, several share one.

@@ -1,4 +1,4 @@
-"""What the methods of a benchmark are given, and how they are judged: images of training and validation, and a sealed test.
+"""The protocol of a benchmark: methods get training and validation images, and are judged on a sealed test split.
 
 Shots are training images per class. A seed draws the subset, the order and the captions, the same for every method.
 Shapes: `n` images of a dataset, `C` classes.
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, Shots, int]:
-        """As `results.key_of` gives for its row."""
+        """The key of the cell, as `results.key_of` gives it for a row."""
         return self.method, self.shots, self.seed
 
     def __str__(self) -> str:

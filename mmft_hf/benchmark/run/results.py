@@ -11,8 +11,8 @@ from pathlib import Path
 from ...core.errors import UserError
 
 RESULTS_FILE = "results.jsonl"
-CLAIMS, SUBSETS = "claims", "subsets"  # folders beside it: locks, and the images of each task
-FULL = "full"  # in place of a number of shots: all training images
+CLAIMS, SUBSETS = "claims", "subsets"  # folders next to it: locks, and the images of each task
+FULL = "full"  # stands for a number of shots: all training images
 
 
 class Results:
@@ -31,7 +31,7 @@ class Results:
         """All rows. A last line without an end, which was interrupted or is being written, is ignored.
 
         Raises:
-            UserError: a line that is no row.
+            UserError: a line is not a row.
         """
         if not self.path.is_file():
             return self.rows

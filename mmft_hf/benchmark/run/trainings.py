@@ -79,7 +79,7 @@ def settings_for(context: Context, task: Task, learning_rate: float, folder: str
     epoch with the best validation accuracy is kept.
 
     Args:
-        settings: of `MMFTConfig`, in place of the benchmark's.
+        settings: of `MMFTConfig`, instead of the benchmark's.
     """
     config = copy.deepcopy(context.config)
     settings = {
@@ -129,9 +129,9 @@ def contrastive(
     Args:
         texts: gives the training images with their texts.
         vision_tower, text_tower: `full`, `lora` or `frozen`.
-        small_lora: uses the LoRA of `clip_lora` in place of the default one.
+        small_lora: uses the LoRA of `clip_lora` instead of the default one.
         templates: each image is paired with one of 80 class templates, drawn at random in each epoch.
-        settings: of `MMFTConfig`, in place of the benchmark's.
+        settings: of `MMFTConfig`, instead of the benchmark's.
     """
     if "supcon_weight" in settings:  # a method with a weight of its own ignores the benchmark's schedule of weights
         settings = {"supcon_weight_end": None} | settings

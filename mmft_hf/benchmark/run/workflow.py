@@ -91,7 +91,7 @@ def run_benchmark(
     with Claims(folder / CLAIMS).alone("data"):
         summary = load_or_summarize(folder, splits, judged, args, data_args, identity)
         wanted = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}
-        read = set(summary.get("pictures_read_for", ()))  # so that a picture is read once
+        read = set(summary.get("pictures_read_for", ()))  # so each picture is read once
         if not skip and not wanted <= read:
             refuse_unreadable(splits, judged, left, args.allow_fewer)
             write_summary(folder, summary | {"pictures_read_for": sorted(wanted | read)})
@@ -153,7 +153,7 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
 def delete_benchmark(folder: Path) -> None:
     """Deletes results, subsets and report of an earlier benchmark, and no other file.
 
-    The lock files stay: they are empty, and a process that waits at one would wait in vain.
+    The lock files stay: they are empty, and a process that waits for one would wait forever.
 
     Raises:
         UserError: other processes work in the folder; its `results.jsonl` is not that of a benchmark.

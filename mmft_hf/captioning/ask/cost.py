@@ -1,4 +1,4 @@
-"""What captions cost: a dated price table that users can override, a meter that keeps a limit, and sums of what was spent."""
+"""The cost of captions: a dated price table that users can override, a meter that keeps a limit, and sums of what was spent."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _read(path: str | Path) -> dict[str, Price]:
 
 # -- what is spent ----------------------------------------------------------------------------------------------------
 class CostMeter:
-    """What was spent, and what calls in flight may still cost, so that a limit is never exceeded.
+    """Adds what was spent to what calls in flight may still cost, so that a limit is never exceeded.
 
     Args:
         price: of the model; None if unknown.
@@ -163,7 +163,7 @@ class CostMeter:
 
 @dataclass
 class Spending:
-    """What the captions of a dataset took over all runs, as far as the journal knows.
+    """The calls, tokens, money and time that the captions of a dataset took over all runs, as recorded in the journal.
 
     A quantity that any answer leaves unknown is None in the sum, so that no sum is too small.
 

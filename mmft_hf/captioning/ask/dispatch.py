@@ -20,7 +20,7 @@ WINDOW = 4  # batches of a model in this process that are sorted by length toget
 
 @dataclass
 class Outcome:
-    """What a run of the driver came to.
+    """The outcome of a run of the driver.
 
     Args:
         calls: number of answered calls; `attempts` counts every try.
@@ -96,7 +96,7 @@ class Dispatcher:
             self._on_stop()
 
     def crashed(self, error: BaseException) -> None:
-        """Ends the run after a full disk or a defect of ours: as no answer can be kept, no more is asked."""
+        """Ends the run after a full disk or a bug: no answer can be kept, so nothing more is asked."""
         self.error = self.error or error
         self.stop("error", str(error))
 
@@ -162,7 +162,7 @@ class Dispatcher:
 
     async def _take_off(self, request: Request, tokens_in: int, estimate: int) -> tuple[float, float]:
         """Waits for the limits and for the budget. Returns the start time and the US dollars set aside."""
-        if self.stopping:  # before waiting for what nobody would end
+        if self.stopping:  # before a wait that nothing would end
             raise Stopped
         await self._requests.take()
         await self._tokens.take(estimate)

@@ -179,7 +179,7 @@ class Driver:
             row = {**row, "call_id": slots[0].key, "attempts": spent["attempts"]}
             if texts is None:
                 row |= {"status": "failed", "pending": 1, "raw_text": answer.text, "error_class": "bad_json"}
-                row |= {"error": row.get("error") or "the answer is no JSON object with the aspects as keys"}
+                row |= {"error": row.get("error") or "the answer is not a JSON object with the aspects as keys"}
                 row |= {"finish_reason": answer.finish_reason, "model": answer.model}
             else:
                 row |= self._checked(item, Answer(texts[slot.aspect], "stop", answer.model), slot.single, 0)

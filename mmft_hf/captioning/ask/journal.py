@@ -278,7 +278,7 @@ class JournalReader:
         return {slot: best(rows) for slot, rows in found.items()}
 
     def close(self) -> None:
-        """Closes the files: a write-ahead log is folded into its file only when nobody reads it."""
+        """Closes the files: a write-ahead log is folded into its file only when no reader has it open."""
         for db in self._dbs or ():
             db.close()
         self._dbs = None

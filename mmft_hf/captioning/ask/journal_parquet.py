@@ -36,7 +36,7 @@ def import_journal(journal: Journal, file: str | Path) -> int:
         raise UserError(f"{file}: expected an exported journal (parquet), found: {error}.") from error
     if missing:
         raise UserError(
-            f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned dataset is no journal: "
+            f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned dataset is not a journal: "
             "type `mmft-hf caption merge` for that."
         )
     for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):

@@ -101,7 +101,7 @@ class WorkItem:
 
 @dataclass
 class Plan:
-    """What a dataset needs, and what of it is still open.
+    """The slots that a dataset needs, and those of them that are still open.
 
     Args:
         items: distinct pictures with open slots, for this process.

@@ -1,7 +1,7 @@
 """Several processes that share the pictures: which one this is, and when the others are done.
 
 They exchange nothing while they work, since their shares end hours apart and a collective would time out. Each leaves a
-mark beside the journal, and the first process waits for the marks of all.
+mark next to the journal, and the first process waits for the marks of all.
 """
 
 from __future__ import annotations

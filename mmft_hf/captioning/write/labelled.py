@@ -1,4 +1,4 @@
-"""What importing and merging captions share: a labelled dataset taken apart into images and small columns, and rebuilt.
+"""Shared by imports and merges: a labelled dataset is taken apart into images and small columns, and rebuilt.
 
 New columns are placed next to the `image` column, which is not copied unless it has to be. Only the captions and one hash
 and one name per image are held in memory.
@@ -74,7 +74,7 @@ class LabelledImages:
         return self.class_names[self.labels[row]]
 
     def image_name(self, row: int) -> str:
-        """For people: class and file, or the row if images have no file names."""
+        """The name of an image in messages: class and file, or the row if images have no file names."""
         file = self.files[row][1]
         return f"{self.class_name(row)}/{file}" if file else f"row {row} of {self.name}"
 
@@ -130,5 +130,5 @@ def with_columns(images: Dataset, columns: dict[str, list], features: Mapping) -
         )
     result = concatenate_datasets([images, Dataset.from_dict(columns, features=Features(features))], axis=1)
     if [stored_image(row["image"])[1] for row in result.select_columns("image")] != columns["image_sha256"]:
-        raise RuntimeError("captions were paired with other pictures, or pictures changed")  # a defect of ours
+        raise RuntimeError("captions were paired with other pictures, or pictures changed")  # a bug in this package
     return result.cast_column("image", Image())

@@ -119,7 +119,7 @@ def _severity(entry: tuple[str, list]) -> tuple:
 
 # -- the picture ------------------------------------------------------------------------------------------------------
 def _sheet(samples: list[dict]) -> PILImage.Image:
-    """A few images in two columns, each beside its class and the first of its captions."""
+    """A few images in two columns, each next to its class and the first of its captions."""
     width, height, margin, left = 470, 216, 12, 176  # pixels; `left` is where the text begins
     sheet = PILImage.new("RGB", (2 * width, height * max(-(-len(samples) // 2), 1)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

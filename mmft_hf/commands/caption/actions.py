@@ -47,7 +47,7 @@ def _caption(workflow: CaptionWorkflow) -> None:
 
 
 def plan(data_args: DataArguments, args: CaptionArguments) -> None:
-    """Shows what would be asked and what it would cost. Asks nobody."""
+    """Shows what would be asked and what it would cost. Sends nothing."""
     workflow = CaptionWorkflow(data_args, args)
     printing.print_heading("Plan for", workflow)
     if not workflow.captioner.asks:
@@ -129,7 +129,7 @@ def _journal(args: CaptionArguments, found: str = "none") -> Path:
 
 
 def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
-    """File names of the images with these sha256, from the dataset in the folder as far as it is written."""
+    """File names of the images with these sha256, from the dataset in the folder, if it is written already."""
     found: dict[str, str] = {}
     for name in folder.details().get("files", ()):
         if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():

@@ -1,4 +1,4 @@
-"""What a run used, for its record and its card: base model, data, captions, licences. Local paths are left out."""
+"""The sources of a run, for its record and its card: base model, data, captions, licences. Local paths are left out."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run_sources(identity: dict, data_settings: dict, splits: Splits, training: t
 
 
 def captioning_cost(dataset_name: str, revision: str | None = None) -> dict | None:
-    """What captioning a dataset took, according to its `captions.json`.
+    """The calls, tokens, time and cost of captioning a dataset, according to its `captions.json`.
 
     Args:
         dataset_name: the value of `--dataset_name`, or of `--captions_dataset` if the captions come from there.

@@ -27,12 +27,12 @@ FORMAT = "mmft-head-1"
 class Head:
     """Turns unit-norm image embeddings into class logits.
 
-    A kind of head is a dataclass in a file of its own, imported in `heads/__init__.py`. It sets `kind`, has a field
+    Each kind of head is a dataclass in its own file, imported in `heads/__init__.py`. It sets `kind`, has a field
     `class_names` (`C` names, in the order of the logits) and defines `logits`. All of its fields are saved: tensors as
     tensors, the others as JSON in the file's metadata.
 
     `formula` gives the logits of embeddings `x` as a Python expression of the fields. It is optional: the code that is
-    published for use without this library is made of it.
+    published for use without this library contains it.
     """
 
     kind: ClassVar[str]

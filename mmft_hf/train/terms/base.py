@@ -14,16 +14,16 @@ from ...predict.heads import Head
 class LossTerm:
     """One summand of the training loss: a pure function of a `Batch`.
 
-    A term is a class in a file of its own, imported in `terms/__init__.py`. It sets `name` and defines `__call__`.
+    Each term is a class in its own file, imported in `terms/__init__.py`. It sets `name` and defines `__call__`.
 
     Attributes:
         name: of the term; its loss is logged as `NAME_loss`.
         weight: factor in the sum: a number, or a function of the optimizer steps done and of all steps. A term of weight 0
             is computed and logged, and adds nothing.
-        needs: what the batch must hold beside the images: `texts` (one drawn for each image) or `class_texts` (one of
+        needs: what the batch must hold in addition to the images: `texts` (one drawn for each image) or `class_texts` (one of
             every class, as `batch.extras["class_embeds"]`).
         log_weight: whether `NAME_weight` is logged.
-        parameters: what the term trains of its own, by name. The Trainer gives it to the optimizer and keeps it in
+        parameters: the trained parameters of the term itself, by name. The Trainer gives it to the optimizer and keeps it in
             checkpoints; `__call__` reads it from `batch.parameters[self.name]`, since only what goes through the forward
             of the wrapped model is averaged over processes.
     """

@@ -55,7 +55,7 @@ class CrossEntropy(LossTerm):
 
 
 class ClassTextCrossEntropy(LossTerm):
-    """Mean cross-entropy of the scaled cosines of images with the classes' texts, which are encoded anew in every step.
+    """Mean cross-entropy of the scaled cosines of images with the classes' texts, which are encoded again in every step.
 
     Args:
         weight: factor in the sum.

@@ -11,7 +11,7 @@ class SupCon(LossTerm):
 
     Args:
         weight: factor in the sum.
-        include_self: False is the paper's form: an image's own text is no positive, but stays in the denominator. True is
+        include_self: False is the paper's form: an image's own text is not a positive, but stays in the denominator. True is
             the UniCL form: it is a positive, too.
 
     References: Enomoto & Yamaguchi 2026, "MultiModal Fine-tuning with Synthetic Captions" (arXiv 2601.21426); Yang et al.

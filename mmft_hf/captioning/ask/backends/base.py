@@ -132,7 +132,7 @@ def count_of(*values: object) -> int | None:
 
 
 def _storable(answer: Answer) -> Answer:
-    """Returns `answer` with a short model name; raises `TypeError` for a finish reason that is no text."""
+    """Returns `answer` with a short model name; raises `TypeError` for a finish reason that is not a string."""
     reason, model = answer.finish_reason, answer.model
     if reason is not None:
         text_of(reason)

@@ -26,7 +26,7 @@ from .device import default_device, empty_cache, out_of_memory, seeded
 
 logger = logging.getLogger(__name__)
 
-# Files of a folder that, beside the weights, decide what a model writes. Others (cards, logs) may change.
+# Files of a folder that, in addition to the weights, decide what a model writes. Others (cards, logs) may change.
 SETTINGS = (
     *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
@@ -110,7 +110,7 @@ class TransformersBackend:
         }
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
-        """The answers in the order of the requests; a request that failed alone has its error in place of an answer.
+        """The answers in the order of the requests; a request that failed alone has its error instead of an answer.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -147,7 +147,7 @@ class TransformersBackend:
                 f"found model_type {config.model_type!r}. Type for example llava-hf/llava-1.5-7b-hf."
             )
         if isinstance(self._source, Path) and not any(self._source.glob("*.safetensors")):
-            raise UserError(f"captioner {self.name!r}: expected *.safetensors beside config.json, found none.")
+            raise UserError(f"captioner {self.name!r}: expected *.safetensors next to config.json, found none.")
         return config
 
     @cached_property
@@ -246,7 +246,7 @@ class TransformersBackend:
 
     # -- generating ---------------------------------------------------------------------------------------------------
     def _generate(self, requests: list[Request]) -> list[Answer | CallError]:
-        """Runs in a thread of its own, so that the event loop goes on. The lock keeps the model to one thread at a time."""
+        """Runs in its own thread, so that the event loop keeps running. The lock keeps the model to one thread at a time."""
         with self._lock:
             self._load()
             results: list[Any] = [self._prepare(request) for request in requests]
