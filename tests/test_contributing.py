@@ -83,7 +83,7 @@ def head():
 
 
 def check():
-    fired = [TABLE["exclamation"].finds(Candidate(t, "stop", set(), False, 0, frozenset(), text=t)) for t in ("Oh!", "Oh.")]
+    fired = [TABLE["exclamation"].finds(Candidate(t, "stop", set(), False, 0, text=t)) for t in ("Oh!", "Oh.")]
     return {"fired": fired, "listed": "exclamation" in CHECKS}
 
 
