@@ -15,6 +15,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
+from mmft_hf.captioning.write import imports
 from mmft_hf.captioning.write.dataset import CAPTION_FEATURES, RECORD
 from mmft_hf.captioning.write.imports import import_captions
 from mmft_hf.captioning.write.merges import merge_captions
@@ -155,8 +156,11 @@ def test_pairs_are_right_under_each_rule(photos, tmp_path, rule):
 
 def test_same_file_names_are_refused_and_the_rule_that_helps_is_named(photos, tmp_path):
     path = write(tmp_path / "VisualCaption.json", {"001.jpg": "whose?"})
-    with pytest.raises(UserError, match=r"'001.jpg' fits cats/001.jpg \(row 1\), dogs/001.jpg .*another rule"):
+    with pytest.raises(
+        UserError, match=r"'001.jpg' fits cats/001.jpg \(row 1\), dogs/001.jpg .*class/file_name"
+    ) as error:
         run(photos, path, "file_name")
+    assert "write keys such as cats/001.jpg, dogs/001.jpg" in str(error.value)
     write(path, {"001.jpg": "whose?", "cats/001.jpg": "a cat", "dogs/001.jpg": "a dog"})
     with pytest.raises(UserError, match="Type --key_rule class/file_name"):
         run(photos, path, "file_name")
@@ -172,7 +176,7 @@ def test_file_names_that_are_unique_among_the_keys_work(folder, tmp_path):
 
 def test_underscores_that_make_two_pictures_share_a_key_are_refused(tmp_path):
     data = rows_of([picture(1), picture(2)], [0, 1], ("a", "a_b"), ["b_c.jpg", "c.jpg"])
-    with pytest.raises(UserError, match=r"fits a/b_c.jpg .*Write keys of another rule"):
+    with pytest.raises(UserError, match=r"fits a/b_c.jpg .*Rule file_name tells them apart"):
         run(data, write(tmp_path / "x.json", {"a_b_c.jpg": "whose?"}), "class_file_name")
 
 
@@ -366,7 +370,7 @@ def test_wrong_files_are_refused(photos, tmp_path, content, message):
     assert message in str(error.value)
 
 
-def test_wrong_arguments_are_refused(photos, tmp_path):
+def test_large_files_and_wrong_arguments_are_refused(photos, tmp_path, monkeypatch):
     path = write(tmp_path / "x.json", {"0": "a cat"})
     with pytest.raises(UserError, match="Did you mean 'file_name'"):
         run(photos, path, "filename")
@@ -376,6 +380,9 @@ def test_wrong_arguments_are_refused(photos, tmp_path):
         run(photos.remove_columns("label"), path, "index")
     with pytest.raises(UserError, match="labels with class names"):
         run(photos.cast_column("label", Value("int64")), path, "index")
+    monkeypatch.setattr(imports, "MAX_FILE_BYTES", 10)
+    with pytest.raises(UserError, match="at most 10 bytes"):
+        run(photos, path, "index")
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

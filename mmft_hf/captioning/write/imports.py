@@ -22,7 +22,7 @@ from ..types import ACCEPTED
 from .dataset import CAPTION_FEATURES, RECORD, captions_from, verdict
 from .labelled import LabelledImages, nfc, note, record_key, with_columns
 
-NO_RULE = "No other rule fits any: is it a file for another dataset, or for another split?"
+MAX_FILE_BYTES = 1 << 30  # the largest benchmark, 1.28 million captions of one aspect, takes a third of it
 _QUOTES = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
 
 
@@ -76,16 +76,15 @@ def _match(images: LabelledImages, keys: Sequence[str], rule: str, path: Path) -
         examples = [key for row in range(len(images.files))[:3] for key in sorted(KEY_RULES[rule](images, row))]
         raise UserError(
             f"{path}: expected keys of rule {rule}, such as {some(examples, 3) or 'none'}; found {some(keys, 3)}, and none "
-            f"fits. {_better_rule(images, keys, rule, NO_RULE)}"
+            f"fits. {_better_rule(images, keys, rule)}"
         )
     unclear = {key: rows for key, rows in found.items() if len(rows) > 1}
     if unclear:
         key, rows = next(iter(unclear.items()))
-        otherwise = "Write keys of another rule, or give the images different file names."
         names = some([f"{images.image_name(row)} (row {row})" for row in rows], 3)
         raise UserError(
             f"{path}: expected keys that fit one image each, found {len(unclear):,} that fit several under rule "
-            f"{rule}: {key!r} fits {names}. {_better_rule(images, keys, rule, otherwise)}"
+            f"{rule}: {key!r} fits {names}. {_unique_rule(images, keys, rule, unclear)}"
         )
     keys_of: dict[int, str] = {}
     for key, (row,) in found.items():
@@ -105,15 +104,29 @@ def _check_order(images: LabelledImages, keys: Sequence[str], found: dict, path:
             raise UserError(
                 f"{path}: expected rows in the order of the keys, found key {key!r} at row {int(number)}, an image "
                 f"of class {images.class_name(int(number))!r}. Use the dataset that the captions were written for, in "
-                f"its order. {_better_rule(images, keys, 'index', NO_RULE)}"
+                f"its order. {_better_rule(images, keys, 'index')}"
             )
 
 
-def _better_rule(images: LabelledImages, keys: Sequence[str], rule: str, otherwise: str) -> str:
-    """The advice to type the rule that most keys fit; `otherwise` if no other rule fits any."""
+def _better_rule(images: LabelledImages, keys: Sequence[str], rule: str) -> str:
+    """The advice where no key fits: the rule that most keys fit."""
     fits = {other: len(_find(images, keys, other)) for other in KEY_RULES if other != rule}
     best = max(fits, key=fits.get)
-    return f"Type --key_rule {best}, which fits {fits[best]:,} of {len(keys):,} keys." if fits[best] else otherwise
+    if fits[best]:
+        return f"Type --key_rule {best}, which fits {fits[best]:,} of {len(keys):,} keys."
+    return "No other rule fits any: is it a file for another dataset, or for another split?"
+
+
+def _unique_rule(images: LabelledImages, keys: Sequence[str], rule: str, unclear: dict[str, list[int]]) -> str:
+    """The advice where keys fit several images: a rule that gives these images different keys."""
+    for other in KEY_RULES:
+        names = [[KEY_RULES[other](images, row) for row in rows] for rows in unclear.values()]
+        if other == rule or any(not all(n) or sum(map(len, n)) > len(set().union(*n)) for n in names):
+            continue
+        if _find(images, keys, other):
+            return f"Type --key_rule {other}."
+        return f"Rule {other} tells them apart: write keys such as {some(sorted(names[0][0] | names[0][1]), 3)}."
+    return "Give the images different file names."
 
 
 # -- the import -------------------------------------------------------------------------------------------------------
@@ -264,6 +277,9 @@ def _read_captions(path: Path) -> tuple[dict[str, list[str]], str]:
         return found
 
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            size = f"{path.stat().st_size:,} bytes"
+            raise UserError(f"{path}: expected at most {MAX_FILE_BYTES:,} bytes, found {size}. Split it in several.")
         values = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
     except UserError:
         raise
