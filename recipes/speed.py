@@ -50,7 +50,7 @@ from mmft_hf.model.losses import MMFTLoss
 GEOMETRIES = {"ViT-B/32": 32, "ViT-B/16": 16, "tiny-clip": None}
 CLASSES = 37  # as in Oxford Pets
 TEMPLATE = "a photo of a {}."
-# FLOP/s, dense, in bfloat16 (float16 where there is no bfloat16), as the makers state them.
+# FLOP/s, dense, in bfloat16 (float16 without bfloat16), as the manufacturers state them.
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -388,7 +388,7 @@ def _threes(size: int) -> list[list[str]]:
 
 
 def chunks(geometry: str, precision: str, whole: int, batch: int) -> None:
-    """A step of `batch` images in chunks of `whole` beside a step of `whole`."""
+    """A step of `batch` images in chunks of `whole`, compared with a step of `whole`."""
     give_memory_back()
     model, processor = build(geometry)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -123,7 +123,7 @@ TRAININGS = {
 
 # -- comparing ----------------------------------------------------------------------------------------------------------
 def environment() -> dict:
-    """What the last bit of a number depends on, beside the code."""
+    """What the last bit of a number depends on, apart from the code."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     libraries = ("torch", "transformers", "numpy", "pillow", "peft", "scikit-learn")
@@ -332,7 +332,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(here, name):
     assert logged and not json_of("moved/mmft.json")["completed"]
     run(words(RUNS[whole], "moved", "--resume_from_checkpoint", "true"))
     assert_same_run("moved", "expected", answers("resumed")[name])
-    # With the times of the killed process: it went on, and did not start anew.
+    # With the times of the killed process: it went on, and did not start again.
     assert json_of("moved/trainer_state.json")["log_history"][: len(logged)] == logged
 
 

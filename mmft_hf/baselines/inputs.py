@@ -1,4 +1,4 @@
-"""What the baselines on frozen features share: checked arrays, the choice of a parameter on validation, a training loop.
+"""Shared by the baselines on frozen features: checked arrays, the choice of a parameter on validation, a training loop.
 
 Shapes as in `baselines`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.console import some
 from ..core.errors import UserError
 
-UNIT_NORM_TOLERANCE = 0.02  # more than half precision takes off a norm of 1
+UNIT_NORM_TOLERANCE = 0.02  # larger than the rounding error of a norm of 1 in half precision
 
 
 class Inputs(NamedTuple):
@@ -63,7 +63,7 @@ def check(
 
     Args:
         train_x (`(n, D)`, or with `views` also `(n, V, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`).
-        dtype: of the computation; None keeps float32 where `train_x` is float32, and takes float64 otherwise.
+        dtype: of the computation; None keeps float32 if `train_x` is float32, and takes float64 otherwise.
         every_class: the method needs an example of every class.
         unit_norm: the method needs features of norm 1. Class weights of `zero_shot` always do.
         test_name: the name of `test_x` in messages.
@@ -158,7 +158,7 @@ def best(
 ) -> Choice:
     """The candidate with the best accuracy on validation; of equals, the one nearest to the default.
 
-    Few-shot validation sets are small, so that many candidates are equal: where validation cannot tell them apart, the
+    Few-shot validation sets are small, so many candidates tie. If validation cannot tell them apart, the
     default stays. The distance is the sum over the parameters of the distances of their logarithms.
 
     Args:

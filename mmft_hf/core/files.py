@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a fine-tuning run writes into its folder, apart from the model and its checkpoints.
+# The files that a fine-tuning run writes into its folder, apart from the model and its checkpoints.
 RUN_FILE = "mmft.json"
 RESULTS_FILE = "all_results.json"
 STATE_FILE = "trainer_state.json"
@@ -23,10 +23,10 @@ RUN_FILES = {RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PR
 RUN_FILES |= {SHEET_FILE, CONFUSION_FILE, CURVES_FILE}
 ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
-# What a captioning run writes into its folder, apart from the data and the card.
+# The files that a captioning run writes into its folder, apart from the data and the card.
 DETAILS_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
 
-# What a model and its processor are loaded from, apart from the weights.
+# The files from which a model and its processor are loaded, apart from the weights.
 MODEL_FILES = frozenset(
     "config.json preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model".split()
@@ -78,7 +78,7 @@ def write_json(path: str | os.PathLike, content, indent: int | None = 2, **optio
 
 
 def read_json(path: str | os.PathLike):
-    """The content of a JSON file; None where it is missing or damaged."""
+    """The content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

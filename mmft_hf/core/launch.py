@@ -1,6 +1,6 @@
 """Checks the start of several processes, and ends all of them with a message when one of them ends.
 
-`accelerate launch`, `torchrun` and a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are treated alike.
+`accelerate launch`, `torchrun` and schedulers that set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are treated alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the card of a base model or dataset says about it: name, place, revision, licence. Never a local path."""
+"""Describes a base model or dataset by its card: name, place, revision, licence. Never a local path."""
 
 from __future__ import annotations
 

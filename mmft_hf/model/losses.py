@@ -71,7 +71,7 @@ class Batch:
         the gradient of one process.
         """
         parts = [image_embeds] if text_embeds is None else [image_embeds, text_embeds]
-        # Side by side, so that they travel at once.
+        # Concatenated, so that one gather is enough.
         both = gather(torch.cat(parts, dim=1) if len(parts) > 1 else image_embeds, equal_sizes)
         embeds = both.split([part.shape[1] for part in parts], dim=1)
         return cls(embeds[0], gather(labels, equal_sizes), scale, *embeds[1:], **more)

@@ -19,7 +19,7 @@ from .collator import input_size, tokenize
 from .loading import encode_images, encode_texts
 from .towers import frozen_batch_norms
 
-# Rows of the two trials: what both keep alike is needed once per batch, the difference once per row.
+# Rows of the two trials: the part that both keep is needed once per batch, the difference once per row.
 FEW, MORE = 1, 3
 
 

@@ -149,7 +149,7 @@ def training_curves(log_history: Iterable[dict]) -> tuple[list, list]:
         if "loss" in log:
             losses[epoch] = log["loss"]
         if "eval_accuracy" in log:
-            # What is measured after the training is the model that was kept, not that of the last epoch.
+            # Figures measured after the training belong to the model that was kept, not to the last epoch.
             (after if finished else accuracies).setdefault(epoch, 100 * log["eval_accuracy"])
     curves = (losses, accuracies or after)
     return tuple([(x, y) for x, y in sorted(c.items()) if math.isfinite(y)] for c in curves)

@@ -1,4 +1,4 @@
-"""Predictions to look at: a table with all of them, and a contact sheet with some pictures."""
+"""Predictions for inspection: a table with all of them, and a contact sheet with some pictures."""
 
 from __future__ import annotations
 

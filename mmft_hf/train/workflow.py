@@ -74,7 +74,7 @@ class FinetuneResult:
         metrics: the content of `all_results.json`; accuracies go from 0 to 1.
         fallback_classes: classes without captions, which the class template stands for.
         repeated: the folder held this very run, complete, and nothing was trained.
-        url: the address of the commit, where the run was pushed to the Hub.
+        url: the address of the commit, if the run was pushed to the Hub.
     """
 
     output_dir: Path
@@ -127,7 +127,7 @@ def finetune(
     """Fine-tunes a dual encoder and saves a classifier: all that `mmft-hf finetune` does.
 
     The untuned model with the class template is a candidate, too. The best epoch is chosen on validation; the test split
-    is read once, after that. Where a split is missing, part of the training split is held out for it.
+    is read once, after that. If a split is missing, part of the training split is held out for it.
 
     Args:
         dataset: Hub id, folder or file, as for `--dataset_name`; or a `Dataset` or several of them by split name, with the
@@ -221,7 +221,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     reporter.started(plan)
 
     # -- training and selection ----------------------------------------------------------------------------------------
-    if config.push_to_hub and is_main():  # as late as possible, so that a failure before leaves no empty repository
+    if config.push_to_hub and is_main():  # as late as possible, so that an earlier failure leaves no empty repository
         make_repo(config.hub_model_id, "model", config.hub_private_repo, config.hub_revision, config.hub_token)
     folder.claim(resume)
     try:
@@ -243,7 +243,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
     untuned = ImageClassifier(load()[0].to(config.device), processor, zero_shot)
     zero_shot_test = score(untuned, splits.test, name="test")
-    # The zero-shot classifier wins only where no epoch reached its validation accuracy.
+    # The zero-shot classifier wins only if no epoch reached its validation accuracy.
     zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
     if zero_shot_won:
         chosen, validation, adapter = untuned, untuned_validation["accuracy"], None

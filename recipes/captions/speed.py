@@ -2,7 +2,7 @@
 
     python recipes/captions/speed.py --images 20000 --noop 100000
 
-The server runs in a process of its own and does not look at the pictures. The script prints the captions per second with
+The server runs in its own process and does not look at the pictures. The script prints the captions per second with
 64 requests in flight, as a share of the 320 that 200 ms allow; the CPU time per caption, split into the picture (read,
 hash, decode) and the driver (HTTP client, sending, checks, journal); and the time of a second run with nothing to do.
 Memory is the peak of the anonymous memory of the process, without the pages of the dataset that the system caches.

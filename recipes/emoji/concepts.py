@@ -142,7 +142,7 @@ class Icons:
                 continue
             code = next((code for code in codes[icon] if code in self.concepts), None) if icon in codes else None
             if not code and icon in codes:
-                continue  # a skin tone, or another emoji that is no concept of its own
+                continue  # a skin tone, or another emoji that is not a separate concept
             code = code or self.by_name.get(icon)
             if not code:
                 known = (a for a, entry in aliases.items() if entry.get("parent") == icon and a in self.by_name)

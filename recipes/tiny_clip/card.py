@@ -13,7 +13,7 @@ tags: [clip, emoji, icons, small]
 ---
 # tiny-clip
 
-A real but very small CLIP: {parameters:.2f} M parameters, pre-trained from nothing on {pictures:,} drawings (emoji, icons,
+A real but very small CLIP: {parameters:.2f} M parameters, pre-trained from scratch on {pictures:,} drawings (emoji, icons,
 clip art) with their names, keywords and dictionary glosses. It opens with stock `transformers` and is meant for trying
 out fine-tuning and retrieval code in minutes on a CPU. It is **not for use** on photographs or in any product.
 
@@ -28,7 +28,7 @@ TAIL = """
 ## Limits
 
 - It knows drawings on plain backgrounds. On photographs its answers mean nothing.
-- English only, lower-case, {vocab:,} tokens; texts beyond {max_tokens} tokens were cut in training (the model takes 77).
+- English only, lower-case, {vocab:,} tokens; texts beyond {max_tokens} tokens were truncated in training (the model takes 77).
 - Names and glosses carry the slant of those who named the pictures; WordNet senses were picked by rule, some are wrong.
 - The evaluation sets are small; drawings of one concept are not independent, so the intervals are too narrow.
 - Its text tower knows only the words of icon names, emoji keywords and short glosses.
@@ -98,8 +98,8 @@ def main():
         f"\nMuon (rate {used['muon_lr']}) for the matrices of the layers, AdamW (rate {used['lr']}) for the rest, weight decay "
         f"{used['weight_decay']}; a straight fall of the rate over the last {used['decay_steps']:,} steps of stage 2; bfloat16 "
         f"autocast; weights averaged (EMA {used['ema']}).\nThe CLIP loss counts every caption of the batch that also fits a "
-        "picture as right; beside it a bag-of-words loss on the image features (names, keywords, hypernyms), whose head was "
-        "thrown away.\nCaptions of stage 2 were drawn from name, aliases, keywords and gloss in a few templates: words such as "
+        "picture as right. A bag-of-words loss on the image features (names, keywords, hypernyms) was added; its head was "
+        "discarded.\nCaptions of stage 2 were drawn from name, aliases, keywords and gloss in a few templates: words such as "
         "`mammal` come from keywords and glosses alone.\nThe label columns of the emoji sets were never used. The code is "
         "`recipes/tiny_clip` of the mmft_hf repository.\n"
     )

@@ -73,7 +73,7 @@ def linear_probe(model, train, test, c=1.0):
 
 
 def fine_tune(model, processor, train, epochs=15, lr=2e-4, batch=64, seed=0):
-    """Quick CLIP fine-tuning: one caption per picture, 'a photo of a {class}. {caption}', drawn anew each epoch."""
+    """Quick CLIP fine-tuning: one caption per picture, 'a photo of a {class}. {caption}', drawn again each epoch."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer, n = processor.tokenizer, len(train.labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)

@@ -25,7 +25,7 @@ def plain(name, strip=""):
 
 
 def iconify(folder, strip="", skip=""):
-    """An @iconify-json package. strip: cut from names; skip: icons whose name matches are left out."""
+    """An @iconify-json package. strip: removed from names; skip: icons whose name matches are left out."""
     data = json.loads((folder / "icons.json").read_text())
     meta = json.loads(p.read_text()) if (p := folder / "metadata.json").exists() else {}
     categories, aliases = {}, {}
@@ -67,7 +67,7 @@ def tabler(folder):
 
 
 def phosphor(folder):
-    """The catalogue is JavaScript; name, categories and tags are cut out of it by pattern."""
+    """The catalogue is JavaScript; name, categories and tags are extracted from it by pattern."""
     text = (folder / "dist" / "index.mjs").read_text()
     drawers = dict(re.findall(r'i\.(\w+) = "([^"]+)"', text[: text.index("a = /*")]))
     pattern = r'name: "([^"]+)",(?:.*?)categories: \[(.*?)\](?:.*?)tags: \[(.*?)\]'

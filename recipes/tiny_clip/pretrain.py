@@ -25,7 +25,9 @@ def arguments():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--decay-steps", type=int, default=1300, help="last steps, over which the rate falls to zero")
     parser.add_argument("--full-steps", type=int, default=400, help="last steps, with all patches")
-    parser.add_argument("--image-tower", type=Path, help="model of an earlier stage whose image tower is gone on with")
+    parser.add_argument(
+        "--image-tower", type=Path, help="model of an earlier stage whose image tower is trained further"
+    )
     parser.add_argument("--kind-steps", type=int, default=0, help="first steps, with hypernyms among the captions")
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
@@ -45,7 +47,7 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check-every", type=int, default=1000)
     parser.add_argument("--plain-start", action="store_true", help="random starting weights throughout")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     return parser.parse_args()
 
 

@@ -31,7 +31,7 @@ money bag: money | credit card: card | chart increasing: chart graph | calendar:
 
 
 def singular(word):
-    """A rough stem: plural endings and -ing are cut; the same cut is made on both sides of a comparison."""
+    """A rough stem: plural endings and -ing are removed, on both sides of a comparison."""
     if len(word) > 5 and word.endswith("ing"):
         word = word[:-3]
         if len(word) > 2 and word[-1] == word[-2]:

@@ -254,7 +254,7 @@ def test_every_kind_of_dual_encoder_has_both(kind, tmp_path):
 
 
 def test_pictures_and_crops_are_those_of_mmft(clip, tmp_path, monkeypatch):
-    """The same pixels in the same steps, with random crops."""
+    """With random crops, both see the same pixels in the same steps."""
     seen = {}
     for name in ("mmft", "ce", "texts"):
         model, processor = copy.deepcopy(clip)

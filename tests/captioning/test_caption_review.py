@@ -62,7 +62,7 @@ def says(text, **more) -> dict:
 
 
 def history(folder) -> list[list[tuple]]:
-    """Of each slot, its tries as (reask, status, pending), the one that counts last."""
+    """The tries of each slot as (reask, status, pending), the one that counts last."""
     return [[(r["reask"], r["status"], r["pending"]) for r in rows] for _, rows in by_slot(folder / "journal", HISTORY)]
 
 

@@ -54,7 +54,7 @@ def one(clip_folder, data_folder, tmp_path_factory):
 
 
 def two(clip_folder, data_folder, folder, **more):
-    """The same run on two processes, each with half of a batch."""
+    """The settings of that run on two processes, each with half of a batch."""
     more = {"output_dir": folder, "per_device_train_batch_size": 4} | more
     return settings(model_name_or_path=clip_folder, dataset_name=data_folder, **more)
 

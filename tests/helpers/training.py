@@ -29,7 +29,7 @@ def changed(before: dict, after: dict) -> set[str]:
 
 
 class StopAfter(TrainerCallback):
-    """Ends the training after a step, as a cut would, with nothing restored or tidied up by the test."""
+    """Ends the training after a step, as an interruption would, with nothing restored or tidied up by the test."""
 
     def __init__(self, step):
         self.step = step

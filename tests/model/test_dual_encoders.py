@@ -242,7 +242,7 @@ def test_two_steps_change_what_is_trained_and_the_saved_folder_predicts_the_same
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["altclip", "vit_bert"])
 def test_a_checkpoint_gives_back_every_weight(kind, mode, folders, tmp_path):
-    """Of these, save_pretrained renames some weights, so that the stock Trainer reads back only the others."""
+    """save_pretrained renames some weights of these models, so the stock Trainer reads back only the others."""
 
     def trainer(name):
         pair = load_model(str(folders[kind]))

@@ -114,7 +114,7 @@ def changed_limit(clip):
 
 
 def as_files(data: Dataset, folder: Path) -> Dataset:
-    """The same pictures as files, by their paths."""
+    """Writes the pictures to files and names them by their paths."""
     folder.mkdir()
     paths = []
     for row, image in enumerate(data["image"]):

@@ -145,7 +145,7 @@ def test_two_processes_cut_within_an_epoch_go_on_as_if_they_had_not_been_on_two_
         return done.stderr if fails else load_file(tmp_path / name / "model.safetensors")
 
     def cut(name: str) -> None:
-        """What a cut after checkpoint-4 leaves: no later checkpoint, no results, a record that says so."""
+        """What an interruption after checkpoint-4 leaves: no later checkpoint, no results, a record that says so."""
         shutil.copytree(tmp_path / "straight", tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoint-6")
         record = json.loads((tmp_path / name / "mmft.json").read_text())

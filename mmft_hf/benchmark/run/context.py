@@ -37,7 +37,7 @@ class Trained:
         steps: optimizer steps; None without training.
         head: the classification head trained with the model, and `first_head`, the head it started from; None where images
             were compared with texts.
-        chosen: what validation chose on the way, by name.
+        chosen: what validation chose during the training, by name.
         seconds: wall-clock time of the training, measured by `Context.train`.
     """
 

@@ -97,7 +97,7 @@ class Grid:
         A cell that fails is recorded as failed, and the others continue. Other processes take over the cells of one that died.
 
         Args:
-            context: may be None where no cell is open.
+            context: may be None if no cell is open.
         """
         while left := self.open_cells():
             groups: dict[tuple, list[Cell]] = {}

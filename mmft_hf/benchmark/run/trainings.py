@@ -1,4 +1,4 @@
-"""How fine-tuning methods train: a task and a learning rate in, a tuned model out. Methods may share a training."""
+"""The trainings of fine-tuning methods: each takes a task and a learning rate, and returns a tuned model. Methods may share one."""
 
 from __future__ import annotations
 

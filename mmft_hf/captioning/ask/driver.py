@@ -25,7 +25,7 @@ LARGER_BUDGET = 4  # factor on the token limit if a model spent all of its token
 
 
 class Gone(Exception):
-    """A picture is not what it was when the run was planned. It may be back by the next run."""
+    """A picture is missing, or differs from the one that was planned. The next run may find it again."""
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""What the HTTP backends share: one request becomes one POST. Each backend builds the body and reads the answer."""
+"""The base of the HTTP backends: one request becomes one POST. Each backend builds the body and reads the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a failed HTTP call means: try again, give up this request, or stop. No message contains a key."""
+"""The meaning of a failed HTTP call: try again, give up this request, or stop. No message contains a key."""
 
 from __future__ import annotations
 
