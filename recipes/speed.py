@@ -28,7 +28,7 @@ from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 
-# This folder has an evaluate.py, which must not take the place of the library of that name.
+# This folder has an evaluate.py, which must not hide the library of that name.
 sys.path.pop(0)
 
 import numpy as np
@@ -408,7 +408,7 @@ def chunks(geometry: str, precision: str, whole: int, batch: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    step(8, 0)  # the optimizer's moments are there from here on
+    step(8, 0)  # from here on the optimizer has its moments
     for size, chunk in ((whole, 0), (batch, whole)):
         seconds, used = timed(step, size, chunk)
         rows.append(

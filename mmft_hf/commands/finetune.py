@@ -63,7 +63,7 @@ class Terminal:
     def finished(self, result: FinetuneResult) -> None:
         folder, metrics = result.output_dir, result.metrics
         if result.repeated:
-            say(f"{folder} holds this very run, complete. Its results are in {folder / RESULTS_FILE}.")
+            say(f"{folder} already holds this run, complete. Its results are in {folder / RESULTS_FILE}.")
             return
 
         def accuracy(prefix: str) -> str:

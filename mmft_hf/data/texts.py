@@ -28,7 +28,7 @@ def check_template(template: str) -> str:
     if template.count("{}") != 1:
         raise UserError(
             f"class_template: expected a text with {{}} once, where the class name goes, found {template!r}. "
-            f"Type for example --class_template {DEFAULT_TEMPLATE!r}."
+            f"For example, type --class_template {DEFAULT_TEMPLATE!r}."
         )
     return template
 

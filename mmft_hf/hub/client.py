@@ -22,7 +22,7 @@ from ..core.files import CARD_FILE
 
 TRIES = 6
 LONGEST_PAUSE_S = 30.0  # between two tries, if the Hub does not say how long to wait
-LONGEST_WAIT_S = 120.0  # if the Hub says so; a push that would have to wait longer ends, and can be continued later
+LONGEST_WAIT_S = 120.0  # if the Hub asks for it; a push that would have to wait longer ends, and can be continued later
 CONNECTION_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests")
 REFUSALS = {
     401: "expected a token that the Hub knows, found one that it does not. Type hf auth login",

@@ -54,7 +54,7 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected a Hub id or a folder with a config.json of a dual encoder; it could not be "
-            f"loaded ({str(error).strip().splitlines()[0]}). Type for example --model_name_or_path "
+            f"loaded ({str(error).strip().splitlines()[0]}). For example, type --model_name_or_path "
             "openai/clip-vit-base-patch32."
         ) from error
     family = FAMILIES.get(config.model_type)
@@ -62,7 +62,7 @@ def load_model(
         reason = f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""
         raise UserError(
             f"model {name_or_path!r}: expected a CLIP-style dual encoder (model_type {', '.join(FAMILIES)}), found model_type "
-            f"{config.model_type!r}{reason}. Type for example --model_name_or_path openai/clip-vit-base-patch32."
+            f"{config.model_type!r}{reason}. For example, type --model_name_or_path openai/clip-vit-base-patch32."
         )
     try:
         # Only safetensors: nothing is unpickled from a path that a user gives.

@@ -73,7 +73,7 @@ class FinetuneResult:
         output_dir: folder of the classifier, its results and its card.
         metrics: the content of `all_results.json`; accuracies go from 0 to 1.
         fallback_classes: classes without captions, which the class template stands for.
-        repeated: the folder held this very run, complete, and nothing was trained.
+        repeated: the folder already held this run, complete, and nothing was trained.
         url: the address of the commit, if the run was pushed to the Hub.
     """
 
@@ -100,7 +100,7 @@ class FinetuneResult:
 
 
 class Reporter:
-    """Is told what happens in a run, in the main process; this one says nothing."""
+    """Receives the events of a run, in the main process. This base class prints nothing."""
 
     def started(self, plan: FinetunePlan) -> None:
         """Before the training."""
@@ -135,7 +135,7 @@ def finetune(
         model: Hub id or folder of a dual encoder, or `builtin/tiny-clip`.
         output_dir: folder of the results. A folder that holds another run is not overwritten.
         epochs: epochs of training.
-        reporter: is told what happens. Default: only the lines of the epochs are printed.
+        reporter: receives the events of the run. Default: only the lines of the epochs are printed.
         settings: any setting of `mmft-hf finetune` by its name, e.g. `learning_rate=1e-5`, `shots=16`, `vision_tower="lora"`.
 
     Returns:
@@ -174,7 +174,7 @@ def run_finetuning(
 
     Args:
         dataset: splits in memory, used instead of `data_args.dataset_name`.
-        reporter: is told what happens, in the main process.
+        reporter: receives the events of the run, in the main process.
     """
     reporter = reporter if reporter and is_main() else Reporter()
     with together(lambda: last_complete_checkpoint(config.output_dir)):

@@ -227,7 +227,7 @@ def test_a_run_from_before_there_were_these_options_had_their_defaults(run, caps
     default = [word for name in SETTINGS if name != "supcon_weight_end" for word in (f"--{name}", "0")]
     at = words.index("--supcon_weight_end")
     assert main([*words[:at], *words[at + 2 :], *default]) == 0
-    assert "holds this very run, complete" in capsys.readouterr().out
+    assert "already holds this run, complete" in capsys.readouterr().out
     path.write_text(json.dumps(record))
 
 

@@ -39,7 +39,7 @@ def verdict(results: Findings) -> tuple[str, list[str], dict[str, Comparisons]]:
 def _answer(results: Findings, found: dict[str, Comparisons]) -> tuple[str, list[str]]:
     control = next((name for name in (CONTROL, "flyp") if found[name]), None)
     if control is None:
-        headline = "It cannot be told whether captions helped: there is no control without them."
+        headline = "It is not clear whether captions helped: there is no control without them."
         sentences = [f"Add {CONTROL} to --methods: the same training on class templates alone."]
     else:
         level = "captions made no difference that stands out from chance"
@@ -74,7 +74,7 @@ def _no_answer(results: Findings) -> tuple[str, list[str]]:
         why = "mmft is not among the results."
     highest = f"Highest test accuracy on the same seeds: {listed(leaders)}." if leaders else ""
     rest = _unfinished(results) if results.missing() else ""
-    return f"It cannot be told whether captions helped: {why}", [text for text in (highest, rest) if text]
+    return f"It is not clear whether captions helped: {why}", [text for text in (highest, rest) if text]
 
 
 def _unfinished(results: Findings) -> str:

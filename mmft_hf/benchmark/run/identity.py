@@ -51,7 +51,7 @@ def identity_of(
 
 
 def revision_of(model: str, revision: str | None) -> str | None:
-    """Tells apart models of one name: the commit on the Hub, 16 hex digits of the hash of a folder's files."""
+    """Distinguishes models with the same name: the commit on the Hub, 16 hex digits of the hash of a folder's files."""
     folder = Path(model)
     if folder.is_dir():
         files = sorted([*folder.glob("*.safetensors"), *(folder / name for name in (*MODEL_FILES, ADAPTER_FILES[0]))])

@@ -49,7 +49,7 @@ class Method:
 
     Args:
         name: as in `--methods` and in the rows of results.
-        training: gives the weights; None: those of the untuned model. Methods with the very same training share its fit.
+        training: gives the weights; None: those of the untuned model. Methods with exactly the same training share its fit.
         inference: gives the head that images are compared with, see `inference`.
         family: a key of `FAMILIES`.
         about: what it is, or what the comparison with `mmft` shows, in one sentence.
@@ -198,7 +198,7 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
             trained = (
                 context.train(method.training, task, rate) if method.training else Trained(context.model, task.train)
             )
-        except UserError as error:  # the loss became NaN, say: another rate may do
+        except UserError as error:  # for example a loss of NaN: another rate may work
             failed[rate] = error
             seconds += time.monotonic() - start
             continue

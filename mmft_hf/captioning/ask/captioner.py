@@ -75,7 +75,7 @@ class Captioner:
             )
         if self.asks and not self.model:
             raise UserError(
-                f"--captioner {self.backend}: expected the name of a model. Type for example --captioner_model "
+                f"--captioner {self.backend}: expected the name of a model. For example, type --captioner_model "
                 f"{EXAMPLES[self.backend]}."
             )
         if self.aspects_per_call not in ("one", "all"):

@@ -180,7 +180,7 @@ def check_actions(actions: Mapping[str, str]) -> dict[str, str]:
         if action not in known:
             raise UserError(
                 f"action of {name}: expected {', '.join(known)}, found {action!r}.{nearest(action, known)} "
-                f"Type for example {name}={known[1]}."
+                f"For example, type {name}={known[1]}."
             )
     return dict(actions)
 

@@ -140,7 +140,7 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def find_head(folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> Path:
-    """The file of the head in a folder or Hub repository: `head.safetensors`, else that of the first edition.
+    """The file of the head in a folder or Hub repository: `head.safetensors`, else that of version 0.1.
 
     Raises:
         UserError: there is none, or the repository cannot be read.

@@ -197,7 +197,7 @@ class ClassPrototypes(Head):
         return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes `head.safetensors`, and `prototypes.safetensors`, which the first edition reads. Returns the first's path."""
+        """Writes `head.safetensors`, and `prototypes.safetensors`, which version 0.1 reads. Returns the first's path."""
         path = super().save_pretrained(folder)
         settings = {key: value for key, value in vars(self).items() if key != "embeddings"}
         metadata = {key: value if key in PLAIN_TEXT else json.dumps(value) for key, value in settings.items()}

@@ -18,7 +18,7 @@ def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> 
     """The terms of a training: those given, or MMFT's own two, `w * SupCon + (1 - w) * CLIP`.
 
     Raises:
-        ValueError: two terms of one name, or none at all.
+        ValueError: two terms have the same name, or there is none.
     """
     if loss is None:
         w = config.supcon_weight

@@ -144,7 +144,7 @@ class TransformersBackend:
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise UserError(
                 f"captioner {self.name!r}: expected an image-text-to-text model (one that writes about a picture), "
-                f"found model_type {config.model_type!r}. Type for example llava-hf/llava-1.5-7b-hf."
+                f"found model_type {config.model_type!r}. For example, type llava-hf/llava-1.5-7b-hf."
             )
         if isinstance(self._source, Path) and not any(self._source.glob("*.safetensors")):
             raise UserError(f"captioner {self.name!r}: expected *.safetensors next to config.json, found none.")

@@ -157,7 +157,7 @@ class Transport:
         return {self.key_header: bearer + _read_key(self.api_key_env)}
 
     def secret(self) -> str | None:
-        """The key, to be taken out of messages."""
+        """The key, which is removed from messages."""
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else None
 
     def _read(self, status: int, headers: Mapping[str, str], data: bytes | None) -> dict[str, Any] | CallError:
