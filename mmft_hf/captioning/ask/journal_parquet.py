@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 from ...core.errors import UserError
 from ...core.files import atomic_write
 from ..types import STATUSES, TERMINAL
-from .journal import COLUMNS, Journal, by_slot, read_rows
+from .journal import COLUMNS, Journal, by_slot, journal_files, read_rows
 
 
 def export_journal(folder: str | Path, file: str | Path) -> int:
     """Writes the union of a journal folder to one parquet file. Returns its number of rows."""
     kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
     schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
+    if not journal_files(folder):
+        raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
     written, rows = 0, (row for _, tries in by_slot(folder) for row in tries)
     with atomic_write(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while batch := list(islice(rows, 10_000)):
