@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import ClassVar, NamedTuple
 
 from .errors import UserError
@@ -19,6 +20,8 @@ class Range(NamedTuple):
     open: tuple[str, ...] = ()
 
     def __contains__(self, value) -> bool:
+        if not isinstance(value, Real):
+            return False
         above = self.low < value if "low" in self.open else self.low <= value
         return above and (value < self.high if "high" in self.open else value <= self.high)
 
@@ -69,7 +72,7 @@ def check_settings(settings) -> None:
         if "choices" in known.metadata:
             choice(known.name, value, known.metadata["choices"])
         if allowed is not None and value not in allowed:
-            raise UserError(f"--{known.name}: expected {allowed}, found {value}.")
+            raise UserError(f"--{known.name}: expected {allowed}, found {value!r}.")
 
 
 def choice(name: str, value: str, known) -> None:

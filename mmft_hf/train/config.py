@@ -249,10 +249,10 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_persistent_workers: expected false without workers, found true. Leave it out, or type "
                 "--dataloader_num_workers 4."
             )
-        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs not in Range(open=("low",))):
             name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise UserError(
-                f"--{name}: expected more than 0, found {getattr(self, name)}. To measure, type mmft-hf evaluate."
+                f"--{name}: expected more than 0, found {getattr(self, name)!r}. To measure, type mmft-hf evaluate."
             )
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError(

@@ -95,3 +95,9 @@ def test_a_finished_run_is_not_repeated(in_python, clip_folder, data_folder):
 def test_unknown_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"unknown setting learning_rte\. Did you mean 'learning_rate'"):
         mmft_hf.finetune(DatasetDict(), output_dir=tmp_path, learning_rte=1)
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": "fast"}, {"shots": "few"}, {"epochs": "many"}])
+def test_a_text_in_place_of_a_number_is_refused(tmp_path, data_folder, wrong):
+    with pytest.raises(UserError, match=f"expected .*, found '{next(iter(wrong.values()))}'"):
+        mmft_hf.finetune(str(data_folder), output_dir=tmp_path, **wrong)
