@@ -150,6 +150,13 @@ def finetune(
         in_memory, given = None, {"dataset_name": str(dataset)} | given
     else:
         splits = {"train": dataset} if isinstance(dataset, Dataset) else dataset
+        found = list(splits.values()) if isinstance(splits, Mapping) else [splits]
+        if not all(isinstance(split, Dataset) for split in found):
+            types = ", ".join(sorted({type(split).__name__ for split in found}))
+            raise UserError(
+                f"dataset: expected a Hub id, a folder, a Dataset or Datasets by split name, found {types}. "
+                "Make one with datasets.load_dataset or Dataset.from_dict."
+            )
         # Rows that were selected or shuffled are an index into other rows; written out, each row is where it belongs.
         in_memory = DatasetDict({name: split.flatten_indices() for name, split in splits.items()})
         given = {"dataset_name": IN_MEMORY} | given

@@ -101,3 +101,9 @@ def test_unknown_settings_are_refused(tmp_path):
 def test_a_text_in_place_of_a_number_is_refused(tmp_path, data_folder, wrong):
     with pytest.raises(UserError, match=f"expected .*, found '{next(iter(wrong.values()))}'"):
         mmft_hf.finetune(str(data_folder), output_dir=tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, {"train": [1, 2]}])
+def test_what_is_no_dataset_is_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match="expected a Hub id, a folder, a Dataset or Datasets by split name, found"):
+        mmft_hf.finetune(wrong, output_dir=tmp_path)
