@@ -59,7 +59,7 @@ def check(
     views: bool = False,
     test_name: str = "test_x",
 ) -> Inputs:
-    """Checks the arguments of a method and brings them to one type and device.
+    """Checks the arguments of a method and converts them to one type and device.
 
     Args:
         train_x (`(n, D)`, or with `views` also `(n, V, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`).

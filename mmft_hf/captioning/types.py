@@ -135,7 +135,7 @@ class Sampling:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def spec(self) -> dict:
-        """What decides on a text that came to its end: everything but the token limit, which only truncates."""
+        """Everything that determines a complete text. The token limit only truncates, so it is not part of it."""
         options = {
             name: {n: v for n, v in value.items() if n not in BUDGETS} if isinstance(value, Mapping) else value
             for name, value in self.options.items()

@@ -108,7 +108,7 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def together(last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """Ends this process with a message when another process ends or falls silent, or when the launcher sends SIGTERM.
+    """Ends this process with a message when another process ends or stops answering, or when the launcher sends SIGTERM.
 
     A collective operation fails by itself when another process ends: immediately if the connection breaks, otherwise after
     `--ddp_timeout`. A process that waits inside such an operation cannot act on SIGTERM; a thread does so after `GRACE`

@@ -143,7 +143,7 @@ class ClassBalancedSampler(EpochSampler):
 
     def rows(self) -> list[int]:
         """The epoch's stream of numbers, as in `EpochSampler`, in balanced batches of `step_size`."""
-        rng = generator(self.seed, self.epoch, 2)  # 2: a stream of its own
+        rng = generator(self.seed, self.epoch, 2)  # 2: a separate stream
         classes = np.unique(self.labels)
         images = {c: np.flatnonzero(self.labels == c) for c in classes.tolist()}
         decks = {c: _deck(own, rng) for c, own in images.items()}

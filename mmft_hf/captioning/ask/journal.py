@@ -78,7 +78,7 @@ class Journal:
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
             # Under NORMAL a killed process loses nothing; a power failure may lose the last answers.
             self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
-            # WITHOUT ROWID: one tree in which the tries of a slot lie together, and a commit touches one page.
+            # WITHOUT ROWID: one tree in which the tries of a slot are adjacent, and a commit touches one page.
             columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
             self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (slot, key)) WITHOUT ROWID")
         except sqlite3.Error as error:

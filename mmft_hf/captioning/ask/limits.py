@@ -126,7 +126,7 @@ class ConcurrencyLimit:
 
 
 class RateLimit:
-    """A token bucket: it refills evenly with `per_minute` and holds what `burst_s` seconds bring; None: no limit."""
+    """A token bucket: it refills evenly with `per_minute` and holds as much as `burst_s` seconds add; None: no limit."""
 
     def __init__(self, per_minute: float | None, burst_s: float = 5.0):
         self.per_second = per_minute / 60 if per_minute else None
@@ -166,7 +166,7 @@ class CircuitBreaker:
 
     @property
     def why(self) -> str | None:
-        """What to tell the user, once the breaker is open."""
+        """The message for the user, once the breaker is open."""
         kinds = Counter(kind for kind in self._recent if kind)
         if not kinds:
             return None

@@ -1,4 +1,4 @@
-"""Pictures on their way to a captioner: decoded, made smaller and encoded."""
+"""Prepares pictures for a captioner: decodes, shrinks and encodes them."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Keys:
         self._prompts: dict[str, tuple[str | None, dict[str, str]]] = {}
 
     def key(self, image_sha256: str, aspect: str, prompt: str, sample: int, reask: int) -> str:
-        """sha256 in hex of everything that decides on the answer.
+        """sha256 in hex of everything that determines the answer.
 
         The token limit is not part of it: an answer that came to its end would be the same under a larger limit, and a
         truncated one is asked for again once the limit is larger.

@@ -23,7 +23,7 @@ ACTIONS = ("keep", "reask", "reject")
 
 @dataclass
 class Candidate:
-    """An answer on its way to becoming a caption: what a check can look at.
+    """An answer that may become a caption, as a check sees it.
 
     Args:
         whole: the answer after cleaning.

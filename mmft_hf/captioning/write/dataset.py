@@ -153,7 +153,7 @@ class JournalSource:
 
 
 def verdict(checked: Checked, repeated: Container[str] = ()) -> dict:
-    """The fields of a caption record that the checks decide on."""
+    """The fields of a caption record that the checks determine."""
     text = checked.text if checked.status in ACCEPTED else None
     checks = [*checked.checks, *(["duplicate"] if text and duplicate_key(text) in repeated else [])]
     return {

@@ -150,7 +150,7 @@ def _check_options(sampling: Sampling) -> None:
     options = sampling.options
     for place, name in _budgets(options):
         if place[name] != sampling.max_tokens:
-            # The cost limit and the second try reckon with --max_tokens.
+            # The cost limit and the second try rely on --max_tokens.
             raise UserError(
                 f"sampling options: expected {name} to be the {sampling.max_tokens} of --max_tokens, found {place[name]}. "
                 f"Type --max_tokens {place[name]}."
