@@ -146,7 +146,7 @@ def _open_folder(folder: str, config: str | None, cache: str | None) -> DatasetD
 
 
 def _is_image_folder(data: DatasetDict) -> bool:
-    """Whether `datasets` opened images in class folders."""
+    """Whether `datasets` opened the data as a folder of images."""
     return all(rows.info.builder_name == "imagefolder" for rows in data.values())
 
 

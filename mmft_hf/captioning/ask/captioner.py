@@ -118,7 +118,7 @@ class Captioner:
         return Served(self.model, self.base_url, api_key_env=self.api_key_env, sampling=self.sampling, **connection)
 
     def spec(self, identity: Mapping[str, Any] | None = None) -> dict:
-        """Everything that determines a caption, but not address, key, concurrency or batch size.
+        """Everything that determines a caption. Address, key, concurrency and batch size do not.
 
         Args:
             identity: of the backend, if a model is asked.
