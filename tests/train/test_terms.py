@@ -108,6 +108,12 @@ def test_terms_of_one_name_and_no_terms_are_refused(clip, tmp_path, loss):
         trainer_of(loss, clip, tmp_path)
 
 
+@pytest.mark.parametrize("loss", [["supcon"], torch.nn.CrossEntropyLoss(), [Clip(), 0.5]])
+def test_what_is_no_term_is_refused(clip, tmp_path, loss):
+    with pytest.raises(TypeError, match=r"loss: expected terms such as SupCon\(0.1\), found"):
+        trainer_of(loss, clip, tmp_path)
+
+
 # -- several texts of an image -----------------------------------------------------------------------------------------
 def several_texts(**weights) -> Batch:
     """3 images, 5 texts, with logits that are known: the scale turns cosines of unit vectors into them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ...model.losses import Batch
 from ..config import MMFTConfig
@@ -18,6 +18,7 @@ def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> 
     """The terms of a training: those given, or MMFT's own two, `w * SupCon + (1 - w) * CLIP`.
 
     Raises:
+        TypeError: something is not a `LossTerm`.
         ValueError: two terms have the same name, or there is none.
     """
     if loss is None:
@@ -28,7 +29,10 @@ def terms_of(loss: LossTerm | Sequence[LossTerm] | None, config: MMFTConfig) -> 
         supcon, clip = SupCon(weights[0], config.include_self), Clip(weights[1])
         clip.log_weight = False  # it follows from that of SupCon
         return [supcon, clip]
-    terms = [loss] if isinstance(loss, LossTerm) else list(loss)
+    terms = list(loss) if isinstance(loss, Iterable) else [loss]
+    wrong = [term for term in terms if not isinstance(term, LossTerm)]
+    if wrong:
+        raise TypeError(f"loss: expected terms such as SupCon(0.1), found {wrong[0]!r}. See mmft_hf.train.terms.")
     names = [term.name for term in terms]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"loss: expected one or more terms of different names, found {', '.join(names) or 'none'}.")
