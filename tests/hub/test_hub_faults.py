@@ -158,15 +158,17 @@ def test_slow(hub, alice, run):
     assert code == 0 and published(hub, run, "alice/slow"), said
 
 
-def test_no_way_to_the_hub(hub, alice, run, capsys):
+def test_no_way_to_the_hub(hub, alice, run, capsys, monkeypatch):
     """Offline mode and a closed port: said at once, and afterwards the same command works."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
     before = content(run)
     # This process is offline.
+    monkeypatch.setenv("HF_TOKEN", CANARY)
     assert main(["push", str(run), "--repo_id", "alice/away"]) == 2 and content(run) == before
-    assert "unset HF_HUB_OFFLINE" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "unset HF_HUB_OFFLINE" in printed.err and CANARY not in printed.err + printed.out
     with client(hub, CANARY, "away", HF_ENDPOINT=closed) as away:
         code, said = away.mmft("push", run, "--repo_id", "alice/away")
     assert (code, content(run)) == (3, before) and "the connection failed" in said and CANARY not in said, said
