@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 from hub_tools import client, content, in_one, pictures, printed_command, training
@@ -356,35 +355,17 @@ def test_names_of_classes_are_text_in_a_card(hub, alice, tmp_path):
     assert "<script" not in card and "](javascript" not in card
 
 
-# -- an upload that is always interrupted: in parallel to the other tests, because the client's own retries take long -------
-@pytest.fixture(scope="module", autouse=True)
-def cutting(run):
-    """The outcome of a push whose uploads are interrupted, and its Hub."""
-    with (
-        local_hub(tokens=TOKENS, rules=[{"match": UPLOAD, "do": "cut", "from": 2}]) as hub,
-        client(hub, CANARY) as alice,
-    ):
-        found: dict = {"hub": hub, "client": alice}
-
-        def push():
-            alice.run("hub.TRIES = 1")
-            found["done"] = alice.mmft("push", run, "--repo_id", "alice/cut")
-
-        thread = threading.Thread(target=push)
-        thread.start()
-        yield found, thread
-        thread.join()
-
-
-@pytest.mark.slow
-def test_an_upload_that_is_always_cut(cutting, run):
-    found, thread = cutting
-    thread.join()
-    hub, (code, said) = found["hub"], found["done"]
-    assert code == 3 and "What was uploaded is kept there" in said and CANARY not in said, said
-    there = {r["path"] for r in hub.requests(UPLOAD) if r["status"] == 200}
-    assert there and set(hub.files("alice/cut")) == {".gitattributes"}
-    hub.rules, before = [], len(hub.log)
-    code, said = found["client"].mmft(*printed_command(said))
-    assert code == 0 and published(hub, run, "alice/cut"), said
-    assert not there & {r["path"] for r in hub.requests(UPLOAD) if r["n"] > before}
+# -- an upload that is always interrupted ------------------------------------------------------------------------------
+@pytest.mark.slow  # the client's own retries take minutes
+def test_an_upload_that_is_always_cut(run):
+    rules = [{"match": UPLOAD, "do": "cut", "from": 2}]
+    with local_hub(tokens=TOKENS, rules=rules) as hub, client(hub, CANARY) as alice:
+        alice.run("hub.TRIES = 1")
+        code, said = alice.mmft("push", run, "--repo_id", "alice/cut")
+        assert code == 3 and "What was uploaded is kept there" in said and CANARY not in said, said
+        there = {r["path"] for r in hub.requests(UPLOAD) if r["status"] == 200}
+        assert there and set(hub.files("alice/cut")) == {".gitattributes"}
+        hub.rules, before = [], len(hub.log)
+        code, said = alice.mmft(*printed_command(said))
+        assert code == 0 and published(hub, run, "alice/cut"), said
+        assert not there & {r["path"] for r in hub.requests(UPLOAD) if r["n"] > before}
