@@ -328,10 +328,10 @@ def with_config(folder, target, **changes):
 
 
 def test_other_kinds_are_refused(folders, tmp_path):
-    with pytest.raises(UserError, match=r"NaFlex kind, .* size have model_type siglip\. Type") as naflex:
+    with pytest.raises(UserError, match=r"NaFlex kind, .* size have model_type siglip\. For example, type") as naflex:
         load_model(with_config(folders["siglip"], tmp_path / "naflex", model_type="siglip2"))
     assert all(kind in str(naflex.value) for kind in FAMILIES)
-    with pytest.raises(UserError, match=r"\(model_type clip, .*\), found model_type 'blip'\. Type"):
+    with pytest.raises(UserError, match=r"\(model_type clip, .*\), found model_type 'blip'\. For example, type"):
         load_model(with_config(folders["clip"], tmp_path / "blip", model_type="blip"))
     with pytest.raises(UserError, match="found BertModel"):
         make_trainer((hf.BertModel(hf.BertConfig(**tiny_encoders.text(tiny_encoders.word_pieces()))), None), tmp_path)
