@@ -199,7 +199,7 @@ print(json.dumps(out))
 @pytest.mark.slow
 def test_revisions_inference_code_and_offline(hub, runs, alice, picture):
     """Prototypes and weights are of one commit, be it named by hash, tag or branch; with and without this library."""
-    folder, _ = runs
+    folder = runs
     for name, more in (("full", ()), ("lora", ()), ("full", ("--revision", "dev"))):
         command = ["push", folder / name, "--repo_id", "alice/two", "--with_inference_code", "true", *more]
         code, said = alice.mmft(*command)
