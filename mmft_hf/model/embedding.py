@@ -64,6 +64,7 @@ def term_parameters(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]
 
 
 def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
+    """The forward that `add_embedding_forward` describes; `self` is the model."""
     if chunk_size is None:
         return type(self).forward(self, *args, **inputs)
     found = {"scale": logit_scale(self), "parameters": term_parameters(self)}
