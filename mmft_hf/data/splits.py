@@ -22,8 +22,10 @@ from ..core.builtin import builtin
 from ..core.console import some
 from ..core.errors import UserError, nearest
 from .join import join_captions
+from .raw import SPLIT_NAMES, RawData, empty_split
 from .sampling import few_shot_split, hold_out
-from .sources import NULL, SPLIT_NAMES, empty_split, load_raw, what_was_read
+from .sources import open_source
+from .tables import NULL
 from .texts import clean_class_name
 
 logger = logging.getLogger(__name__)
@@ -228,7 +230,8 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
 
 
 def _load(args: DataArguments, dataset: DatasetDict | None = None) -> tuple[DatasetDict, list[str], bool, list[str]]:
-    raw = dataset or load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+    opened = RawData(dataset) if dataset else open_source(args)
+    raw, notes = opened.splits, opened.notes
     empty = [split for split, dataset in raw.items() if len(dataset) == 0]
     if empty:
         raise UserError(empty_split(args.dataset_name, empty[0]))
@@ -238,7 +241,6 @@ def _load(args: DataArguments, dataset: DatasetDict | None = None) -> tuple[Data
             raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
         train = next(iter(raw))
     data, has_captions = _map_columns(raw, args)
-    notes = [] if dataset else what_was_read(args.dataset_name, raw)
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
         if set(data[split]["label"][:]) <= {None, -1}:  # for example the test split of a challenge
             del data[split]
@@ -249,7 +251,7 @@ def _load(args: DataArguments, dataset: DatasetDict | None = None) -> tuple[Data
         data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
     encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
     if args.captions_dataset:
-        captions = load_raw(args.captions_dataset)
+        captions = open_source(DataArguments(dataset_name=args.captions_dataset)).splits
         encoded[train], joined = join_captions(encoded[train], captions, args.captions_dataset)
         notes += joined
     return DatasetDict(encoded), names, has_captions or bool(args.captions_dataset), notes
@@ -273,7 +275,7 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     Raises:
         UserError: as `load_captioned_dataset`, and for a class that the model does not know.
     """
-    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+    raw = open_source(args).splits
     split = _find_split(raw, "test", args.test_split)
     if split is None:
         return None

@@ -11,7 +11,8 @@ from datasets import Dataset, DatasetDict
 from ...core.arguments import DataArguments
 from ...core.console import some
 from ...core.errors import UserError, nearest
-from ...data.sources import SPLIT_NAMES, load_raw
+from ...data.raw import SPLIT_NAMES
+from ...data.sources import open_source
 from ...data.splits import NO_CAPTIONS, Splits, text_columns
 from .data_summary import class_notes
 from .methods import METHODS
@@ -25,7 +26,7 @@ def check_labels(args: DataArguments, shift_splits: Sequence[str]) -> None:
     Raises:
         UserError: one of them does not. A missing test split is fine: `load_splits` holds one out.
     """
-    raw = load_raw(args.dataset_name, args.dataset_config_name, args.dataset_revision, args.image_root)
+    raw = open_source(args).splits
     roles = _roles(raw, args)
     test = roles.get("test")
     if test in raw and len(raw[test]) and not _has_labels(raw[test], args.label_column):
