@@ -51,6 +51,27 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def is_ours(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds what a verb wrote: a fine-tuning run or one of its checkpoints, captions, or a benchmark.
+
+    What is in it and below is never data of a folder that contains it, even if it holds pictures and tables. A folder that
+    is given as data itself is another matter: captions are read from such a folder.
+    """
+    folder = Path(os.path.abspath(folder))
+
+    def has(*names: str) -> bool:
+        return all(os.path.exists(folder / name) for name in names)
+
+    return (
+        has(RUN_FILE)
+        or (re.fullmatch(r"checkpoint-\d+", folder.name) is not None and has(STATE_FILE))
+        or has(DETAILS_FILE, PAGE_FILE)
+        or next(folder.glob("journal/journal-*.sqlite"), None) is not None  # captions that are being written
+        or has("results.jsonl", "claims")
+        or has("results.jsonl", "report.html")
+    )
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path next to `path`, and moves what was written there into place at the end.
