@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import math
 import os
@@ -17,8 +18,51 @@ from ..core.errors import UserError
 
 # Above this many pixels a picture counts as bad before it is decoded: Pillow itself only warns up to twice the limit.
 MAX_PIXELS = 178_956_970
+
+
+def _heif() -> bool:
+    """Teaches Pillow HEIC if a plug-in is installed."""
+    for name in ("pillow_heif", "pi_heif"):
+        try:
+            importlib.import_module(name).register_heif_opener()
+            return True
+        except (ImportError, AttributeError):  # missing, broken, or an unrelated folder of this name
+            continue
+    return False
+
+
+def _avif() -> bool:
+    """Whether Pillow reads AVIF: by itself since 11.3, before with a plug-in."""
+    for name in ("PIL._avif", "pillow_avif"):
+        try:
+            importlib.import_module(name)
+            return True
+        except ImportError:
+            continue
+    return False
+
+
+HEIF, AVIF = _heif(), _avif()
 # Formats that are decoded. Pillow knows more; those with large or rarely tested parsers (EPS, PSD, FLI …) are excluded.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *["AVIF"] * AVIF, *["HEIF"] * HEIF)
+
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+PICTURE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .pfm".split()
+    + [".avif"] * AVIF
+    + [*_HEIF_SUFFIXES] * HEIF
+)
+"""Suffixes, in small letters, of files that are read as pictures here and now."""
+
+_INSTALL = {".avif": 'pip install "pillow>=11.3"'} | dict.fromkeys(_HEIF_SUFFIXES, 'pip install "mmft_hf[heic]"')
+UNREADABLE_SUFFIXES = dict.fromkeys(
+    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
+    ".srw .x3f .ai .dcm .dicom .dds .eps .exr .fits .hdr .ico .j2c .j2k .jls .jp2 .jpf .jpx .jxl .jxr .nii .pcx .pdf "
+    ".psb .psd .qoi .svg .svgz .tga .wdp .wmf .xcf".split(),
+    "convert them to JPEG or PNG",
+) | {suffix: command for suffix, command in _INSTALL.items() if suffix not in PICTURE_SUFFIXES}
+"""Suffixes, in small letters, of pictures that cannot be read, each with what to do about them."""
+
 MAX_FILE_BYTES = 256 * 2**20
 
 
@@ -48,7 +92,12 @@ def open_image(source) -> Image.Image:
         raise BadImage("expected a picture, found nothing (no bytes and no path)")
     image = source
     if not isinstance(source, Image.Image):
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=FORMATS)
+        file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            found = _other_format(file)
+            raise BadImage(f"expected a picture ({', '.join(FORMATS)}), found {found}") from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"expected at most {MAX_PIXELS:,} pixels, found {image.width:,} x {image.height:,}")
     return image
@@ -66,10 +115,26 @@ def reading():
         yield
     except BadImage:
         raise
-    except UnidentifiedImageError as error:
-        raise BadImage(f"expected a picture ({', '.join(FORMATS)}), found a file of none of these formats") from error
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _other_format(file: io.BytesIO | str) -> str:
+    """What a file that Pillow does not know is, in words, with the command that makes it readable."""
+    if isinstance(file, io.BytesIO):
+        start = file.getvalue()[:32]
+    else:
+        with open(file, "rb") as opened:
+            start = opened.read(32)
+    # A file of the ISO base media kind names its brand, then the compatible ones.
+    brands = start[8:] if start[4:8] == b"ftyp" else b""
+    for name, suffix, known in (
+        ("AVIF", ".avif", (b"avif", b"avis")),
+        ("HEIC", ".heic", (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")),
+    ):
+        if any(brand in brands for brand in known) and suffix in UNREADABLE_SUFFIXES:
+            return f"{name}: type {_INSTALL[suffix]}"
+    return "a file of none of these formats"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
