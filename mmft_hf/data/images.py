@@ -18,6 +18,9 @@ from ..core.errors import UserError
 
 # Above this many pixels a picture counts as bad before it is decoded: Pillow itself only warns up to twice the limit.
 MAX_PIXELS = 178_956_970
+# Of a picture that is longer than this many times its width, or wider than this many times its height, only the middle is
+# used. Models look at a square: a processor that enlarges the shorter side to 224 pixels makes 224 x 4,480,000 of 1 x 20,000.
+MAX_RATIO = 100
 
 
 def _heif() -> bool:
@@ -73,6 +76,9 @@ class BadImage(UserError):
 def read_image(source) -> Image.Image:
     """Returns a picture as RGB, turned upright by its EXIF tag, with white behind transparent parts.
 
+    Grey values of 16 or 32 bits are scaled to 8, see `to_bytes`. Of an extremely long or wide picture (`MAX_RATIO`) this is the
+    middle; of an animation, the first frame.
+
     Args:
         source: a `PIL.Image`, a path, bytes, or the `{"bytes", "path"}` of an undecoded `datasets.Image`.
 
@@ -92,7 +98,7 @@ def open_image(source) -> Image.Image:
         raise BadImage("expected a picture, found nothing (no bytes and no path)")
     image = source
     if not isinstance(source, Image.Image):
-        file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else _regular_file(os.fspath(source))
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
@@ -104,8 +110,17 @@ def open_image(source) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decodes a picture to upright RGB, with white behind transparent parts. Call it within `reading()`."""
-    return _to_rgb(ImageOps.exif_transpose(image))
+    """Decodes a picture to upright RGB, with white behind transparent parts. Call it within `reading()`.
+
+    Of a picture more than `MAX_RATIO` times as long as wide, or as wide as long, this is the middle.
+    """
+    image = ImageOps.exif_transpose(image)  # a copy, even if there is nothing to turn
+    width, height = image.size
+    w, h = min(width, MAX_RATIO * height), min(height, MAX_RATIO * width)
+    if (w, h) != (width, height):
+        left, top = (width - w) // 2, (height - h) // 2
+        image = image.crop((left, top, left + w, top + h))
+    return _to_rgb(image)
 
 
 @contextmanager
@@ -139,15 +154,35 @@ def _other_format(file: io.BytesIO | str) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # 16-bit grey (X-rays): Pillow's own conversion clips everything above 255 to white.
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+        # Pillow's own conversion clips everything above 255 to white.
+        image = Image.fromarray(to_bytes(np.asarray(image)))
+    if image.mode in ("RGBa", "La"):  # premultiplied; from here Pillow converts to the plain kind alone
+        image = image.convert(image.mode.upper())
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Scales grey values of 16 or 32 bits `(height, width)` linearly to 0..255: the smallest to 0, the largest to 255.
+
+    A few pixels (four, or one of 10,000 if that is more) do not decide alone: if leaving them out at either end leaves less
+    than a quarter of the range, they are clipped to what the others span. If the others are all equal, those few are the
+    picture and nothing is clipped. Infinite values become 0 or 255, undefined ones (NaN) 0.
+    """
+    numbers = values[np.isfinite(values)] if values.dtype.kind == "f" else values.ravel()
+    if not numbers.size:
+        return np.zeros(values.shape, np.uint8)
+    few = min(max(4, numbers.size // 10_000), numbers.size // 4)
+    ordered = np.partition(numbers, (0, few, numbers.size - 1 - few, numbers.size - 1))
+    low, first, last, high = ordered[[0, few, -1 - few, -1]].astype(np.float64).tolist()
+    if 0 < 4 * (last - first) < high - low:
+        low, high = first, last
+    shifted = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low).clip(low, high) - low
+    # Subnormal numbers have no reciprocal.
+    return (shifted * (255 / max(high - low, float(np.finfo(np.float32).tiny)))).astype(np.uint8)
 
 
 def original_bytes(image: dict | None) -> bytes:
@@ -172,17 +207,27 @@ def stored_bytes(image: dict | None) -> bytes:
     path = image.get("path")
     if not path:
         raise BadImage("expected a picture, found nothing (no bytes and no path)")
+    try:
+        return Path(_regular_file(path, MAX_FILE_BYTES)).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
+
+
+def _regular_file(path: str, most_bytes: float = math.inf) -> str:
+    """The path; raises `BadImage` unless it names a regular file: a pipe would wait for ever."""
     if "://" in path:
         raise BadImage(f"expected a file, found an address ({path[:80]}), and addresses inside data are not fetched")
     try:
-        found = Path(path).stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise BadImage(f"{Path(path).name}: expected a regular file, found something else")
-        if found.st_size > MAX_FILE_BYTES:
-            raise BadImage(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, found a larger one")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise BadImage(f"{Path(path).name}: expected a picture, found no such file") from None
+    except (OSError, ValueError) as error:
+        raise BadImage(f"{Path(path).name}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BadImage(f"{Path(path).name}: expected a regular file, found something else")
+    if found.st_size > most_bytes:
+        raise BadImage(f"expected a file of at most {most_bytes:,} bytes, found a larger one")
+    return path
 
 
 def content_hash(image: dict | None) -> bytes:

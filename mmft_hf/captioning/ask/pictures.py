@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from PIL import Image
 
-from ...data.images import open_image, reading, upright_rgb
+from ...data.images import MAX_RATIO, open_image, reading, upright_rgb
 from ..types import Picture
 
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # formats that every provider reads
@@ -53,7 +53,8 @@ def prepare(data: bytes, policy: PicturePolicy) -> Picture:
         image = open_image(data)
         kind, (width, height) = image.format, image.size
         plain = image.mode in ("RGB", "L") and set(image.info) <= HARMLESS and not getattr(image, "is_animated", False)
-        if kind in SENT_AS_THEY_ARE and plain and max(width, height) <= policy.max_side:
+        small = max(width, height) <= min(policy.max_side, MAX_RATIO * min(width, height))
+        if kind in SENT_AS_THEY_ARE and plain and small:
             image.load()
             return Picture(data, Image.MIME[kind], width, height)
         if kind == "JPEG":
