@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import TYPE_CHECKING
 
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import percent, say, some, table
 from ..core.files import RESULTS_FILE, SHEET_FILE
 from ..train.config import MMFTConfig
+from ..train.selection import is_better, shown
 
 if TYPE_CHECKING:
     from ..model.memory import MemoryEstimate
@@ -77,10 +79,15 @@ class Terminal:
         if "test_top5_accuracy" in metrics:
             rows["top-5"] = percent(metrics["test_top5_accuracy"])
         rows["selection"] = metrics["selection"]
+        metric = metrics["selection_metric"]
+        tuned, untuned = metrics[f"test_{metric}"], metrics[f"zero_shot_test_{metric}"]
+        if metric != "accuracy":
+            rows[metric.replace("_", " ")] = f"{shown(metric, tuned)}, zero-shot {shown(metric, untuned)}"
         table(rows)
-        if gain <= 0:
+        if not is_better(metric, tuned, untuned):
+            by = "" if metric == "accuracy" else f" by {metric}"
             say(
-                "\n  Fine-tuning did not help here: the untuned model is as good. Try more images, more epochs or another "
+                f"\n  Fine-tuning did not help here: the untuned model is as good{by}. Try more images, more epochs or another "
                 "learning rate."
             )
         if metrics["test_skipped_images"]:
@@ -88,8 +95,9 @@ class Terminal:
         if names := result.fallback_classes:
             say(f"\n  {len(names)} classes without captions are classified by the template: {some(names, 8)}")
         say(f"\nEverything is in {folder} ({SHEET_FILE} shows some pictures). Next:")
-        say(f"  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {folder}")
-        say(f"  mmft-hf evaluate --model_name_or_path {folder} --dataset_name YOUR_DATA")
+        saved = shlex.quote(str(folder))
+        say(f"  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {saved}")
+        say(f"  mmft-hf evaluate --model_name_or_path {saved} --dataset_name YOUR_DATA")
 
     def pushing(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"\nPushing {result.output_dir} to {repo_id}")

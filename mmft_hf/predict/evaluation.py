@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 
 from ..core.distributed import gather_shares, share_of
+from ..data.sampling import IGNORED
 from ..model.features import image_embeddings
 from .classifier import ImageClassifier
 from .metrics import report
@@ -16,10 +18,18 @@ from .metrics import report
 
 @dataclass
 class Predictions:
-    """Scores `(n, C)` (softmax of the logits), labels `(n,)` (-100: unreadable image) and the class names."""
+    """The answers to `n` pictures.
+
+    Args:
+        scores (`(n, C)`): softmax of the logits.
+        labels (`(n,)`): -100 for an unreadable image.
+        losses (`(n,)`): cross-entropy of the logits, in nats; 0 for an unreadable image.
+        class_names: `C` names, in the order of the scores.
+    """
 
     scores: np.ndarray
     labels: np.ndarray
+    losses: np.ndarray
     class_names: list[str]
 
     @property
@@ -28,8 +38,9 @@ class Predictions:
         return self.scores.argmax(axis=1)
 
     def report(self) -> dict:
-        """`ClassificationReport` over all readable rows."""
-        return report(self.scores, self.labels, self.class_names)
+        """`ClassificationReport` over all readable rows, and their mean cross-entropy as `loss`."""
+        found = report(self.scores, self.labels, self.class_names)
+        return {**found, "loss": float(self.losses[self.labels >= 0].mean(dtype=np.float64))}
 
 
 @torch.no_grad()
@@ -55,11 +66,14 @@ def classify(
     """
     head = classifier.head
     scores, labels = [torch.zeros(0, len(head.class_names))], [torch.zeros(0, dtype=torch.long)]
+    losses = [torch.zeros(0)]
     rows = share_of(len(dataset)) if shard else None
     for embeds, batch_labels in image_embeddings(
         classifier.model, classifier.processor, dataset, batch_size, on_bad_image, workers, progress, name, rows
     ):
         scores.append(head.scores(embeds).cpu())
         labels.append(batch_labels)
-    whole = [gather_shares(torch.cat(part)) if shard else torch.cat(part) for part in (scores, labels)]
-    return Predictions(whole[0].numpy(), whole[1].numpy(), head.class_names)
+        logits = head.logits(embeds).float().cpu()
+        losses.append(F.cross_entropy(logits, batch_labels, ignore_index=IGNORED, reduction="none"))
+    parts = [torch.cat(part) for part in (scores, labels, losses)]
+    return Predictions(*((gather_shares(part) if shard else part).numpy() for part in parts), head.class_names)

@@ -14,6 +14,7 @@ from ..core import launch
 from ..core.arguments import Range, check_settings, setting
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, check_template
+from .selection import METRICS, metric_name
 
 PROTOTYPE_SOURCES = ("captions", "template", "templates", "images")
 SHARE = Range(0, 1)
@@ -168,8 +169,14 @@ class MMFTConfig(TrainingArguments):
     eval_on_start: bool = setting(True, "Include the untuned model in the selection, as epoch 0.")
     save_strategy: SaveStrategy | str = setting("epoch", "When a checkpoint is saved.")
     save_total_limit: int | None = setting(1, "Number of checkpoints kept in addition to the best one. Empty: all.")
-    load_best_model_at_end: bool = setting(True, "Keep the weights of the best validation accuracy, not the last ones.")
-    metric_for_best_model: str | None = setting("accuracy", "What selection compares.")
+    load_best_model_at_end: bool = setting(
+        True, "Keep the weights that are best on validation (metric_for_best_model), not the last ones."
+    )
+    metric_for_best_model: str | None = setting(
+        "accuracy",
+        "What compares the epochs, and the untuned model with them: accuracy, mean_per_class_accuracy, top5_accuracy, or "
+        "loss, the cross-entropy of the class probabilities.",
+    )
     greater_is_better: bool | None = setting(
         None, "Whether a higher value of that metric is better. Default: yes, except for a loss."
     )
@@ -258,6 +265,12 @@ class MMFTConfig(TrainingArguments):
             raise UserError(
                 "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which older transformers "
                 "give a lora tower no gradient. Leave it out."
+            )
+        metric = metric_name(self.metric_for_best_model)
+        if self.greater_is_better is not None and self.greater_is_better != METRICS.get(metric, self.greater_is_better):
+            raise UserError(
+                f"--greater_is_better: expected {str(METRICS[metric]).lower()} with --metric_for_best_model {metric}, found "
+                f"{str(self.greater_is_better).lower()}: the worst epoch would be kept. Leave it out."
             )
         if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps != self.eval_steps:
             raise UserError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from ..predict.heads import Head
+from .selection import metric_name, shown
 from .terms import LossTerm
 
 # What the stock Trainer logs: everything else in a log comes from the loss terms, or from the batches.
@@ -25,17 +27,23 @@ class EpochLines(ProgressCallback):
     Args:
         terms: of the loss, which is written as their weighted sum.
         mean_weights: mean weight of each scheduled term since the last log, by name; the Trainer updates it.
+        head: returns the head of the last validation.
         bar: False prints the lines without a bar, for log files.
     """
 
-    def __init__(self, terms: Sequence[LossTerm], mean_weights: Mapping[str, float], bar: bool = True):
+    def __init__(
+        self,
+        terms: Sequence[LossTerm],
+        mean_weights: Mapping[str, float],
+        head: Callable[[], Head | None],
+        bar: bool = True,
+    ):
         super().__init__()
-        self.terms, self.mean_weights = terms, mean_weights
+        self.terms, self.mean_weights, self.head = terms, mean_weights, head
         self.bar = bar
         self.losses: dict[str, float] = {}
-        self.best = float("-inf")
+        self.metric, self.higher, self.best = "accuracy", True, None
         self.training = False
-        self.source = ""
 
     def _print(self, line: str) -> None:
         if self.training_bar is not None:
@@ -46,20 +54,15 @@ class EpochLines(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Opens the bar."""
         self.training = True
-        self.source = args.prototypes
-        if args.template_weight:
-            self.source += f" and, with weight {args.template_weight:g}, the class template"
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
             if self.training_bar is not None:
                 self.training_bar.set_description("Training")
                 self.training_bar.update(state.global_step)
         self.current_step = state.global_step
-        # The star marks a new best accuracy. A run that selects by another metric has none.
-        by_accuracy = (args.metric_for_best_model or "").removeprefix("eval_") == "accuracy"
-        self.best = float("-inf") if by_accuracy else float("inf")
-        if by_accuracy and state.best_metric is not None:
-            self.best = state.best_metric
+        # The star marks a new best value of the metric that selects.
+        self.metric, self.higher = metric_name(args.metric_for_best_model), args.greater_is_better is not False
+        self.best = state.best_metric
 
     def on_step_end(self, args, state, control, **kwargs):
         """Advances the bar."""
@@ -82,10 +85,10 @@ class EpochLines(ProgressCallback):
             if args.eval_strategy == "no":
                 self._print(self._line(self.losses, state, None))
         if "eval_accuracy" in logs:
-            self._print(self._line(self.losses, state, logs["eval_accuracy"]))
+            self._print(self._line(self.losses, state, logs))
             self.losses = {}
 
-    def _line(self, logs: dict, state, accuracy: float | None) -> str:
+    def _line(self, logs: dict, state, validation: dict | None) -> str:
         parts = [f"epoch {state.epoch or 0:>5.1f}/{state.num_train_epochs:g}"]
         if logs:
             # A scheduled weight is shown as the mean over the steps, so the sum is only about the loss.
@@ -96,18 +99,24 @@ class EpochLines(ProgressCallback):
             }
             sum_ = " + ".join(f"{w} x {name} {logs[f'{name}_loss']:.3f}" for name, w in weights.items())
             parts.append(f"loss {logs['loss']:.3f} {'~' if moves else '='} {sum_}")
-            shown = {f"{term.name}_{what}" for term in self.terms for what in ("loss", "weight")} | STOCK
+            told = {f"{term.name}_{what}" for term in self.terms for what in ("loss", "weight")} | STOCK
             if not logs["skipped_images"]:
-                shown.add("skipped_images")
-            scalars = {name: value for name, value in logs.items() if name not in shown}
+                told.add("skipped_images")
+            scalars = {name: value for name, value in logs.items() if name not in told}
             parts += [
                 FORMATS.get(name, f"{name.replace('_', ' ')} {{:.3g}}").format(v) for name, v in sorted(scalars.items())
             ]
         elif state.global_step == 0:
-            parts.append(f"untuned model, compared with {self.source}")
-        if accuracy is not None:
-            parts.append(f"validation {accuracy:.1%}{' *' if accuracy > self.best else ''}")
-            self.best = max(self.best, accuracy)
+            parts.append(f"untuned model, {self.head().about}")
+        if validation is not None:
+            parts.append(f"validation {validation['eval_accuracy']:.1%}")
+            value = validation.get(f"eval_{self.metric}")
+            if value is not None:
+                if self.metric != "accuracy":
+                    parts[-1] += f", {self.metric.replace('_', ' ')} {shown(self.metric, value).replace(' %', '%')}"
+                if self.best is None or (value > self.best if self.higher else value < self.best):
+                    parts[-1] += " *"
+                    self.best = value
         return " | ".join(parts)
 
     def on_train_end(self, args, state, control, **kwargs):

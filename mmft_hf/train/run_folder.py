@@ -26,6 +26,7 @@ from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
 from ..version import __version__
 from .config import MMFTConfig
+from .selection import metric_name
 
 # Settings that every record contains. Other settings that decide the result are recorded if they differ from their default.
 DECIDING = (
@@ -188,24 +189,27 @@ class RunFolder:
             test, zero_shot_test: `ClassificationReport` of the chosen classifier and of the untuned model.
             validation, train_metrics: further entries.
             state: of the Trainer.
-            zero_shot_won: whether the untuned model was better on validation than every epoch.
+            zero_shot_won: whether the untuned model was better on validation than every epoch, by the metric that selects.
         """
+        metric = metric_name(self.config.metric_for_best_model)
+        by = "" if metric == "accuracy" else f" by {metric}"
         selected = self.config.load_best_model_at_end
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
         best_epoch = 0.0 if zero_shot_won else epochs.get(state.best_global_step) if selected else state.epoch
-        accuracy = ("accuracy", "accuracy_ci_low", "accuracy_ci_high")
+        shared = ("accuracy", "accuracy_ci_low", "accuracy_ci_high", metric)
         return {
-            **{f"zero_shot_test_{key}": zero_shot_test[key] for key in accuracy},
-            **{f"test_{key}": test[key] for key in accuracy},
+            **{f"zero_shot_test_{key}": zero_shot_test[key] for key in shared},
+            **{f"test_{key}": test[key] for key in shared},
             "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
             **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
             "test_images": test["examples"],
             "test_skipped_images": test["skipped"],
             **validation,
             "selection_policy": "val-full" if selected else "last",
-            "selection": "the untuned model with the class template: no epoch was better on validation"
+            "selection_metric": metric,
+            "selection": f"the untuned model with the class template: no epoch was better on validation{by}"
             if zero_shot_won
-            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation; epoch 0 is the untuned model"
+            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation{by}; epoch 0 is the untuned model"
             if selected
             else f"the last epoch ({state.epoch:g})",
             "best_epoch": best_epoch,

@@ -231,10 +231,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         self.add_callback(_Beginnings(self))
         # One line per epoch instead of a dictionary.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(EpochLines(self.terms, self.mean_weights, bar=not args.disable_tqdm))
+        self.add_callback(EpochLines(self.terms, self.mean_weights, lambda: self.prototypes, bar=not args.disable_tqdm))
 
     @property
     def _data_seed(self) -> int:
+        """Seed of the order of the images, of their crops and of the drawn texts."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     # -- data -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import Pipeline, pipeline, set_seed
 
-from ..core.arguments import DataArguments, ModelArguments, choice
+from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
 from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import RESULTS_FILE, RUN_FILE
@@ -38,10 +38,10 @@ from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
 from .config import MMFTConfig
 from .run_folder import RunFolder
+from .selection import check_metric, is_better
 from .trainer import MMFTTrainer
 
 IN_MEMORY = "in-memory data"  # recorded as the name of a dataset that was given as an object
-SELECTION_METRICS = ("accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss")
 
 
 @dataclass
@@ -190,12 +190,12 @@ def run_finetuning(
 
 def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     # -- checks, before anything expensive -----------------------------------------------------------------------------
-    choice("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), SELECTION_METRICS)
     if config.push_to_hub:
         name = check_access(config.hub_model_id or Path(config.output_dir).absolute().name, config.hub_token)
         check_name(name, "model", RUN_FILE, config.hub_token)
         config.hub_model_id = name
     splits = load_splits(data_args, dataset)
+    metric = check_metric(config.metric_for_best_model, splits.class_names)
     folder = RunFolder(config.output_dir, model_args, data_args, config, splits)
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
@@ -245,21 +245,21 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     validated = score(chosen, splits.validation, name="validation")
     if np.isnan(validated.scores).any():  # possible in a run of one step
         trainer.stop_at("the output of the trained model", math.nan, state.global_step)
-    validation = validated.report()["accuracy"]
+    validation = validated.report()
 
     # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
     untuned = ImageClassifier(load()[0].to(config.device), processor, zero_shot)
     zero_shot_test = score(untuned, splits.test, name="test")
-    # The zero-shot classifier wins only if no epoch reached its validation accuracy.
-    zero_shot_won = config.load_best_model_at_end and untuned_validation["accuracy"] > validation
+    # The zero-shot classifier wins only if no epoch was as good by the metric that compared the epochs.
+    zero_shot_won = config.load_best_model_at_end and is_better(metric, untuned_validation[metric], validation[metric])
     if zero_shot_won:
-        chosen, validation, adapter = untuned, untuned_validation["accuracy"], None
+        chosen, validation, adapter = untuned, untuned_validation, None
     predictions = zero_shot_test if zero_shot_won else score(chosen, splits.test, name="test")
 
     # -- files ---------------------------------------------------------------------------------------------------------
     validations = {
-        "validation_accuracy": validation,
-        "zero_shot_validation_accuracy": untuned_validation["accuracy"],
+        **{f"validation_{name}": validation[name] for name in ("accuracy", metric)},
+        **{f"zero_shot_validation_{name}": untuned_validation[name] for name in ("accuracy", metric)},
         "validation_skipped_images": untuned_validation["skipped"],
     }
     metrics = folder.results(

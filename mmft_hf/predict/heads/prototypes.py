@@ -30,6 +30,11 @@ from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings,
 from ...model.loading import embedding_size, logit_scale
 from .base import Head, read
 
+SOURCES = {
+    "template": "the class template",
+    "templates": "several class templates",
+    "images": "the training images",
+}
 PLAIN_TEXT = ("source", "template")  # in `prototypes.safetensors`; the other settings there are JSON
 
 
@@ -63,8 +68,9 @@ class ClassPrototypes(Head):
 
     @property
     def about(self) -> str:
+        """What an image is compared with, for a line that is printed."""
         mixed = f" and, with weight {self.template_weight:g}, the class template" if self.template_weight else ""
-        return f"compared with {self.source}{mixed}"
+        return f"compared with {SOURCES.get(self.source, self.source)}{mixed}"
 
     def logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
