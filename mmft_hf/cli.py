@@ -16,7 +16,7 @@ from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS
 
 from .benchmark.run.processes import work_alone
 from .core.console import is_main
-from .core.errors import PartialResult, UserError, nearest
+from .core.errors import PartialResult, UserError, command_line_spelling, nearest
 from .version import __version__
 
 VERBS = {
@@ -38,6 +38,7 @@ HELP = (
 )
 
 
+@command_line_spelling()
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns its exit code. `argv` excludes the program's name; default: the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -70,9 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(2, error, debug)
     except PartialResult as error:
-        return _fail(
-            3, f"{error} To continue, type: {_again(_without_retry(argv), arguments)}" if error.again else error, debug
-        )
+        again = f" To continue, type: {_again(_without_retry(argv), arguments)}" if error.again else ""
+        return _fail(3, f"{error}{again}", debug)
     except KeyboardInterrupt:
         return _fail(3, f"stopped by you. To continue, type: {_again(argv, arguments)}", debug)
     except BrokenPipeError:  # for example `mmft-hf … | head`

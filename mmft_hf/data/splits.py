@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 from ..core.arguments import DataArguments
 from ..core.builtin import builtin
 from ..core.console import some
-from ..core.errors import UserError, nearest
+from ..core.errors import UserError, in_python, nearest
 from .join import join_captions
 from .raw import SPLIT_NAMES, RawData, empty_split
 from .sampling import few_shot_split, hold_out
@@ -225,7 +225,7 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
     """
     data, _, _, notes = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
     for note in notes:
-        logger.warning(note)
+        logger.warning(in_python(note))
     return DatasetDict({split: dataset.cast_column("image", Image()) for split, dataset in data.items()})
 
 

@@ -233,6 +233,8 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     folder.claim(resume)
     try:
         trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
+    except UserError:
+        raise
     except (ImportError, ValueError) as error:  # the stock Trainer's refusals, e.g. of a tracker that is not installed
         raise UserError(f"finetune: {str(error).strip()}") from error
     train_metrics = trainer.train(resume_from_checkpoint=resume).metrics

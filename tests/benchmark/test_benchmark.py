@@ -199,12 +199,12 @@ def test_failures_with_other_data_are_ignored_and_results_are_not(tmp_path):
         ),
         (
             {"shift_splits": {"far": "1", "new": "2"}},
-            r"\(--shift_splits far there alone; --shift_splits new there alone\)",
+            r"\(shift_splits far there alone; shift_splits new there alone\)",
         ),
         ({"settings": {"max_grad_norm": 1.0}}, r"\(max_grad_norm 1.0 there, 0.0 here\)"),
     ):
         other = row | {"status": "done", "identity": {"shift_splits": {}, "settings": {}} | identity}
-        with pytest.raises(UserError, match=expected + ".*Type another --output_dir, or, to delete them, --overwrite"):
+        with pytest.raises(UserError, match=expected + ".*Type another output_dir, or, to delete them, overwrite"):
             check_identity([other], {"shift_splits": {}, "settings": {}}, tmp_path)
 
 
@@ -371,9 +371,7 @@ def test_methods_that_need_captions_fail_without_any(clip_folder, tmp_path, blan
 
 def test_shots_that_a_class_does_not_have():
     splits = some_splits(train=colour_dataset(8).select(range(22)))
-    with pytest.raises(
-        UserError, match=r"--shots 8: .* fewer of 2: green thing \(7\), blue thing \(7\).*--allow_fewer"
-    ):
+    with pytest.raises(UserError, match=r"shots 8: .* fewer of 2: green thing \(7\), blue thing \(7\).*allow_fewer"):
         make_task(splits, 8, 0)
     task, rows = make_task(splits, 8, 0, allow_fewer=True)
     assert len(task.train) == 22 and len(rows["validation"]) == 12 and task.policy == "val-k"

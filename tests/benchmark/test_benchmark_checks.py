@@ -65,7 +65,7 @@ def test_only_training_pictures_that_are_used_are_read():
     for part, row in (("train", used[0]), ("validation", 2)):
         broken = SimpleNamespace(**vars(splits) | {part: with_bad_picture(getattr(splits, part), row)})
         with pytest.raises(
-            UserError, match=f"found 1 that cannot: row {row} of {part}. Repair or remove it, or type --on_bad"
+            UserError, match=f"found 1 that cannot: row {row} of {part}. Repair or remove it, or type on_bad"
         ):
             refuse_unreadable(broken, judged, [Cell("lp", 2, 0)], False)
     far = splits.test

@@ -162,7 +162,7 @@ def test_same_file_names_are_refused_and_the_rule_that_helps_is_named(photos, tm
         run(photos, path, "file_name")
     assert "write keys such as cats/001.jpg, dogs/001.jpg" in str(error.value)
     write(path, {"001.jpg": "whose?", "cats/001.jpg": "a cat", "dogs/001.jpg": "a dog"})
-    with pytest.raises(UserError, match="Type --key_rule class/file_name"):
+    with pytest.raises(UserError, match="Type key_rule class/file_name"):
         run(photos, path, "file_name")
 
 
@@ -227,7 +227,7 @@ def test_a_file_that_fits_nothing_is_refused_with_the_rule_that_fits(photos, tmp
     path = write(tmp_path / "x.json", {"cats_000.jpg": "a cat", "zebra_000.jpg": "a zebra"})
     with pytest.raises(UserError) as error:
         run(photos, path, "class/file_name")
-    for part in ("cats/000.jpg", "cats_000.jpg", "--key_rule class_file_name", "fits 1 of 2 keys"):
+    for part in ("cats/000.jpg", "cats_000.jpg", "key_rule class_file_name", "fits 1 of 2 keys"):
         assert part in str(error.value)
     good = write(tmp_path / "good.json", {"cats/000.jpg": "a cat"})
     with pytest.raises(UserError, match=r"x\.json"):
@@ -239,7 +239,7 @@ def test_a_file_that_fits_nothing_is_refused_with_the_rule_that_fits(photos, tmp
 def test_pictures_without_file_names_need_the_index(tmp_path):
     data = rows_of([picture(1), picture(2)], [0, 1], paths=[None, None])
     path = write(tmp_path / "x.json", {"1": about(picture(2))})
-    with pytest.raises(UserError, match=r"such as none; found 1, and none fits.*--key_rule index"):
+    with pytest.raises(UserError, match=r"such as none; found 1, and none fits.*key_rule index"):
         run(data, path, "file_name")
     captions, report = run(data, path, "index")
     check_pairs(captions, [picture(1), picture(2)])

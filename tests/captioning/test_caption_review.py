@@ -350,7 +350,7 @@ def test_a_picture_that_a_router_turns_down_stops_no_run(server, run):
 
 
 def test_a_budget_among_the_options_is_the_one_that_is_counted_with(server, run):
-    with pytest.raises(UserError, match="--max_tokens 2000"):
+    with pytest.raises(UserError, match="max_tokens 2000"):
         run(dataset(PICTURES[:1]), sampling=Sampling(options={"max_completion_tokens": 2000}))
     assert not server.requests()
     server.server.script = {"rules": [{"do": "thinking", "at": [1]}]}

@@ -217,8 +217,8 @@ def test_fsdp_with_what_it_cannot_do_is_refused():
 
     check()
     for name, value, said in (
-        ("loss_chunk_size", 2, "--loss_chunk_size: expected nothing under FSDP, found 2"),
-        ("auto_find_batch_size", True, "--auto_find_batch_size: expected nothing under FSDP"),
+        ("loss_chunk_size", 2, "loss_chunk_size: expected nothing under FSDP, found 2"),
+        ("auto_find_batch_size", True, "auto_find_batch_size: expected nothing under FSDP"),
         ("fsdp_version", 1, "fsdp_version: expected 2, found 1"),
         ("state_dict_type", StateDictType.SHARDED_STATE_DICT, "expected FULL_STATE_DICT, found SHARDED_STATE_DICT"),
         ("cpu_ram_efficient_loading", True, "fsdp_cpu_ram_efficient_loading: expected false, found true"),

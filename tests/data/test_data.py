@@ -268,7 +268,7 @@ def test_split_of_another_name_is_used_when_named(tmp_path):
     )
     splits = splits_of(tmp_path, train_split="fit", validation_split="choose", test_split="final")
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [9, 12, 15]
-    with pytest.raises(UserError, match=r"no training split: found fit, choose, final. Type --train_split NAME"):
+    with pytest.raises(UserError, match=r"no training split: found fit, choose, final. Type train_split NAME"):
         splits_of(tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_validation_split_goes_by_its_usual_names(alias, tmp_path):
 
 def test_one_split_never_plays_two_roles(data_folder, tmp_path):
     colour_dataset(4).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(UserError, match=r"'test'.*found train and test.*Type --train_split NAME"):
+    with pytest.raises(UserError, match=r"'test'.*found train and test.*Type train_split NAME"):
         splits_of(tmp_path)
     with pytest.raises(UserError, match=r"'train'.*found train and test"):
         splits_of(data_folder, test_split="train")
@@ -588,7 +588,7 @@ def test_crops_differ_between_epochs_and_whole_images_have_none():
 def test_a_bad_picture_is_named_by_its_row():
     view = TrainingView(with_bad_picture(3), TextView(NAMES, "a {}."))
     assert view[2]["skipped"] == 0
-    with pytest.raises(UserError, match=r"training image, row 3 cannot be read.*--on_bad_image skip"):
+    with pytest.raises(UserError, match=r"training image, row 3 cannot be read.*on_bad_image skip"):
         view[3]
 
 

@@ -168,12 +168,12 @@ def test_workers_share_it(clip, folder):
 
 @pytest.mark.parametrize("value", ["0", "-5"])
 def test_a_size_below_one_is_refused(value):
-    with pytest.raises(UserError, match=f"--decode_cache: expected 1 or more, found {value}"):
+    with pytest.raises(UserError, match=f"decode_cache: expected 1 or more, found {value}"):
         MMFTConfig(output_dir="out", decode_cache=int(value))
 
 
 def test_a_size_below_the_models_input_is_refused(clip, tmp_path):
-    with pytest.raises(UserError, match=r"--decode_cache: expected at least 16.*found 15"):
+    with pytest.raises(UserError, match=r"decode_cache: expected at least 16.*found 15"):
         make_trainer(clip, tmp_path, decode_cache=15)
     make_trainer(clip, tmp_path, decode_cache=16)
 

@@ -108,5 +108,5 @@ def test_the_trainer_balances_its_batches(clip, tmp_path):
 
 
 def test_more_samples_than_a_batch_holds_are_refused_in_the_words_of_the_command_line(clip, tmp_path):
-    with pytest.raises(UserError, match=r"--samples_per_class: expected 2 to 8 .*found 9"):
+    with pytest.raises(UserError, match=r"samples_per_class: expected 2 to 8 .*found 9"):
         make_trainer(clip, tmp_path, evaluate=False, samples_per_class=9)

@@ -257,7 +257,7 @@ def test_the_chunk_that_fits():
 
 @pytest.mark.parametrize("value", [0, -4])
 def test_a_chunk_of_nothing_is_refused(value):
-    with pytest.raises(UserError, match="--loss_chunk_size: expected 1 or more"):
+    with pytest.raises(UserError, match="loss_chunk_size: expected 1 or more"):
         MMFTConfig(loss_chunk_size=value)
 
 

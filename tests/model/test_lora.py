@@ -161,7 +161,7 @@ def test_checkpointing_that_gives_no_gradient_is_refused(tmp_path):
 
 def test_a_checkpoint_is_no_model(clip, tmp_path):
     make_trainer(with_lora(clip, "lora", "frozen"), tmp_path, max_steps=1, save_total_limit=None).train()
-    with pytest.raises(UserError, match=r"holds only what was trained; type the run's --output_dir"):
+    with pytest.raises(UserError, match=r"holds only what was trained; type the run's output_dir"):
         load_model(str(tmp_path / "checkpoint-0"))
 
 

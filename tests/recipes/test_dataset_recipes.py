@@ -412,9 +412,7 @@ def test_what_is_wrong_with_a_split_file_is_said(coop, tmp_path):
     first = parts["train"][0]
     wrong = {
         "expected each image once, found 1 repeated, for example class_1/0.png": {"test": [first]},
-        r"found 8 of 9; missing is for example none\.png\. Type --image_root": {
-            "val": [["none.png", 0, "Sea or Lake"]]
-        },
+        r"found 8 of 9; missing is for example none\.png\. Type image_root": {"val": [["none.png", 0, "Sea or Lake"]]},
         r"one name for each class number, found \(0, 'Annual Crop Land'\)": {"val": [["x", 0, "Annual Crop Land"]]},
         r"expected \[path, class number, class name\].*, found \[\"x\", \"0\"": {"val": [["x", "0", "Sea or Lake"]]},
         r"found \[\] \(split 'val', row 0\)": {"val": []},
@@ -427,7 +425,7 @@ def test_what_is_wrong_with_a_split_file_is_said(coop, tmp_path):
     file.write_text(json.dumps(parts))
     (tmp_path / "copy" / "class_1").mkdir(parents=True)
     (tmp_path / "copy" / first[0]).write_bytes((tmp_path / "pictures" / first[0]).read_bytes())
-    with pytest.raises(UserError, match=r"found it in copy and pictures\. Type --image_root"):
+    with pytest.raises(UserError, match=r"found it in copy and pictures\. Type image_root"):
         load_splits(DataArguments(str(file)))
     pickle = tmp_path / "shot_16-seed_1.pkl"
     pickle.write_bytes(b"")
@@ -450,5 +448,5 @@ def test_image_root_is_for_paths(tmp_path, clip_folder, capsys):
     (tmp_path / "pictures").rename(tmp_path / "elsewhere")
     words = ["--model_name_or_path", run, "--dataset_name", table, "--image_root", str(tmp_path / "elsewhere")]
     assert cli.main(["evaluate", *words]) == 0, capsys.readouterr().err
-    with pytest.raises(UserError, match="--image_root: expected paths of images in column 'image', found Image"):
+    with pytest.raises(UserError, match="image_root: expected paths of images in column 'image', found Image"):
         load_splits(DataArguments("builtin/emoji-mini", image_root=str(tmp_path)))

@@ -158,7 +158,7 @@ def test_a_checkpoint_of_a_run_with_average_goes_on_with_one_and_the_reverse(cli
         make_trainer(clip, tmp_path / str(decay), weight_averaging=decay, max_steps=1).train()
         trainer = make_trainer(clip, tmp_path / str(decay), weight_averaging=other, max_steps=2)
         before = weights(clip[0])
-        expected = "expected a run with a --weight_averaging" if decay else "expected a run with no --weight_averaging"
+        expected = "expected a run with a weight_averaging" if decay else "expected a run with no weight_averaging"
         with pytest.raises(UserError, match=expected):
             trainer.train(resume_from_checkpoint=True)
         assert not changed(before, weights(clip[0]))
@@ -174,14 +174,14 @@ def test_a_checkpoint_of_other_towers_is_refused(clip, tmp_path):
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_a_decay_lies_from_0_to_below_1(value):
-    with pytest.raises(UserError, match=f"--weight_averaging: expected 0 to below 1, found {value}"):
+    with pytest.raises(UserError, match=f"weight_averaging: expected 0 to below 1, found {value}"):
         MMFTConfig("somewhere", use_cpu=True, weight_averaging=value)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_weights_are_not_averaged(kind, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(UserError, match=r"--weight_averaging: expected 0 under FSDP and DeepSpeed, found 0\.9"):
+    with pytest.raises(UserError, match=r"weight_averaging: expected 0 under FSDP and DeepSpeed, found 0\.9"):
         MMFTConfig("somewhere", use_cpu=True, weight_averaging=0.9)
 
 

@@ -40,10 +40,10 @@ def test_every_range_and_choice_is_checked():
     assert len(ranged) >= 15
     for field in ranged:
         below = field.metadata["range"].low - 1
-        with pytest.raises(UserError, match=rf"^--{field.name}: expected {field.metadata['range']}, found {below}"):
+        with pytest.raises(UserError, match=rf"^{field.name}: expected {field.metadata['range']}, found {below}"):
             MMFTConfig("somewhere", use_cpu=True, **{field.name: below})
     for name in ("prototypes", "on_bad_image"):
-        with pytest.raises(UserError, match=f"--{name}: expected one of .*, found 'x'"):
+        with pytest.raises(UserError, match=f"{name}: expected one of .*, found 'x'"):
             MMFTConfig("somewhere", use_cpu=True, **{name: "x"})
 
 

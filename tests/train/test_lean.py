@@ -147,7 +147,7 @@ def test_defaults_of_speed_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("name", ["split_batches", "dispatch_batches"])
 def test_batches_cut_by_accelerate_are_refused(name):
-    with pytest.raises(UserError, match=f"--accelerator_config: expected {name} false"):
+    with pytest.raises(UserError, match=f"accelerator_config: expected {name} false"):
         MMFTConfig(accelerator_config={name: True})
 
 

@@ -137,7 +137,7 @@ def test_the_trainer_validates_with_mixed_prototypes(clip, tmp_path):
     expected = ClassPrototypes.from_captions(*clip, trainer.train_dataset, TEMPLATE, template_weight=0.4)
     torch.testing.assert_close(trainer.prototypes.embeddings, expected.embeddings, atol=1e-6, rtol=0)
     for source in ("images", "template"):
-        with pytest.raises(UserError, match=f"expected 0 with --prototypes {source}, found 0.4.*Leave it out"):
+        with pytest.raises(UserError, match=f"expected 0 with prototypes {source}, found 0.4.*Leave it out"):
             MMFTConfig("somewhere", use_cpu=True, prototypes=source, template_weight=0.4)
 
 
@@ -176,7 +176,7 @@ def test_a_weight_that_ends_where_it_starts_is_one_that_stays(clip, tmp_path):
 @pytest.mark.parametrize("name", ["caption_dropout", "template_weight", "supcon_weight_end"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_shares_lie_between_0_and_1(name, value):
-    with pytest.raises(UserError, match=f"--{name}: expected 0 to 1, found {value}"):
+    with pytest.raises(UserError, match=f"{name}: expected 0 to 1, found {value}"):
         MMFTConfig("somewhere", use_cpu=True, **{name: value})
 
 
