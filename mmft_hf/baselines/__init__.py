@@ -20,10 +20,10 @@ Validation examples only choose parameters: `choose(train_x, train_y, val_x, val
 `method(train_x, train_y, test_x, …, **choice.parameters)` uses it. Without a choice the defaults hold. Nothing is refitted on
 validation.
 
-Shapes: `n` training examples, `V` views of each, `N` test examples, `C` classes, `D` embedding size. Features are numpy
-arrays or tensors of any float type: unit-norm embeddings of one model. `zero_shot` `(C, D)` are the unit-norm text embeddings
-of the classes by the same model, such as `ClassPrototypes.embeddings`. `train_y` `(n,)` are integers from 0 to C-1; C is the
-number of rows of `zero_shot`, or the largest label plus one. Classes may have unequal sizes.
+Shapes: `n` training examples, `N` test examples, `C` classes, `D` embedding size. Features are numpy arrays or tensors of any
+float type: unit-norm embeddings of one model. `zero_shot` `(C, D)` are the unit-norm text embeddings of the classes by the
+same model, such as `ClassPrototypes.embeddings`. `train_y` `(n,)` are integers from 0 to C-1; C is the number of rows of
+`zero_shot`, or the largest label plus one. Classes may have unequal sizes.
 
 ## By fine-tuning
 

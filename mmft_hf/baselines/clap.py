@@ -12,7 +12,7 @@ from .inputs import Inputs, check, positive, train
 
 def zs_lp(train_x, train_y, test_x, zero_shot, **training) -> np.ndarray:
     """Scores `(N, C)`: as `clap`, without its penalty. Takes the same arguments."""
-    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
+    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True)
     return _fit(inputs, torch.zeros_like(inputs.zero_shot[:, 0]), **training)
 
 
@@ -26,14 +26,12 @@ def clap(train_x, train_y, test_x, zero_shot, **training) -> np.ndarray:
     method is designed to choose nothing on validation.
 
     Args:
-        train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; with V views, each step takes a random one of each example,
-            and λ_c uses the first.
-        train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
         scale (100): `exp(logit_scale)` of the model; 100 is where CLIP's ends.
         epochs (300), learning_rate (1e-3), batch_size (256): of SGD with momentum 0.9 and a cosine schedule. The authors use
             0.1 on text embeddings that are not normalized; a step turns weights that are r times as long by 1/r² of the
             angle. On unit-norm weights a rate of 0.1 let one image per class undo the zero-shot start.
-        seed (0): of the order and the views. The global generator is left alone.
+        seed (0): of the order. The global generator is left alone.
 
     Trained in float32; on a CPU equal seeds give equal scores.
 
@@ -43,14 +41,13 @@ def clap(train_x, train_y, test_x, zero_shot, **training) -> np.ndarray:
     References: Silva-Rodríguez et al. 2024, "A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models" (arXiv
     2312.12730): ZS-LP, and CLAP with multipliers from one step.
     """
-    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
+    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True)
     return _fit(inputs, multipliers(inputs, training.get("scale", 100.0)), **training)
 
 
 def multipliers(inputs: Inputs, scale: float) -> Tensor:
     """λ `(C,)`."""
-    x = inputs.train_x[:, 0] if inputs.train_x.ndim == 3 else inputs.train_x
-    own = (scale * x @ inputs.zero_shot.T).softmax(dim=1).gather(1, inputs.train_y[:, None])
+    own = (scale * inputs.train_x @ inputs.zero_shot.T).softmax(dim=1).gather(1, inputs.train_y[:, None])
     means = inputs.class_means(own)[:, 0]
     known = inputs.counts > 0
     return torch.where(known, means, means[known].mean())

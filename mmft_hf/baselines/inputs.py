@@ -56,13 +56,12 @@ def check(
     dtype: torch.dtype | None = torch.float64,
     every_class: bool = False,
     unit_norm: bool = False,
-    views: bool = False,
     test_name: str = "test_x",
 ) -> Inputs:
     """Checks the arguments of a method and converts them to one type and device.
 
     Args:
-        train_x (`(n, D)`, or with `views` also `(n, V, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`).
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`).
         dtype: of the computation; None keeps float32 if `train_x` is float32, and takes float64 otherwise.
         every_class: the method needs an example of every class.
         unit_norm: the method needs features of norm 1. Class weights of `zero_shot` always do.
@@ -71,7 +70,7 @@ def check(
     Raises:
         UserError: shapes or sizes do not fit, values are not finite, labels are out of range, a class has no example.
     """
-    x = _features("train_x", train_x, "(n, V, D)" if views else "(n, D)")
+    x = _features("train_x", train_x, "(n, D)")
     x = x.to(dtype or (torch.float32 if x.dtype == torch.float32 else torch.float64))
     test, weights = (
         None if values is None else _like(x, name, _features(name, values, shape))
@@ -102,9 +101,9 @@ def check(
 
 def _features(name: str, values, shape: str) -> Tensor:
     x = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-    if not x.dtype.is_floating_point or x.ndim not in (2, shape.count(",") + 1) or 0 in x.shape:
+    if not x.dtype.is_floating_point or x.ndim != 2 or 0 in x.shape:
         raise UserError(f"{name}: expected floats of shape {shape}, not empty, found {x.dtype} {tuple(x.shape)}.")
-    bad = (~torch.isfinite(x)).flatten(1).any(dim=1)
+    bad = (~torch.isfinite(x)).any(dim=1)
     if bad.any():
         raise UserError(
             f"{name}: expected finite numbers, found NaN or infinity in {int(bad.sum())} of {len(x)} rows, the first of "
@@ -186,19 +185,15 @@ def train(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Minimizes `loss(features (B, D), labels (B,))` over shuffled batches of the training examples, with a cosine schedule.
-
-    If examples have several views, each step takes a random one of each.
-    """
+    """Minimizes `loss(features (B, D), labels (B,))` over shuffled batches of the training examples, with a cosine schedule."""
     generator = torch.Generator().manual_seed(seed)
     x, y = inputs.train_x.float(), inputs.train_y
     n, device = len(x), x.device
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(n / batch_size))
     for _ in range(epochs):
         for rows in torch.randperm(n, generator=generator).split(batch_size):
-            view = (torch.randint(x.shape[1], rows.shape, generator=generator).to(device),) if x.ndim == 3 else ()
             rows = rows.to(device)
             optimizer.zero_grad()
-            loss(x[(rows, *view)], y[rows]).backward()
+            loss(x[rows], y[rows]).backward()
             optimizer.step()
             schedule.step()

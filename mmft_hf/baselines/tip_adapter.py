@@ -23,9 +23,9 @@ def tip(
     """Scores `(N, C)` without training: `scale * f·w_c + alpha * sum over examples i of c of exp(-beta (1 - f·key_i))`.
 
     Args:
-        train_x (`(n, D)` or `(n, V, D)`): unit-norm embeddings; the key of an example is the normalized mean of its V views
-            (the paper: 10 random crops with flips). A class without example keeps its zero-shot score.
-        train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows.
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows. The key of an example is
+            its embedding (the paper: the mean of 10 random crops with flips). A class without example keeps its zero-shot
+            score.
         alpha: weight of the cache. By default 1, the middle of the grid on validation that `choose` tries.
         beta: how fast similarity falls off, as a rate per cosine; by default 5.5, the middle of its grid.
         scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
@@ -38,15 +38,15 @@ def tip(
     References: Zhang et al. 2022, "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification" (arXiv 2207.09519),
     equations 3 to 5.
     """
-    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
+    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True)
     positive(alpha=alpha, beta=beta, scale=scale)
-    return _scores(inputs, _keys(inputs), alpha, beta, scale)
+    return _scores(inputs, inputs.train_x, alpha, beta, scale)
 
 
 def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> Choice:
     """`alpha` and `beta` of `tip` by accuracy on validation `(n_val, D)`, `(n_val,)`, from `ALPHAS` x `BETAS`."""
-    inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, views=True, test_name="val_x")
-    return _choose(inputs, _keys(inputs), val_y, scale)
+    inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, test_name="val_x")
+    return _choose(inputs, inputs.train_x, val_y, scale)
 
 
 def tip_f(
@@ -58,28 +58,22 @@ def tip_f(
     an epoch. Training uses the default `alpha` and `beta`: the given ones only enter the scores.
 
     Args:
-        train_x: with V views, each step takes a random one of each example.
         epochs (20), learning_rate (1e-3), batch_size (256): of the training.
-        seed (0): of the order and the views. The global generator is left alone.
+        seed (0): of the order. The global generator is left alone.
 
     The other arguments are those of `tip`. Training is in float32, scoring in float64; on a CPU equal seeds give equal scores.
 
     References: Zhang et al. 2022 (arXiv 2207.09519), section 3.2, "Tip-Adapter-F".
     """
-    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True, views=True)
+    inputs = check(train_x, train_y, test_x, zero_shot, unit_norm=True)
     positive(alpha=alpha, beta=beta, scale=scale)
     return _scores(inputs, _train_keys(inputs, scale, **training), alpha, beta, scale)
 
 
 def choose_f(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0, **training) -> Choice:
     """`choose` for `tip_f`: the keys are those that `tip_f` trains with the same arguments."""
-    inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, views=True, test_name="val_x")
+    inputs = check(train_x, train_y, val_x, zero_shot, unit_norm=True, test_name="val_x")
     return _choose(inputs, _train_keys(inputs, scale, **training), val_y, scale)
-
-
-def _keys(inputs: Inputs) -> Tensor:
-    x = inputs.train_x
-    return F.normalize(x.mean(dim=1), dim=1) if x.ndim == 3 else x
 
 
 def _cache(similarities: Tensor, values: Tensor, beta: float) -> Tensor:
@@ -132,7 +126,7 @@ def _train_keys(
 ) -> Tensor:
     positive(scale=scale, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     texts, values = inputs.zero_shot.float(), _values(inputs, torch.float32)
-    keys = _keys(inputs).float().requires_grad_()
+    keys = inputs.train_x.float().requires_grad_()
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(scale * features @ texts.T + ALPHA * _cache(features @ keys.T, values, BETA), labels)
