@@ -36,6 +36,4 @@ MMFT. The model is trained in place; its learning rate is that of the `MMFTConfi
 | `ce-frozen` | `cross_entropy.train_head(fixed=True)` | image tower, with a fixed zero-shot head |
 | `lp-ft` | `cross_entropy.train_head` | image tower and linear head, from the weights of `linear.head` |
 | `clip-lora` | `clip_lora.clip_lora` | LoRA in the attention of both towers, against the texts of the classes |
-
-`cross_entropy.train_class_texts` is `clip_lora` with whole towers.
 """

@@ -1,12 +1,10 @@
-"""Fine-tuning by cross-entropy over the classes: `MMFTTrainer` with another loss term.
+"""Fine-tuning of the image tower and a linear head by cross-entropy: `MMFTTrainer` with another loss term.
 
-Order of the images, crops, schedule, precision and the choice of the epoch are the Trainer's own, so these baselines see
+Order of the images, crops, schedule, precision and the choice of the epoch are the Trainer's own, so this baseline sees
 the same pictures in the same steps as MMFT does.
 """
 
 from __future__ import annotations
-
-import copy
 
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
@@ -17,7 +15,7 @@ from ..model.loading import embedding_size, scale_parameter
 from ..model.towers import TOWERS
 from ..predict.heads import LinearHead
 from ..train.config import MMFTConfig
-from ..train.terms import ClassTextCrossEntropy, CrossEntropy
+from ..train.terms import CrossEntropy
 from ..train.trainer import MMFTTrainer
 
 
@@ -67,36 +65,6 @@ def train_head(
     return found, trainer.state.global_step
 
 
-def train_class_texts(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    config: MMFTConfig,
-    train: Dataset,
-    validation: Dataset | None = None,
-    train_scale: bool = True,
-) -> int:
-    """Fine-tunes by cross-entropy over the classes' texts (`config.class_template`), encoded again in every step.
-
-    The benchmark's `ce-text`; `clip_lora` adds LoRA to it.
-
-    Args:
-        model: trained in place, as far as `set_towers` made it trainable.
-        config: as for `MMFTTrainer`; its settings of the loss and of prototypes have no effect.
-        train: columns `image`, `label`; for captions see `train_head`.
-        validation: selects the best epoch, by comparison with the class texts. Without it the last step is kept.
-        train_scale: whether the logit scale is trained.
-
-    Returns:
-        The number of optimizer steps taken. `ClassPrototypes.from_templates` gives the classifier.
-
-    References: Goyal et al. 2023, "Finetune like you pretrain" (arXiv 2212.00638), whose ablation this is.
-    """
-    trainer = class_texts_trainer(model, processor, config, train, validation, train_scale)
-    trainer.train()
-    remove_embedding_forward(model)
-    return trainer.state.global_step
-
-
 def head_trainer(model, processor, config, train, head, validation=None, fixed=False) -> MMFTTrainer:
     """The Trainer of `train_head`."""
     for name, parameter in model.named_parameters():
@@ -104,11 +72,3 @@ def head_trainer(model, processor, config, train, head, validation=None, fixed=F
             parameter.requires_grad_(False)
     scale_parameter(model).requires_grad_(False)
     return MMFTTrainer(model, config, train, validation, processor, loss=CrossEntropy(head, fixed))
-
-
-def class_texts_trainer(model, processor, config, train, validation=None, train_scale=True) -> MMFTTrainer:
-    """The Trainer of `train_class_texts`."""
-    scale_parameter(model).requires_grad_(train_scale)
-    config = copy.copy(config)
-    config.prototypes = "template"  # validation compares with the same texts
-    return MMFTTrainer(model, config, train, validation, processor, loss=ClassTextCrossEntropy())

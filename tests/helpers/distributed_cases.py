@@ -16,7 +16,8 @@ from tiny_clip import build_clip, colour_dataset
 from transformers import TrainerCallback, set_seed
 
 from mmft_hf import MMFTConfig, MMFTLoss, MMFTTrainer, set_towers
-from mmft_hf.baselines.cross_entropy import class_texts_trainer, head_trainer
+from mmft_hf.baselines.clip_lora import class_texts_trainer
+from mmft_hf.baselines.cross_entropy import head_trainer
 from mmft_hf.predict.heads import LinearHead
 
 SIZES = {2: [[4, 4], [5, 2]], 3: [[3, 1, 4]]}  # rows of each process
