@@ -12,9 +12,7 @@ ALPHAS = tuple(10.0**k for k in range(-4, 3))
 ALPHA = 1.0
 
 
-def gda(
-    train_x, train_y, test_x, zero_shot=None, alpha: float = ALPHA, scale: float = 100.0, shrinkage: bool = True
-) -> np.ndarray:
+def gda(train_x, train_y, test_x, zero_shot=None, alpha: float = ALPHA, scale: float = 100.0) -> np.ndarray:
     """Scores `(N, C)` of Gaussians with one covariance and equal priors, added to the zero-shot scores if there are any:
 
         scale * f·w_c + alpha * (μ_cᵀ Σ⁻¹ f + log(1/C) - ½ μ_cᵀ Σ⁻¹ μ_c)
@@ -27,11 +25,8 @@ def gda(
         alpha: weight of the Gaussians. The default is 1: both summands are log posteriors up to a constant, and a product of
             two posteriors weighs them equally. `choose` finds a better value on validation.
         scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
-        shrinkage: True estimates Σ⁻¹ as in `precision`. False takes the pseudo-inverse of the pooled covariance, which is
-            linear discriminant analysis: the scores are those of scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr")`
-            except for the priors. It needs many more examples than dimensions.
 
-    Computed in float64.
+    Σ⁻¹ is estimated as in `precision`. Computed in float64.
 
     Raises:
         UserError: see `inputs.check`; a class without example.
@@ -40,7 +35,7 @@ def gda(
     """
     inputs = check(train_x, train_y, test_x, zero_shot, every_class=True, unit_norm=zero_shot is not None)
     positive(alpha=alpha, scale=scale)
-    gaussians = _gaussians(inputs, shrinkage)
+    gaussians = _gaussians(inputs)
     if inputs.zero_shot is None:
         return gaussians.cpu().numpy()
     return (scale * inputs.test_x @ inputs.zero_shot.T + alpha * gaussians).cpu().numpy()
@@ -49,7 +44,7 @@ def gda(
 def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> Choice:
     """`alpha` of `gda` by accuracy on validation `(n_val, D)`, `(n_val,)`, from the paper's seven values `ALPHAS`."""
     inputs = check(train_x, train_y, val_x, zero_shot, every_class=True, unit_norm=True, test_name="val_x")
-    texts, gaussians = scale * inputs.test_x @ inputs.zero_shot.T, _gaussians(inputs, shrinkage=True)
+    texts, gaussians = scale * inputs.test_x @ inputs.zero_shot.T, _gaussians(inputs)
     return best(
         {"alpha": ALPHA},
         [{"alpha": alpha} for alpha in ALPHAS],
@@ -59,11 +54,11 @@ def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> C
     )
 
 
-def precision(centred: Tensor, shrinkage: bool = True) -> Tensor:
+def precision(centred: Tensor) -> Tensor:
     """Inverse covariance `(D, D)` of examples `(n, D)` minus the means of their classes.
 
     With S their scatter matrix, the sum of x xᵀ: `D (S + tr(S)/(n-1) I)⁻¹`, the ridge-like estimate of Kubokawa & Srivastava
-    2008 that the method uses; without shrinkage, the pseudo-inverse of the pooled covariance `S / n`.
+    2008 that the method uses.
 
     If no class has two different examples, S is 0; the identity is returned, and the nearest mean wins.
     """
@@ -73,14 +68,12 @@ def precision(centred: Tensor, shrinkage: bool = True) -> Tensor:
     identity = torch.eye(size, dtype=centred.dtype, device=centred.device)
     if total <= 1e-20 * n:
         return identity
-    if shrinkage:
-        return size * torch.linalg.pinv(scatter + total / (n - 1) * identity, hermitian=True)
-    return torch.linalg.pinv(scatter / n, hermitian=True)
+    return size * torch.linalg.pinv(scatter + total / (n - 1) * identity, hermitian=True)
 
 
-def _gaussians(inputs: Inputs, shrinkage: bool) -> Tensor:
+def _gaussians(inputs: Inputs) -> Tensor:
     means = inputs.class_means(inputs.train_x)
-    inverse = precision(inputs.train_x - means[inputs.train_y], shrinkage)
+    inverse = precision(inputs.train_x - means[inputs.train_y])
     weights = means @ inverse
     bias = -np.log(inputs.classes) - (weights * means).sum(dim=1) / 2
     return inputs.test_x @ weights.T + bias

@@ -78,21 +78,6 @@ def test_logistic_regression_is_that_of_scikit_learn(counts, dtype):
             np.testing.assert_allclose(scores[:, 1] - scores[:, 0], model.decision_function(t), atol=1e-6)
 
 
-@pytest.mark.parametrize("counts", [(30, 30, 30), (10, 25, 60), (20, 31)])
-def test_gda_without_shrinkage_is_linear_discriminant_analysis(counts):
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    x, y, t, *_ = planted(counts, noise=0.5)
-    x, t = 3 * x + 1, 3 * t + 1  # any features
-    model = LinearDiscriminantAnalysis(solver="lsqr").fit(x, y)
-    scores, priors = gda.gda(x, y, t, shrinkage=False), np.log(model.priors_)
-    if len(counts) > 2:
-        np.testing.assert_allclose(scores, model.decision_function(t) - priors + math.log(1 / len(counts)), atol=1e-6)
-    else:
-        expected = model.decision_function(t) - priors[1] + priors[0]
-        np.testing.assert_allclose(scores[:, 1] - scores[:, 0], expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(("per_class", "size"), [(4, 12), (2, 40)])
 def test_gda_is_shrunk_linear_discriminant_analysis_times_a_known_factor(per_class, size):
     """For classes of equal size the ridge is scikit-learn's shrinkage of D / (D + n - 1), up to the scale of the scores."""
