@@ -74,11 +74,11 @@ class WeightAveraging:
             self._exchange()
 
     def evaluate(self, *args, **kwargs):
-        with self._averaged():
+        with self._averaged(), self._unsharded():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
-        with self._averaged():
+        with self._averaged(), self._unsharded():
             return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):

@@ -100,24 +100,17 @@ class FrozenTowers(TrainerCallback):
     def _images(self, view: ImageView, dataset: Dataset) -> Features | None:
         # Not the training view, which draws captions and passes over bad pictures.
         plain = ImageView(dataset, view.on_bad_image, view.name, view.short_side)
-
-        def encode(how: Encoding) -> Features:
-            return encode_pictures_once(self.model, self.processor, plain, how)
-
-        return self._once(("vision", view.name, id(dataset)), dataset, encode, f"{view.name} images")
+        key = ("vision", view.name, id(dataset))
+        return self._once(key, dataset, encode_pictures_once, plain, f"{view.name} images")
 
     def _texts(self, view: TrainingView, dataset: Dataset) -> tuple[dict[str, int], Features] | None:
         texts = sorted_distinct(text for row in text_rows(dataset) for text in view.texts.possible_texts(row))
-
-        def encode(how: Encoding) -> tuple[dict[str, int], Features]:
-            features = encode_texts_once(self.model, self.processor, texts, how)
-            return {text: i for i, text in enumerate(texts)}, features
-
         key = ("text", view.texts, id(dataset))
-        return self._once(key, dataset, encode, "training texts")
+        features = self._once(key, dataset, encode_texts_once, texts, "training texts")
+        return features and ({text: i for i, text in enumerate(texts)}, features)
 
-    def _once(self, key: tuple, dataset: Dataset, encode, what: str):
-        """The result of `encode`, computed once per key; prints how many were encoded and how long it took."""
+    def _once(self, key: tuple, dataset: Dataset, encode: Callable, inputs, what: str) -> Features | None:
+        """What `encode` makes of the inputs, computed once per key; prints how many were encoded and how long it took."""
         tower = key[0]
         if not self._same_weights(tower):
             self._made = {other: made for other, made in self._made.items() if other[0] != tower}
@@ -129,15 +122,14 @@ class FrozenTowers(TrainerCallback):
         progress = is_main() and not self.args.disable_tqdm
         autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         workers, batch_size = self.args.dataloader_num_workers, self.args.per_device_eval_batch_size
-        made = encode(Encoding(batch_size, workers, autocast, shard=True, progress=progress))
-        features = made if isinstance(made, Features) else made[1]
-        how = "read from the cache" if features.hit else "encoded once"
-        n, seconds = len(features.embeds), time.monotonic() - start
-        say(f"Frozen {tower} tower: {n:,} {what} {how} in {seconds:.1f} s.")
+        how = Encoding(batch_size, workers, autocast, shard=True, progress=progress)
+        features = encode(self.model, self.processor, inputs, how)
+        done = "read from the cache" if features.hit else "encoded once"
+        say(f"Frozen {tower} tower: {len(features.embeds):,} {what} {done} in {time.monotonic() - start:.1f} s.")
         # Holds the dataset, so that its id is not reused.
-        self._made[key] = (dataset, made)
+        self._made[key] = (dataset, features)
         self._states[tower] = self._versions(tower), weights_digest(self.model, tower)
-        return made
+        return features
 
 
 def has_dropout(model, tower: str) -> bool:

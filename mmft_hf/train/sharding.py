@@ -35,14 +35,6 @@ class ShardedTraining:
         plugin.ignored_modules = [*(plugin.ignored_modules or ()), keep_whole(self.model)]
         return super().create_optimizer(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        with self._unsharded():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs):
-        with self._unsharded():
-            return super().predict(*args, **kwargs)
-
     def train(self, resume_from_checkpoint=None, **kwargs):
         if self.is_fsdp_enabled:
             if self._whole is not None:
