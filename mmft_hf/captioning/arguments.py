@@ -24,7 +24,7 @@ class CaptionArguments:
         "captioner": "captioner captioner_model captioner_revision captioner_tag base_url api_key_env allow_http "
         "text_columns class_template",
         "prompts": "aspects domain words prompt_template own_prompts keep_class_names aspects_per_call samples",
-        "requests": "temperature max_tokens request_options max_side captioner_batch_size concurrency requests_per_minute "
+        "requests": "temperature max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
         "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
@@ -66,11 +66,19 @@ class CaptionArguments:
         choices=("one", "all"),
     )
     samples: int = setting(1, "Number of captions per aspect.", range=Range(1))
-    temperature: float = setting(0.2, "Sampling temperature; 0 always takes the most likely token.", range=Range())
+    temperature: float | None = setting(
+        None,
+        "Sampling temperature; 0 always takes the most likely token. Default: 0.2 for models that are known to take one; "
+        "others are sent none and use their own.",
+        range=Range(),
+    )
     max_tokens: int = setting(
         200, "Maximum length of a caption in the captioner's tokens; thinking takes thousands.", range=Range(1)
     )
     request_options: str | None = setting(None, "Further request fields, as JSON or YAML; null removes a field.")
+    omit: list[str] | None = setting(
+        None, "Request fields that are never sent, because the server refuses them, e.g. temperature seed."
+    )
     max_side: int = setting(512, "Longer side in pixels of the pictures that are sent.", range=Range(16))
     captioner_batch_size: int = setting(8, "Batch size in pictures of --captioner transformers.", range=Range(1))
     concurrency: int = setting(16, "Maximum number of calls in flight.", range=Range(1))
@@ -119,7 +127,7 @@ class CaptionArguments:
             backend=self.captioner,
             model=self.captioner_model,
             prompts=prompts,
-            sampling=Sampling(self.temperature, self.max_tokens, 0, options),
+            sampling=Sampling(self.temperature, self.max_tokens, 0, options, tuple(self.omit or ())),
             revision=self.captioner_revision,
             base_url=self.base_url,
             api_key_env=self.api_key_env,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
 import signal
 import sys
 import threading
@@ -23,11 +25,12 @@ from .ask.captioner import Captioner
 from .ask.cost import CostMeter, price_of
 from .ask.dispatch import Outcome
 from .ask.driver import Driver
-from .ask.journal import Journal, JournalReader, settled_slots, spent_dollars
+from .ask.journal import Journal, JournalReader, left_out, settled_slots, spent_dollars
 from .ask.limits import Limits
 from .ask.pictures import prepare, sha256
 from .ask.plan import Keys, Plan, WorkItem, make_plan
 from .judge.checks import CaptionChecker
+from .types import FieldRefused
 from .write.dataset import JournalSource, Results, TextSource, add_captions, results_of
 
 
@@ -151,9 +154,30 @@ class SplitCaptioner:
                 bar.set_postfix_str(", ".join(state), refresh=False)
                 bar.update(captions)
 
+            def without(error: FieldRefused) -> None:
+                self.journal.put_left_out(self.run_id, self.captioner.model, error.field, error.instead, str(error))
+                bar.write(self._says(error))
+
+            for row in self.left_out():
+                if row["run_id"] == self.run_id:  # refused earlier in this run: for another split
+                    self.backend.leave_out(FieldRefused(row["said"], row["field"], row["instead"]))
             asked = (self.captioner, self.keys, self.backend, self.journal, self.checker, self.dataset)
-            driver = Driver(*asked, self.limits, meter, self.run_id, done)
+            driver = Driver(*asked, self.limits, meter, self.run_id, done, without)
             return _run(driver, plan, bar.write)
+
+    def _says(self, error: FieldRefused) -> str:
+        """Says that a field is left out, and how to ask without it from the start."""
+        if error.instead:
+            options = {**self.captioner.sampling.options, error.field: None}
+            options[error.instead] = self.captioner.sampling.max_tokens
+            what, flag = f"{error.instead} is sent instead of {error.field}", shlex.quote(json.dumps(options))
+            return f"Note: {what}. {error} To ask so from the start: --request_options {flag}"
+        flag = " ".join([*self.captioner.sampling.omit, error.field])
+        return f"Note: {error.field} is left out from now on. {error} To leave it out from the start: --omit {flag}"
+
+    def left_out(self) -> list[dict]:
+        """The fields that runs left out of their requests to this model, because the server refused them."""
+        return [row for row in left_out(self.folder) if row["model"] == self.captioner.model]
 
     def results(self, plan: Plan) -> Results:
         """What all processes have stored for the whole plan."""

@@ -85,11 +85,29 @@ class Transient(CallError):
 
 
 class Unanswerable(CallError):
-    """This request will always fail (the server calls it invalid), but others may not."""
+    """This request will always fail (the server calls it invalid), but others may not.
+
+    `general`: the message does not speak of the picture, so the fault may be in every request.
+    """
+
+    def __init__(self, kind: str, message: str, general: bool = False):
+        super().__init__(kind, message)
+        self.general = general
 
 
 class Fatal(CallError):
-    """No further call can succeed: `kind` is `credentials`, `quota`, `model` or `server`."""
+    """No further call can succeed: `kind` is `credentials`, `quota`, `model`, `country`, `budget` or `server`."""
+
+
+class FieldRefused(Fatal):
+    """The server refuses a field of the request, as it would in every request.
+
+    `field`: its name in the body. `instead`: the name under which the server wants its value, or None.
+    """
+
+    def __init__(self, message: str, field: str, instead: str | None = None):
+        super().__init__("field_refused", message)
+        self.field, self.instead = field, instead
 
 
 class Backend(Protocol):
@@ -101,8 +119,17 @@ class Backend(Protocol):
     def identity(self) -> dict[str, Any]:
         """What distinguishes its answers: provider, model, revision, … Never a key, an address or a path."""
 
+    def sampling_fields(self) -> dict[str, Any]:
+        """What a request says about the sampling: the fields that are sent, by name, and their values."""
+
     def check_key(self) -> None:
         """Raises `UserError` if a key is needed and its environment variable is not set."""
+
+    def leave_out(self, error: FieldRefused) -> bool:
+        """Asks without the refused field from now on. False if the backend cannot do without it.
+
+        Only backends that raise `FieldRefused` need it.
+        """
 
     async def generate(self, requests: Sequence[Request]) -> list[Answer | CallError]:
         """The answers in the order of the requests; an error instead of an answer concerns that request alone.
@@ -118,27 +145,39 @@ class Backend(Protocol):
 BUDGETS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
+DEFAULT_TEMPERATURE = 0.2  # at which the captions of the method were written
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a captioner writes.
 
     Args:
-        temperature: 0 always takes the most likely token; the captions of the method were written at 0.2.
+        temperature: 0 always takes the most likely token. None: `DEFAULT_TEMPERATURE` where the kind of model is known to
+            take a temperature, otherwise none is sent and the model uses its own.
         max_tokens: token limit of one caption, in the captioner's tokens (models that think first need more).
         seed: seed of the sampling.
         options: sent as they are in the body of a request (or given to `generate`); null removes a field.
+        omit: fields that are never sent, for servers that refuse them.
     """
 
-    temperature: float = 0.2
+    temperature: float | None = None
     max_tokens: int = 200
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    omit: tuple[str, ...] = ()
 
     def spec(self) -> dict:
-        """Everything that determines a complete text. The token limit only truncates, so it is not part of it."""
+        """What the user asked of the sampling, for the keys of requests.
+
+        The token limit only truncates, so it is not part of it. Nor is `omit`: a run whose server refuses a field goes on
+        without it under the same keys, and so does the next run that is told to omit it. A temperature that is not set is
+        written as the default one, whether it is sent or not: journals are continued that were begun when it always was.
+        """
         options = {
             name: {n: v for n, v in value.items() if n not in BUDGETS} if isinstance(value, Mapping) else value
             for name, value in self.options.items()
             if name not in BUDGETS
         }
-        return {"temperature": float(self.temperature), "seed": self.seed, "options": options}  # 0 is 0.0
+        temperature = DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
+        return {"temperature": float(temperature), "seed": self.seed, "options": options}  # 0 is 0.0

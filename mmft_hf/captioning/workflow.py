@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 
@@ -284,7 +285,7 @@ class CaptionWorkflow:
                 fingerprints[split] = captioned[split]._fingerprint
             return self._write(result, captioned, fingerprints)
         processes = Processes(shared=self.captioner.backend == "transformers")
-        source, spent = None, Spending()
+        source, spent, asked = None, Spending(), {}
         for split in self.splits:
             with self.open(split, rank=processes.rank, world=processes.world) as run:
                 for note in run.journal.notes:
@@ -299,6 +300,7 @@ class CaptionWorkflow:
                     continue
                 processes.wait(run.folder, split)
                 results = run.results(plan)
+                asked = {"requests": run.backend.sampling_fields(), "left_out": run.left_out()}
                 result.statuses.update(results.statuses)
                 result.unreadable += len(plan.unreadable)
                 spent += results.spent
@@ -306,14 +308,14 @@ class CaptionWorkflow:
                 if result.outcome.stopped == "user":
                     raise PartialResult(f"stopped by you; {kept}.", again=True)
                 if result.outcome.stopped == "fatal":
-                    raise UserError(f"{result.outcome.why.rstrip('.')}. {kept}; the same command continues.")
+                    raise UserError(f"{result.outcome.why.rstrip('.')}. {kept}; the corrected command continues.")
                 fingerprints[split] = run.fingerprint(results)
                 unchanged = not result.outcome.calls and len(self.splits) == 1 and not self.args.overwrite_output_dir
                 if unchanged and self.folder.is_current(self._all_fingerprints(fingerprints)):
                     return result
                 captioned[split] = run.read(plan, results)
                 source = source or run.source(plan, results)
-        return self._write(result, captioned, fingerprints, source, spent) if is_main() else None
+        return self._write(result, captioned, fingerprints, source, spent, asked) if is_main() else None
 
     def _all_fingerprints(self, fingerprints: dict[str, str]) -> dict[str, str]:
         return fingerprints | {n: d._fingerprint for n, d in self.data.items() if n not in self.splits}
@@ -325,6 +327,7 @@ class CaptionWorkflow:
         fingerprints: dict[str, str],
         source: JournalSource | None = None,
         spent: Spending | None = None,
+        asked: Mapping = MappingProxyType({}),
     ) -> CaptionResult:
         splits = {n: captioned.get(n) or without_captions(d, progress=False) for n, d in self.data.items()}
         statuses = dict(result.statuses)
@@ -344,6 +347,7 @@ class CaptionWorkflow:
             details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}
             details["spent"] = spent.summary()
             details["last_run"] = result.outcome.summary()
+            details |= asked
         result.statistics = write_folder(self.folder, splits, self.splits[0], details, source)
         return result
 

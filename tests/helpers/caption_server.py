@@ -5,9 +5,9 @@ In a thread: `with serving(script, log) as server:`; in a process: with `process
 
 A script is JSON, `{"rules": [...], "mode": "json", "aspects": [...]}`. The first rule that fits a request decides:
     {"do": NAME, "at": [1, 4], "from": 5, "to": 9, "every": 3, "after_ok": 10, "times": 2, "prompt": "cat",
-     "picture": "12ab", "delay_ms": 5, …}
+     "picture": "12ab", "field": "seed", "delay_ms": 5, …}
 Conditions are all optional and must all hold: numbers of the requests as they arrive (from 1), how many were answered
-well before, how often the rule is used, words of the prompt, beginning of the picture's sha256. `do` is one of ACTIONS;
+well before, how often the rule is used, words of the prompt, beginning of the picture's sha256, a field of the body. `do` is one of ACTIONS;
 `delay_ms` waits before it. Further fields of a rule: `retry_after`, `headers`, `status`, `body`, `location`, `bytes`.
 
 A good answer is `caption <12 digits of sha256(picture)> <8 digits of sha256(prompt)> <first words of the prompt>`, or a
@@ -78,6 +78,7 @@ def read_request(path: str, body: dict) -> tuple[bytes, str, list[str]]:
     else:
         parts = body["messages"][0]["content"]
         schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
+        schema = schema or body.get("output_config", {}).get("format", {}).get("schema", {})
         assert parts[0]["type"] in ("image", "image_url"), "the picture comes first"
         data = parts[0]["source"]["data"] if "source" in parts[0] else parts[0]["image_url"]["url"].partition(",")[2]
     return base64.b64decode(data, validate=True), parts[1]["text"], list(schema.get("properties", {}))
@@ -105,6 +106,8 @@ def answer(path: str, model: str, text: str, kind: str) -> dict:
         if kind == "empty_choices":
             return {"type": "message", "stop_reason": reason}
         usage = {"input_tokens": 300, "output_tokens": tokens_out}
+        if kind == "thinking":
+            usage["output_tokens_details"] = {"thinking_tokens": 50}
         return {"type": "message", "model": model, "content": content, "stop_reason": reason, "usage": usage}
     message = {"role": "assistant", "content": text, "reasoning_content": "hm"}
     if kind == "refusal":
@@ -167,7 +170,7 @@ class CaptionServer:
             text = caption_of(picture, prompt)
             record = {"picture": picture, "prompt": prompt, "model": model}
             record["body"] = {k: v for k, v in body.items() if k not in ("messages", "contents")}
-        rule = self._rule(n, picture, prompt)
+        rule = self._rule(n, picture, prompt, record.get("body", {}))
         do = rule["do"]
         if self.log is not None:
             headers = {h: request.headers[h] for h in HEADERS if h in request.headers}
@@ -182,7 +185,8 @@ class CaptionServer:
         self.good += do == "ok"
         return await self._do(do, rule, request, path, model, text)
 
-    def _rule(self, n: int, picture: str, prompt: str) -> dict:
+    def _rule(self, n: int, picture: str, prompt: str, body: dict) -> dict:
+        fields = {**body, **body.get("generationConfig", {})}
         for i, rule in enumerate(self.script.get("rules", [])):
             if (
                 n in rule.get("at", [n])
@@ -192,6 +196,7 @@ class CaptionServer:
                 and self.used.get(i, 0) < rule.get("times", sys.maxsize)
                 and rule.get("prompt", "") in prompt
                 and picture.startswith(rule.get("picture", ""))
+                and ("field" not in rule or rule["field"] in fields)
             ):
                 self.used[i] = self.used.get(i, 0) + 1
                 return {"do": "ok", **rule}

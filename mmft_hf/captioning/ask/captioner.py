@@ -14,9 +14,9 @@ from .pictures import PicturePolicy
 # Backends that ask a model, each with a model for example.
 EXAMPLES = {
     "transformers": "Qwen/Qwen3-VL-4B-Instruct",
-    "openai": "gpt-4.1-mini",
-    "gemini": "gemini-2.5-flash-lite",
-    "anthropic": "claude-haiku-4-5",
+    "openai": "gpt-6-luna",
+    "gemini": "gemini-3.5-flash-lite",
+    "anthropic": "claude-haiku-5-5",
 }
 BACKENDS = tuple(EXAMPLES)
 WITHOUT_MODEL = ("columns", "template")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from ..types import Answer, Backend, CallError, Fatal, Request, Transient, Unanswerable
+from ...core.console import many
+from ..types import Answer, Backend, CallError, Fatal, FieldRefused, Request, Transient, Unanswerable
 from .cost import CostMeter, estimate_tokens
 from .limits import CircuitBreaker, ConcurrencyLimit, Limits, RateLimit, RetryPolicy
 
 # The first call goes alone and gives up sooner, so that a wrong key or a server that is down costs a single call.
 PROBE = RetryPolicy(max_attempts=3, base_s=0.5, cap_s=4.0)
+ALIKE = 3  # pictures that a server turned away in the same words before it answered any: then no picture is to blame
 WINDOW = 4  # batches of a model in this process that are sorted by length together
 
 
@@ -67,10 +70,21 @@ class Dispatcher:
 
     Args:
         on_stop: called once, when the run has to end.
+        on_left_out: called once for each field that the server refuses and that is left out from then on.
     """
 
-    def __init__(self, backend: Backend, limits: Limits, meter: CostMeter, on_stop: Callable[[], None]):
-        self.backend, self.limits, self.meter, self._on_stop = backend, limits, meter, on_stop
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        meter: CostMeter,
+        on_stop: Callable[[], None],
+        on_left_out: Callable[[FieldRefused], None] = lambda error: None,
+    ):
+        self.backend, self.limits, self.meter = backend, limits, meter
+        self._on_stop, self._on_left_out = on_stop, on_left_out
+        self._left_out: set[str] = set()
+        self._turned_away: dict[str, tuple[set[int], str]] = {}
         self.outcome = Outcome()
         self.error: BaseException | None = None
         self.flying: set[asyncio.Task] = set()
@@ -115,7 +129,7 @@ class Dispatcher:
         picture = request.picture
         tokens_in = estimate_tokens(picture.width, picture.height, self.meter.price) + len(request.prompt) // 3
         estimate = max(tokens_in, self._largest_in) + request.max_tokens
-        failures = limited = 0
+        failures = limited = refused = 0
         first = None
         while True:
             began, reserved = await self._take_off(request, tokens_in, estimate)
@@ -137,17 +151,21 @@ class Dispatcher:
                     raise
             except Unanswerable as error:
                 self.outcome.failures[error.kind] += 1
+                self._note_turned_away(request, error)
                 self._gave_up(error)
                 raise
             except Fatal as error:
                 self.outcome.failures[error.kind] += 1
-                self.stop("quota" if error.kind == "quota" else "fatal", str(error))
-                raise Stopped from error
+                if not (isinstance(error, FieldRefused) and self._leave_out(error)):
+                    self.stop("quota" if error.kind == "quota" else "fatal", str(error))
+                    raise Stopped from error
+                refused, wait = refused + 1, 0.0
             else:
                 seconds = time.monotonic() - began
                 self._succeeded(answer, dollars, seconds)
                 spent = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out, "cost": dollars}
-                return answer, {**spent, "attempts": failures + limited + 1, "latency_ms": round(1000 * seconds)}
+                attempts = failures + limited + refused + 1
+                return answer, {**spent, "attempts": attempts, "latency_ms": round(1000 * seconds)}
             finally:
                 self.meter.settle(reserved, dollars)
                 self._tokens.settle(estimate, used if used is not None else estimate)
@@ -211,10 +229,35 @@ class Dispatcher:
             self._probing = False
             self._concurrency.open()
 
+    def _leave_out(self, error: FieldRefused) -> bool:
+        """Goes on without a refused field, if the backend can. The calls on their way meet the refusal, too."""
+        if not self.backend.leave_out(error):
+            return False
+        if error.field not in self._left_out:
+            self._left_out.add(error.field)
+            self._on_left_out(error)
+        return True
+
+    def _note_turned_away(self, request: Request, error: Unanswerable) -> None:
+        if error.general and not self.outcome.calls:
+            words = re.sub(r"\W*\w*\d[\w-]*", " ", str(error))  # without ids
+            self._turned_away.setdefault(words, (set(), str(error)))[0].add(hash(request.picture.data))
+
+    def conclude(self) -> None:
+        """Once nothing is left to ask: if every call was turned away in the same words, the request is at fault."""
+        if not self.stopping and not self.outcome.calls:
+            self._stop_if_alike(2)
+
+    def _stop_if_alike(self, least: int) -> None:
+        for pictures, said in self._turned_away.values():
+            if len(pictures) >= least:
+                self.stop("fatal", f"{many(len(pictures), 'picture')} were turned away in the same words: {said}")
+
     def _gave_up(self, error: CallError) -> None:
         self._breaker.record(error)
         if self._probing:
             # If the server only rejects the first pictures, others may do.
+            self._stop_if_alike(ALIKE)
             if isinstance(error, Transient) or self._breaker.why:
                 why = f"the first calls failed: {error}"
                 if error.kind == "connect":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...data.images import BadImage, stored_bytes
-from ..types import Answer, Backend, CallError, Picture, Request, Unanswerable
+from ..types import Answer, Backend, CallError, FieldRefused, Picture, Request, Unanswerable
 from .captioner import Captioner
 from .cost import CostMeter
 from .dispatch import Dispatcher, Outcome, Stopped
@@ -37,6 +37,7 @@ class Driver:
         checker: see `CaptionChecker`.
         meter: prices, what was spent, and the limit.
         done: called after each caption with the outcome so far and the number of new captions.
+        left_out: called with each field that the server refuses, and that is left out from then on.
     """
 
     captioner: Captioner
@@ -49,6 +50,7 @@ class Driver:
     meter: CostMeter
     run_id: str | None = None
     done: Callable[[Outcome, int], None] = lambda outcome, captions: None
+    left_out: Callable[[FieldRefused], None] = lambda error: None
 
     def __post_init__(self):
         self._known = JournalReader(self.journal.folder)
@@ -63,7 +65,7 @@ class Driver:
         """
         started = time.monotonic()
         self._tried = unsettled_slots(self.journal.folder)
-        self.calls = Dispatcher(self.backend, self.limits, self.meter, self._on_stop)
+        self.calls = Dispatcher(self.backend, self.limits, self.meter, self._on_stop, self.left_out)
         # The number of calls prepared or in flight, which bounds the pictures in memory.
         self._ahead = 2 * self.calls.most + len(self.captioner.prompts.aspects) * self.captioner.samples
         self._room = asyncio.Semaphore(self._ahead)
@@ -78,6 +80,7 @@ class Driver:
                 self._start(self._begin(item, groups))
             while self._tasks:
                 await asyncio.wait(self._tasks)
+            self.calls.conclude()
         finally:
             for task in self._tasks:
                 task.cancel()

@@ -13,7 +13,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -33,6 +33,8 @@ COLUMNS = {
     **dict.fromkeys(NUMBERS.split(), "INTEGER"),
     **dict.fromkeys(("cost", "updated_at"), "REAL"),
 }
+# A table of its own: which fields of its requests a run left out, because the server refused them.
+LEFT_OUT = ("run_id", "model", "field", "instead", "said")
 SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # asking again adds to what a request cost before
 WAIT_S = 60  # for a lock: without a write-ahead log, readers block the writer
 # sqlite's write-ahead log needs memory-mapped files, which machines cannot share on these.
@@ -81,6 +83,8 @@ class Journal:
             # WITHOUT ROWID: one tree in which the tries of a slot are adjacent, and a commit touches one page.
             columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
             self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (slot, key)) WITHOUT ROWID")
+            names = ", ".join(f"{name} TEXT" for name in LEFT_OUT)
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS left_out ({names}, PRIMARY KEY (run_id, model, field))")
         except sqlite3.Error as error:
             self._release_lock()
             raise _broken(self.path, error) from error
@@ -102,6 +106,14 @@ class Journal:
             with self._db:
                 self._db.execute("BEGIN")
                 self._db.executemany(self._put, rows)
+        except sqlite3.Error as error:
+            raise _broken(self.path, error) from error
+
+    def put_left_out(self, run_id: str, model: str, field: str, instead: str | None, said: str) -> None:
+        """Records that a run goes on without a field that the server refuses."""
+        try:
+            row = _utf8(dict(zip(LEFT_OUT, (run_id, model, field, instead, said), strict=True)))
+            self._db.execute("INSERT OR REPLACE INTO left_out VALUES (?, ?, ?, ?, ?)", list(row.values()))
         except sqlite3.Error as error:
             raise _broken(self.path, error) from error
 
@@ -209,6 +221,20 @@ def _read_file(path: Path, columns: Sequence[str], where: str = "", values: Sequ
     except sqlite3.Error as error:
         if "no such table" not in str(error):  # another process has only just created the file
             raise _broken(path, error) from error
+
+
+def left_out(folder: str | Path) -> list[dict]:
+    """The fields that runs left out, by `LEFT_OUT`, in the order of the runs. Journals of version 0.1 record none."""
+    found = []
+    for path in journal_files(folder):
+        try:
+            with closing(sqlite3.connect(path, timeout=WAIT_S)) as db:
+                if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'left_out'").fetchone():
+                    rows = db.execute(f"SELECT {', '.join(LEFT_OUT)} FROM left_out")
+                    found += [dict(zip(LEFT_OUT, row, strict=True)) for row in rows]
+        except sqlite3.Error as error:
+            raise _broken(path, error) from error
+    return sorted(found, key=lambda row: (row["run_id"] or "", row["field"] or ""))
 
 
 def settled_slots(folder: str | Path, max_tokens: int = 0) -> set[str]:

@@ -81,6 +81,9 @@ def caption_card(
         run = {"description": f"run {details['run_id']}"} if details.get("run_id") else {}
         front["configs"] = [{"config_name": "default", **run, "data_files": files}]
     prompts = details.get("prompt_texts") or {}
+    sampling = dict((details.get("made_from") or {}).get("sampling") or {})
+    if "requests" in details:
+        sampling["temperature"] = (details["requests"] or {}).get("temperature", "the model's own (none was sent)")
     card = render_card(
         TEMPLATES / "caption_card.md.j2",
         front=Markup(front_matter(front)),
@@ -100,6 +103,7 @@ def caption_card(
         captions_only=captions_only,
         details=details,
         version=__version__,
+        sampling=sampling,
         prompts=prompts,
         class_mark=Markup(CLASS_MARK),
         told_label=any(CLASS_MARK in str(text) for text in prompts.values()),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ...captioning.arguments import CaptionArguments
 from ...captioning.ask.cost import Spending
-from ...captioning.ask.journal import Journal, by_slot, journal_files, spent_dollars
+from ...captioning.ask.journal import Journal, by_slot, journal_files, left_out, spent_dollars
 from ...captioning.ask.journal_parquet import export_journal, import_journal
 from ...captioning.ask.limits import Limits
 from ...captioning.ask.plan import Plan
@@ -97,6 +97,7 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
         "spent": f"{tokens_in} tokens in, {tokens_out} out, {cost}",
         "attempts": f"{spent.attempts:,}",
     }
+    lines |= printing.left_out_line(left_out(journal))
     if checks:
         lines["checks"] = ", ".join(f"{name} {count:,}" for name, count in checks.most_common())
     if record.get("statuses"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -88,6 +90,8 @@ def print_plan(workflow: CaptionWorkflow, split: str, run: SplitCaptioner, plan:
             f"about {tokens_in:,.0f} in and {tokens_out:,.0f} out, estimated from {many(len(pictures), 'picture')}"
         )
         rows["cost"] = _cost(workflow, run.price, tokens_in, tokens_out, spent)
+    rows["sampling"] = _sampling(run.backend.sampling_fields())
+    rows |= left_out_line(run.left_out())
     if spent:
         rows["spent so far"] = money(spent)
     if args.requests_per_minute and plan.items:
@@ -96,6 +100,25 @@ def print_plan(workflow: CaptionWorkflow, split: str, run: SplitCaptioner, plan:
     table(rows)
     if plan.items:
         _print_prompts(plan.items, captioner.joint)
+
+
+def _sampling(fields: Mapping[str, object]) -> str:
+    """`temperature 0.2, a seed per request`."""
+    texts = [f"{name} {json.dumps(value)}" for name, value in fields.items() if name != "seed"]
+    texts += (
+        []
+        if "seed" not in fields
+        else ["a seed per request" if isinstance(fields["seed"], str) else f"seed {fields['seed']}"]
+    )
+    return printable_text(", ".join(texts)) or "the model's own (nothing is sent)"
+
+
+def left_out_line(rows: Iterable[Mapping]) -> dict[str, str]:
+    """The fields that a server refused, as a line of a table; none if there are none."""
+    fields = dict.fromkeys(f"{row['field']} (as {row['instead']})" if row["instead"] else row["field"] for row in rows)
+    return (
+        {"left out": printable_text(f"{', '.join(fields)}: refused by the server in an earlier run")} if fields else {}
+    )
 
 
 def _cost(workflow: CaptionWorkflow, price: Price | None, tokens_in: float, tokens_out: float, spent: float) -> str:
@@ -142,7 +165,7 @@ def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
         others = [f"{result.statuses[s]:,} {s}" for s in TERMINAL if s not in ACCEPTED and result.statuses[s]]
         say(
             f"\nNothing to do: {output} has {accepted:,} of {wanted:,} captions, and a run asks for no more "
-            f"({', '.join(others)}). Why: mmft-hf caption status --output_dir {output}"
+            f"({', '.join(others)}). Why: mmft-hf caption status --output_dir {shlex.quote(output)}"
         )
 
 
@@ -195,7 +218,7 @@ def print_folder(path: str, statistics: CaptionStatistics, journaled: bool = Fal
     say()
     table(lines)
     if journaled and unwanted:
-        say(f"\nWhy some are missing: mmft-hf caption status --output_dir {path}")
+        say(f"\nWhy some are missing: mmft-hf caption status --output_dir {shlex.quote(path)}")
     _print_captions(statistics)
 
 
@@ -213,7 +236,7 @@ def _print_captions(statistics: CaptionStatistics) -> None:
 def next_line(path: str, statistics: CaptionStatistics) -> str:
     """The command that trains on a captioned dataset."""
     skip = " --on_bad_image skip" if statistics.figures["unreadable_images"] else ""
-    return f"Next: mmft-hf finetune --dataset_name {path}{skip}"
+    return f"Next: mmft-hf finetune --dataset_name {shlex.quote(path)}{skip}"
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------

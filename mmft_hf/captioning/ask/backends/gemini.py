@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import quote
 
-from ...types import Answer, Request
-from .base import MAX_SEED, HTTPBackend, count_of, merged, text_of
+from ...types import Answer, Fatal, Request
+from .base import HTTPBackend, count_of, merged, text_of
 from .transport import PICTURE
 
-_REASONS = {"STOP": "stop", "MAX_TOKENS": "length"}
-_REFUSALS = frozenset(
-    "BLOCKLIST IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION IMAGE_SAFETY PROHIBITED_CONTENT RECITATION SAFETY SPII".split()
-)
+# CONTINUATION: the limit of one request was reached, and another request could go on.
+_REASONS = {"STOP": "stop", "MAX_TOKENS": "length", "CONTINUATION": "length"}
+# SAFETY, IMAGE_SAFETY, PROHIBITED_CONTENT, RECITATION, BLOCKLIST, SPII, MODEL_ARMOR, ESCALATION, and their like.
+_REFUSAL = re.compile(r"SAFETY|PROHIBITED|RECITATION|BLOCK|SPII|MODEL_ARMOR|ESCALATION|JAILBREAK")
+# Google advises against these fields from Gemini 3 on, and later generations ignore them.
+_TAKES_SAMPLING = re.compile(r"gemini-(?:[12][.-]|pro)|gemma|learnlm")
 
 
 class GeminiBackend(HTTPBackend):
@@ -26,15 +29,19 @@ class GeminiBackend(HTTPBackend):
     default_key_env = "GEMINI_API_KEY"
     key_header = "x-goog-api-key"
 
+    @property
+    def _name(self) -> str:
+        return self.model.removeprefix("models/")
+
+    @property
+    def takes_sampling(self) -> bool:
+        return bool(_TAKES_SAMPLING.match(self._name.lower()))
+
     def _path(self) -> str:
-        return f"/models/{quote(self.model.removeprefix('models/'), safe='')}:generateContent"
+        return f"/models/{quote(self._name, safe='')}:generateContent"
 
     def _body(self, request: Request) -> dict[str, Any]:
-        generation: dict[str, Any] = {
-            "temperature": self.sampling.temperature,
-            "maxOutputTokens": request.max_tokens,
-            "seed": request.seed & MAX_SEED,
-        }
+        generation: dict[str, Any] = {**self._sampling(request), "maxOutputTokens": request.max_tokens}
         if len(request.aspects) > 1:
             generation["responseMimeType"] = "application/json"
             aspects = {aspect: {"type": "STRING"} for aspect in request.aspects}
@@ -43,6 +50,16 @@ class GeminiBackend(HTTPBackend):
         parts = [{"inlineData": {"mimeType": request.picture.mime, "data": PICTURE}}, {"text": request.prompt}]
         body = {"contents": [{"role": "user", "parts": parts}], "generationConfig": generation}
         return merged(body, self.sampling.options, nested=True)
+
+    def _places(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        generation = body.get("generationConfig")
+        thinking = generation.get("thinkingConfig") if isinstance(generation, dict) else None
+        return [place for place in (body, generation, thinking) if isinstance(place, dict)]
+
+    def _without(self, body: dict[str, Any], field: str, instead: str | None) -> None:
+        super()._without(body, field, instead)
+        if field == "responseMimeType":  # a schema alone is refused
+            super()._without(body, "responseSchema", None)
 
     def _answer(self, data: dict[str, Any]) -> Answer:
         usage = data.get("usageMetadata") or {}
@@ -54,8 +71,10 @@ class GeminiBackend(HTTPBackend):
             # Filtered answers come without content, and so do answers that spent all their tokens on thinking.
             parts = (candidate.get("content") or {}).get("parts") or []
             text = "".join(text_of(p["text"]) for p in parts if "text" in p and not p.get("thought"))
-            found = candidate["finishReason"]
-            reason = "refusal" if found in _REFUSALS else _REASONS.get(found, found)
+            found = text_of(candidate["finishReason"])
+            if found == "PUP_LIMITED_DISABLED":
+                raise Fatal("credentials", f"{self.transport.host}: the account of this key is limited or disabled.")
+            reason = "refusal" if _REFUSAL.search(found) else _REASONS.get(found, found)
         return Answer(
             text=text,
             finish_reason=reason,

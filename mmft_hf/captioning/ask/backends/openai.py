@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ...types import Answer, Request
-from .base import MAX_SEED, HTTPBackend, count_of, merged, text_of
+from .base import HTTPBackend, count_of, merged, object_schema, text_of, thinking_of
 from .transport import PICTURE, check_url
+
+# OpenAI's own models that take a temperature and a seed; those after them refuse or ignore both.
+_TAKES_SAMPLING = re.compile(r"(?:ft:)?(?:gpt-3\.5|gpt-4|chatgpt-4)")
+# Servers of open models take them. Behind a router there may be one of the models that do not.
+_REFUSES_SAMPLING = re.compile(r"(?:^|[/.:])(?:claude|gemini-(?:[3-9]|flash|pro)|gpt-(?:[5-9]|[1-3]\d)|o[1-9](?:-|$))")
 
 
 class OpenAIBackend(HTTPBackend):
@@ -25,6 +31,11 @@ class OpenAIBackend(HTTPBackend):
             self.not_found = f"Perhaps --base_url needs /v1 at its end. {self.not_found}"
         super().__init__(model, base_url, **options)
 
+    @property
+    def takes_sampling(self) -> bool:
+        name = self.model.lower()
+        return bool(_TAKES_SAMPLING.match(name)) if self.official else not _REFUSES_SAMPLING.search(name)
+
     def _path(self) -> str:
         return "/chat/completions"
 
@@ -36,17 +47,17 @@ class OpenAIBackend(HTTPBackend):
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
-            "temperature": self.sampling.temperature,
+            **self._sampling(request),
             # OpenAI's newer models accept only the new name, many other servers only the old one.
             "max_completion_tokens" if self.official else "max_tokens": request.max_tokens,
-            "seed": request.seed & MAX_SEED,
         }
         if self.official and len(request.aspects) > 1:
-            aspects = {aspect: {"type": "string"} for aspect in request.aspects}
-            schema = {"type": "object", "properties": aspects, "required": [*aspects], "additionalProperties": False}
-            schema = {"name": "captions", "strict": True, "schema": schema}
+            schema = {"name": "captions", "strict": True, "schema": object_schema(request.aspects)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return merged(body, options)
+
+    def _places(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return [body, body["messages"][0]["content"][0]["image_url"]]
 
     def _answer(self, data: dict[str, Any]) -> Answer:
         choice = data["choices"][0]
@@ -60,12 +71,14 @@ class OpenAIBackend(HTTPBackend):
         if message.get("refusal"):
             text, reason = text or text_of(message["refusal"]), "refusal"
         usage = data.get("usage") or {}
-        details = usage.get("completion_tokens_details") or {}
+        counted = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+        tokens_out = count_of(usage.get("completion_tokens"))
+        thought = message.get("reasoning_content") or message.get("reasoning")
         return Answer(
             text=text,
             finish_reason="refusal" if reason == "content_filter" else reason,
             model=data.get("model"),
             tokens_in=count_of(usage.get("prompt_tokens")),
-            tokens_out=count_of(usage.get("completion_tokens")),
-            thinking_tokens=count_of(details.get("reasoning_tokens")) or 0,
+            tokens_out=tokens_out,
+            thinking_tokens=thinking_of(counted, bool(thought), tokens_out, text),
         )

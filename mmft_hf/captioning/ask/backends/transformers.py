@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from ....core.errors import UserError, nearest
 from ....core.markdown import one_line
 from ....data.images import BadImage, read_image
-from ...types import Answer, CallError, Fatal, Request, Sampling, Unanswerable
+from ...types import DEFAULT_TEMPERATURE, Answer, CallError, Fatal, Request, Sampling, Unanswerable
 from .device import default_device, empty_cache, out_of_memory, seeded
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class TransformersBackend:
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: expected 1 or more, found {batch_size}.")
+        if sampling.omit:
+            raise UserError(f"--omit: expected a captioner that is a server, found transformers ({sampling.omit[0]}).")
         self.name, self.revision, self.sampling, self.batch_size = str(model), revision, sampling, batch_size
         self.device = default_device()
         self._options = {**sampling.options}
@@ -82,11 +84,16 @@ class TransformersBackend:
             if option in OWN_OPTIONS or option.startswith("_") or option not in known:
                 hint = " Use max_tokens." if option.startswith("max_") else nearest(option, set(known) - {*OWN_OPTIONS})
                 raise UserError(f"sampling options: expected one of transformers' generate, found {option!r}.{hint}")
+        self._temperature = DEFAULT_TEMPERATURE if sampling.temperature is None else sampling.temperature
         self._most = batch_size
         self._model: Any = None
         self._lock = threading.Lock()
 
     # -- the backend protocol -----------------------------------------------------------------------------------------
+    def sampling_fields(self) -> dict[str, Any]:
+        """The temperature and the further options of `generate`."""
+        return {"temperature": self._temperature, **self._options}
+
     def check_key(self) -> None:
         """A model in this process needs no key."""
 
@@ -319,10 +326,9 @@ class TransformersBackend:
         ends = model.generation_config.eos_token_id if ends is None else ends
         ends = tokenizer.eos_token_id if ends is None else ends
         ends = [ends] if isinstance(ends, int) else ends
-        temperature = self.sampling.temperature
         options: dict[str, Any] = {
-            "do_sample": temperature > 0,
-            "temperature": temperature or None,
+            "do_sample": self._temperature > 0,
+            "temperature": self._temperature or None,
             **self._options,
             "max_new_tokens": max(row.request.max_tokens for row in rows),
             "eos_token_id": ends,

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -38,7 +38,6 @@ class Transport:
 
     Args:
         base_url: http or https address to which the paths of `post` are appended.
-        headers: sent with each call; never a key.
         api_key_env: name of the environment variable that holds the key; None: no key is sent.
         key_header: the header for the key; for `Authorization`, `Bearer ` is put before the key.
         not_found: advice for the message if the server knows no such address or model.
@@ -53,7 +52,6 @@ class Transport:
     def __init__(
         self,
         base_url: str,
-        headers: Mapping[str, str] | None = None,
         api_key_env: str | None = None,
         key_header: str = "Authorization",
         not_found: str = "",
@@ -74,7 +72,7 @@ class Transport:
                 f"expected at least one connection and a timeout above 0 s, found {concurrency} and {timeout_s}."
             )
         self.base_url, self.scheme, self.host = base_url.strip().rstrip("/"), parts.scheme, parts.netloc
-        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
+        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         self.api_key_env, self.key_header, self.not_found = api_key_env, key_header, not_found
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self._session: aiohttp.ClientSession | None = None
@@ -89,38 +87,49 @@ class Transport:
         if self.api_key_env:
             _read_key(self.api_key_env)
 
-    async def post(self, path: str, body: Mapping[str, Any], picture: bytes | None = None) -> dict[str, Any]:
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        picture: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        optional: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """Returns the JSON object with which the server answers.
 
         Args:
             path: appended to the base URL, already percent-encoded.
             body: sent as JSON. `PICTURE` in one of its strings stands for the picture.
             picture: encoded picture, sent as base64.
+            headers: sent with this call; never a key.
+            optional: names of fields that the server may refuse.
 
         Raises:
-            Transient, Unanswerable, Fatal: with a message of one printable line, at most 300 characters, without keys.
+            Transient, Unanswerable, Fatal (`FieldRefused` for an optional field): with a message of one printable line, at most 300 characters, without keys.
         """
         data = json.dumps(body).encode()
         if picture is not None:
             before, after = data.split(_PICTURE)
             data = b"".join((before, binascii.b2a_base64(picture, newline=False), after))
         # Raised here because the frames and exceptions inside hold the headers, which a traceback could show.
-        result = await self._exchange(path, data)
+        result = await self._exchange(path, data, headers or {}, optional)
         if isinstance(result, CallError):
             raise result
         return result
 
-    async def _exchange(self, path: str, data: bytes) -> dict[str, Any] | CallError:
+    async def _exchange(
+        self, path: str, data: bytes, headers: Mapping[str, str], optional: Sequence[str]
+    ) -> dict[str, Any] | CallError:
         try:
             async with (self._session or self._open()).post(
                 URL(self.base_url + path, encoded=True),
                 data=data,
-                headers=self._with_key(),
+                headers={**headers, **self._with_key()},
                 allow_redirects=False,
                 proxy=self._proxy,
             ) as response:
                 cap = MAX_ANSWER_BYTES if response.status == 200 else 2**16
-                return self._read(response.status, response.headers, await _body(response, cap))
+                return self._read(response.status, response.headers, await _body(response, cap), optional)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as found:
             return self._unreachable(found)
 
@@ -160,9 +169,11 @@ class Transport:
         """The key, which is removed from messages."""
         return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else None
 
-    def _read(self, status: int, headers: Mapping[str, str], data: bytes | None) -> dict[str, Any] | CallError:
+    def _read(
+        self, status: int, headers: Mapping[str, str], data: bytes | None, optional: Sequence[str]
+    ) -> dict[str, Any] | CallError:
         if status != 200:
-            return failure(self, status, headers, (data or b"").decode(errors="replace"))
+            return failure(self, status, headers, (data or b"").decode(errors="replace"), optional)
         if data is None:
             return self.bad_answer(f"more than {MAX_ANSWER_BYTES // 2**20} MiB")
         try:
@@ -176,7 +187,7 @@ class Transport:
             # Routers report a failed upstream server with status 200, and its status in the body.
             code = error.get("code")
             known = isinstance(code, int) and 400 <= code < 600
-            return failure(self, code if known else 502, headers, json.dumps(answer))
+            return failure(self, code if known else 502, headers, json.dumps(answer), optional)
         return answer
 
     def bad_answer(self, found: object) -> Transient:
