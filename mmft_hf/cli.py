@@ -12,11 +12,12 @@ import re
 import shlex
 import sys
 import traceback
-from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EEXIST, EISDIR, ENOTDIR, EPERM
 
 from .benchmark.run.processes import work_alone
 from .core.console import is_main
 from .core.errors import PartialResult, UserError, command_line_spelling, nearest
+from .core.files import no_room
 from .version import __version__
 
 VERBS = {
@@ -28,8 +29,8 @@ VERBS = {
     "push": "publish a trained model or a captioned dataset on the Hub",
     "env": "print versions and devices, for bug reports",
 }
-# The system refuses to write: no permission, a file instead of a folder or the reverse, a full or read-only disk.
-REFUSED = {EACCES, EPERM, EEXIST, ENOTDIR, EISDIR, ENOSPC, EDQUOT, EROFS}
+# The system refuses to write: no permission, a file instead of a folder or the reverse.
+REFUSED = {EACCES, EPERM, EEXIST, ENOTDIR, EISDIR}
 HELP = (
     "usage: mmft-hf VERB [--config FILE.yaml] [--key value …]\n\n"
     "Multimodal fine-tuning of CLIP with synthetic captions.\n\n"
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(argv[0], command, argv[1:])
         quiet_libraries()
         command.run(*arguments)
+        sys.stdout.flush()
         return 0
     except UserError as error:
         return _fail(2, error, debug)
@@ -78,17 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # for example `mmft-hf … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if error.errno not in REFUSED:
-            return _bug()
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(
-            2, f"{place}expected a place to write to, found: {error.strerror}. Type another path, or make room.", debug
-        )
     except SystemExit as error:  # after --help
         return error.code if isinstance(error.code, int) else 1
-    except Exception:
-        return _bug()
+    except Exception as error:
+        found = no_room(error)
+        if found is None and isinstance(error, OSError) and error.errno in REFUSED:
+            found = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if found is None:
+            return _bug()
+        return _fail(2, f"expected a place to write to, found: {found}. Type another path, or make room.", debug)
 
 
 def _without_retry(argv: list[str]) -> list[str]:

@@ -1,10 +1,12 @@
-"""Checks the start of several processes, and ends all of them with a message when one of them ends.
+"""Checks the start of several processes, ends all of them with a message when one of them ends, and keeps other runs out.
 
 `accelerate launch`, `torchrun` and schedulers that set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are treated alike.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 import secrets
@@ -13,14 +15,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from .console import is_main
 from .distributed import world_size
 from .errors import PartialResult, UserError
+from .files import LOCK_FILE, InUse, Lock, file_system
+
+logger = logging.getLogger(__name__)
 
 # gloo raises plain RuntimeErrors. NCCL and the rendezvous raise DistError.
 LOST = re.compile(r"gloo|Connection (reset|closed|refused)|Broken pipe|Timed out waiting|Socket Timeout", re.IGNORECASE)
@@ -104,6 +110,50 @@ def check_shared(folder: Path) -> None:
             f"cannot see what process 0 on {seen[0][1]} writes there. Type the same path on a file system that all "
             "machines mount."
         )
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike, shared: str | None = None) -> Iterator[None]:
+    """Keeps other runs out of an output folder until the block ends. Of several processes the first one holds the lock.
+
+    Args:
+        folder: created if it is missing; deleted at the end if it is still empty then.
+        shared: runs with the same text may work in the folder together; None: no other run may.
+
+    Raises:
+        InUse: another run is at work in the folder; in every process.
+    """
+    folder, lock, refusal = Path(folder), None, [None]
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    if is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = Lock(folder / LOCK_FILE, f"--output_dir {folder}", shared)
+        except InUse as error:
+            refusal = [str(error)]
+        except PermissionError:  # what cannot be written to has no two writers, and a finished run in it can be read
+            pass
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+    if world_size() > 1:
+        dist.broadcast_object_list(refusal)
+    if refusal[0]:
+        raise InUse(refusal[0])
+    if lock is not None and not lock.held:
+        logger.warning(
+            "%s is on a file system (%s) without locks: a second run in it would go unnoticed.",
+            folder,
+            file_system(folder),
+        )
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release(remove=True)
+            with suppress(OSError):  # not empty
+                for place in missing:
+                    place.rmdir()
 
 
 @contextmanager

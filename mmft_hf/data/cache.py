@@ -68,7 +68,7 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
         with atomic_write(path) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps an OSError in its own class
-        _cannot_write(path.parent, str(error).splitlines()[0])
+        _cannot_write(path.parent, getattr(error, "strerror", None) or str(error).splitlines()[0])
 
 
 @cache

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
+from ..core.files import atomic_folder
 from ..data.images import read_image
 from ..model.loading import encode_images, load_model
 from .heads import Head, load_head
@@ -54,8 +55,9 @@ class ImageClassifier(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes all that prediction needs: model, processor, class names (in `config.json`) and head."""
         set_class_names(self.model, self.head.class_names)
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        with atomic_folder(folder) as new:
+            self.model.save_pretrained(new)
+            self.processor.save_pretrained(new)
         self.head.save_pretrained(folder)
 
     @property

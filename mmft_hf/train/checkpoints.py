@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..core.errors import UserError
-from ..core.files import STATE_FILE, WEIGHTS_INDEX, read_json
+from ..core.files import STATE_FILE, WEIGHTS_INDEX, atomic_folder, no_room, read_json, widen_permissions
 from ..model.embedding import quick_attention
 from ..model.towers import checkpoint_state, lora_layers, plain_state
 
@@ -145,9 +145,16 @@ class TrainingCheckpoints:
         else:
             state_dict = plain_state(model, state_dict)
         try:
-            super()._save(output_dir, state_dict)
+            if is_checkpoint(folder):
+                self._save_files(folder, state_dict)
+            else:
+                with atomic_folder(folder) as new:
+                    self._save_files(new, state_dict)
         finally:
             vars(model).pop("save_pretrained", None)
+
+    def _save_files(self, folder: Path, state_dict: dict) -> None:
+        super()._save(str(folder), state_dict)
         # A pickle that nothing reads, with all settings of this machine in it.
         (folder / "training_args.bin").unlink(missing_ok=True)
 
@@ -177,10 +184,19 @@ class TrainingCheckpoints:
     def _save_checkpoint(self, *args, **kwargs):
         self._expect_finite_losses()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:  # until the new one is whole, no older one of this name counts as complete
+            (folder / STATE_FILE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:
+            if self.args.should_save and no_room(error):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit = limit
+        if self.args.should_save:
+            widen_permissions(folder)
         if self.args.should_save and limit:
             rotate(Path(self.args.output_dir), limit, self.state.global_step, self.state.best_model_checkpoint)
 

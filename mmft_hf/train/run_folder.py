@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import fields
@@ -97,7 +98,7 @@ class RunFolder:
             return resume
         # An older version without a setting did what the setting's default does.
         before = {**self.defaults, **found["identity"]}
-        differ = [k for k, v in self.identity.items() if before.get(k) != v]
+        differ = [k for k, v in self.identity.items() if not _same(k, before.get(k), v)]
         # The order of the images and all random draws depend on the size of a step, not on the number of processes.
         if _step_size(found["identity"]) == _step_size(self.identity):
             differ = [k for k in differ if k not in STEP]
@@ -134,9 +135,12 @@ class RunFolder:
         state.wait_for_everyone()  # every process has read the record before one writes it
         check_shared(self.path)
         if is_main():
+            for entry in self.path.iterdir():  # of a process that was killed while writing
+                if files.is_temporary(entry.name) and entry.name != files.LOCK_FILE:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if not resume:
                 self._clear()
-            self._write(completed=False)
+            self._write(self.path, completed=False)
         state.wait_for_everyone()
 
     def _read(self) -> dict | None:
@@ -151,14 +155,14 @@ class RunFolder:
             raise UserError(f"{path}: expected the record of a run, found another file. Type another --output_dir.")
         return record
 
-    def _write(self, completed: bool, **more) -> None:
+    def _write(self, folder: Path, completed: bool, **more) -> None:
         content = {
             "completed": completed,
             "mmft_hf": __version__,
             "identity": self.identity,
             "data": self.data_settings,
         }
-        files.write_json(self.path / files.RUN_FILE, content | more)
+        files.write_json(folder / files.RUN_FILE, content | more)
 
     def _clear(self) -> None:
         """Deletes the files that a run writes, by their exact names, and nothing else."""
@@ -226,7 +230,7 @@ class RunFolder:
         state: TrainerState,
         adapter: Adapter | None = None,
     ) -> None:
-        """Writes the classifier, its results and its card. `mmft.json` says `completed` once everything is written.
+        """Writes the classifier, its results and its card: all of them, or none if the disk takes no more.
 
         Args:
             predictions: on the test split.
@@ -234,19 +238,6 @@ class RunFolder:
             state: of the Trainer.
             adapter: of a LoRA run.
         """
-        classifier.save_pretrained(self.path)
-        if adapter:
-            base, revision = self.identity["base_model"], self.identity["base_model_revision"]
-            adapter.save_pretrained(self.path / files.ADAPTER_FOLDER, cards.public_name(base), revision)
-        sheet.predictions_table(predictions).to_parquet(self.path / files.PREDICTIONS_FILE)
-        sheet.contact_sheet(self.splits.test, predictions).save(self.path / files.SHEET_FILE, optimize=True)
-        confusion = predictions.report()["confusion_matrix"]
-        figures.draw_confusion(self.path / files.CONFUSION_FILE, confusion, self.splits.class_names)
-        selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
-        zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
-        figures.draw_curves(self.path / files.CURVES_FILE, state.log_history, zero_shot, best)
-        files.write_json(self.path / files.RESULTS_FILE, results)
-        state.save_to_json(str(self.path / files.STATE_FILE))
         record = {
             "class_names": self.splits.class_names,
             "model_type": classifier.model.config.model_type,
@@ -256,9 +247,31 @@ class RunFolder:
             "sources": run_sources(self.identity, self.data_settings, self.splits, MMFTConfig),
             "versions": cards.versions(),
         }
-        self._write(completed=False, **record)
-        cards.write_model_card(self.path)
-        self._write(completed=True, **record)
+        with files.atomic_folder(self.path) as folder:
+            classifier.save_pretrained(folder)
+            if adapter:
+                base, revision = self.identity["base_model"], self.identity["base_model_revision"]
+                adapter.save_pretrained(folder / files.ADAPTER_FOLDER, cards.public_name(base), revision)
+            sheet.predictions_table(predictions).to_parquet(folder / files.PREDICTIONS_FILE)
+            sheet.contact_sheet(self.splits.test, predictions).save(folder / files.SHEET_FILE, optimize=True)
+            confusion = predictions.report()["confusion_matrix"]
+            figures.draw_confusion(folder / files.CONFUSION_FILE, confusion, self.splits.class_names)
+            selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
+            zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
+            figures.draw_curves(folder / files.CURVES_FILE, state.log_history, zero_shot, best)
+            files.write_json(folder / files.RESULTS_FILE, results)
+            state.save_to_json(str(folder / files.STATE_FILE))
+            self._write(folder, completed=True, **record)
+            cards.write_model_card(folder)
+
+
+def _same(setting: str, before, now) -> bool:
+    """Whether a setting has the value that it had. Data are known by their fingerprint, wherever they are now."""
+    if setting == "dataset" or before == now:
+        return True
+    if setting != "base_model" or before is None:
+        return False
+    return Path(before).exists() and os.path.realpath(before) == os.path.realpath(now)
 
 
 def _step_size(identity: dict) -> int:

@@ -22,8 +22,8 @@ from transformers import Pipeline, pipeline, set_seed
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
 from ..core.errors import PartialResult, UserError, nearest
-from ..core.files import RESULTS_FILE, RUN_FILE
-from ..core.launch import together
+from ..core.files import RESULTS_FILE, RUN_FILE, keeping
+from ..core.launch import alone_in, together
 from ..data.splits import Splits, load_splits
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
@@ -143,7 +143,8 @@ def finetune(
 
     Raises:
         UserError: an unknown setting, a value outside its range, data or a model that cannot be used.
-        PartialResult: the run is finished, but could not be pushed; or another process of the run has ended.
+        PartialResult: the run is finished, but could not be pushed; the disk takes no more; or another process of the run has
+            ended.
     """
     given = {"model_name_or_path": str(model), "output_dir": str(output_dir), "num_train_epochs": epochs} | settings
     if isinstance(dataset, (str, Path)):
@@ -184,8 +185,21 @@ def run_finetuning(
         reporter: receives the events of the run, in the main process.
     """
     reporter = reporter if reporter and is_main() else Reporter()
-    with together(lambda: last_complete_checkpoint(config.output_dir)):
+    output_dir = config.output_dir
+    with (
+        together(lambda: last_complete_checkpoint(output_dir)),
+        alone_in(output_dir),
+        keeping(lambda: _kept(output_dir)),
+    ):
         return _run(model_args, data_args, config, dataset, reporter)
+
+
+def _kept(output_dir: str) -> str | None:
+    """What is left of an interrupted run, in a sentence; None if it has not begun."""
+    if not (Path(output_dir) / RUN_FILE).is_file():
+        return None
+    checkpoint = last_complete_checkpoint(output_dir)
+    return f"The last complete checkpoint is {checkpoint}." if checkpoint else "There is no complete checkpoint yet."
 
 
 def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:

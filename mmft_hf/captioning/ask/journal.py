@@ -7,24 +7,18 @@ request. Its *slot* names what the plan asked for, so that a second try, under i
 from __future__ import annotations
 
 import heapq
-import os
-import socket
 import sqlite3
 import time
 import uuid
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 from ...core.errors import UserError
+from ...core.files import InUse, Lock, file_system
 from ..types import TERMINAL
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 TEXT = "key slot call_id image_sha256 label prompt_id aspect status raw_text text checks finish_reason model error_class error"
 NUMBERS = "sample reask pending max_tokens tokens_in tokens_out thinking_tokens attempts latency_ms"
@@ -63,19 +57,23 @@ class Journal:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.notes: list[str] = []
-        self._lock = self._take_lock(rank)
+        try:
+            self._lock = Lock(self.folder / f"journal-{rank:05d}.lock", self.folder)
+        except InUse as error:
+            raise JournalError(str(error)) from error
         self.path = self.folder / f"journal-{rank:05d}.sqlite"
-        if self._lock is None:
+        if not self._lock.held:
             # Without locks another writer would go unnoticed: use a file that only this process knows.
             self.path = self.folder / f"journal-{rank:05d}-{uuid.uuid4().hex[:12]}.sqlite"
         kind = file_system(self.folder)
-        shared = self._lock is None or kind in NETWORK_FILE_SYSTEMS
+        shared = not self._lock.held or kind in NETWORK_FILE_SYSTEMS
         if shared:
             self.notes.append(
                 f"The journal is on a file system ({kind}) whose locks cannot be trusted, so it is written without a "
                 "write-ahead log. Use one machine at a time."
             )
         try:
+            self.path.touch()  # with the permissions that the umask leaves; sqlite would narrow them
             self._db = sqlite3.connect(self.path, WAIT_S, isolation_level=None, check_same_thread=False)
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
             # Under NORMAL a killed process loses nothing; a power failure may lose the last answers.
@@ -86,7 +84,7 @@ class Journal:
             names = ", ".join(f"{name} TEXT" for name in LEFT_OUT)
             self._db.execute(f"CREATE TABLE IF NOT EXISTS left_out ({names}, PRIMARY KEY (run_id, model, field))")
         except sqlite3.Error as error:
-            self._release_lock()
+            self._lock.release()
             raise _broken(self.path, error) from error
         names = ", ".join(COLUMNS)
         marks = ", ".join(f":{name}" for name in COLUMNS)
@@ -143,41 +141,13 @@ class Journal:
     def close(self) -> None:
         """Folds the write-ahead log into the file and releases the lock."""
         self._db.close()
-        self._release_lock()
+        self._lock.release()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    # -- locks --------------------------------------------------------------------------------------------------------
-    def _take_lock(self, rank: int) -> int | None:
-        """A lock that ends with this process, however it ends; None if the file system has no locks."""
-        if fcntl is None:
-            return None
-        path = self.folder / f"journal-{rank:05d}.lock"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = path.read_text(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise JournalError(
-                f"{self.folder}: expected no other run, found one at work here ({owner}). Wait for it or stop it, or type "
-                "another --output_dir."
-            ) from error
-        except OSError:
-            os.close(handle)
-            return None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        return handle
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 def _broken(path: Path, error: sqlite3.Error) -> JournalError:
@@ -308,14 +278,3 @@ class JournalReader:
         for db in self._dbs or ():
             db.close()
         self._dbs = None
-
-
-def file_system(folder: Path) -> str:
-    """The type of the file system that holds a folder (`ext4`, `nfs4`, …); `unknown` if the system does not say."""
-    place, longest, kind = folder.resolve(), -1, "unknown"
-    with suppress(OSError):  # a file of Linux
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            _, mount, name, *_ = line.split()
-            if len(mount) >= longest and place.is_relative_to(mount.replace("\\040", " ")):
-                longest, kind = len(mount), name
-    return kind
