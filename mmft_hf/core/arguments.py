@@ -179,7 +179,16 @@ class DataArguments:
         "Hub id or folder with captions but no images. They are joined to the training images by file content "
         "(sha256).",
     )
-    class_names: list[str] | None = setting(None, "Class names, if the label column holds plain numbers.")
+    class_names: list[str] | None = setting(
+        None,
+        "Class names. If the label column or the class folders hold numbers, name k is that of number k; the data's own names "
+        "may be given in any order.",
+    )
+    on_missing_label: str = setting(
+        "error",
+        "Rows without a label (nothing, or -1). error: stop at the first; skip: leave them out and count them.",
+        choices=("error", "skip"),
+    )
     shots: int | None = setting(None, "Number of training images per class. Default: all.", range=Range(1))
     shots_seed: int = setting(0, "Seed for the few-shot subset and for held-out splits.")
 

@@ -58,7 +58,8 @@ def _open_folder(folder: str, config: str | None, cache: str | None) -> DatasetD
             data[split] = builder.as_dataset(split) if info.num_examples else images[split].select_columns("image")
     if not metadata or not _is_image_folder(data):
         return data
-    return same_columns({split: _with_labels(rows) for split, rows in data.items()})
+    parts = same_columns([_with_labels(rows) for rows in data.values()], [f"split {split!r}" for split in data])
+    return DatasetDict(zip(data, parts, strict=True))
 
 
 def _is_image_folder(data: DatasetDict) -> bool:

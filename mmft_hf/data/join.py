@@ -7,8 +7,9 @@ import hashlib
 from datasets import ClassLabel, Dataset, DatasetDict, List, Value
 
 from ..core.errors import UserError
+from .columns import NULL, TEXT
 from .images import BadImage, original_bytes
-from .texts import clean_class_name
+from .labels import MISSING, Labels, same_name
 
 
 def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Dataset, list[str]]:
@@ -32,7 +33,7 @@ def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Da
         digest = _digest(row["image"])
         entries = found.get(digest, ())
         # A caption describes its class. It would be wrong for the same image under the name of another class.
-        own = _same_name(names[row["label"]])
+        own = None if row["label"] is None else same_name(names[row["label"]])
         texts = [text for label, texts in entries if label in (None, own) for text in texts]
         matched |= {digest} if entries else set()
         other_class += bool(entries) and not texts
@@ -65,18 +66,14 @@ def _captions_by_digest(captions: DatasetDict, name: str) -> dict[str, list[tupl
                 f"{name}, split {split!r}: expected columns captions and image_sha256, found {', '.join(rows.column_names)}. "
                 "Type the name of a dataset that mmft-hf push published."
             )
-        kind = rows.features.get("label")
-        for row in rows.select_columns([c for c in ("captions", "image_sha256", "label") if c in rows.column_names]):
-            known = isinstance(kind, ClassLabel) and row["label"] is not None
-            label = _same_name(kind.names[row["label"]]) if known else None
+        kinds = rows.features.get("label", NULL)
+        known = Labels.of(rows, f"{name}, split {split!r}") if isinstance(kinds, ClassLabel) or kinds in TEXT else None
+        for number, row in enumerate(rows.select_columns(["captions", "image_sha256"])):
+            code = MISSING if known is None else known.codes[number]
+            label = None if code == MISSING else same_name(known.names[code])
             if row["image_sha256"] and row["captions"]:
                 found.setdefault(row["image_sha256"], []).append((label, row["captions"]))
     return found
-
-
-def _same_name(class_name: str) -> str:
-    """Equal for names that differ only in case, hyphens or underscores."""
-    return clean_class_name(class_name).casefold()
 
 
 def _digest(image: dict | None) -> str:

@@ -25,7 +25,7 @@ def open_source(args: DataArguments) -> RawData:
     name, path = args.dataset_name, Path(builtin(args.dataset_name))
     try:
         if path.is_file():
-            return open_table(name, path, args.image_root)
+            return open_table(name, path, args)
         if path.is_dir():
             return open_folder(name, path, args.dataset_config_name)
         return RawData(load_dataset(name, args.dataset_config_name, revision=args.dataset_revision))

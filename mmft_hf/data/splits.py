@@ -10,27 +10,28 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List
 
 from ..core.arguments import DataArguments
 from ..core.builtin import builtin
 from ..core.console import some
 from ..core.errors import UserError, in_python, nearest
+from .columns import NULL, TEXT, check_plain, column_of, undecoded
 from .join import join_captions
+from .labels import MISSING, ClassList, Labels
 from .raw import SPLIT_NAMES, RawData, empty_split
 from .sampling import few_shot_split, hold_out
 from .sources import open_source
-from .tables import NULL
-from .texts import clean_class_name
 
 logger = logging.getLogger(__name__)
 
-TEXT = (Value("string"), Value("large_string"))
 NO_CAPTIONS = "There are no captions: training uses the class template alone."  # a note of `load_splits`
 
 
@@ -88,15 +89,13 @@ def captions_of(value: str | list | None) -> list[str]:
 
 
 def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bool]:
-    """Gives the columns of the contract their names, checks their types and makes image paths absolute."""
-    path = Path(builtin(args.dataset_name))
-    base = Path(args.image_root or (path.parent if path.is_file() else path))
+    """Gives the columns of the contract their names and checks their types. Pictures become undecoded `Image`s."""
     features = next(iter(raw.values())).features
     wanted = {"image": args.image_column, "label": args.label_column}
     captions = args.captions_column or ("captions" if "captions" in features else None)
     if captions:
         wanted["captions"] = captions
-    if list(features) == ["image"] and path.is_dir():
+    if list(features) == ["image"] and Path(builtin(args.dataset_name)).is_dir():
         raise UserError(
             f"dataset {args.dataset_name!r}: expected one subfolder of images per class, and two classes or more; found "
             "images without a class. Move them, or type --dataset_name FILE.csv with columns image and label."
@@ -114,28 +113,24 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
             f"column {captions!r}: expected text or a list of texts as captions, found {features[captions]}. "
             "Type --captions_column NAME, or leave it out to train with the class template alone."
         )
-    mapped = DatasetDict()
+    mapped, embedded = DatasetDict(), True
     for split, dataset in raw.items():
         # Another column that already has a name of the contract is dropped.
         in_the_way = [role for role, column in wanted.items() if role != column and role in dataset.column_names]
         dataset = dataset.remove_columns(in_the_way)
         dataset = dataset.rename_columns({column: role for role, column in wanted.items() if role != column})
-        if args.image_root and dataset.features["image"] not in TEXT:
+        mapped[split] = dataset = undecoded(dataset, "image", f"column {args.image_column!r}, split {split!r}")
+        found = [(chunk.field("bytes"), chunk.field("path")) for chunk in column_of(dataset, "image").chunks]
+        if not any(len(content) > content.null_count or len(path) > path.null_count for content, path in found):
             raise UserError(
-                f"--image_root: expected paths of images in column {args.image_column!r}, found {dataset.features['image']}. "
-                "Leave it out."
+                f"split {split!r}: expected images, or their paths, in column {args.image_column!r}, found none."
             )
-        if dataset.features["image"] in TEXT:
-            paths = [str(base / p) if p else None for p in dataset["image"]]
-            if not any(paths):
-                raise UserError(
-                    f"split {split!r}: expected paths of images in column {args.image_column!r}, found none."
-                )
-            dataset = dataset.remove_columns("image").add_column("image", paths)
-        kind = dataset.features["image"]
-        if not isinstance(kind, Image) and kind not in (*TEXT, Value("binary")):
-            raise UserError(f"column {args.image_column!r}: expected images or their paths, found {kind}.")
-        mapped[split] = dataset.cast_column("image", Image(decode=False))
+        embedded &= not any(content.null_count for content, _ in found)
+    if args.image_root and embedded:
+        raise UserError(
+            f"--image_root: expected paths of images in column {args.image_column!r}, found Image with all pictures in it. "
+            "Leave it out."
+        )
     return mapped, bool(captions)
 
 
@@ -147,55 +142,6 @@ def is_text(kind) -> bool:
 def text_columns(dataset: Dataset) -> list[str]:
     """Names of the columns with a list of texts per row, which could be captions."""
     return [name for name, kind in dataset.features.items() if isinstance(kind, List) and is_text(kind)]
-
-
-def _class_names(data: DatasetDict, train: str, args: DataArguments) -> list[str]:
-    kind = data[train].features["label"]
-    if args.class_names:
-        names = list(args.class_names)
-    elif isinstance(kind, ClassLabel):
-        names = list(kind.names)
-    elif kind in TEXT:
-        names = sorted({str(v) for v in data[train]["label"] if v is not None})
-    elif isinstance(kind, Value) and kind.dtype.startswith(("int", "uint")):
-        count = len(set(data[train]["label"]))
-        raise UserError(
-            f"column {args.label_column!r}: expected class names, found plain numbers ({count} different ones), "
-            "which cannot be used in a prompt. Type --class_names NAME_OF_0 NAME_OF_1 …"
-        )
-    else:
-        raise UserError(f"column {args.label_column!r}: expected class names or numbers, found {kind}.")
-    seen: dict[str, str] = {}
-    for name in names:
-        key = clean_class_name(name).casefold()
-        if key in seen:
-            raise UserError(
-                f"two classes have the same name, {seen[key]!r} and {name!r}: no prompt can tell them apart. Give one "
-                "of them another name (rename its folder, or type --class_names with all names in order)."
-            )
-        seen[key] = name
-    return names
-
-
-def _encode_labels(dataset: Dataset, split: str, names: list[str], column: str) -> Dataset:
-    """Converts the labels to a `ClassLabel` over `names`. Classes are matched by name, plain numbers are checked."""
-    values, kind = dataset["label"][:], dataset.features["label"]
-    own = kind.names if isinstance(kind, ClassLabel) else []
-    if own != names:
-        values = [own[v] if own and v is not None and 0 <= v < len(own) else v for v in values]
-    lookup = {name: i for i, name in enumerate(names)}
-    labels = [lookup.get(v, -1) if isinstance(v, str) else v for v in values]
-    for row, label in enumerate(labels):
-        if label is None or not 0 <= label < len(names):
-            raise UserError(
-                f"column {column!r}, split {split!r}, row {row}: label {values[row]!r} is outside the class list "
-                f"({len(names)} classes: {some(names)}). "
-                "Correct the row, or leave the split out."
-            )
-    if own == names:
-        return dataset
-    dataset = dataset.remove_columns("label").add_column("label", labels)
-    return dataset.cast_column("label", ClassLabel(names=names))
 
 
 def _find_split(data: DatasetDict, role: str, name: str | None) -> str | None:
@@ -223,47 +169,109 @@ def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None 
     Raises:
         UserError: no such dataset, a missing column, a wrong type, a label outside the class list, two equal class names.
     """
-    data, _, _, notes = _load(DataArguments(dataset_name=name, dataset_config_name=config, **options))
-    for note in notes:
+    args = DataArguments(dataset_name=name, dataset_config_name=config, **options)
+    loaded = _with_captions(_load(args), args)
+    for note in loaded.notes:
         logger.warning(in_python(note))
-    return DatasetDict({split: dataset.cast_column("image", Image()) for split, dataset in data.items()})
+    return DatasetDict({split: loaded.rows(split).cast_column("image", Image()) for split in loaded.splits})
 
 
-def _load(args: DataArguments, dataset: DatasetDict | None = None) -> tuple[DatasetDict, list[str], bool, list[str]]:
-    opened = RawData(dataset) if dataset else open_source(args)
-    raw, notes = opened.splits, opened.notes
-    empty = [split for split, dataset in raw.items() if len(dataset) == 0]
-    if empty:
-        raise UserError(empty_split(args.dataset_name, empty[0]))
-    train = _find_split(raw, "train", args.train_split)
-    if train is None:
-        if len(raw) > 1:
-            raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
-        train = next(iter(raw))
-    data, has_captions = _map_columns(raw, args)
-    for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
-        if set(data[split]["label"][:]) <= {None, -1}:  # for example the test split of a challenge
-            del data[split]
-            notes.append(f"Split {split!r} has no labels and is left out.")
-    names = _class_names(data, train, args)
-    if args.class_names:
-        # Names that the user types are given by position.
-        data = DatasetDict({split: _rename_classes(dataset, names) for split, dataset in data.items()})
-    encoded = {s: _encode_labels(d, s, names, args.label_column) for s, d in data.items()}
+def _with_captions(loaded: _Loaded, args: DataArguments) -> _Loaded:
+    """Joins the captions of `--captions_dataset` to the training images."""
     if args.captions_dataset:
+        train = _find_split(loaded.splits, "train", args.train_split) or next(iter(loaded.splits))
         captions = open_source(DataArguments(dataset_name=args.captions_dataset)).splits
-        encoded[train], joined = join_captions(encoded[train], captions, args.captions_dataset)
-        notes += joined
-    return DatasetDict(encoded), names, has_captions or bool(args.captions_dataset), notes
+        loaded.splits[train], notes = join_captions(loaded.splits[train], captions, args.captions_dataset)
+        loaded.notes += notes
+        loaded.has_captions = True
+    return loaded
 
 
-def _rename_classes(dataset: Dataset, names: list[str]) -> Dataset:
-    kind = dataset.features["label"]
-    if not isinstance(kind, ClassLabel):
-        return dataset
-    if len(kind.names) != len(names):
-        raise UserError(f"--class_names: expected {len(kind.names)} names, one per class, found {len(names)}.")
-    return dataset.cast_column("label", ClassLabel(names=names))
+@dataclass
+class _Loaded:
+    """Splits under the contract's names, all rows. `kept` are the numbers of the rows that have a class."""
+
+    splits: DatasetDict
+    kept: dict[str, np.ndarray]
+    classes: ClassList
+    has_captions: bool
+    notes: list[str]
+
+    def rows(self, split: str) -> Dataset:
+        """A split without the rows that have no class."""
+        dataset, kept = self.splits[split], self.kept[split]
+        return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def _load(
+    args: DataArguments,
+    dataset: DatasetDict | None = None,
+    known: ClassList | None = None,
+    only: Callable[[DatasetDict], str | None] | None = None,
+) -> _Loaded | None:
+    """Opens the splits and numbers their labels alike.
+
+    Args:
+        known: the classes of a model. Default: those of the training split.
+        only: finds the only split to be loaded; None, and the result is None, if there is none.
+    """
+    if dataset is not None:
+        for split, rows in dataset.items():
+            check_plain(f"split {split!r}", rows)
+    opened = RawData(DatasetDict(dataset)) if dataset else open_source(args)
+    raw, notes = opened.splits, list(opened.notes)
+    if only is not None:
+        split = only(raw)
+        if split is None:
+            return None
+        raw, train = DatasetDict({split: raw[split]}), split
+    if empty := [split for split, rows in raw.items() if len(rows) == 0]:
+        raise UserError(empty_split(args.dataset_name, empty[0]))
+    if only is None:
+        train = _find_split(raw, "train", args.train_split)
+        if train is None:
+            if len(raw) > 1:
+                raise UserError(f"no training split: found {', '.join(raw)}. Type --train_split NAME.")
+            train = next(iter(raw))
+    data, has_captions = _map_columns(raw, args)
+    labels = {
+        s: Labels.of(rows, f"column {args.label_column!r}, split {s!r}", args.class_names) for s, rows in data.items()
+    }
+    for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
+        if not labels[split].has_any():  # for example the test split of a challenge
+            del data[split], labels[split]
+            notes.append(f"Split {split!r} has no labels and is left out.")
+    kept = {split: _rows_with_class(own, args.on_missing_label, notes) for split, own in labels.items()}
+    classes = known
+    if known is None or args.class_names:
+        classes = ClassList.of(labels[train], args.class_names, partial=known is not None)
+        notes += [classes.note] * bool(classes.note)
+    for split, own in labels.items():
+        codes = own.under(classes)
+        if known is not None and classes is not known:
+            codes = Labels(codes, classes.names, True, own.where).under(known)
+        names = (known or classes).names
+        if data[split].features["label"] != ClassLabel(names=names) or not np.array_equal(codes, own.codes):
+            values = pa.array(codes, mask=codes == MISSING)
+            data[split] = (
+                data[split].remove_columns("label").add_column("label", values, feature=ClassLabel(names=names))
+            )
+    return _Loaded(data, kept, known or classes, has_captions, notes)
+
+
+def _rows_with_class(labels: Labels, on_missing: str, notes: list[str]) -> np.ndarray:
+    """The numbers of the rows that have a class. Adds a note on the others, or raises `UserError`."""
+    kept = np.flatnonzero(labels.codes != MISSING)
+    missing = len(labels.codes) - len(kept)
+    if not missing:
+        return kept
+    found = f"{missing:,} of {len(labels.codes):,} rows have no class (no label, or -1)"
+    if on_missing == "skip" and len(kept):
+        notes.append(f"{labels.where}: {found} and are left out.")
+        return kept
+    row = int(np.flatnonzero(labels.codes == MISSING)[0])
+    how = "Correct them" if on_missing == "skip" else "Correct them, or type --on_missing_label skip to leave them out"
+    raise UserError(f"{labels.where}, row {row}: expected a class, found none; {found}. {how}.")
 
 
 def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | None:
@@ -275,17 +283,15 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     Raises:
         UserError: as `load_captioned_dataset`, and for a class that the model does not know.
     """
-    raw = open_source(args).splits
-    split = _find_split(raw, "test", args.test_split)
-    if split is None:
+    known = ClassList.of_names(class_names)
+    loaded = _load(args, known=known, only=lambda raw: _find_split(raw, "test", args.test_split))
+    if loaded is None:
         return None
-    if len(raw[split]) == 0:
-        raise UserError(empty_split(args.dataset_name, split))
-    data, _ = _map_columns(DatasetDict({split: raw[split]}), args)
-    dataset = data[split]
-    if args.class_names:
-        dataset = _encode_labels(_rename_classes(dataset, args.class_names), split, args.class_names, args.label_column)
-    return _add_ids(_encode_labels(dataset, split, class_names, args.label_column))
+    for note in loaded.notes:
+        logger.warning(in_python(note))
+    (split,) = loaded.splits
+    loaded.splits[split] = _add_ids(loaded.splits[split])
+    return loaded.rows(split)
 
 
 def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Splits:
@@ -301,8 +307,10 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
     Raises:
         UserError: as `load_captioned_dataset`, and for a class without a training image.
     """
-    data, names, has_captions, notes = _load(args, dataset)
-    data = DatasetDict({name: _add_ids(split) for name, split in data.items()})
+    loaded = _with_captions(_load(args, dataset), args)
+    names, has_captions, notes = loaded.classes.names, loaded.has_captions, loaded.notes
+    loaded.splits = DatasetDict({name: _add_ids(split) for name, split in loaded.splits.items()})
+    data = DatasetDict({name: loaded.rows(name) for name in loaded.splits})
     train_name = _find_split(data, "train", args.train_split) or next(iter(data))
     train = data[train_name]
     chosen, used = {}, {train_name: "train"}

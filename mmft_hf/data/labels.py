@@ -1,0 +1,253 @@
+"""Labels are matched by the names of their classes: numbers mean something only beside the names that they came with."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Value
+
+from ..core.console import some
+from ..core.errors import UserError, nearest
+from .columns import NULL, TEXT, column_of
+from .texts import clean_class_name
+
+MISSING = -1  # a row without a class: null, -1, NaN or blank text in the data
+TOWER_WORDS = 70  # what a text tower with 77 tokens can read behind "a photo of a" if every word is one token
+
+
+def one_form(name: str) -> str:
+    """A class name in Unicode's composed form (NFC): macOS writes accents in another one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def same_name(class_name: str) -> str:
+    """Equal for names that no prompt can tell apart: they differ only in case, blanks, hyphens, underscores or Unicode form."""
+    return one_form(clean_class_name(class_name)).casefold()
+
+
+def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
+    """The names of all lists, each once, in the order in which they first appear."""
+    return list(dict.fromkeys(one_form(name) for names in lists for name in names))
+
+
+@dataclass
+class Labels:
+    """The labels of one split as numbers, and what the numbers mean.
+
+    Args:
+        codes: int64 `(rows,)`; `MISSING` where a row has no class.
+        names: the name of each code; None if the data have plain numbers.
+        ordered: whether the order of the names is the data's own (`ClassLabel`), or only that of sorted texts.
+        where: the column and split, for messages.
+    """
+
+    codes: np.ndarray
+    names: list[str] | None
+    ordered: bool
+    where: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, where: str, typed: Sequence[str] | None = None) -> Labels:
+        """Reads the column `label`: `ClassLabel`, text or whole numbers.
+
+        Args:
+            typed (*optional*): `--class_names`, which may be numbers with fractions.
+
+        Raises:
+            UserError: other types, fractions, or a number outside the names.
+        """
+        kind, values = dataset.features["label"], column_of(dataset, "label")
+        if kind == NULL:
+            return cls(np.full(len(dataset), MISSING), [], False, where)
+        if kind in TEXT:
+            values = pc.fill_null(values.cast(pa.string()), "")
+            found = (
+                values.dictionary_encode().combine_chunks()
+                if values.num_chunks
+                else pa.array([""]).dictionary_encode()[:0]
+            )
+            own = [one_form(name) for name in found.dictionary.to_pylist()]
+            names = in_order({name for name in own if name.strip()})
+            place = {name: i for i, name in enumerate(names)}
+            codes = np.array([place.get(name, MISSING) for name in own], dtype=np.int64)[found.indices.to_numpy()]
+            return cls(codes, names, False, where)
+        if isinstance(kind, ClassLabel):
+            codes = pc.fill_null(values.cast(pa.int64()), MISSING).to_numpy()
+            refuse_outside(codes, len(kind.names), where, kind.names)
+            names = joined_names([kind.names])
+            return cls(renumbered(codes, kind.names, names), names, True, where)
+        number = isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float", "decimal"))
+        if not number:
+            known = "true and false: write the name of a class instead" if kind == Value("bool") else f"{kind}"
+            raise UserError(f"{where}: expected class names or numbers, found {known}.")
+        if not kind.dtype.startswith(("int", "uint")):
+            numbers = pc.fill_null(values.cast(pa.float64()), MISSING).to_numpy()
+            numbers = np.where(np.isnan(numbers), MISSING, numbers)
+            wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**53)))
+            if len(wrong):
+                texts = [str(value) for value in np.unique(numbers[numbers != MISSING]).tolist()]
+                if set(texts) <= set(typed or ()):
+                    place = {name: number for number, name in enumerate(texts)}
+                    return cls(np.array([place.get(str(n), MISSING) for n in numbers.tolist()]), texts, False, where)
+                how = f" If these are names, type --class_names {' '.join(texts)}" if len(texts) <= 20 else ""
+                raise UserError(
+                    f"{where}, row {wrong[0]}: expected a class, found the number {numbers[wrong[0]]:g} with a fraction. "
+                    f"Type --label_column NAME of the column with the class.{how}"
+                )
+            return cls(numbers.astype(np.int64), None, False, where)
+        return cls(pc.fill_null(values.cast(pa.int64()), MISSING).to_numpy(), None, False, where)
+
+    def has_any(self) -> bool:
+        """Whether any row has a class."""
+        return bool((self.codes != MISSING).any())
+
+    def used(self) -> list[str]:
+        """The names that rows have."""
+        return [self.names[code] for code in np.unique(self.codes).tolist() if code != MISSING]
+
+    def under(self, classes: ClassList) -> np.ndarray:
+        """The labels as numbers of `classes`, int64 `(rows,)`; rows without a class stay `MISSING`.
+
+        Raises:
+            UserError: plain numbers where no names were typed; a class that is not among them.
+        """
+        if self.names is None:
+            if not classes.typed:
+                raise UserError(
+                    f"{self.where}: expected class names, found plain numbers ({len(np.unique(self.codes))} different ones), which "
+                    f"cannot be matched with classes or used in a prompt. Type --class_names NAME_OF_0 NAME_OF_1 …"
+                )
+            refuse_outside(self.codes, len(classes.names), self.where, classes.names)
+            return self.codes
+        table = np.array([*(classes.number_of.get(name, -2) for name in self.names), MISSING], dtype=np.int64)
+        codes = table[self.codes]  # MISSING takes the last entry
+        unknown = np.flatnonzero(codes == -2)
+        if len(unknown):
+            name = self.names[self.codes[unknown[0]]]
+            raise UserError(
+                f"{self.where}, row {unknown[0]}: label {name!r} is outside the class list ({len(classes.names)} classes: "
+                f"{some(classes.names)}).{nearest(name, classes.names)} Correct the row, or leave the split out."
+            )
+        return codes
+
+
+@dataclass
+class ClassList:
+    """The classes of a model or a dataset.
+
+    Args:
+        names: in the order of their numbers.
+        number_of: the number of each name that data may have.
+        typed: whether the user typed the names, so that plain numbers have a meaning.
+        note: what a user may want to check; empty if there is nothing.
+    """
+
+    names: list[str]
+    number_of: Mapping[str, int]
+    typed: bool = False
+    note: str = ""
+
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> ClassList:
+        """Classes that are matched by name alone."""
+        return cls(list(names), {one_form(name): number for number, name in enumerate(names)})
+
+    @classmethod
+    def of(cls, labels: Labels, typed: Sequence[str] | None = None, partial: bool = False) -> ClassList:
+        """The classes of a training split, or of the split that a model is evaluated on.
+
+        Typed names may be the data's own in any order. Names that are numbers, and plain numbers, take them by value. The names
+        of a `ClassLabel` column, which have numbers of their own, may be replaced as a whole.
+
+        Args:
+            labels: of the split.
+            typed (*optional*): `--class_names`.
+            partial: whether the split may lack classes.
+
+        Raises:
+            UserError: plain numbers without typed names; typed names that do not fit; names that no prompt can tell apart.
+        """
+        if not typed:
+            if labels.names is None:
+                labels.under(cls([], {}))
+            refuse_equal(labels.names)
+            return cls.of_names(labels.names)
+        typed = [one_form(name) for name in typed]
+        refuse_equal(typed)
+        if labels.names is None:
+            return cls(typed, {}, typed=True)
+        used = labels.used()
+        if set(used) <= set(typed):
+            return cls(typed, {name: number for number, name in enumerate(typed)}, typed=True)
+        if all(map(_is_number, used)):
+            values = sorted(map(int, used))
+            if values == list(range(len(typed))) or (
+                partial and len(set(values)) == len(values) and values[-1] < len(typed)
+            ):
+                return cls(typed, {name: int(name) for name in labels.names if _is_number(name)}, typed=True)
+        elif (
+            labels.ordered
+            and len(typed) == len(labels.names)
+            and not set(map(same_name, typed)) & set(map(same_name, labels.names))
+        ):
+            pairs = [
+                f"{number} {own} is now {name}"
+                for number, (own, name) in enumerate(zip(labels.names, typed, strict=True))
+            ]
+            note = f"--class_names renames the classes by their numbers: {some(pairs, 3)}."
+            return cls(typed, {own: number for number, own in enumerate(labels.names)}, typed=True, note=note)
+        raise UserError(
+            f"--class_names: expected the data's own {len(labels.names)} names in any order ({some(labels.names, 20)}), found "
+            f"{len(typed)} names ({some(typed, 20)}). Names of other classes are taken where the data have the numbers 0, 1, … "
+            "instead. Correct the list, or rename the classes in the data."
+        )
+
+
+def renumbered(codes: np.ndarray, own: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Numbers of `own` names as numbers of `names`, which has all of them. `MISSING` stays."""
+    place = {name: number for number, name in enumerate(names)}
+    return np.array([*(place[one_form(name)] for name in own), MISSING], dtype=np.int64)[codes]
+
+
+def refuse_outside(codes: np.ndarray, count: int, where: str, names: Sequence[str] = ()) -> None:
+    """Raises `UserError` with the first row whose number is neither a class nor `MISSING`."""
+    wrong = np.flatnonzero((codes < MISSING) | (codes >= count))
+    if len(wrong):
+        raise UserError(
+            f"{where}, row {wrong[0]}: label {codes[wrong[0]]} is outside the class list ({count} classes: {some(names)}). Correct "
+            "the row, or leave the split out."
+        )
+
+
+def refuse_equal(names: Sequence[str]) -> None:
+    """Raises `UserError` for names that no prompt can tell apart, or that are blank."""
+    seen: dict[str, str] = {}
+    how = "Give one of them another name (rename its folder, or type --class_names with all names)."
+    for name in names:
+        key = same_name(name)
+        if not key:
+            raise UserError(f"expected a name for each class, found {name!r}, which no prompt can show. {how}")
+        start = " ".join(key.split()[:TOWER_WORDS])
+        if start in seen:
+            why = (
+                "no prompt can tell them apart"
+                if start == key
+                else f"a text tower reads their first {TOWER_WORDS} words at most"
+            )
+            raise UserError(f"two classes have the same name, {seen[start][:200]!r} and {name[:200]!r}: {why}. {how}")
+        seen[start] = name
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted names; numbers by their value."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(map(_is_number, names)) else names
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) <= 18
