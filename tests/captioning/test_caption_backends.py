@@ -533,9 +533,17 @@ def test_only_one_module_imports_an_http_library():
 def test_prices_find_versions_and_no_other_model(tmp_path):
     assert price_of("gemini-2.5-flash-lite-001").model == "gemini-2.5-flash-lite"
     assert price_of("gemini-2.5-flash-preview-09-2025").model == "gemini-2.5-flash"
-    assert price_of("gpt-4o-mini-2024-07-18").input == 0.15 and price_of("gpt-4o-mini").date == "2026-11-21"
+    assert price_of("gpt-4o-mini-2024-07-18").input == 0.15 and price_of("gpt-4o-mini").date == "2026-11-30"
     assert price_of("models/gpt-4o").input == 2.5
-    for unknown in ("gpt-4o-audio-preview", "gemini-2.5-flash-image", "Qwen/Qwen3-VL-4B", "gpt-4"):
+    assert price_of("claude-haiku-4-5-20251001").input == price_of("claude-haiku-4-5@20251001").input == 1
+    for unknown in (
+        "gpt-4o-audio-preview",
+        "gemini-2.5-flash-image",
+        "Qwen/Qwen3-VL-4B",
+        "gpt-4",
+        "claude-haiku-5-6",
+        "gpt-6-luna-5",
+    ):
         assert price_of(unknown) is None
     own = tmp_path / "prices.yaml"
     own.write_text("models: {gpt-4o: {input: 1, output: 2}, mine: {input: 0, output: 0}}")
@@ -569,7 +577,7 @@ def test_a_price_file_that_cannot_be_right(tmp_path, text):
 
 
 def test_tokens_of_a_picture():
-    sizes = {"gpt-4.1-nano": 355, "gpt-4.1-mini": 234, "gpt-4o-mini": 8500, "gpt-4o": 255, "gemini-2.5-flash": 258}
+    sizes = {"gpt-5-nano": 355, "gpt-4.1-mini": 234, "gpt-4o-mini": 8500, "gpt-4o": 255, "gemini-2.5-flash": 258}
     for model, tokens in sizes.items():
         assert estimate_tokens(384, 384, price_of(model)) == tokens
     assert estimate_tokens(384, 384, price_of("claude-haiku-4-5")) == 197

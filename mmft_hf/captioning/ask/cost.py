@@ -16,8 +16,8 @@ import yaml
 from ...core.errors import UserError
 
 BUILTIN = Path(__file__).with_name("prices.yaml")
-# What may follow a name of the table: a date or version. `-mini` or `-image` is another model at another price.
-_VERSION = re.compile(r"(?:[-@](?:v?\d[\d.]*|latest|preview|exp))*")
+# What may follow a name of the table: a date or version. `-mini`, `-image` or `-5` is another model at another price.
+_VERSION = re.compile(r"(?:[-@](?:\d{3,}(?:-\d\d){0,2}|v\d[\w.:]*|(?:latest|preview|exp)(?:-\d\d(?:-\d{2,4})?)?))*")
 _FIELDS = {"input", "output", "image"}
 # base: always added; tile (OpenAI), crop (Gemini) and patch: side in pixels of what costs `tokens`; pixels: per token.
 _IMAGE_FIELDS = {"base", "tile", "crop", "patch", "tokens", "pixels", "most"}
@@ -53,7 +53,7 @@ def price_of(model: str, overrides: str | os.PathLike | None = None) -> Price | 
         UserError: the file cannot be read, or has another form.
     """
     model = model.removeprefix("models/")
-    for table in ([_read(os.fspath(overrides))] if overrides else []) + [_builtin()]:
+    for table in ([read_prices(os.fspath(overrides))] if overrides else []) + [_builtin()]:
         known = [name for name in table if model.startswith(name) and _VERSION.fullmatch(model[len(name) :])]
         if known:
             return table[max(known, key=len)]
@@ -90,10 +90,11 @@ def _cells(width: float, height: float, side: float) -> int:
 
 @lru_cache(maxsize=1)
 def _builtin() -> dict[str, Price]:
-    return _read(BUILTIN)
+    return read_prices(BUILTIN)
 
 
-def _read(path: str | Path) -> dict[str, Price]:
+def read_prices(path: str | Path) -> dict[str, Price]:
+    """The rows of a price file by name. Raises `UserError` if it cannot be read, or has another form."""
     try:
         with open(path, encoding="utf-8") as file:
             data: Any = yaml.safe_load(file)

@@ -11,9 +11,10 @@ POSITIONAL = (
     "action",
     "run (default): caption, or continue; plan: same as --dry_run; status: what there is, what failed and why; retry STATUS …: "
     "ask again for results that were rejected, refused, …; bench: time a few calls; export FILE.parquet: write the journal to "
-    "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned datasets.",
+    "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned datasets; "
+    "prices FILE.yaml: write today's prices, for --prices.",
 )
-ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge")
+ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge", "prices")
 ARGUMENTS = (DataArguments, CaptionArguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from ...captioning.ask.journal import Journal, by_slot, journal_files, left_out,
 from ...captioning.ask.journal_parquet import export_journal, import_journal
 from ...captioning.ask.limits import Limits
 from ...captioning.ask.plan import Plan
+from ...captioning.ask.refresh import refresh_prices
 from ...captioning.judge.checks import CaptionChecker, parse_actions
 from ...captioning.judge.tokens import load_counter
 from ...captioning.types import ACCEPTED, OPEN, STATUSES, TERMINAL
@@ -253,6 +255,14 @@ def merge(data_args: DataArguments, args: CaptionArguments, *names: str) -> None
             raise UserError(f"{name}: expected split {train!r}, found {', '.join(data)}. Type --train_split NAME.")
     merged, report = merge_captions({name: data[train] for name, data in loaded.items()})
     _write(folder, first, train, merged, report, made_from, sources, None)
+
+
+def prices(data_args: DataArguments, args: CaptionArguments, *files: str) -> None:
+    """Writes a file of today's prices, from a maintained package."""
+    if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
+        raise UserError("caption prices: expected the name of one file. Type mmft-hf caption prices FILE.yaml.")
+    count, source = refresh_prices(files[0])
+    say(f"{many(count, 'price')} of {source}, are in {files[0]}. Use them with --prices {shlex.quote(files[0])}")
 
 
 def _claim(args: CaptionArguments, name: str, captioner: dict) -> tuple[CaptionFolder, dict]:
