@@ -273,9 +273,22 @@ class CaptionWorkflow:
             The result, in the main process; None in the others.
 
         Raises:
-            PartialResult: interrupted by the user.
+            PartialResult: interrupted by the user; the disk takes no more.
             UserError: no further call can succeed.
         """
+        with keeping(self._kept):
+            return self._run(say)
+
+    def _kept(self) -> str | None:
+        """What is there if the disk takes no more, in a sentence; None if nothing is."""
+        journal = self.folder.path / "journal"
+        if not journal_files(journal):
+            return f"{self.folder.path} has its earlier captions." if self.folder.details() else None
+        with suppress(UserError):  # the disk may be too full to read it
+            return f"{many(len(settled_slots(journal)), 'answer')} in {journal} stay, and will not be asked for again."
+        return f"The answers in {journal} stay, and will not be asked for again."
+
+    def _run(self, say: Callable[[str], None]) -> CaptionResult | None:
         self.folder.claim(self.made_from, self.args.overwrite_output_dir)
         result, captioned, fingerprints = CaptionResult(), {}, {}
         if not self.captioner.asks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import PartialResult, UserError
@@ -162,6 +163,26 @@ def write_json(path: str | os.PathLike, content, indent: int | None = 2, **optio
     text = json.dumps(content, indent=indent, **options)
     with atomic_write(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+# A spreadsheet takes a cell that begins so for a formula and may run it, also where it was quoted.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Iterable]) -> None:
+    """Writes a CSV file atomically, in UTF-8. No spreadsheet runs its texts.
+
+    A text that begins with `=`, `+`, `-`, `@`, a tab, a new line or an apostrophe gets an apostrophe in front. Who reads the
+    texts back removes one leading apostrophe. Numbers are written as they are.
+    """
+    with atomic_write(path) as temporary:
+        # File names need not be valid UTF-8: their bytes are written as they are.
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([_harmless(cell) for cell in row] for row in rows)
+
+
+def _harmless(cell):
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith((*_FORMULA, "'")) else cell
 
 
 def read_json(path: str | os.PathLike):

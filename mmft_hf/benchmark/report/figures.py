@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
+from ...core.files import atomic_write
 from ...core.markdown import one_line
 from ..run.summary import in_order, interval, shots_name
 from .statistics import HEADINGS, TEST, ClassGains, Difference, Findings, method_of, shown_classes
@@ -37,7 +38,8 @@ def draw(function: Callable[..., Figure | None], path: Path, *values) -> dict | 
         figure = function(*values)
         if figure is None:
             return None
-        figure.savefig(path, metadata={"Software": None})
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, metadata={"Software": None})
     return {"png": path.read_bytes(), "width": round(figure.get_figwidth() * PAGE_DPI)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from ...core.errors import UserError
+from ...core.files import atomic_write
 from ...core.pages import render_page
 from ...version import __version__
 from ..run.data_summary import class_notes
@@ -58,7 +59,8 @@ def write_report(folder: str | Path) -> Path:
     (folder / FIGURES).mkdir(exist_ok=True)
     html = render_page(TEMPLATE, FILTERS, **_values(results, folder / FIGURES))
     path = folder / PAGE
-    path.write_text(html, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
     return path
 
 

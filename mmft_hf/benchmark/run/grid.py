@@ -15,6 +15,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from ...core.errors import UserError
+from ...core.files import no_room
 from ...data.splits import Splits
 from .context import Context
 from .methods import METHODS, fit
@@ -163,6 +164,8 @@ def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> di
         fitted = fit(method, context, task)
         judged = sealed.judge(cell, fitted.classifier)
     except Exception as error:  # no failure of one cell may end the others
+        if no_room(error):  # but that is none of the cell
+            raise
         if not isinstance(error, (UserError, ValueError)):
             traceback.print_exc()
         return {"status": "failed", "error": str(error).strip() or type(error).__name__}

@@ -68,17 +68,23 @@ def read_results(path: Path) -> list[dict]:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Appends a line and returns when it is on the disk; half a line of an interrupted process is removed.
+    """Appends a line and returns when it is on the disk; half a line, of an interrupted process or a full disk, is removed.
 
     No other process may write meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
+        line = memoryview(json.dumps(row).encode() + b"\n")
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def key_of(row: dict) -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,6 +12,8 @@ from pathlib import Path
 from ...core.arguments import ModelArguments
 from ...core.console import many, say
 from ...core.errors import UserError, nearest
+from ...core.files import keeping
+from ...core.launch import alone_in
 from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
 from ..report import DRAWN, FIGURES, PAGE, check_packages, write_report
@@ -22,7 +26,7 @@ from .identity import identity_of
 from .methods import METHODS
 from .processes import Claims, count_of_processes, number_of_process
 from .protocol import make_task, parse_shots
-from .results import CLAIMS, RESULTS_FILE, SUBSETS, read_results
+from .results import CLAIMS, RESULTS_FILE, SUBSETS, Results, read_results
 from .summary import image_note
 
 OLD_FILES = ("maps.json", f"{FIGURES}/map.png", f"{FIGURES}/cost.png")  # version 0.1 wrote them
@@ -61,7 +65,9 @@ def run_benchmark(
         say: prints a line of progress.
 
     Raises:
-        UserError: a setting that is wrong or has no effect here, data that cannot be judged on, results of another identity.
+        UserError: a setting that is wrong or has no effect here, data that cannot be judged on, results of another identity,
+            another benchmark at work in the folder.
+        PartialResult: the disk takes no more.
     """
     check_supported(args, model_args, config)
     shots = parse_shots(data_args.shots)
@@ -82,46 +88,55 @@ def run_benchmark(
     groups_of(judged, args.group_column)  # raises an error if there is no such column
     identity = identity_of(args, model_args, data_args, config, splits, shifts)
     folder, skip = Path(config.output_dir), config.on_bad_image == "skip"
-    if config.overwrite_output_dir:
-        for n in {cell.shots for cell in grid_cells}:
-            make_task(splits, n, 0, args.allow_fewer)  # a grid that cannot run deletes nothing
-        delete_benchmark(folder)
-    grid = Grid(grid_cells, splits, folder, identity, shifts, args.allow_fewer, skip, say)
-    left = grid.open_cells()
-    with Claims(folder / CLAIMS).alone("data"):
-        summary = load_or_summarize(folder, splits, judged, args, data_args, identity)
-        wanted = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}
-        read = set(summary.get("pictures_read_for", ()))  # so each picture is read once
-        if not skip and not wanted <= read:
-            refuse_unreadable(splits, judged, left, args.allow_fewer)
-            write_summary(folder, summary | {"pictures_read_for": sorted(wanted | read)})
-    first = number_of_process() == 0
-    if first:
-        count = many(len(methods), "method")
-        images = {"train": splits.train, "validation": splits.validation, **judged}
-        say(f"Comparing {count} on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
-        say(f"  classes  {len(splits.class_names)}")
-        say(f"  images   {', '.join(f'{len(dataset):,} {name}' for name, dataset in images.items())}")
-        seeds = " ".join(map(str, args.seeds))
-        say(f"  cells    {len(grid_cells)}: {count}, shots {' '.join(data_args.shots)}, seeds {seeds}")
-        say(f"  output   {folder}")
-        skipped = {name: unreadable(name, dataset) for name, dataset in judged.items()} if skip and left else {}
-        for note in left_out + notes_on(splits, summary, {cell.shots for cell in grid_cells}, skipped):
-            say(f"\n  Note: {note}")
-        say("")
-        if len(left) < len(grid_cells):
-            say(f"{len(grid_cells) - len(left)} of {len(grid_cells)} cells are done already.")
-    context = None
-    if left:
-        model, revision = model_args.model_name_or_path, model_args.model_revision
-        context = Context(model, revision, config, args.learning_rates, args.min_steps)
-    rows = grid.run(context)
-    page = None
-    if first:
-        with grid.claims.alone("report"):
-            page = write_report(folder)
-    groups = (summary["groups"] or {}).get("test", ())
-    return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))))
+    # The same command in a second terminal shares the work; another benchmark would mix its results with these.
+    same = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    with alone_in(folder, same), keeping(lambda: _kept(folder)):
+        if config.overwrite_output_dir:
+            for n in {cell.shots for cell in grid_cells}:
+                make_task(splits, n, 0, args.allow_fewer)  # a grid that cannot run deletes nothing
+            delete_benchmark(folder)
+        grid = Grid(grid_cells, splits, folder, identity, shifts, args.allow_fewer, skip, say)
+        left = grid.open_cells()
+        with Claims(folder / CLAIMS).alone("data"):
+            summary = load_or_summarize(folder, splits, judged, args, data_args, identity)
+            wanted = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}
+            read = set(summary.get("pictures_read_for", ()))  # so each picture is read once
+            if not skip and not wanted <= read:
+                refuse_unreadable(splits, judged, left, args.allow_fewer)
+                write_summary(folder, summary | {"pictures_read_for": sorted(wanted | read)})
+        first = number_of_process() == 0
+        if first:
+            count = many(len(methods), "method")
+            images = {"train": splits.train, "validation": splits.validation, **judged}
+            say(f"Comparing {count} on {data_args.dataset_name} with {model_args.model_name_or_path}\n")
+            say(f"  classes  {len(splits.class_names)}")
+            say(f"  images   {', '.join(f'{len(dataset):,} {name}' for name, dataset in images.items())}")
+            seeds = " ".join(map(str, args.seeds))
+            say(f"  cells    {len(grid_cells)}: {count}, shots {' '.join(data_args.shots)}, seeds {seeds}")
+            say(f"  output   {folder}")
+            skipped = {name: unreadable(name, dataset) for name, dataset in judged.items()} if skip and left else {}
+            for note in left_out + notes_on(splits, summary, {cell.shots for cell in grid_cells}, skipped):
+                say(f"\n  Note: {note}")
+            say("")
+            if len(left) < len(grid_cells):
+                say(f"{len(grid_cells) - len(left)} of {len(grid_cells)} cells are done already.")
+        context = None
+        if left:
+            model, revision = model_args.model_name_or_path, model_args.model_revision
+            context = Context(model, revision, config, args.learning_rates, args.min_steps)
+        rows = grid.run(context)
+        page = None
+        if first:
+            with grid.claims.alone("report"):
+                page = write_report(folder)
+        groups = (summary["groups"] or {}).get("test", ())
+        return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))))
+
+
+def _kept(folder: Path) -> str | None:
+    """What an interrupted benchmark leaves, in a sentence; None if it has not begun."""
+    path = folder / RESULTS_FILE
+    return f"{many(len(Results(path).refresh()), 'result')} in {path} stay." if path.is_file() else None
 
 
 def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:

@@ -104,24 +104,26 @@ class CaptionFolder:
         """
         partial = self.path / PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "data").mkdir(parents=True)
-        for name, split in splits.items():
-            _write_shards(split, partial / "data", name)
-        if add_files:
-            add_files(partial)
-        files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-        details = {**details, "mmft_hf": __version__, "files": files}
-        old = [name for name in self.details().get("files", ()) if name not in files]
-        # Until all new files are in place, `captions.json` names the old and the new ones.
-        between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
-        write_json(self.path / DETAILS_FILE, between, ensure_ascii=False)
-        (self.path / "data").mkdir(exist_ok=True)
-        for name in old:
-            (self.path / name).unlink(missing_ok=True)
-        for name in files:
-            (partial / name).replace(self.path / name)
-        write_json(self.path / DETAILS_FILE, details, ensure_ascii=False)
-        shutil.rmtree(partial)
+        try:
+            (partial / "data").mkdir(parents=True)
+            for name, split in splits.items():
+                _write_shards(split, partial / "data", name)
+            if add_files:
+                add_files(partial)
+            files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+            details = {**details, "mmft_hf": __version__, "files": files}
+            old = [name for name in self.details().get("files", ()) if name not in files]
+            # Until all new files are in place, `captions.json` names the old and the new ones.
+            between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
+            write_json(self.path / DETAILS_FILE, between, ensure_ascii=False)
+            (self.path / "data").mkdir(exist_ok=True)
+            for name in old:
+                (self.path / name).unlink(missing_ok=True)
+            for name in files:
+                (partial / name).replace(self.path / name)
+            write_json(self.path / DETAILS_FILE, details, ensure_ascii=False)
+        finally:  # on a full disk it would only take room
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _inside(name: object) -> bool:
