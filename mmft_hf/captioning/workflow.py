@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from ..core.arguments import DataArguments
 from ..core.console import is_main, many, some
 from ..core.errors import PartialResult, UserError, nearest
+from ..core.files import keeping
 from ..core.markdown import public_name
 from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from .arguments import CaptionArguments
 from .ask.captioner import Captioner
 from .ask.cost import Spending
 from .ask.dispatch import Outcome
+from .ask.journal import journal_files, settled_slots
 from .ask.limits import Limits
 from .ask.plan import Plan
 from .ask.processes import Processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..core.arguments import DataArguments, Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
-from ..core.files import RUN_FILE, write_json
+from ..core.files import RUN_FILE, keeping, write_csv, write_json
 from ..core.repositories import read_text_file
 
 if TYPE_CHECKING:
@@ -96,14 +95,13 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
 
     if args.output_dir:
         folder = Path(args.output_dir)
-        write_json(folder / "report.json", {**result, "zero_shot": zero_shot})
         matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
-        for file, header, lines in (
-            ("per_class.csv", ["class", "images", "accuracy"], [list(row.values()) for row in result["per_class"]]),
-            ("confusion_matrix.csv", ["true class", *names], matrix),
-        ):
-            with open(folder / file, "w", newline="", encoding="utf-8") as opened:
-                csv.writer(opened).writerows([header, *lines])
+        with keeping(lambda: f"The results are printed above; {folder} may lack some."):
+            write_json(folder / "report.json", {**result, "zero_shot": zero_shot})
+            write_csv(
+                folder / "per_class.csv", [["class", "images", "accuracy"], *map(dict.values, result["per_class"])]
+            )
+            write_csv(folder / "confusion_matrix.csv", [["true class", *names], *matrix])
         say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from ..core.arguments import Range, check_settings, setting
 from ..core.errors import PartialResult, UserError
+from ..core.files import atomic_write, keeping, write_csv
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -64,7 +64,8 @@ def run(args: PredictArguments, images: list[str]) -> None:
         answers += zip(readable, classifier.predict(pictures, args.top_k, args.batch_size), strict=True)
 
     if args.output_file:
-        _write(Path(args.output_file), answers)
+        with keeping(lambda: f"{len(answers)} pictures are classified, but {args.output_file} is as it was before."):
+            _write(Path(args.output_file), answers)
         print(f"{len(answers)} predictions written to {args.output_file}")
     else:
         for file, best in answers:
@@ -97,12 +98,12 @@ def find_images(arguments: list[str]) -> list[str]:
 
 
 def _write(path: Path, answers: list[tuple[str, list[dict]]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            for name, best in answers:
-                file.write(json.dumps({"file": name, "predictions": best}, ensure_ascii=False) + "\n")
-            return
-        classes = len(answers[0][1]) if answers else 0
-        writer = csv.writer(file)
-        writer.writerow(["file", *(f"{what}_{k + 1}" for k in range(classes) for what in ("label", "score"))])
-        writer.writerows([name, *(value for one in best for value in one.values())] for name, best in answers)
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({"file": name, "predictions": best}, ensure_ascii=False) for name, best in answers]
+        with atomic_write(path) as temporary:
+            # File names need not be valid UTF-8: their bytes are written as they are.
+            temporary.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+        return
+    classes = len(answers[0][1]) if answers else 0
+    header = ["file", *(f"{what}_{k + 1}" for k in range(classes) for what in ("label", "score"))]
+    write_csv(path, [header, *([name, *(value for one in best for value in one.values())] for name, best in answers)])

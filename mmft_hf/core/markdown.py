@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from html import escape
@@ -16,7 +17,7 @@ _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---[ \t]*\r?\n", re.DOTALL)
 
 def public_name(name: str) -> str:
     """A Hub id or `builtin/…` as it is. Of a local path only the last part, because paths are private."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return Path(os.path.abspath(name)).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def without_local_paths(record):

@@ -392,9 +392,14 @@ def test_a_disk_that_takes_no_more_ends_with_a_message_and_loses_nothing(server,
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))"
     assert command("--dry_run", "true").wait() == 0  # the cache of `datasets` is written by then
     running = command("--concurrency", "4", before=limit)
-    assert running.wait() == 2 and "Traceback" not in running.text, running.text
+    assert running.wait() == 3 and "Traceback" not in running.text, running.text
     asked_for, kept = len(server.requests()), len(journal_of(tmp_path / "out"))
-    assert 0 < kept < 150 and asked_for - kept <= 4 and "Make room" in running.text
+    assert 0 < kept < 150 and asked_for - kept <= 4
+    assert (
+        f"{kept} answers in {tmp_path / 'out' / 'journal'} stay, and will not be asked for again. Make room."
+        in running.text
+    )
+    assert "To continue, type: mmft-hf caption " in running.text
     with Journal(tmp_path / "out" / "journal") as journal:
         assert len(settled_slots(journal.folder)) == kept
     assert command().wait() == 0
