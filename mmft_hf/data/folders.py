@@ -1,100 +1,192 @@
-"""Opens folders: images in class folders, images with a metadata file, or tables in the layout of the Hub."""
+"""Opens folders: pictures in class folders, pictures with a metadata file, or tables."""
 
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_builder
-from datasets.config import HF_DATASETS_CACHE
-from datasets.fingerprint import Hasher
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Image, NamedSplit, Value
 
+from ..core.arguments import DataArguments
+from ..core.console import many, some
 from ..core.errors import UserError
 from ..core.files import CARD_FILE
-from .raw import NO_ROWS, SPLIT_NAMES, RawData
-from .tables import same_columns
+from .class_folders import has_class_folders, is_split_name, read_layout
+from .images import PICTURE_SUFFIXES, UNREADABLE_SUFFIXES
+from .metadata import METADATA_FILES, Metadata, read_metadata, with_metadata
+from .raw import RawData, split_role
+from .table_folders import find_tables, open_tables
+from .walk import UNDERSCORE, Tree, walk
+
+_KINDS = {
+    "archives, which have to be unpacked": ".zip .tar .gz .tgz .bz2 .xz .zst .7z .rar",
+    "text files": ".txt .md .rst .log .html .htm .xml .yaml .yml .json .tsv .mat .pkl",
+    "videos": ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv .3gp",
+}
+_KIND_OF = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
+_LISTS = (".csv", ".jsonl", ".parquet")  # the tables that a note recommends
 
 
-def open_folder(name: str, path: Path, config: str | None) -> RawData:
-    """Opens a folder of parquet files, or of images in class folders."""
-    if not any(path.rglob("*.*")):
-        raise UserError(
-            f"dataset {name!r}: expected parquet files, or one subfolder of images per class; found an empty folder."
-        )
-    # An absolute path, because `datasets` cannot name the cache of `.`.
-    data = _open_folder(os.path.abspath(path), config, _cache_of(path))
-    return RawData(data, _lists_and_metadata(path, data) if _is_image_folder(data) else [])
+def open_folder(args: DataArguments, path: Path) -> RawData:
+    """Opens a folder: tables if it holds nothing else, or a card that names them; otherwise pictures.
 
-
-def _cache_of(folder: Path) -> str | None:
-    """Where `datasets` caches a folder with a card. By default it identifies such a folder by name and card alone, and
-    would open what the folder held before, or another folder of that name."""
-    if not (folder / CARD_FILE).is_file():
-        return None
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.resolve().glob("**/*.*") if p.is_file()]
-    files = sorted(entry for entry in files if "/journal/" not in entry[0])  # the captions' journal keeps growing
-    return str(Path(HF_DATASETS_CACHE) / "folders" / Hasher.hash(files))
-
-
-def _open_folder(folder: str, config: str | None, cache: str | None) -> DatasetDict:
-    """`load_dataset`, but images next to a metadata.jsonl also get labels from their folders.
-
-    `datasets` gives no labels there, and hides the images of a split without metadata if another split has some.
+    Raises:
+        UserError: there is nothing to read, or two ways to read it.
     """
-    metadata = any(Path(folder).rglob("metadata.*"))
+    tree = walk(path)
+    pictures = [file for file in tree.files if suffix_of(file) in PICTURE_SUFFIXES]
+    metadata = read_metadata(args, tree, pictures) if pictures else None
+    tables = find_tables(args, tree)
+    if tables and not metadata:
+        if tables.from_card or not has_class_folders(args, pictures):
+            return open_tables(args, tree, tables)
+        if (packed := tables.packed_splits()) and not args.class_names:
+            raise UserError(
+                f"dataset {args.dataset_name!r}: expected pictures or tables, found pictures in folders and {some(packed, 2)}. For the "
+                f"table type --dataset_name {shlex.quote(str(Path(args.dataset_name) / packed[0]))}; for the pictures move the table "
+                "out of the folder."
+            )
+    if not pictures:
+        raise _nothing(args, tree)
+    return _open_pictures(args, tree, pictures, metadata)
+
+
+def suffix_of(file: str) -> str:
+    """The suffix of a file in small letters, with its dot; empty if it has none."""
+    return os.path.splitext(file)[1].lower()
+
+
+def _open_pictures(args: DataArguments, tree: Tree, pictures: list[str], metadata: Metadata | None) -> RawData:
+    """The pictures of the class folders, with what metadata files say about them."""
+    labelled = metadata is not None and args.label_column in metadata.rows.column_names
     try:
-        data = load_dataset(folder, config, cache_dir=cache)
-    except ValueError as error:
-        if not NO_ROWS.search(str(error)) or not metadata:
-            raise
-        images = load_dataset("imagefolder", data_dir=folder, drop_metadata=True, cache_dir=cache)
-        builder = load_dataset_builder(folder, config, cache_dir=cache)
-        builder.download_and_prepare()
-        data = DatasetDict()
-        for split, info in builder.info.splits.items():
-            if not info.num_examples and split not in images:
-                raise
-            data[split] = builder.as_dataset(split) if info.num_examples else images[split].select_columns("image")
-    if not metadata or not _is_image_folder(data):
-        return data
-    parts = same_columns([_with_labels(rows) for rows in data.values()], [f"split {split!r}" for split in data])
-    return DatasetDict(zip(data, parts, strict=True))
-
-
-def _is_image_folder(data: DatasetDict) -> bool:
-    """Whether `datasets` opened the data as a folder of images."""
-    return all(rows.info.builder_name == "imagefolder" for rows in data.values())
-
-
-def _with_labels(rows: Dataset) -> Dataset:
-    """Adds the folders' names as labels if the images have no labels and lie in several folders."""
-    paths = [Path(image["path"] or "") for image in rows.cast_column("image", Image(decode=False))["image"]]
-    if "label" in rows.column_names or len({path.parent for path in paths}) < 2:
-        return rows
-    return rows.add_column("label", [path.parent.name for path in paths])
-
-
-def _lists_and_metadata(folder: Path, data: DatasetDict) -> list[str]:
-    """The notes on a folder of images: images that no metadata file lists, and tables that are not read."""
-    notes, images, metadata = [], 0, False
-    for file in folder.rglob("*.*"):
-        images += file.suffix.lower() in ImageFolder.EXTENSIONS
-        metadata |= file.name in ImageFolder.METADATA_FILENAMES
-    rows = sum(map(len, data.values()))
-    if metadata and rows < images:
-        notes.append(f"{images - rows:,} of {images:,} images are in no metadata file and are left out.")
-    tables = sorted(
-        path
-        for path in (*folder.glob("*.*"), *folder.glob("*/*.*"))
-        if path.suffix.lower() in (".csv", ".jsonl", ".parquet") and path.name not in ImageFolder.METADATA_FILENAMES
+        layout = read_layout(args, pictures, tree.folders, labelled)
+    except UserError as error:
+        raise UserError(f"{error.args[0]}{_lists_there(tree, metadata)}") from error
+    twice: list[str] = []
+    splits = {split: _once(tree, rows, twice) for split, rows in layout.splits.items()}
+    notes = list(layout.notes)
+    further: dict[str, Dataset] = {}
+    if metadata:
+        splits, further, found = with_metadata(args, splits, metadata)
+        notes += found
+    if twice:
+        notes.append(f"Links to pictures that are read already, left out: {_counted(twice)}.")
+    label = args.label_column if labelled else "label"
+    data = DatasetDict(
+        {split: _dataset(tree, split, rows, label, further.get(split)) for split, rows in splits.items()}
     )
-    if tables:
-        best = next((path for path in tables if path.stem in SPLIT_NAMES["train"]), tables[0])
-        shown = ", ".join(str(path.relative_to(folder)) for path in tables[:3])
-        more = f" and {len(tables) - 3:,} more" if len(tables) > 3 else ""
+    return RawData(data, notes + _left_out(tree) + _tables_beside(args, tree, metadata is not None))
+
+
+def _once(tree: Tree, rows: Sequence[tuple[str, str | None]], twice: list[str]) -> list[tuple[str, str | None]]:
+    """The pictures of a split. One that several links of one class lead to counts once; the others are added to `twice`."""
+    seen, kept = set(), []
+    for file, label in rows:
+        key = (tree.real(file), label)
+        if key in seen:
+            twice.append(file)
+        else:
+            seen.add(key)
+            kept.append((file, label))
+    return kept
+
+
+def _dataset(
+    tree: Tree, split: str, rows: Sequence[tuple[str, object]], label: str, further: Dataset | None
+) -> Dataset:
+    """The pictures of a split, undecoded, with their labels and further columns."""
+    paths = pa.array([tree.path(file) for file, _ in rows], pa.string())
+    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    labels = pa.array([value for _, value in rows])
+    kinds = {
+        "image": Image(decode=False),
+        label: Value("string" if pa.types.is_null(labels.type) else str(labels.type)),
+    }
+    features = Features(kinds)
+    table = pa.table([images, labels.cast(features.arrow_schema.field(label).type)], schema=features.arrow_schema)
+    data = Dataset(table, split=NamedSplit(split) if is_split_name(split) else None)
+    for column in () if further is None else further.column_names:
+        values = further[column][:] if len(further) else [None] * len(data)
+        data = data.add_column(column, values, feature=further.features[column])
+    return data
+
+
+def _lists_there(tree: Tree, metadata: Metadata | None) -> str:
+    """What may hold the classes where folders do not."""
+    if metadata:
+        columns = ", ".join(name for name in metadata.rows.column_names)
+        return f" The metadata has columns {columns}: if one is the class, type --label_column NAME."
+    lists = [file for file in tree.files if suffix_of(file) in (*_LISTS, ".json")]
+    return f" A list there ({some(lists, 3)}) may be what --dataset_name should name." if lists else ""
+
+
+# -- what is left out ------------------------------------------------------------------------------------------------------
+def _nothing(args: DataArguments, tree: Tree) -> UserError:
+    notes = _left_out(tree)
+    found = f"found none. {' '.join(notes)}" if notes else "found an empty folder."
+    return UserError(
+        f"dataset {args.dataset_name!r}: expected parquet files, or one subfolder of images per class; {found}"
+    )
+
+
+def _left_out(tree: Tree) -> list[str]:
+    """What is not read, by reason, with examples. A card and licences at the top are not counted."""
+    reasons: dict[str, list[str]] = {}
+    advice: dict[str, list[str]] = {}
+    for file in tree.files:
+        name, suffix = file.rpartition("/")[2], suffix_of(file)
+        if suffix in PICTURE_SUFFIXES or _is_list(file):
+            continue
+        if suffix in UNREADABLE_SUFFIXES:
+            advice.setdefault(UNREADABLE_SUFFIXES[suffix], []).append(file)
+        elif not (file == name and (name == CARD_FILE or name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")))):
+            kind = _KIND_OF.get(suffix, "other files") if suffix else "files without a suffix"
+            reasons.setdefault(kind, []).append(file)
+    notes = [
+        f"Pictures that cannot be read, left out: {_counted(files)}. {_sentence(how)}" for how, files in advice.items()
+    ]
+    for reason, places in tree.left_out.items():
+        if reason == UNDERSCORE:
+            places = [f"{p} with {many(_count_pictures(tree.path(p)), 'picture')}" for p in places]
+        reasons[reason] = places
+    if reasons:
         notes.append(
-            f"Images and labels were read from folders; not read: {shown}{more}. To train on such a table, with its "
-            f"captions, type --dataset_name {best}."
+            "Left out: " + "; ".join(f"{reason}: {_counted(found)}" for reason, found in reasons.items()) + "."
         )
     return notes
+
+
+def _counted(files: Sequence[str]) -> str:
+    return f"{len(files):,} ({some(files, 3)})"
+
+
+def _sentence(advice: str) -> str:
+    return f"Type {advice}." if advice.startswith("pip ") else f"{advice[0].upper()}{advice[1:]}."
+
+
+def _count_pictures(folder: str) -> int:
+    return sum(suffix_of(file) in PICTURE_SUFFIXES for file in walk(folder).files)
+
+
+def _is_list(file: str) -> bool:
+    """Whether a file may list pictures and their classes: a table, or a split file of CoOp."""
+    name = file.rpartition("/")[2]
+    return suffix_of(name) in _LISTS or (name.startswith("split_") and suffix_of(name) == ".json")
+
+
+def _tables_beside(args: DataArguments, tree: Tree, metadata_read: bool) -> list[str]:
+    """A note on the tables that are not read because the labels come from folders."""
+    read = METADATA_FILES if metadata_read else ()
+    tables = [file for file in tree.files if _is_list(file) and file.rpartition("/")[2] not in read]
+    if not tables:
+        return []
+    best = next((file for file in tables if split_role(Path(file).stem) == "train"), tables[0])
+    more = f" and {len(tables) - 3:,} more" if len(tables) > 3 else ""
+    return [
+        f"Images and labels were read from folders; not read: {', '.join(tables[:3])}{more}. To train on such a table, with its "
+        f"captions, type --dataset_name {shlex.quote(str(Path(args.dataset_name) / best))}."
+    ]

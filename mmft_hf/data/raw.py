@@ -12,6 +12,13 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+# Further words that name the folder of a split.
+_FOLDER_WORDS = {
+    "train": "train_set training_set trainset",
+    "validation": "validate validation_set valid_set val_set valset dev_set devset development",
+    "test": "testing test_set testing_set testset eval evaluate evaluation holdout hold_out",
+}
+_ROLES = {word: role for role, words in _FOLDER_WORDS.items() for word in (*SPLIT_NAMES[role], *words.split())}
 NO_ROWS = re.compile(r'Instruction "(.*)" corresponds to no data')  # how `datasets` reports an empty split
 
 
@@ -26,6 +33,11 @@ class RawData:
 
     splits: DatasetDict
     notes: list[str] = field(default_factory=list)
+
+
+def split_role(word: str) -> str | None:
+    """The split that a folder or file of this name is: `train`, `validation` or `test`, or None if it is no split."""
+    return _ROLES.get(re.sub(r"[ -]", "_", word).lower())
 
 
 def empty_split(name: str, split: str) -> str:

@@ -15,22 +15,20 @@ from .tables import open_table
 
 
 def open_source(args: DataArguments) -> RawData:
-    """Opens a Hub id, a local folder (parquet, or images in class folders), a CSV/JSONL file or a CoOp split file.
+    """Opens a Hub id, a local folder (tables, or pictures in class folders), a table or a CoOp split file.
 
     If a file is called `train.…`, the files `validation.…` and `test.…` next to it (same suffix) are further splits.
 
     Raises:
-        UserError: there is nothing, or nothing that `datasets` can open.
+        UserError: there is nothing, nothing that can be read, or two ways to read it.
     """
     name, path = args.dataset_name, Path(builtin(args.dataset_name))
+    if path.is_file():
+        return open_table(name, path, args)
+    if path.is_dir():
+        return open_folder(args, path)
     try:
-        if path.is_file():
-            return open_table(name, path, args)
-        if path.is_dir():
-            return open_folder(name, path, args.dataset_config_name)
         return RawData(load_dataset(name, args.dataset_config_name, revision=args.dataset_revision))
-    except UserError:
-        raise
     except Exception as error:  # datasets raises a different class for each builder
         if empty := NO_ROWS.search(str(error)):
             raise UserError(empty_split(name, empty[1])) from error

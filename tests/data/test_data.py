@@ -175,7 +175,7 @@ def test_folder_of_csv_files_is_one_split_per_file(pictures, tmp_path):
     write_csv(tmp_path / "train.csv", absolute[:9])
     write_csv(tmp_path / "validation.csv", absolute[9:12])
     write_csv(tmp_path / "test.csv", absolute[12:][::-1])
-    splits = splits_of(tmp_path)
+    splits = splits_of(tmp_path, image_root=folder)
     assert [splits.class_names[c] for c in labels_of(splits.train)] == [row["label"] for row in rows[:9]]
     assert [splits.class_names[c] for c in labels_of(splits.test)] == [row["label"] for row in rows[12:][::-1]]
 
