@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,8 @@ from ..core.arguments import DataArguments, Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..core.files import RUN_FILE, keeping, write_csv, write_json
+from ..core.reading import parse_json
+from ..core.records import RunRecord
 from ..core.repositories import read_text_file
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
     import numpy as np
 
+    from ..data.texts import DEFAULT_TEMPLATE
     from ..model.loading import default_device, load_model
     from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
@@ -65,7 +67,9 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         try:
             model, processor = load_model(base, identity.get("base_model_revision"))
             model.to(default_device())
-            head = ClassPrototypes.from_templates(model, processor, names, identity["class_template"])
+            head = ClassPrototypes.from_templates(
+                model, processor, names, identity.get("class_template", DEFAULT_TEMPLATE)
+            )
             zero_shot = score(ImageClassifier(model, processor, head))
         except UserError as error:
             missing = error
@@ -128,12 +132,5 @@ def _record(name: str, revision: str | None) -> dict:
     text = read_text_file(name, RUN_FILE, revision, "model")
     if text is None:
         return {}
-    try:
-        record = json.loads(text)
-        record["identity"]["base_model"]
-        return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{name}, {RUN_FILE}: expected the record that finetune writes, found {error!r}. Restore the file, or remove it "
-            "to evaluate without the zero-shot baseline."
-        ) from error
+    remedy = "Restore the file, or remove it to evaluate without the zero-shot baseline."
+    return parse_json(text, f"{name}, {RUN_FILE}", RunRecord, remedy)

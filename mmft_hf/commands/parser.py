@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..core.errors import UserError, nearest
+from ..core.reading import read_yaml
 
 STOCK = "stock settings of transformers.TrainingArguments"
 WIDTH = 100
@@ -198,15 +199,12 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _read_yaml(path: str, known: set[str]) -> list[str]:
     """A YAML file as command-line words, so that both are checked and converted alike (`1e-5` is text in YAML)."""
-    import yaml
-
     try:
-        with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file) or {}
-    except OSError as error:
+        settings = read_yaml(path) or {}
+    except FileNotFoundError as error:
         raise UserError(f"--config {path}: expected a YAML file, but {error.strerror.lower()}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: expected YAML, found {error}") from error
+    except UserError as error:
+        raise UserError(f"--config {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: expected lines `key: value`, found a {type(settings).__name__}.")
     words = []

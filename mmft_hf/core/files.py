@@ -185,14 +185,6 @@ def _harmless(cell):
     return f"'{cell}" if isinstance(cell, str) and cell.startswith((*_FORMULA, "'")) else cell
 
 
-def read_json(path: str | os.PathLike):
-    """The content of a JSON file; None if it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 # -- disks that take no more ------------------------------------------------------------------------------------------
 # The system refuses to write: the disk is full or read-only, a quota or a limit is reached, the device fails.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}

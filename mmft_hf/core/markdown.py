@@ -11,6 +11,8 @@ from pathlib import Path
 import yaml
 
 from .console import printable_text
+from .errors import UserError
+from .reading import parse_yaml
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---[ \t]*\r?\n", re.DOTALL)
 
@@ -69,8 +71,8 @@ def read_front_matter(text: str) -> tuple[dict, str]:
     if not found:
         return {}, text
     try:
-        front = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        front = parse_yaml(found[1], "card")
+    except UserError:
         return {}, text
     return (front, text[found.end() :]) if isinstance(front, dict) else ({}, text)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from .builtin import builtin
+from .errors import UserError
 from .files import CARD_FILE
 from .markdown import one_line, read_front_matter
+from .reading import read_text
 
 LARGEST = 10 * 2**20  # bytes of a card or record that are read
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -29,7 +32,9 @@ def describe_source(name: str, revision: str | None, repo_type: str, offline: bo
         kind = "local"  # a path that no longer exists, or exists on another machine
     found = {"name": one_line(Path(name).name if kind == "local" else name), "kind": kind, "type": repo_type}
     found["revision"] = revision
-    text = read_text_file(name, CARD_FILE, revision, repo_type, offline)
+    text = None
+    with suppress(UserError):  # a card that cannot be read must never cost a finished training
+        text = read_text_file(name, CARD_FILE, revision, repo_type, offline)
     front = read_front_matter(text)[0] if text else {}
     for key in ("license", "license_name", "license_link"):
         value = front.get(key)
@@ -45,7 +50,11 @@ def describe_recorded_dataset(name: str, offline: bool = False) -> dict:
 
 
 def read_text_file(name: str, file: str, revision: str | None, repo_type: str, offline: bool = False) -> str | None:
-    """Reads a small text file from a folder or repository. Returns None if it does not exist or cannot be reached."""
+    """Reads a small text file from a folder or repository. Returns None if it does not exist or cannot be reached.
+
+    Raises:
+        UserError: it is there, but is no text in UTF-8 of a size that we write.
+    """
     try:
         folder = Path(builtin(name))
         if folder.is_dir():
@@ -56,6 +65,9 @@ def read_text_file(name: str, file: str, revision: str | None, repo_type: str, o
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(name, file, revision=revision, repo_type=repo_type, local_files_only=offline))
-        return path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else None
-    except Exception:  # no such file, no network, no access: a card must never cost a finished training
+    except Exception:  # no such file, no network, no access
+        return None
+    try:
+        return read_text(path, LARGEST)
+    except FileNotFoundError:
         return None

@@ -13,6 +13,9 @@ from ..core import files as names
 from ..core.builtin import builtin
 from ..core.errors import UserError
 from ..core.markdown import without_local_paths
+from ..core.reading import read_json
+from ..core.records import ModelConfig, RunRecord
+from ..core.seals import digest_of, is_of_run, note_changed_files, note_if_changed, sealed
 from ..predict.heads import Head, load_head
 from .cards import card_for_repository
 from .client import check_access, push_files
@@ -64,11 +67,23 @@ def folder_files(folder: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and names.belongs_to_run(path.name)
     }
-    for name in (names.RUN_FILE, names.STATE_FILE):  # they name the data and the best checkpoint
-        if name in files:
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
-            files[name] = (json.dumps(without_local_paths(record), indent=2) + "\n").encode()
+    if names.STATE_FILE in files:  # it names the best checkpoint
+        files[names.STATE_FILE] = _as_json(without_local_paths(read_json(folder / names.STATE_FILE)))
+    if names.RUN_FILE in files:  # it names the data
+        files[names.RUN_FILE] = _as_json(_public_record(read_json(folder / names.RUN_FILE), files))
     return files
+
+
+def _public_record(record: dict, files: dict[str, Path | bytes]) -> dict:
+    """`mmft.json` without local paths, with the digests of the files as they are published."""
+    record = without_local_paths(record)
+    if record.get("files"):
+        record["files"] = {name: digest_of(files[name]) for name in sorted(files) if is_of_run(name)}
+    return sealed(record)
+
+
+def _as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def model_files(
@@ -81,12 +96,12 @@ def model_files(
     """The files of a finished run by their path in the repository. Arguments as in `push_model`."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / names.RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_json(folder / names.RUN_FILE, RunRecord, "Restore the file, or run mmft-hf finetune again.")
+    except FileNotFoundError as error:
         raise UserError(
-            f"{folder}: expected the output folder of mmft-hf finetune, found no mmft.json that can be read. Type its path."
+            f"{folder}: expected the output folder of mmft-hf finetune, found no mmft.json. Type its path."
         ) from error
-    if not record.get("completed"):
+    if not record["completed"]:
         raise UserError(
             f"{folder}: expected a finished run, found an interrupted one. Finish it first: type its command with "
             "--resume_from_checkpoint true."
@@ -96,6 +111,8 @@ def model_files(
         missing.append(names.HEAD_FILE)
     if missing:
         raise UserError(f"{folder}: expected {', '.join(missing)} in it, found none. Run mmft-hf finetune again.")
+    note_changed_files(folder)
+    load_head(folder)  # damaged ones are not published
     adapter = [path for name in names.ADAPTER_FILES if (path := folder / names.ADAPTER_FOLDER / name).is_file()]
     if parts not in ("merged", "adapter", "both"):
         raise UserError(f"--parts: expected merged, adapter or both, found {parts!r}.")
@@ -108,19 +125,20 @@ def model_files(
     elif parts == "both":
         files |= {f"{names.ADAPTER_FOLDER}/{path.name}": path for path in adapter}
     files[names.CARD_FILE] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
-    base = str((record.get("identity") or {}).get("base_model") or "")
+    base = record["identity"]["base_model"]
     if base.startswith("builtin/"):
         files["NOTICE"] = Path(builtin(base)) / "NOTICE"  # as its licence requires
     if with_inference_code:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json", ModelConfig)
         name = INFERENCE_FILE.removesuffix(".py")
         classes = {"impl": f"{name}.MMFTImageClassificationPipeline", "pt": config["architectures"]}
         # The code is for the stock task, since ours needs none with this library. The stock pipeline, which would put a
         # random head on the model, now asks for the code instead.
         config["custom_pipelines"] = {"image-classification": {**classes, "type": "image"}}
-        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        files["config.json"] = _as_json(config)
         head = load_head(folder)
         files |= {names.HEAD_FILE: head.to_bytes(), INFERENCE_FILE: inference_code(head).encode()}
+    files[names.RUN_FILE] = _as_json(_public_record(record, files))
     return files
 
 
@@ -188,6 +206,7 @@ def dataset_files(
     from ..captioning.write.statistics import CaptionStatistics
 
     folder, record = Path(folder), CaptionFolder(folder).details()
+    note_if_changed(record, folder / names.DETAILS_FILE)
     data_files = [folder / name for name in record.get("files", ()) if DATA_FILES.fullmatch(name)]
     if not data_files or not all(path.is_file() for path in data_files):
         raise UserError(
@@ -218,9 +237,8 @@ def dataset_files(
     first = first.cast_column("image", Image(decode=False))
     card = caption_card(CaptionStatistics(first), scratch, details, repo_id, captions_only)
     files[names.CARD_FILE] = card.read_bytes()
-    files[names.DETAILS_FILE] = (
-        json.dumps({**details, "files": sorted(files)}, indent=2, ensure_ascii=False) + "\n"
-    ).encode()
+    details = sealed({**details, "files": sorted(files)})
+    files[names.DETAILS_FILE] = (json.dumps(details, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
 

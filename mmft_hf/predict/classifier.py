@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from ..core.files import atomic_folder
+from ..core.seals import is_loaded, note_changed_files
 from ..data.images import read_image
 from ..model.loading import encode_images, load_model
 from .heads import Head, load_head
@@ -48,6 +49,8 @@ class ImageClassifier(nn.Module):
         """
         name = str(folder_or_hub_id)
         head = load_head(name, revision)
+        if Path(name).is_dir():
+            note_changed_files(name, is_loaded)
         model, processor = load_model(name, revision)
         head.check_model(model, name)
         return cls(model, processor, head).eval()

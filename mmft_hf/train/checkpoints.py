@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..core.errors import UserError
-from ..core.files import STATE_FILE, WEIGHTS_INDEX, atomic_folder, no_room, read_json, widen_permissions
+from ..core.files import STATE_FILE, WEIGHTS_INDEX, atomic_folder, no_room, widen_permissions, write_json
+from ..core.reading import check_regular, open_regular, read_json
+from ..core.records import CheckpointConfig, ShardIndex, TrainingState
+from ..core.seals import digest_of
 from ..model.embedding import quick_attention
 from ..model.towers import checkpoint_state, lora_layers, plain_state
 
 logger = logging.getLogger(__name__)
+CHECKSUMS_FILE = "checksums.json"
+ARCHIVES = (".pt", ".pth", ".bin")  # zip files of torch
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -30,13 +37,74 @@ def is_checkpoint(folder: Path) -> bool:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
     patterns = ("config.json", "scheduler.pt", "optimizer.*", "*.safetensors", "rng_state*.pth")  # optimizer.bin: FSDP
-    if not all(any(folder.glob(pattern)) for pattern in patterns) or read_json(folder / STATE_FILE) is None:
+    if not all(any(folder.glob(pattern)) for pattern in patterns):
         return False
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
-        return True
-    shards = (read_json(index) or {}).get("weight_map")
-    return shards is not None and all((folder / shard).is_file() for shard in shards.values())
+    try:
+        read_json(folder / STATE_FILE, TrainingState)
+        index = folder / WEIGHTS_INDEX
+        shards = read_json(index, ShardIndex)["weight_map"].values() if index.exists() else ()
+    except (OSError, UserError):
+        return False
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def write_checksums(folder: Path) -> None:
+    """Records the digests of a checkpoint's files, so that a damaged one is never resumed from.
+
+    Files of torch are archives with a checksum of every part already.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != CHECKSUMS_FILE]
+    write_json(folder / CHECKSUMS_FILE, {path.name: digest_of(path) for path in files if path.suffix not in ARCHIVES})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a complete checkpoint, all of which are read before any of them is used; None: nothing."""
+    path = folder / CHECKSUMS_FILE
+    try:
+        digests = read_json(path, dict[str, str]) if path.exists() else {}  # version 0.1 recorded none
+        for name, digest in digests.items():
+            path = folder / Path(name).name
+            if digest_of(path) != digest:
+                raise UserError(f"{path.name} is not what was saved")
+        path = folder / "config.json"
+        read_json(path, CheckpointConfig)
+        path = folder / STATE_FILE
+        TrainerState(**read_json(path, TrainingState))
+        for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
+            if path.suffix == ".safetensors":
+                check_regular(path)
+                with safe_open(path, framework="pt") as file:  # compares the sizes in its header with that of the file
+                    file.keys()
+            elif path.suffix in ARCHIVES:
+                with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+                    if part := archive.testzip():
+                        raise UserError(f"{path.name} is damaged in {part}")
+    except UserError as error:  # names the file
+        return str(error).rstrip(".")
+    except Exception as error:  # whatever the readers of these formats raise for content that is none
+        said = " ".join(str(error).split())[:200]
+        return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} is damaged ({said})"
+    return None
+
+
+@contextmanager
+def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
+    """Within this context the stock Trainer reads a checkpoint: content that it cannot use is the user's to replace."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a pickle that holds more than numbers, states of another optimizer, …
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: expected a checkpoint of this run, found another or a damaged one "
+            f"({type(error).__name__}: {said}). Type --resume_from_checkpoint with an earlier one, or a new --output_dir."
+        ) from error
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if it can."""
+    return damage(folder) if is_complete(folder) else "some of its files are missing or damaged"
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -51,6 +119,18 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(complete[max(complete)]) if complete else None
 
 
+def last_whole_checkpoint(output_dir: str | os.PathLike, but: Path | None = None) -> str | None:
+    """The complete `checkpoint-*` of the highest step whose files are whole (see `damage`), or None. Damaged ones are logged."""
+    for _, path in sorted(_checkpoints(Path(output_dir)).items(), reverse=True):
+        if (but and path.resolve() == but.resolve()) or not is_complete(path):
+            continue
+        if wrong := damage(path):
+            logger.warning("Note: %s is passed over: %s.", path, wrong)
+            continue
+        return str(path)
+    return None
+
+
 def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
     """Raises `UserError` if the weights of a checkpoint are not those that `model` trains."""
 
@@ -61,7 +141,7 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
         return {"model_type": config.get("model_type"), "projection_dim": config.get("projection_dim"), **sizes}
 
     expected = shape(model.config.to_dict())
-    found = shape(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    found = shape(read_json(checkpoint / "config.json", CheckpointConfig))
     differ = [f"{key} {expected[key]} (found {found[key]})" for key in expected if expected[key] != found[key]]
     if differ:
         raise UserError(
@@ -80,6 +160,28 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
         )
 
 
+def check_best(checkpoint: Path, args: TrainingArguments) -> None:
+    """Raises `UserError` if the best checkpoint so far, which the end of the run may return to, is missing or damaged."""
+    state = read_json(checkpoint / STATE_FILE, TrainingState)
+    step = state["best_global_step"]
+    if not args.load_best_model_at_end or step is None or state["best_metric"] is None:
+        return
+    places = (Path(args.output_dir) / f"checkpoint-{step}", Path(state["best_model_checkpoint"] or "."))
+    best = next((place for place in places if is_checkpoint(place) and place.is_dir()), places[0])
+    wrong = "it is missing" if not best.is_dir() else _unusable(best)
+    if wrong is None:
+        return
+    earlier = {
+        n: path for n, path in _checkpoints(Path(args.output_dir)).items() if n < step and _unusable(path) is None
+    }
+    again = (
+        f"--resume_from_checkpoint {earlier[max(earlier)]}" if earlier else "--overwrite_output_dir true to train again"
+    )
+    raise UserError(
+        f"--resume_from_checkpoint {checkpoint}: expected the best checkpoint so far, {best}, but {wrong}. Restore it, or type {again}."
+    )
+
+
 def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
     """Raises `UserError` if the run that left a checkpoint had another number of images per step than `args` gives.
 
@@ -90,7 +192,7 @@ def check_same_batches(checkpoint: Path, args: TrainingArguments) -> None:
     left = {path.name for path in checkpoint.glob("rng_state*.pth")}
     processes = len(left)
     complete = left == {"rng_state.pth"} or left == {f"rng_state_{i}.pth" for i in range(processes)}
-    batch = read_json(checkpoint / STATE_FILE)["train_batch_size"]
+    batch = read_json(checkpoint / STATE_FILE, TrainingState)["train_batch_size"]
     # With auto_find_batch_size the state has the number of images that are encoded at once.
     unknown = batch is None or not complete or args.auto_find_batch_size
     if unknown or batch * processes == args.train_batch_size * args.world_size:
@@ -187,6 +289,7 @@ class TrainingCheckpoints:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:  # until the new one is whole, no older one of this name counts as complete
             (folder / STATE_FILE).unlink(missing_ok=True)
+            (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:
@@ -196,20 +299,31 @@ class TrainingCheckpoints:
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
+            write_checksums(folder)
             widen_permissions(folder)
         if self.args.should_save and limit:
             rotate(Path(self.args.output_dir), limit, self.state.global_step, self.state.best_model_checkpoint)
 
-    def _load_from_checkpoint(self, *args, **kwargs):
-        super()._load_from_checkpoint(*args, **kwargs)
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self.forget_prototypes()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
         super()._load_best_model()
         self.forget_prototypes()
 
     def _init_training_state(self, *args, **kwargs):
-        result = super()._init_training_state(*args, **kwargs)
+        with reading(kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)):
+            result = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step is not None and self.state.best_metric is not None:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             if best.is_dir():
@@ -227,21 +341,22 @@ class TrainingCheckpoints:
             UserError: the checkpoint is incomplete or belongs to another model; a loss is not finite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning(
                     "There is no complete checkpoint in %s: training starts from the beginning.", self.args.output_dir
                 )
-        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
-            found = last_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and (wrong := _unusable(Path(resume_from_checkpoint))):
+            found = last_whole_checkpoint(self.args.output_dir, but=Path(resume_from_checkpoint))
             raise UserError(
-                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer"
+                f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer, but {wrong}"
                 + (f". Type --resume_from_checkpoint {found}." if found else "; there is none in the output folder.")
             )
         model = self.accelerator.unwrap_model(self.model)
         if resume_from_checkpoint:
             check_same_model(Path(resume_from_checkpoint), model)
             check_same_batches(Path(resume_from_checkpoint), self.args)
+            check_best(Path(resume_from_checkpoint), self.args)
         with quick_attention(model, self.args.bf16):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         self._expect_finite_losses()  # of the last step, where nothing was evaluated or saved after it

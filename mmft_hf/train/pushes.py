@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -14,8 +14,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..core.files import RUN_FILE, read_json, write_json
+from ..core.errors import UserError
+from ..core.files import RUN_FILE, write_json
 from ..core.markdown import without_local_paths
+from ..core.reading import read_json
+from ..core.seals import sealed
 from ..hub.client import check_access, make_repo, push_files
 from ..hub.publish import folder_files
 from ..model.towers import plain_state
@@ -56,7 +59,7 @@ class TrainingPushes:
             every = args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
             checkpoint = staged / (Path(checkpoint_folder).name if every else "last-checkpoint")
             shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link_or_copy)
-            state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            state = read_json(checkpoint / TRAINER_STATE_NAME)
             write_json(checkpoint / TRAINER_STATE_NAME, without_local_paths(state))  # replaces the hard link
         upload = HfApi(token=args.hub_token).upload_folder(
             folder_path=staged,
@@ -78,8 +81,10 @@ class TrainingPushes:
         self.processing_class.save_pretrained(folder)
         if self.prototypes is not None and self._prototypes_of in (self.state.global_step, STAY):
             self.prototypes.save_pretrained(folder)
-        record = read_json(Path(self.args.output_dir) / RUN_FILE) or {"completed": False}
-        write_json(folder / RUN_FILE, without_local_paths(record))
+        record = {"completed": False}
+        with suppress(OSError, UserError):
+            record = read_json(Path(self.args.output_dir) / RUN_FILE)
+        write_json(folder / RUN_FILE, sealed(without_local_paths(record)))
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """Publishes model, processor and head, and the other files of a finished run in the output folder.

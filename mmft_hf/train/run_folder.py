@@ -18,6 +18,9 @@ from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
 from ..core.errors import UserError
 from ..core.launch import check_shared
+from ..core.reading import read_json
+from ..core.records import RunRecord
+from ..core.seals import digests_of, note_if_changed, sealed
 from ..data.splits import Splits
 from ..hub import cards
 from ..hub.cards.sources import run_sources
@@ -146,13 +149,10 @@ class RunFolder:
     def _read(self) -> dict | None:
         path = self.path / files.RUN_FILE
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path, RunRecord, "Type another --output_dir.")
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise UserError(f"{path}: expected JSON, found {error}. Type another --output_dir.") from error
-        if not isinstance(record, dict) or not isinstance(record.get("identity"), dict) or "completed" not in record:
-            raise UserError(f"{path}: expected the record of a run, found another file. Type another --output_dir.")
+        note_if_changed(record, path)
         return record
 
     def _write(self, folder: Path, completed: bool, **more) -> None:
@@ -162,7 +162,7 @@ class RunFolder:
             "identity": self.identity,
             "data": self.data_settings,
         }
-        files.write_json(folder / files.RUN_FILE, content | more)
+        files.write_json(folder / files.RUN_FILE, sealed(content | more))
 
     def _clear(self) -> None:
         """Deletes the files that a run writes, by their exact names, and nothing else."""
@@ -261,7 +261,7 @@ class RunFolder:
             figures.draw_curves(folder / files.CURVES_FILE, state.log_history, zero_shot, best)
             files.write_json(folder / files.RESULTS_FILE, results)
             state.save_to_json(str(folder / files.STATE_FILE))
-            self._write(folder, completed=True, **record)
+            self._write(folder, completed=True, **record, files=digests_of(folder))
             cards.write_model_card(folder)
 
 

@@ -27,6 +27,7 @@ Private ones, which a release of transformers may change; `PRIVATE_HOOKS` lists 
 | `_save` | LoRA: trained weights in checkpoints, merged ones elsewhere; averaged weights; no pickle |
 | `_save_checkpoint` | only after finite losses; the stock rotation would delete a user's folder called checkpoint-… |
 | `_load_from_checkpoint`, `_load_best_model` | averaged weights; prototypes of the weights before are outdated |
+| `_load_optimizer_and_scheduler`, `_load_rng_state` | files that are no state of this run are named |
 | `_issue_warnings_after_load` | what a LoRA checkpoint lacks is in the base model |
 | `_push_from_checkpoint` | publishes a plain model with its head |
 
@@ -86,6 +87,8 @@ PRIVATE_HOOKS = {
     "_save_checkpoint": ("model", "trial"),
     "_load_from_checkpoint": ("resume_from_checkpoint",),
     "_load_best_model": (),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_rng_state": ("checkpoint",),
     "_issue_warnings_after_load": ("load_result",),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_determine_best_metric": ("metrics", "trial"),

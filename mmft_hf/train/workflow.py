@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -24,6 +23,9 @@ from ..core.console import is_main
 from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import RESULTS_FILE, RUN_FILE, keeping
 from ..core.launch import alone_in, together
+from ..core.reading import read_json
+from ..core.records import RunResults
+from ..core.seals import note_changed_files
 from ..data.splits import Splits, load_splits
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
@@ -213,7 +215,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     folder = RunFolder(config.output_dir, model_args, data_args, config, splits)
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
-        metrics = json.loads((folder.path / RESULTS_FILE).read_text(encoding="utf-8"))
+        metrics = _results_of(folder.path)
         result = FinetuneResult(folder.path, metrics, repeated=True)
         reporter.finished(result)
         return _pushed(result, config, reporter)
@@ -288,6 +290,19 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     if config.push_to_hub and is_main():
         trainer._finish_current_push()
     return _pushed(result, config, reporter)
+
+
+def _results_of(folder: Path) -> dict:
+    """`all_results.json` of a finished run."""
+    again = "Type --resume_from_checkpoint false --overwrite_output_dir true to train again, or copy the file again."
+    try:
+        metrics = read_json(folder / RESULTS_FILE, RunResults, again)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder / RESULTS_FILE}: expected the results of this finished run, found none. {again}"
+        ) from error
+    note_changed_files(folder)
+    return metrics
 
 
 def _pushed(result: FinetuneResult, config: MMFTConfig, reporter: Reporter) -> FinetuneResult:

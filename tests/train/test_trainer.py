@@ -233,6 +233,7 @@ def test_a_checkpoint_of_another_model_is_refused(clip, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 12
     (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "checksums.json").unlink()  # as if the other model's run had saved it
     with pytest.raises(UserError, match=r"another model.*num_hidden_layers 2 \(found 12\)"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 

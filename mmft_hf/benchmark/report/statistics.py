@@ -10,6 +10,7 @@ Shapes: `n` test images, `G` groups of them, `S` seeds, `C` classes.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from ...core.errors import UserError
-from ...core.files import read_json
-from ..run.data_summary import DATA_FILE
+from ...core.reading import read_json
+from ...core.seals import note_if_changed
+from ..run.data_summary import DATA_FILE, Summary
 from ..run.methods import FAMILIES, METHODS, Method
 from ..run.results import RESULTS_FILE, differences
 from ..run.summary import FEWEST_SEEDS, in_order, interval, latest
+
+logger = logging.getLogger(__name__)
 
 DRAWS, SEED = 2000, 0
 FEWEST_GROUPS = 10  # of test images; a bootstrap over fewer gives intervals that are far too narrow
@@ -198,11 +202,15 @@ def gather(rows: list[dict], folder: Path) -> Findings:
     for row in rows:
         if row["status"] == "done":
             cells.setdefault((row["method"], row["shots"]), {})[row["seed"]] = row
-    data, notes = read_json(folder / DATA_FILE), []
-    if not isinstance(data, dict):
-        if (folder / DATA_FILE).is_file():
-            notes.append(f"{DATA_FILE} could not be read. The report leaves out what depends on it.")
-        data = {}
+    data, notes = {}, []
+    try:
+        data = read_json(folder / DATA_FILE, Summary)
+        note_if_changed(data, folder / DATA_FILE)
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        notes.append(f"{DATA_FILE} could not be read. The report leaves out what depends on it.")
+        logger.warning("Note: the report leaves out what depends on %s. %s", DATA_FILE, error)
     results = Findings(
         cells,
         [row for row in rows if row["status"] != "done"],

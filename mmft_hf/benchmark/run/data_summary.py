@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
 from datasets import Dataset, Image
 
-from ...core.arguments import DataArguments
+from ...core.arguments import DataArguments, Range
 from ...core.console import some
 from ...core.errors import UserError
-from ...core.files import read_json, write_json
+from ...core.files import write_json
 from ...core.markdown import one_line
+from ...core.reading import read_json
+from ...core.records import Count
+from ...core.schema import ClassNames
+from ...core.seals import is_as_written, sealed
 from ...data.images import content_hash
 from ...data.splits import Splits, labels_of
 from ...hub.cards.sources import captioning_cost
@@ -25,6 +31,45 @@ from .summary import in_order, shots_name
 
 DATA_FILE = "data.json"
 MOST_DUPLICATES = 100  # in the list
+
+
+class CaptionCounts(TypedDict, total=False):
+    """Captions of the training images, and what they took."""
+
+    images: Count
+    captions: Count
+    captioner: str | None
+    calls: Count | None
+    cost_usd: Annotated[float, Range(0)] | None
+    tokens_in: Count | None
+    tokens_out: Count | None
+    seconds: Annotated[float, Range(0)] | None
+
+
+class Duplicate(TypedDict):
+    """An image that two splits hold."""
+
+    splits: list[str]
+    images: list[str]
+
+
+class Summary(TypedDict, total=False):
+    """`data.json`, see `load_or_summarize`."""
+
+    dataset: str
+    model: str
+    class_names: ClassNames
+    labels: dict[str, list[int]]
+    groups: dict[str, list[str | int] | None] | None
+    train_images_per_class: list[Count]
+    validation_images: Count
+    captions: CaptionCounts | None
+    duplicates: list[Duplicate]
+    duplicates_count: Count
+    arguments: dict
+    made_from: dict
+    pictures_read_for: list[str]
+    sha256: str
 
 
 def load_or_summarize(
@@ -56,9 +101,10 @@ def load_or_summarize(
         "judged": {"test": fingerprint_of(splits.test), **identity["shift_splits"]},
         "group_column": args.group_column,
     }
-    found = read_json(folder / DATA_FILE)
-    if isinstance(found, dict) and found.get("made_from") == made_from:
-        return found
+    with suppress(OSError, UserError):  # missing or damaged: it is made again
+        found = read_json(folder / DATA_FILE, Summary)
+        if found.get("made_from") == made_from and is_as_written(found):
+            return found
     typed = {
         f.name: value
         for f in fields(DataArguments)
@@ -86,7 +132,7 @@ def load_or_summarize(
 
 def write_summary(folder: Path, content: dict) -> None:
     """Writes `data.json`."""
-    write_json(folder / DATA_FILE, content, indent=None, ensure_ascii=False, allow_nan=False)
+    write_json(folder / DATA_FILE, sealed(content), indent=None, ensure_ascii=False, allow_nan=False)
 
 
 def _captions(splits: Splits, data_args: BenchmarkData) -> dict:

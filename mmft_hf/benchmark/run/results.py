@@ -7,8 +7,14 @@ import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
 
+from ...core.arguments import Range
 from ...core.errors import UserError
+from ...core.reading import open_regular, parse_json
+from ...core.records import Count, Share
+from ...core.schema import conform
+from ...core.seals import note_if_changed, sealed
 
 RESULTS_FILE = "results.jsonl"
 CLAIMS, SUBSETS = "claims", "subsets"  # folders next to it: locks, and the images of each task
@@ -35,29 +41,78 @@ class Results:
         """
         if not self.path.is_file():
             return self.rows
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._read)
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
         for line in new.splitlines():
-            try:
-                row = json.loads(line)
-                _check_row(row)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.path}: expected a result in line {len(self.rows) + 1}, found {error!r}. Type another --output_dir."
-                ) from error
-            self.rows.append(row)
+            self.rows.append(parse_row(line, f"{self.path}, line {len(self.rows) + 1}"))
         self._read += len(new)
         return self.rows
 
 
-def _check_row(row: dict) -> None:
-    """Raises an error unless the row names its cell properly: tables and file names contain what it says."""
-    number = type(row["shots"]) is int or row["shots"] == FULL
-    named = isinstance(row["method"], str) and isinstance(row["identity"], dict)
-    if not (number and named and type(row["seed"]) is int and row["status"] in ("done", "failed")):
-        raise TypeError("method, shots, seed, status or identity of another type")
+class ResultsIdentity(TypedDict, total=False):
+    """What the rows of a file share, see `identity`."""
+
+    base_model: str
+    base_model_revision: str | None
+    dataset: str
+    dataset_fingerprint: str
+    shift_splits: dict[str, str]
+    settings: dict
+    versions: dict[str, str]
+
+
+class _Row(TypedDict):
+    method: str
+    shots: Annotated[int, Range(0)] | Literal["full"]
+    seed: int
+    status: Literal["done", "failed"]
+    identity: ResultsIdentity
+
+
+class FailedRow(_Row, total=False):
+    """A line of `results.jsonl` whose cell failed."""
+
+    error: str
+    time: str
+    sha256: str
+
+
+class _DoneRow(_Row):
+    test_accuracy: Share
+    selection_policy: str
+
+
+class DoneRow(_DoneRow, total=False):
+    """A line of `results.jsonl` whose cell is done."""
+
+    chosen: dict
+    steps: int | None
+    validation_accuracy: Share | None
+    test_mean_per_class_accuracy: Share | None
+    test_images: Count
+    shift_accuracy: dict[str, Share | None]
+    predictions: dict[str, list[int]]
+    test_seconds: Annotated[float, Range(0)]
+    fit_seconds: Annotated[float, Range(0)]
+    train_images: Count
+    validation_images: Count
+    time: str
+    sha256: str
+
+
+def parse_row(line: bytes, place: str) -> dict:
+    """A row of the file. A line is logged if it was changed after it was written.
+
+    Raises:
+        UserError: it is not a row.
+    """
+    remedy = "Type another --output_dir, or remove the line to have its cell run again."
+    row = parse_json(line, place, _Row, remedy)
+    conform(row, DoneRow if row["status"] == "done" else FailedRow, place, remedy)
+    note_if_changed(row, place)
+    return row
 
 
 def read_results(path: Path) -> list[dict]:
@@ -77,7 +132,7 @@ def append_row(path: Path, row: dict) -> None:
         file.seek(0)
         end = file.read().rfind(b"\n") + 1
         file.truncate(end)
-        line = memoryview(json.dumps(row).encode() + b"\n")
+        line = memoryview(json.dumps(sealed(row)).encode() + b"\n")
         try:
             while line:
                 line = line[file.write(line) :]

@@ -11,9 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from ...core.errors import UserError
+from ...core.reading import read_yaml
 
 BUILTIN = Path(__file__).with_name("prices.yaml")
 # What may follow a name of the table: a date or version. `-mini`, `-image` or `-5` is another model at another price.
@@ -96,11 +95,11 @@ def _builtin() -> dict[str, Price]:
 def read_prices(path: str | Path) -> dict[str, Price]:
     """The rows of a price file by name. Raises `UserError` if it cannot be read, or has another form."""
     try:
-        with open(path, encoding="utf-8") as file:
-            data: Any = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"price file {path}: expected a YAML file that can be read, found: {said}") from None
+        data: Any = read_yaml(path)
+    except FileNotFoundError as error:
+        raise UserError(f"price file {path}: expected a YAML file that can be read, found: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"price file {error}") from error
 
     def check(holds: bool, expected: str, place: str = "") -> None:
         if not holds:

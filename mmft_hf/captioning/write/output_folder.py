@@ -16,7 +16,11 @@ from datasets import Dataset, Image
 
 from ...core.console import printable_text
 from ...core.errors import UserError
-from ...core.files import DETAILS_FILE, is_temporary, read_json, write_json
+from ...core.files import DETAILS_FILE, is_temporary, write_json
+from ...core.reading import read_json
+from ...core.records import CaptionsRecord
+from ...core.schema import shown
+from ...core.seals import note_if_changed, sealed
 from ...version import __version__
 
 PARTIAL = ".partial"
@@ -48,11 +52,20 @@ class CaptionFolder:
         self.path = Path(path)
 
     def details(self) -> dict:
-        """The content of `captions.json`; empty if there is none."""
-        found = read_json(self.path / DETAILS_FILE)
-        known = isinstance(found, dict) and isinstance(found.get("files"), list)
+        """The content of `captions.json`; empty if there is none.
+
+        Raises:
+            UserError: it is damaged, or names files outside the folder.
+        """
+        path, remedy = self.path / DETAILS_FILE, "Restore the file, or type another --output_dir."
+        try:
+            found = read_json(path, CaptionsRecord, remedy)
+        except FileNotFoundError:
+            return {}
         # A new dataset removes the files of the old one, so none of them may be outside the folder.
-        return found if known and all(_inside(name) for name in found["files"]) else {}
+        if outside := [name for name in found["files"] if not _inside(name)]:
+            raise UserError(f"{path}, field files: expected files of this folder, found {shown(outside)}. {remedy}")
+        return found
 
     def claim(self, made_from: Mapping, overwrite: bool) -> None:
         """Makes sure that a dataset may be written here.
@@ -77,6 +90,7 @@ class CaptionFolder:
                     "Type another --output_dir."
                 )
             return
+        note_if_changed(details, self.path / DETAILS_FILE)
         before = details.get("made_from", {})
         different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
         if different and not overwrite:
@@ -115,20 +129,20 @@ class CaptionFolder:
             old = [name for name in self.details().get("files", ()) if name not in files]
             # Until all new files are in place, `captions.json` names the old and the new ones.
             between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
-            write_json(self.path / DETAILS_FILE, between, ensure_ascii=False)
+            write_json(self.path / DETAILS_FILE, sealed(between), ensure_ascii=False)
             (self.path / "data").mkdir(exist_ok=True)
             for name in old:
                 (self.path / name).unlink(missing_ok=True)
             for name in files:
                 (partial / name).replace(self.path / name)
-            write_json(self.path / DETAILS_FILE, details, ensure_ascii=False)
+            write_json(self.path / DETAILS_FILE, sealed(details), ensure_ascii=False)
         finally:  # on a full disk it would only take room
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _inside(name: object) -> bool:
-    path = Path(name) if isinstance(name, str) else Path("..")
-    return not path.is_absolute() and ".." not in path.parts
+def _inside(name: str) -> bool:
+    path = Path(name)
+    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def _write_shards(dataset: Dataset, folder: Path, split: str) -> None:

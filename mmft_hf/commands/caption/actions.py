@@ -29,7 +29,9 @@ from ...captioning.write.output_folder import CaptionFolder
 from ...core.arguments import DataArguments
 from ...core.console import is_main, many, printable_text, say, table
 from ...core.errors import UserError, nearest
+from ...core.files import DETAILS_FILE
 from ...core.markdown import public_name
+from ...core.seals import note_if_changed
 from ...data.splits import load_captioned_dataset
 from . import printing
 
@@ -73,6 +75,7 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
     """Shows what a journal holds: results by aspect, checks that fired, failures with their reasons."""
     folder = CaptionFolder(args.output_dir)
     record = folder.details()
+    note_if_changed(record, folder.path / DETAILS_FILE)
     made_from = record.get("made_from") or {}
     backend = (made_from.get("captioner") or {}).get("backend")  # only of a captioner that asks no model
     journal = _journal(args, f"a dataset of captioner {backend}, which needs none" if backend else "none")
@@ -103,8 +106,8 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
     if checks:
         lines["checks"] = ", ".join(f"{name} {count:,}" for name, count in checks.most_common())
     if record.get("statuses"):
-        state = "complete" if record["complete"] else "with captions missing"
-        lines["dataset"] = f"{state}, of run {record['run_id']}"
+        state = "complete" if record.get("complete") else "with captions missing"
+        lines["dataset"] = f"{state}, of run {printable_text(record.get('run_id', 'unknown'))}"
     table(lines)
     if not errors:
         return

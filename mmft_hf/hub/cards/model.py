@@ -17,8 +17,12 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ...core import files
+from ...core.errors import UserError
 from ...core.markdown import code, front_matter, listed, md, read_front_matter
 from ...core.pages import render_card
+from ...core.reading import check_regular, read_json, read_text
+from ...core.records import CardRecord, RunRecord, RunResults
+from ...core.schema import shown
 from ...model.families import FAMILIES
 from ...predict.figures import legible
 from ...predict.metrics import wilson_interval
@@ -26,6 +30,7 @@ from ...version import __version__
 from .sources import has_lora, images_of, model_authors, short
 from .use import snippets
 
+REMEDY = "Restore the file, or run mmft-hf finetune again."
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md.j2"
 
 
@@ -56,9 +61,14 @@ def model_card(
         inference_code: whether `mmft_inference.py` is published too.
     """
     folder = Path(folder)
-    record, results = (
-        json.loads((folder / name).read_text(encoding="utf-8")) for name in (files.RUN_FILE, files.RESULTS_FILE)
-    )
+    record, results = _read(folder, files.RUN_FILE, CardRecord), _read(folder, files.RESULTS_FILE, RunResults)
+    if record.get("model_type", "clip") not in FAMILIES:
+        raise UserError(f"{folder / files.RUN_FILE}, field model_type: expected one of {', '.join(FAMILIES)}. {REMEDY}")
+    if len(record["sources"]["train_images_per_class"]) != len(record["class_names"]):
+        raise UserError(
+            f"{folder / files.RUN_FILE}, field sources.train_images_per_class: expected {len(record['class_names'])} numbers, one "
+            f"for each class, found {len(record['sources']['train_images_per_class'])}. {REMEDY}"
+        )
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
     images, names = images_of(data), record["class_names"]
     parts = parts or ("both" if has_lora(record) and (folder / files.ADAPTER_FOLDER).is_dir() else "merged")
@@ -93,6 +103,13 @@ def model_card(
     )
 
 
+def _read(folder: Path, name: str, schema) -> dict:
+    try:
+        return read_json(folder / name, schema, REMEDY)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: expected {name} of a finished run in it, found none.") from error
+
+
 def write_model_card(folder: str | Path) -> None:
     """Writes the card of a finished run, `README.md`."""
     (Path(folder) / files.CARD_FILE).write_text(model_card(folder), encoding="utf-8")
@@ -111,8 +128,8 @@ def card_for_repository(
         folder, repo_id, parts, license, inference_code: see `model_card`.
     """
     path = Path(folder) / files.CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else None
-    record = json.loads((Path(folder) / files.RUN_FILE).read_text(encoding="utf-8"))
+    text = read_text(path) if path.is_file() else None
+    record = _read(Path(folder), files.RUN_FILE, RunRecord)
     ours = "sources" in record  # early versions recorded none: their cards count as edited
     if text is None or (ours and text == model_card(folder)):
         return model_card(folder, repo_id, parts, license, inference_code)
@@ -201,7 +218,14 @@ def _per_class(path: Path, names: list[str], training_images: list[int]) -> list
     """One row per class: its test images, the right answers with their 95 % interval, and the most frequent wrong answer."""
     import pyarrow.parquet as pq
 
-    found = pq.read_table(path, columns=["label", "prediction"]).to_pydict()
+    try:
+        check_regular(path)
+        found = pq.read_table(path, columns=["label", "prediction"]).to_pydict()
+    except Exception as error:  # missing or damaged: pyarrow has a dozen of errors for it
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: expected the predictions of the run, found: {said}. {REMEDY}") from error
+    if strange := list({*found["label"], *found["prediction"]} - {None, *names}):
+        raise UserError(f"{path}: expected names of the run's classes, found {shown(strange)}. {REMEDY}")
     answers: dict[str, Counter] = {name: Counter() for name in names}
     for label, prediction in zip(found["label"], found["prediction"], strict=True):
         if label is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -12,10 +13,16 @@ import torch
 
 from ...captioning.types import ACCEPTED
 from ...core.arguments import DataArguments, ModelArguments
+from ...core.errors import UserError
 from ...core.files import DETAILS_FILE
 from ...core.markdown import one_line, public_name
+from ...core.reading import parse_json
+from ...core.records import CaptionsRecord
 from ...core.repositories import describe_recorded_dataset, describe_source, read_text_file
+from ...core.seals import note_if_changed
 from ...data.splits import Splits, captions_of, labels_of
+
+logger = logging.getLogger(__name__)
 
 LONGEST_PROMPT = 4000
 # Settings that other lines of the card state, or that follow from other settings.
@@ -87,12 +94,14 @@ def _part(record: dict, name: str) -> dict:
 
 def _record(name: str, revision: str | None) -> dict:
     """The `captions.json` of a captioned dataset; empty if there is none."""
-    text = read_text_file(name, DETAILS_FILE, revision, "dataset")
     try:
-        found = json.loads(text) if text else {}
-    except ValueError:
+        text = read_text_file(name, DETAILS_FILE, revision, "dataset")
+        found = parse_json(text, f"{name}, {DETAILS_FILE}", CaptionsRecord) if text else {}
+    except UserError as error:  # it must never cost a finished training
+        logger.warning("Note: the card does not say how the captions were made. %s", error)
         return {}
-    return found if isinstance(found, dict) else {}
+    note_if_changed(found, f"{name}, {DETAILS_FILE}")
+    return found
 
 
 def _captions(splits: Splits, data_settings: dict, record: dict, made_from: dict) -> dict:

@@ -6,9 +6,9 @@ Shapes: `C` classes, `D` embedding size, `B` images per batch.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,12 +16,17 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...core.arguments import Range
 from ...core.console import some
 from ...core.errors import UserError
 from ...core.files import HEAD_FILE, PROTOTYPES_FILE, atomic_write
+from ...core.reading import check_regular, parse_json
+from ...core.schema import ClassNames, conform
 from ...model.loading import embedding_size
 
 FORMAT = "mmft-head-1"
+REMEDY = "Copy the file again, or save the classifier again."
+Positive = Annotated[float, Range(0, open=("low",))]
 
 
 class Head:
@@ -29,7 +34,8 @@ class Head:
 
     Each kind of head is a dataclass in its own file, imported in `heads/__init__.py`. It sets `kind`, has a field
     `class_names` (`C` names, in the order of the logits) and defines `logits`. All of its fields are saved: tensors as
-    tensors, the others as JSON in the file's metadata.
+    tensors, the others as JSON in the file's metadata. When a file is read, each field must have the type that its
+    annotation states (see `core.schema`), and each tensor must be finite.
 
     `formula` gives the logits of embeddings `x` as a Python expression of the fields. It is optional: the code that is
     published for use without this library contains it.
@@ -57,7 +63,7 @@ class Head:
         size, classes = embedding_size(model), len(self.class_names)
         try:
             shape = tuple(self.logits(torch.zeros(1, size)).shape)
-        except RuntimeError:  # how torch refuses a product of matrices that do not fit
+        except (RuntimeError, IndexError):  # how torch refuses a product of matrices that do not fit
             shape = None
         if shape != (1, classes):
             tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -111,32 +117,46 @@ class Head:
     def from_file(cls, path: Path) -> Head:
         """Reads a `head.safetensors` of this kind."""
         metadata, tensors = read(path)
-        kind, names = metadata.get("kind"), {field.name for field in fields(cls)}
+        kind = metadata.get("kind")
         if kind != cls.kind:
             raise UserError(f"{path}: expected a head of kind {cls.kind}, found {kind!r}.")
-        settings = {key: value for key, value in metadata.items() if key not in ("format", "kind")}
-        if unknown := sorted((settings.keys() | tensors.keys()) - names):
+        texts = {key: value for key, value in metadata.items() if key not in ("format", "kind")}
+        settings = {key: parse_json(value, f"{path}, field {key}", Any, REMEDY) for key, value in texts.items()}
+        return cls.from_parts(path, tensors | settings)
+
+    @classmethod
+    def from_parts(cls, path: Path, parts: dict[str, Any]) -> Head:
+        """A head from its fields as they were read, checked; errors name the file."""
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(parts.keys() - known):
             raise UserError(
-                f"{path}: expected the parts {', '.join(sorted(names))} of a {kind} head, found also {', '.join(unknown)}: "
-                "a newer mmft_hf wrote it. Type pip install --upgrade mmft_hf."
+                f"{path}: expected the parts {', '.join(sorted(known))} of a {cls.kind} head, found also "
+                f"{some([name[:40] for name in unknown])}: a newer mmft_hf wrote it. Type pip install --upgrade mmft_hf."
             )
-        try:
-            return cls(**tensors, **{key: json.loads(value) for key, value in settings.items()})
-        except (TypeError, ValueError) as error:  # a part is missing, or no JSON
+        required = {name for name, field in known.items() if field.default is field.default_factory is MISSING}
+        if missing := sorted(required - parts.keys()):
             raise UserError(
-                f"{path}: expected a {kind} head, found a damaged file ({error}). Save it again."
-            ) from error
+                f"{path}: expected the parts of a {cls.kind} head, found a damaged file without {', '.join(missing)}. {REMEDY}"
+            )
+        types = get_type_hints(cls, include_extras=True)
+        for name, value in parts.items():
+            conform(value, types[name], f"{path}, {name}", REMEDY)
+            if isinstance(value, Tensor) and not (value.is_floating_point() and value.isfinite().all()):
+                found = "others" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+                raise UserError(f"{path}, {name}: expected finite floating-point numbers, found {found}. {REMEDY}")
+        conform(parts["class_names"], ClassNames, f"{path}, class_names", REMEDY)
+        return cls(**parts)
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: expected a classifier's head, found a damaged file ({error}). Save it again."
-        ) from error
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:  # of the header, or of a tensor
+        found = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: expected a classifier's head, found a damaged file ({found}). {REMEDY}") from error
 
 
 def find_head(folder_or_hub_id: str | Path, revision: str | None = None, **hub) -> Path:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Head
+from .base import Head, Positive
 from .prototypes import ClassPrototypes
 
 
@@ -33,7 +33,7 @@ class LinearHead(Head):
     weight: Tensor
     class_names: list[str]
     bias: Tensor | None = None
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     @classmethod
     def from_prototypes(cls, prototypes: ClassPrototypes) -> LinearHead:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from ...core.arguments import Range
 from ...core.console import some
 from ...core.distributed import share_of, sum_over_processes
 from ...core.errors import UserError
 from ...core.files import PROTOTYPES_FILE, atomic_write
+from ...core.reading import parse_json
 from ...data.sampling import IGNORED
 from ...data.texts import DEFAULT_TEMPLATE
 from ...data.views import TextView, text_rows
 from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings, sorted_distinct
 from ...model.loading import embedding_size, logit_scale
-from .base import Head, read
+from .base import REMEDY, Head, Positive, read
 
 SOURCES = {
     "template": "the class template",
@@ -57,11 +59,11 @@ class ClassPrototypes(Head):
 
     embeddings: Tensor
     class_names: list[str]
-    logit_scale: float
+    logit_scale: Positive
     source: str
     template: str = DEFAULT_TEMPLATE
     fallback_classes: tuple[str, ...] = ()
-    template_weight: float = 0.0
+    template_weight: Annotated[float, Range(0, 1)] = 0.0
 
     def __post_init__(self):
         self.fallback_classes = tuple(self.fallback_classes)  # JSON has lists only
@@ -218,8 +220,12 @@ class ClassPrototypes(Head):
         if path.name != PROTOTYPES_FILE:
             return super().from_file(path)
         metadata, tensors = read(path)
-        settings = {key: value if key in PLAIN_TEXT else json.loads(value) for key, value in metadata.items()}
-        return cls(tensors["prototypes"], **settings)
+        parts = {
+            key: value if key in PLAIN_TEXT else parse_json(value, f"{path}, field {key}", Any, REMEDY)
+            for key, value in metadata.items()
+        }
+        parts |= {"embeddings" if name == "prototypes" else f"tensor {name}": value for name, value in tensors.items()}
+        return cls.from_parts(path, parts)
 
 
 def _scale(model: CLIPModel) -> float:

@@ -1,0 +1,241 @@
+"""Schemas of the records that we write and that others may have changed since: what each must hold to be read again."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypedDict
+
+from .arguments import Range
+from .schema import ClassNames
+
+Count = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+# -- mmft.json ----------------------------------------------------------------------------------------------------------
+class _Identity(TypedDict):
+    base_model: str
+
+
+class Identity(_Identity, total=False):
+    """What a run was made from. A run is resumed only with the same."""
+
+    base_model_revision: str | None
+    vision_tower: str
+    text_tower: str
+    lora: dict | None
+    dataset: str
+    dataset_fingerprint: str
+    class_template: str
+    per_device_train_batch_size: Count
+    world_size: Count
+    other_settings: dict
+
+
+class _Run(TypedDict):
+    completed: bool
+    identity: Identity
+
+
+class RunRecord(_Run, total=False):
+    """`mmft.json` of any run."""
+
+    data: dict
+    class_names: ClassNames
+    files: dict[str, str]
+    sha256: str
+
+
+class _Source(TypedDict):
+    name: str
+    kind: Literal["hub", "builtin", "local"]
+    type: Literal["model", "dataset"]
+
+
+class Source(_Source, total=False):
+    """A base model or dataset, see `repositories.describe_source`."""
+
+    revision: str | None
+    license: str | list[str]
+    license_name: str | list[str]
+    license_link: str | list[str]
+
+
+class _DataSource(Source):
+    config: str | None
+    test_split: str | None
+
+
+class DataSource(_DataSource, total=False):
+    """The dataset of a run, and the one whose images were captioned for it."""
+
+    captions_of: Source
+
+
+class CaptionsSource(TypedDict):
+    """The captions of a run."""
+
+    images: Count
+    captions: Count
+    column: str
+    models: dict[str, Count]
+    aspects: list[str]
+    prompts: dict[str, str]
+    columns: list[str]
+
+
+class SplitSizes(TypedDict):
+    """Images of each split."""
+
+    train: Count
+    validation: Count
+    test: Count
+
+
+class Sources(TypedDict):
+    """Where a run's model, data and captions came from."""
+
+    base_model: Source
+    dataset: DataSource
+    splits: SplitSizes
+    train_images_per_class: list[Count]
+    captions: CaptionsSource | None
+    settings: dict[str, list]
+    device: str | None
+
+
+class _CardIdentity(_Identity):
+    base_model_revision: str | None
+    vision_tower: Literal["full", "lora", "frozen"]
+    text_tower: Literal["full", "lora", "frozen"]
+    dataset_fingerprint: str
+    class_template: str
+    per_device_train_batch_size: Count
+    world_size: Count
+    load_best_model_at_end: bool
+    supcon_weight: float
+    seed: int
+
+
+class CardIdentity(_CardIdentity, total=False):
+    """The identity as a card tells it."""
+
+    supcon_weight_end: float | None
+    template_weight: float
+
+
+class CardRecord(TypedDict):
+    """`mmft.json` of a finished run, as its card tells it."""
+
+    identity: CardIdentity
+    class_names: ClassNames
+    notes: list[str]
+    prototypes: Literal["captions", "template", "templates", "images"]
+    sources: Sources
+    versions: dict[str, str]
+
+
+class _Results(TypedDict):
+    test_accuracy: Share
+    test_accuracy_ci_low: Share
+    test_accuracy_ci_high: Share
+    zero_shot_test_accuracy: Share
+    zero_shot_test_accuracy_ci_low: Share
+    zero_shot_test_accuracy_ci_high: Share
+    test_mean_per_class_accuracy: Share
+    test_images: Count
+    test_skipped_images: Count
+    validation_accuracy: Share
+    zero_shot_validation_accuracy: Share
+    selection_policy: str
+    selection: str
+    best_epoch: float | None
+    zero_shot_won: bool
+
+
+class RunResults(_Results, total=False):
+    """`all_results.json`."""
+
+    test_top5_accuracy: Share
+    validation_skipped_images: Count
+    seed: int
+
+
+class ModelConfig(TypedDict):
+    """`config.json` of a model, as far as we read it ourselves."""
+
+    architectures: list[str]
+    model_type: str
+
+
+class CheckpointConfig(TypedDict, total=False):
+    """`config.json` of a checkpoint, as far as a resume compares it."""
+
+    model_type: str
+    projection_dim: int | None
+    vision_config: dict
+    text_config: dict
+
+
+class ShardIndex(TypedDict):
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+
+
+class TrainingState(TypedDict):
+    """`trainer_state.json` of a checkpoint, as far as a resume reads it."""
+
+    global_step: Count
+    max_steps: int
+    num_train_epochs: Count
+    epoch: float | None
+    train_batch_size: Count | None
+    log_history: list[dict]
+    best_metric: float | None
+    best_global_step: int | None
+    best_model_checkpoint: str | None
+    stateful_callbacks: dict[str, Any]
+
+
+# -- captions.json ------------------------------------------------------------------------------------------------------
+class MadeFrom(TypedDict, total=False):
+    """What a captioned dataset was made from."""
+
+    dataset_name: str
+    split: str | list[str]
+    captioner: dict
+    prompts: dict
+    sampling: dict
+    pictures: dict
+
+
+class Spent(TypedDict, total=False):
+    """What captions took; None: unknown."""
+
+    calls: Count | None
+    attempts: Count | None
+    tokens_in: Count | None
+    tokens_out: Count | None
+    cost_usd: Annotated[float, Range(0)] | None
+    seconds: Annotated[float, Range(0)] | None
+
+
+class _Captions(TypedDict):
+    files: list[str]
+
+
+class CaptionsRecord(_Captions, total=False):
+    """`captions.json`."""
+
+    made_from: MadeFrom
+    model: str | None
+    run_id: str
+    statuses: dict[str, Count]
+    complete: bool
+    fingerprints: dict[str, str] | None
+    prompt_texts: dict[str, str]
+    spent: Spent
+    last_run: dict
+    checks: dict
+    statistics: dict
+    sha256: str
