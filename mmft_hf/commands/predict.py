@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.arguments import Range, check_settings, setting
+from ..core.console import printable_text
 from ..core.errors import PartialResult, UserError
 from ..core.files import atomic_write, keeping, write_csv
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass
@@ -31,13 +31,16 @@ POSITIONAL = ("images", "pictures, or folders of pictures")
 
 def run(args: PredictArguments, images: list[str]) -> None:
     """Prints one line per picture. A picture that cannot be read is named and left out."""
+    import torch
     from tqdm.auto import tqdm
 
     from ..data.images import BadImage, read_image
     from ..model.loading import default_device
     from ..predict.classifier import ImageClassifier
 
-    files = find_images(images)
+    files, notes = find_images(images)
+    for note in notes:
+        print(note, file=sys.stderr)
     check_settings(args)
     if args.output_file and Path(args.output_file).suffix not in (".csv", ".jsonl"):
         raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
@@ -53,15 +56,18 @@ def run(args: PredictArguments, images: list[str]) -> None:
     answers, bad = [], []
     starts = range(0, len(files), args.batch_size)
     for start in tqdm(starts, desc="Pictures", disable=len(starts) < 3):
-        readable, pictures = [], []
+        readable, pixels = [], []
         for file in files[start : start + args.batch_size]:
             try:
-                pictures.append(read_image(file))
+                pixels.append(classifier.preprocess([read_image(file)]))
                 readable.append(file)
             except BadImage as error:
                 bad.append(file)
-                print(f"{file}: cannot be read ({error})", file=sys.stderr)
-        answers += zip(readable, classifier.predict(pictures, args.top_k, args.batch_size), strict=True)
+                print(f"{printable_text(file)}: cannot be read ({error})", file=sys.stderr)
+        if pixels:
+            with torch.no_grad():
+                logits = classifier(torch.cat(pixels).to(classifier.model.device))
+            answers += zip(readable, classifier.best(logits, args.top_k), strict=True)
 
     if args.output_file:
         with keeping(lambda: f"{len(answers)} pictures are classified, but {args.output_file} is as it was before."):
@@ -74,27 +80,37 @@ def run(args: PredictArguments, images: list[str]) -> None:
         raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
 
 
-def find_images(arguments: list[str]) -> list[str]:
-    """The given files, and the pictures in the given folders and below, sorted.
+def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The given files, and the pictures in the given folders and below, sorted; and notes on what was left out of the folders.
 
     Raises:
         UserError: nothing given, no such file, or a folder without pictures.
     """
+    from ..data.folders import left_out, suffix_of
+    from ..data.images import PICTURE_SUFFIXES
+    from ..data.walk import walk
+
     if not arguments:
         raise UserError("predict: expected pictures or folders, found none. Type mmft-hf predict PICTURE.jpg.")
-    files = []
+    files, notes = [], []
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            tree = walk(path)
+            found = [os.path.join(argument, file) for file in tree.files if suffix_of(file) in PICTURE_SUFFIXES]
+            about = [printable_text(f"{argument}: {note}") for note in left_out(tree)]
             if not found:
-                raise UserError(f"{argument}: expected pictures in this folder ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+                known = ", ".join(sorted(PICTURE_SUFFIXES))
+                raise UserError(
+                    " ".join([f"{argument}: expected pictures in this folder ({known}), found none.", *about])
+                )
             files += found
+            notes += about
         elif path.is_file():
             files.append(argument)
         else:
             raise UserError(f"{argument}: expected a picture or a folder, found nothing there.")
-    return files
+    return files, notes
 
 
 def _write(path: Path, answers: list[tuple[str, list[dict]]]) -> None:

@@ -79,7 +79,7 @@ def _open_pictures(args: DataArguments, tree: Tree, pictures: list[str], metadat
     data = DatasetDict(
         {split: _dataset(tree, split, rows, label, further.get(split)) for split, rows in splits.items()}
     )
-    return RawData(data, notes + _left_out(tree) + _tables_beside(args, tree, metadata is not None))
+    return RawData(data, notes + left_out(tree) + _tables_beside(args, tree, metadata is not None))
 
 
 def _once(tree: Tree, rows: Sequence[tuple[str, str | None]], twice: list[str]) -> list[tuple[str, str | None]]:
@@ -126,14 +126,14 @@ def _lists_there(tree: Tree, metadata: Metadata | None) -> str:
 
 # -- what is left out ------------------------------------------------------------------------------------------------------
 def _nothing(args: DataArguments, tree: Tree) -> UserError:
-    notes = _left_out(tree)
+    notes = left_out(tree)
     found = f"found none. {' '.join(notes)}" if notes else "found an empty folder."
     return UserError(
         f"dataset {args.dataset_name!r}: expected parquet files, or one subfolder of images per class; {found}"
     )
 
 
-def _left_out(tree: Tree) -> list[str]:
+def left_out(tree: Tree) -> list[str]:
     """What is not read, by reason, with examples. A card and licences at the top are not counted."""
     reasons: dict[str, list[str]] = {}
     advice: dict[str, list[str]] = {}

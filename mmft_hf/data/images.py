@@ -211,6 +211,8 @@ def stored_bytes(image: dict | None) -> bytes:
         return Path(_regular_file(path, MAX_FILE_BYTES)).read_bytes()
     except OSError as error:
         raise BadImage(f"{Path(path).name}: {error.strerror or error}") from error
+    except BadImage as error:
+        raise BadImage(f"{Path(path).name}: {error}") from error
 
 
 def _regular_file(path: str, most_bytes: float = math.inf) -> str:
@@ -220,11 +222,9 @@ def _regular_file(path: str, most_bytes: float = math.inf) -> str:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise BadImage(f"{Path(path).name}: expected a picture, found no such file") from None
-    except (OSError, ValueError) as error:
-        raise BadImage(f"{Path(path).name}: {getattr(error, 'strerror', None) or error}") from error
+        raise BadImage("expected a picture, found no such file") from None
     if not stat.S_ISREG(found.st_mode):
-        raise BadImage(f"{Path(path).name}: expected a regular file, found something else")
+        raise BadImage("expected a regular file, found something else")
     if found.st_size > most_bytes:
         raise BadImage(f"expected a file of at most {most_bytes:,} bytes, found a larger one")
     return path

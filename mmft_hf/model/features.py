@@ -34,7 +34,7 @@ from ..data.sampling import IGNORED
 from ..data.splits import labels_of
 from ..data.views import ImageView
 from ..version import __version__
-from .collator import MMFTDataCollator, tokenize
+from .collator import MMFTDataCollator, PreparedRows, tokenize
 from .loading import encode_images, encode_texts
 from .towers import TOWERS
 
@@ -162,7 +162,8 @@ def encode_image_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields unit-norm embeddings `(B, D)` on the model's device, and labels `(B,)` (-100: unreadable), of batches of rows."""
     collator = MMFTDataCollator(processor)
-    loader = DataLoader(view, batch_sampler=batches, collate_fn=collator, num_workers=workers, generator=generator)
+    rows = PreparedRows(view, collator)
+    loader = DataLoader(rows, batch_sampler=batches, collate_fn=collator, num_workers=workers, generator=generator)
     model.eval()
     for batch in tqdm(loader, desc=f"{view.name.capitalize()} images", disable=not progress, leave=False, delay=1):
         yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]

@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
+from ..core.errors import UserError
 from ..core.files import atomic_folder
 from ..core.seals import is_loaded, note_changed_files
-from ..data.images import read_image
+from ..data.images import BadImage, read_image
+from ..model.collator import pixels_of
 from ..model.loading import encode_images, load_model
 from .heads import Head, load_head
 
@@ -69,17 +71,31 @@ class ImageClassifier(nn.Module):
         return self.head.class_names
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Class logits `(B, C)` of pixels `(B, 3, height, width)`."""
+        """Class logits `(B, C)` of pixels `(B, 3, height, width)`.
+
+        Raises:
+            UserError: something else, such as a picture.
+        """
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            found = (
+                f"shape {tuple(pixel_values.shape)}"
+                if isinstance(pixel_values, Tensor)
+                else type(pixel_values).__name__
+            )
+            raise UserError(
+                f"ImageClassifier: expected pixels (B, 3, height, width), found {found}. For pictures and paths, type "
+                "classifier.predict(…)."
+            )
         return self.head.logits(encode_images(self.model, pixel_values))
 
     def preprocess(self, images: Sequence) -> Tensor:
-        """Pixels `(B, 3, height, width)` of pictures: paths, bytes or `PIL.Image`s.
+        """Pixels `(B, 3, height, width)` of pictures: paths, bytes or `PIL.Image`s. One at a time is held in full size.
 
         Raises:
             BadImage: one that cannot be read.
         """
         image_processor = getattr(self.processor, "image_processor", self.processor)
-        return image_processor([read_image(image) for image in images], return_tensors="pt")["pixel_values"]
+        return torch.stack([pixels_of(image_processor, _read(image)) for image in images])
 
     @torch.no_grad()
     def predict(self, images, top_k: int = 5, batch_size: int = 64) -> list:
@@ -112,6 +128,14 @@ class ImageClassifier(nn.Module):
             [{"label": self.class_names[c], "score": score} for score, c in zip(*row, strict=True)]
             for row in zip(scores.tolist(), classes.tolist(), strict=True)
         ]
+
+
+def _read(image) -> Image.Image:
+    try:
+        return read_image(image)
+    except BadImage as error:
+        what = str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__
+        raise BadImage(f"{what}: {error}. Type the path of a picture, or give its bytes or a PIL.Image.") from error
 
 
 def set_class_names(model: PreTrainedModel, class_names: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ from ..data.cache import check_short_side
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
 from ..data.texts import TEMPLATES, class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset
-from ..model.collator import MMFTDataCollator, input_size
+from ..model.collator import MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters
 from ..model.loading import encode_images, is_dual_encoder, logit_scale
 from ..model.losses import Batch
@@ -244,7 +244,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     # -- data -------------------------------------------------------------------------------------------------------
     def _set_signature_columns_if_needed(self):
         # Rows go to the collator, not to model.forward: nothing is unused.
-        self._signature_columns = ["image", "image_embeds", "label", "text", "text_embeds", "box", "skipped", "cut"]
+        names = "image pixel_values image_embeds label text text_embeds box skipped cut"
+        self._signature_columns = names.split()
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
@@ -260,7 +261,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 check_dataset(f"{name} data", dataset, self.class_names)
                 view = ImageView(dataset, self.args.on_bad_image, name)
             self._frozen.attach(view, dataset)
-            dataset = view
+            dataset = PreparedRows.of(view, self.data_collator)
         if is_training:
             batch_size = self.args.train_batch_size  # auto_find_batch_size lowers the chunks instead: see _chunk_size
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image as PILImage
+from tiny_clip import colour_dataset
 
 from mmft_hf.captioning.ask.pictures import PicturePolicy, prepare
 from mmft_hf.data.images import BadImage, original_bytes, read_image, to_bytes
@@ -16,7 +17,6 @@ from mmft_hf.data.views import ImageView, TextView, TrainingView
 from mmft_hf.model.collator import MMFTDataCollator
 from mmft_hf.predict.classifier import ImageClassifier
 from mmft_hf.predict.heads import ClassPrototypes
-from tests.helpers.tiny_clip import colour_dataset
 
 RAMP = np.linspace(20_000, 22_000, 32 * 32).reshape(32, 32)
 GREY = np.floor((RAMP - 20_000) / 2000 * 255 + 1e-9)  # an independent reckoning of what the ramp becomes
@@ -216,11 +216,11 @@ def test_a_small_but_extreme_picture_is_not_sent_as_it_is():
 def test_a_pipe_is_not_opened_and_an_address_not_fetched(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for source in (tmp_path / "a.png", {"bytes": None, "path": str(tmp_path / "a.png")}):
-        with pytest.raises(BadImage, match=r"a\.png: expected a regular file"):
+        with pytest.raises(BadImage, match="expected a regular file"):
             read_image(source)
-    with pytest.raises(BadImage, match="expected a regular file"):
+    with pytest.raises(BadImage, match="zero: expected a regular file"):
         original_bytes({"bytes": None, "path": "/dev/zero"})
     with pytest.raises(BadImage, match="found an address"):
         read_image("https://example.com/a.png")
-    with pytest.raises(BadImage, match=r"b\.png: expected a picture, found no such file"):
+    with pytest.raises(BadImage, match="expected a picture, found no such file"):
         read_image(tmp_path / "b.png")

@@ -5,9 +5,11 @@ import json
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from PIL import Image as PILImage
 from tiny_clip import COLOURS, colour_dataset
 from transformers import pipeline
 
@@ -165,3 +167,18 @@ def test_any_head_is_saved_loaded_and_used_everywhere(
     assert json.loads((report / "report.json").read_text())["accuracy"] == 1.0
     assert main(["predict", pictures[0], "--model_name_or_path", str(folder), "--top_k", "1"]) == 0
     assert f"{expected[0]['label']} {expected[0]['score']:.1%}" in capsys.readouterr().out
+
+
+def test_what_is_no_tensor_of_pixels_names_predict(clip):
+    classifier = ImageClassifier(*clip, ClassPrototypes.from_templates(*clip, list(COLOURS), "a {}."))
+    for wrong in (PILImage.new("RGB", (4, 4)), "cat.jpg", np.zeros((1, 3, 16, 16)), torch.zeros(3, 16, 16)):
+        with pytest.raises(
+            UserError, match=r"expected pixels \(B, 3, height, width\), found .*classifier.predict\(…\)"
+        ):
+            classifier(wrong)
+    for wrong, start in (
+        ("no/such.jpg", r"no/such.jpg: expected a picture, found no such file"),
+        (b"x", r"bytes: expected a picture \(JPEG, .*\), found a file of none of these formats"),
+    ):
+        with pytest.raises(BadImage, match=rf"^{start}. Type the path of a picture"):
+            classifier.predict(wrong)

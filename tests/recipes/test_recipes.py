@@ -14,7 +14,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 # A file is named after its verb.
 YAMLS = sorted(p for p in RECIPES.rglob("*.yaml") if p.stem in VERBS)
 BENCHMARK = RECIPES / "speed.py"
-SCRIPTS = sorted(path for path in RECIPES.glob("*.py") if path != BENCHMARK)
+MEMORY = RECIPES / "memory.py"
+SCRIPTS = sorted(path for path in RECIPES.glob("*.py") if path not in (BENCHMARK, MEMORY))
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
