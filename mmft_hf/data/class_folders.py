@@ -75,7 +75,7 @@ def read_layout(args: DataArguments, pictures: Iterable[str], folders: Iterable[
     return _Reader(args, labelled).read(_tree(pictures), folders)
 
 
-def has_class_folders(args: DataArguments, pictures: Iterable[str]) -> bool:
+def has_class_folders(pictures: Iterable[str]) -> bool:
     """Whether pictures lie in several folders beside each other, or in folders of splits, so that folders may be classes."""
     node = _tree(pictures)
     while (child := node.only_child()) and child.children:

@@ -18,7 +18,7 @@ from .class_folders import has_class_folders, is_split_name, read_layout
 from .images import PICTURE_SUFFIXES, UNREADABLE_SUFFIXES
 from .metadata import METADATA_FILES, Metadata, read_metadata, with_metadata
 from .raw import RawData, split_role
-from .table_folders import find_tables, open_tables
+from .table_folders import card_tables, named_tables, open_tables, packed_tables
 from .walk import UNDERSCORE, Tree, walk
 
 _KINDS = {
@@ -39,18 +39,21 @@ def open_folder(args: DataArguments, path: Path) -> RawData:
     tree = walk(path)
     pictures = [file for file in tree.files if suffix_of(file) in PICTURE_SUFFIXES]
     metadata = read_metadata(args, tree, pictures) if pictures else None
-    tables = find_tables(args, tree)
-    if tables and not metadata:
-        if tables.from_card or not has_class_folders(args, pictures):
+    classes = has_class_folders(pictures)
+    if not metadata:
+        tables = card_tables(args, tree)
+        if tables is None and not classes:
+            tables = named_tables(args, tree)
+        if tables:
             return open_tables(args, tree, tables)
-        if (packed := tables.packed_splits()) and not args.class_names:
-            raise UserError(
-                f"dataset {args.dataset_name!r}: expected pictures or tables, found pictures in folders and {some(packed, 2)}. For the "
-                f"table type --dataset_name {shlex.quote(str(Path(args.dataset_name) / packed[0]))}; for the pictures move the table "
-                "out of the folder."
-            )
     if not pictures:
         raise _nothing(args, tree)
+    if classes and not args.class_names and (packed := packed_tables(tree)):
+        raise UserError(
+            f"dataset {args.dataset_name!r}: expected pictures or tables, found pictures in folders and {some(packed, 2)}. For the "
+            f"table type --dataset_name {shlex.quote(str(Path(args.dataset_name) / packed[0]))}; for the pictures move the table "
+            "out of the folder."
+        )
     return _open_pictures(args, tree, pictures, metadata)
 
 
@@ -128,6 +131,11 @@ def _lists_there(tree: Tree, metadata: Metadata | None) -> str:
 def _nothing(args: DataArguments, tree: Tree) -> UserError:
     notes = left_out(tree)
     found = f"found none. {' '.join(notes)}" if notes else "found an empty folder."
+    if lists := [file for file in tree.files if _is_list(file)]:
+        found = (
+            f"found tables whose names do not say which split they are: {some(lists, 4)}. Call them train, validation and test, or "
+            f"type --dataset_name {shlex.quote(str(Path(args.dataset_name) / lists[0]))}."
+        )
     return UserError(
         f"dataset {args.dataset_name!r}: expected parquet files, or one subfolder of images per class; {found}"
     )

@@ -37,47 +37,48 @@ class Tables:
     """The tables of a folder.
 
     Args:
-        splits: the files of each split, relative to the folder; empty if their names do not say it.
-        files: all tables.
-        from_card: whether the folder's card names them.
-        types: of columns, as the card declares them.
+        splits: the files of each split, relative to the folder.
+        types: of columns, as the folder's card declares them.
         notes: on tables that are not read.
     """
 
     splits: dict[str, list[str]]
-    files: list[str]
-    from_card: bool = False
     types: Features | None = None
     notes: list[str] = field(default_factory=list)
 
-    def packed_splits(self) -> list[str]:
-        """The tables that can hold pictures and have the name of a split."""
-        named = [file for split, files in self.splits.items() if split in _ROLES for file in files]
-        return [file for file in named if _suffix(file) in PACKED and _split_of(file, {})]
 
-
-def find_tables(args: DataArguments, tree: Tree) -> Tables | None:
-    """Finds the tables of a folder. No table is opened.
-
-    Returns:
-        None if there are none.
+def card_tables(args: DataArguments, tree: Tree) -> Tables | None:
+    """The tables that the folder's card names; None if there is no card or it names none.
 
     Raises:
-        UserError: the card names files outside the folder, or files that are not there; several configurations, none typed; two
-            tables for one split.
+        UserError: the card names files outside the folder, or files that are not there; several configurations, none typed.
+    """
+    card = _card(tree)
+    config = _config(args, card)
+    splits = _card_splits(args, tree, config) if config else {}
+    return Tables(splits, _types(card, config)) if splits else None
+
+
+def named_tables(args: DataArguments, tree: Tree) -> Tables | None:
+    """The tables of the splits that the names of folders and files say. One table, or shards of one, are all `train`.
+
+    Returns:
+        None if there are no tables, or if their names say nothing.
+
+    Raises:
+        UserError: two tables for one split; several configurations, none typed.
     """
     files = [file for file in tree.files if _is_table(file)]
     if is_ours(tree.root):
         files = [file for file in files if not file.startswith("journal/")]
-    card = _card(tree)
-    config = _config(args, card)
-    types = _types(card, config.get("config_name") if config else None)
-    if config and (splits := _card_splits(args, tree, config)):
-        return Tables(splits, files, True, types)
     if not files:
         return None
-    top = _read_through(args, files, str((config or {}).get("data_dir") or args.dataset_config_name or ""))
+    card = _card(tree)
+    config = _config(args, card) or {}
+    top = _read_through(args, files, str(config.get("data_dir") or args.dataset_config_name or ""))
     splits, others = _splits(args, top)
+    if not splits:
+        return None
     for split, found in splits.items():
         if len({_suffix(file) for file in found}) > 1:
             raise UserError(
@@ -90,20 +91,16 @@ def find_tables(args: DataArguments, tree: Tree) -> Tables | None:
             f"Read from {some([file for found in splits.values() for file in found], 3)}; not read: {some(others, 3)}. To read such a "
             f"table, type --dataset_name {_typed(args, others[0])}."
         )
-    return Tables(splits, files, False, types, notes if splits else [])
+    return Tables(splits, _types(card, config), notes)
+
+
+def packed_tables(tree: Tree) -> list[str]:
+    """The tables that can hold pictures themselves and have the name of a split."""
+    return [file for file in tree.files if _suffix(file) in PACKED and _is_table(file) and _split_of(file, {})]
 
 
 def open_tables(args: DataArguments, tree: Tree, tables: Tables) -> RawData:
-    """Opens the tables of a folder.
-
-    Raises:
-        UserError: their names do not say which splits they are; a table that cannot be read.
-    """
-    if not tables.splits:
-        raise UserError(
-            f"dataset {args.dataset_name!r}: expected tables called train, validation or test, or shards of one table, found "
-            f"{some(tables.files, 4)}. Rename them, or type --dataset_name {_typed(args, tables.files[0])}."
-        )
+    """Opens the tables of a folder; raises `UserError` if one cannot be read."""
     files = {split: [Path(tree.path(file)) for file in found] for split, found in tables.splits.items()}
     raw = open_files(args.dataset_name, files, args, tables.types)
     return RawData(raw.splits, tables.notes + raw.notes)
@@ -113,7 +110,8 @@ def _is_table(file: str) -> bool:
     name, suffix = posixpath.basename(file), _suffix(file)
     if suffix == ".json":  # a JSON file may be anything
         return split_role(name[: -len(suffix)]) is not None
-    return suffix in READERS and name not in METADATA_FILES
+    # What `Dataset.map` leaves in a folder of `save_to_disk` holds other rows.
+    return suffix in READERS and name not in METADATA_FILES and not (suffix == ".arrow" and name.startswith("cache-"))
 
 
 def _suffix(file: str) -> str:
@@ -159,9 +157,7 @@ def _config(args: DataArguments, card: dict) -> dict | None:
 def _card_splits(args: DataArguments, tree: Tree, config: dict) -> dict[str, list[str]]:
     """The tables that a configuration names for each split. Empty if it names none, or pictures."""
     entries = config.get("data_files")
-    if isinstance(entries, (str, list)) and not isinstance(entries, str) and all(isinstance(e, str) for e in entries):
-        entries = [{"split": "train", "path": entries}]
-    elif isinstance(entries, str):
+    if isinstance(entries, str) or (isinstance(entries, list) and all(isinstance(e, str) for e in entries)):
         entries = [{"split": "train", "path": entries}]
     elif isinstance(entries, dict):
         entries = [{"split": split, "path": path} for split, path in entries.items()]
@@ -208,13 +204,14 @@ def _literal(part: str) -> str:
     return re.escape(part)
 
 
-def _types(card: dict, config: str | None) -> Features | None:
+def _types(card: dict, config: dict | None) -> Features | None:
     """The column types that the card declares."""
     info = card.get("dataset_info")
     infos = info if isinstance(info, list) else [info]
+    name = (config or {}).get("config_name", "default")
     for entry in infos:
         if isinstance(entry, dict) and isinstance(entry.get("features"), list):
-            if len(infos) == 1 or config is None or entry.get("config_name", "default") == config:
+            if len(infos) == 1 or entry.get("config_name", "default") == name:
                 try:
                     return Features._from_yaml_list(entry["features"])
                 except Exception:  # a card may hold anything
@@ -269,7 +266,7 @@ def _split_of(path: str, typed: dict[str, str]) -> str | None:
     for word in (stem, shard[1] if shard else "", _NUMBER.sub("", stem)):
         if split := typed.get(word.lower()) or split_role(word):
             return split
-    return shard[1] if shard else None
+    return shard[1] if shard and shard[1] != "data" else None  # `save_to_disk` calls every shard data-…
 
 
 def _splits(args: DataArguments, level: dict[str, str]) -> tuple[dict[str, list[str]], list[str]]:

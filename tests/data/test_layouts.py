@@ -4,6 +4,7 @@ A layout is a line of `LAYOUTS`. Files are written with braces (`{train,test}/{c
 split and class, relative to the folder. A picture inside a table is named by the path that is stored with it.
 """
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
 from mmft_hf.benchmark.run.data_checks import check_labels
@@ -112,6 +113,56 @@ def lines(name: str, *rows: dict) -> Callable[[Path], None]:
     return write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _png() -> bytes:
+    file = io.BytesIO()
+    PILImage.new("RGB", (8, 8), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = _png()
+
+
+def table(rows: dict[str, str]) -> Dataset:
+    """The pictures of each class, stored in the table."""
+    pairs = [(file, label) for label, files in rows.items() for file in expand(files)]
+    pictures = [{"bytes": PICTURE, "path": file} for file, _ in pairs]
+    names = list(rows)
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": pictures, "label": [names.index(label) for _, label in pairs]}, features)
+
+
+def parquet(*names: str) -> Callable[[Path], None]:
+    """Writes parquet files; each holds three cats and three dogs, called as `stored` calls them."""
+
+    def make(root: Path) -> None:
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            table(stored(name)).to_parquet(root / name)
+
+    return make
+
+
+def stored(*names: str) -> dict[str | None, str]:
+    """The pictures that `parquet` puts into these files."""
+    return {label: f"{{{','.join(Path(name).stem for name in names)}}}_{label}{{1..3}}.png" for label in ("cat", "dog")}
+
+
+def card(*files: tuple[str, str], **config) -> Callable[[Path], None]:
+    """Writes a card that names the files of each split."""
+    front = {
+        "configs": [{"config_name": "default", "data_files": [{"split": s, "path": p} for s, p in files], **config}]
+    }
+    return write("README.md", f"---\n{json.dumps(front)}\n---\n# Pets\n")
+
+
+def csv_of(name: str, folder: str = "images/") -> Callable[[Path], None]:
+    """Writes a CSV file that lists `1.png` to `6.png` of a folder."""
+    rows = [f"{folder}{i}.png,{'cat' if i < 4 else 'dog'}\n" for i in range(1, 7)]
+    return write(name, "image,label\n" + "".join(rows))
+
+
+LISTED = {"cat": "images/{1..3}.png", "dog": "images/{4..6}.png"}
+OUTSIDE = "Nothing outside of the folder is read or fetched"
 ALL = ("train", "validation", "test")
 TWO_LEVELS = "two levels that can be the classes: site_a, site_b, or cat, dog below them. "
 
@@ -422,6 +473,137 @@ LAYOUTS = [
         {"site_a": pets("site_a/"), "site_b": pets("site_b/")},
         options={"train_split": "site_a", "test_split": "site_b"},
     ),
+    # -- tables ---------------------------------------------------------------------------------------------------------
+    Layout(
+        "parquet files by split",
+        "LICENSE",
+        {split: stored(split) for split in ALL},
+        make=parquet("train.parquet", "validation.parquet", "test.parquet"),
+    ),
+    Layout(
+        "shards in data/, as on the Hub",
+        ".gitattributes assets/logo.png",
+        {
+            "train": stored("train-00000-of-00002", "train-00001-of-00002"),
+            "validation": stored("val-00000-of-00001"),
+            "test_new": stored("test_new-00000-of-00001"),
+        },
+        make=parquet(*[f"data/{s}.parquet" for s in expand("train-0000{0..1}-of-00002 {val,test_new}-00000-of-00001")]),
+    ),
+    Layout(
+        "a folder of parquet files for each split",
+        "",
+        {split: stored("0000") for split in ("train", "test")},
+        make=parquet("default/train/0000.parquet", "default/test/0000.parquet"),
+    ),
+    Layout(
+        "a configuration, typed",
+        "",
+        {"train": stored("train")},
+        options={"dataset_config_name": "b"},
+        make=parquet("a/test.parquet", "b/train.parquet"),
+    ),
+    Layout(
+        "parts of one table",
+        "_SUCCESS",
+        {"train": stored(*[f"part-{i:05}-1b4e28ba-2fa1-11d2-883f-0016d3cca427.c000.snappy.parquet" for i in range(2)])},
+        make=parquet(*[f"part-{i:05}-1b4e28ba-2fa1-11d2-883f-0016d3cca427.c000.snappy.parquet" for i in range(2)]),
+    ),
+    Layout(
+        "splits that the card names",
+        "",
+        {"fit": stored("a1", "a2"), "final": stored("b")},
+        options={"train_split": "fit", "test_split": "final"},
+        make=both(
+            parquet("x/a1.parquet", "x/a2.parquet", "b.parquet"), card(("fit", "**/a[12].parquet"), ("final", "b.*"))
+        ),
+    ),
+    Layout(
+        "a captioned folder that is given as data",
+        "captions.json captions.html captions.png journal/{notes.jsonl,journal-1.sqlite}",
+        {"train": stored("train-00000-of-00001")},
+        make=both(parquet("data/train-00000-of-00001.parquet"), card(("train", "data/train-*.parquet"))),
+    ),
+    Layout(
+        "a data set of save_to_disk",
+        "cache-0123456789abcdef.arrow",
+        {"train": stored("x")},
+        make=lambda root: table(stored("x")).save_to_disk(root),
+    ),
+    Layout(
+        "splits of save_to_disk",
+        "",
+        {split: stored(split) for split in ("train", "test")},
+        make=lambda root: DatasetDict({s: table(stored(s)) for s in ("test", "train")}).save_to_disk(root),
+    ),
+    Layout(
+        "CSV files and the pictures that they list",
+        "images/{1..6}.png",
+        dict.fromkeys(("train", "test"), LISTED),
+        ["Read from train.csv, test.csv; not read: notes.csv"],
+        make=both(csv_of("train.csv"), csv_of("test.csv"), csv_of("notes.csv")),
+    ),
+    Layout("one CSV file of any name", "images/{1..6}.png", {"train": LISTED}, make=csv_of("labels.csv")),
+    Layout(
+        "tables whose names only contain a split word",
+        "",
+        refused="names do not say which split they are: pets_test.csv, pets_train.csv",
+        make=both(csv_of("pets_train.csv"), csv_of("pets_test.csv")),
+    ),
+    Layout(
+        "two tables for a split",
+        "",
+        refused="expected one table for split 'train', found train.csv, train.parquet",
+        make=both(csv_of("train.csv"), parquet("train.parquet")),
+    ),
+    Layout(
+        "several configurations",
+        "",
+        refused="found a, b. If these are configurations, type --dataset_config_name a",
+        make=parquet("a/train.parquet", "b/train.parquet"),
+    ),
+    Layout(
+        "class folders and a table with pictures",
+        PET_FILES,
+        refused="found pictures in folders and train.parquet. For the table type --dataset_name .*train.parquet",
+        make=parquet("train.parquet"),
+    ),
+    Layout(
+        "a card that names an address",
+        "",
+        refused=OUTSIDE,
+        make=both(parquet("a.parquet"), card(("train", "https://example.org/a.parquet"))),
+    ),
+    Layout(
+        "a card that names the Hub",
+        "",
+        refused=OUTSIDE,
+        make=both(parquet("a.parquet"), card(("train", "hf://datasets/a/b/a.parquet"))),
+    ),
+    Layout(
+        "a card that leads out",
+        "b/",
+        refused=OUTSIDE,
+        make=both(parquet("a.parquet"), card(("train", "b/../../a.parquet"))),
+    ),
+    Layout(
+        "a card that leads out by its folder",
+        "",
+        refused=OUTSIDE,
+        make=both(parquet("a.parquet"), card(("train", "a.parquet"), data_dir="..")),
+    ),
+    Layout(
+        "a card that names any file",
+        "",
+        refused=OUTSIDE,
+        make=both(parquet("a.parquet"), card(("train", "/etc/passwd"))),
+    ),
+    Layout(
+        "a card that names files that are not there",
+        "",
+        refused="files that its README.md names, found none for 'b-\\*.parquet'",
+        make=both(parquet("a.parquet"), card(("train", "b-*.parquet"))),
+    ),
     # -- refused --------------------------------------------------------------------------------------------------------
     Layout("an empty folder", "", refused="found an empty folder"),
     Layout(
@@ -510,15 +692,8 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "1.png"
-    PILImage.new("RGB", (8, 8), "red").save(path)
-    return path.read_bytes()
-
-
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.name)
-def case(request, picture, tmp_path_factory):
+def case(request, tmp_path_factory):
     """A layout, its folder, and the settings that open it."""
     layout: Layout = request.param
     root = tmp_path_factory.mktemp("layout") / "pets"
@@ -528,7 +703,7 @@ def case(request, picture, tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
             file.write_bytes(
-                picture if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".jpe", ".jfif") else name.encode()
+                PICTURE if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".jpe", ".jfif") else name.encode()
             )
         else:
             file.mkdir(exist_ok=True)
