@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from ..core.arguments import DataArguments
 from ..core.console import is_main, many, some
 from ..core.errors import PartialResult, UserError, nearest
-from ..core.files import keeping
+from ..core.files import CARD_FILE, keeping
 from ..core.markdown import public_name
 from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from .arguments import CaptionArguments
@@ -152,7 +152,7 @@ def write_folder(
 
     def extras(path) -> None:
         caption_report(statistics, path, details, rejected_text)
-        caption_card(statistics, path, details)
+        (path / CARD_FILE).write_text(caption_card(statistics, details, splits), encoding="utf-8")
 
     folder.write(splits, {**details, "statistics": statistics.figures}, extras)
     if source:

@@ -197,7 +197,7 @@ def dataset_files(
     """The files of a captioned dataset by their path in the repository. Arguments as in `push_captioned_dataset`.
 
     Args:
-        scratch: folder for new files: a card that names the repository, captions without images.
+        scratch: folder for captions without images.
     """
     from datasets import Image, load_dataset
 
@@ -219,24 +219,18 @@ def dataset_files(
     captioned = (record.get("made_from") or {}).get("split") or ["train"]
     first = data[captioned[0] if captioned[0] in data else sorted(data)[0]]
     if captions_only:
-        (scratch / "captions").mkdir()
-        for split, rows in data.items():
-            if any(rows["captions"]):
-                lean = rows.select_columns(["label", "captions", "caption_records", "image_sha256"])
-                lean.to_parquet(scratch / "captions" / f"{split}-00000-of-00001.parquet")
+        data = {split: rows for split, rows in data.items() if any(rows["captions"])}
         files: dict[str, Path | bytes] = {
-            path.relative_to(scratch).as_posix(): path for path in sorted(scratch.rglob("*.parquet"))
+            f"captions/{split}-00000-of-00001.parquet": scratch / f"{split}.parquet" for split in data
         }
+        for rows, path in zip(data.values(), files.values(), strict=True):
+            rows.select_columns(["label", "captions", "caption_records", "image_sha256"]).to_parquet(path)
     else:
         files = {path.relative_to(folder).as_posix(): path for path in data_files}
         files |= {name: folder / name for name in (names.PAGE_FILE, names.PICTURE_FILE) if (folder / name).is_file()}
-        (scratch / "data").mkdir()
-        for path in data_files:
-            (scratch / "data" / path.name).touch()  # the card lists splits by file name
     details = {**without_local_paths(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))
-    card = caption_card(CaptionStatistics(first), scratch, details, repo_id, captions_only)
-    files[names.CARD_FILE] = card.read_bytes()
+    files[names.CARD_FILE] = caption_card(CaptionStatistics(first), details, data, repo_id, captions_only).encode()
     details = sealed({**details, "files": sorted(files)})
     files[names.DETAILS_FILE] = (json.dumps(details, indent=2, ensure_ascii=False) + "\n").encode()
     return files
@@ -246,10 +240,9 @@ def _written(dataset, folder: Path) -> Path:
     """Writes a dataset from memory as `mmft-hf caption` does."""
     from datasets import Dataset, DatasetDict
 
+    from ..captioning.workflow import write_folder
     from ..captioning.write.dataset import CAPTION_FEATURES
     from ..captioning.write.output_folder import CaptionFolder
-    from ..captioning.write.report import caption_report
-    from ..captioning.write.statistics import CaptionStatistics
 
     splits = DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
     for name, split in splits.items():
@@ -260,8 +253,5 @@ def _written(dataset, folder: Path) -> Path:
                 "mmft_hf.caption_dataset(…)."
             )
     first = "train" if "train" in splits else next(iter(splits))
-    details = {"made_from": {"split": [first]}}
-    CaptionFolder(folder).write(
-        splits, details, lambda path: caption_report(CaptionStatistics(splits[first]), path, details)
-    )
+    write_folder(CaptionFolder(folder), splits, first, {"made_from": {"split": [first]}})
     return folder

@@ -109,7 +109,7 @@ def test_the_page_shows_the_figures(tmp_path):
 def test_console_page_and_card_show_the_same_figures(tmp_path, capsys):
     found = CaptionStatistics(captioned(MIXED))
     page = caption_report(found, tmp_path, DETAILS).read_text(encoding="utf-8")
-    card = caption_card(found, tmp_path, DETAILS).read_text(encoding="utf-8")
+    card = caption_card(found, DETAILS)
     print_folder(tmp_path, found)
     printed = capsys.readouterr().out
     assert list(found.headline().values()) == [
@@ -156,7 +156,7 @@ def test_nothing_that_others_wrote_becomes_markup(tmp_path):
     assert all(attrs["src"].startswith("data:") for tag, attrs in page.tags if tag == "img")
     assert sum(EVIL in word for word in page.words) > 12  # and it is all readable
 
-    card = caption_card(CaptionStatistics(dataset), tmp_path, details).read_text(encoding="utf-8")
+    card = caption_card(CaptionStatistics(dataset), details)
     outside = re.sub(r"(`{3,})\w+\n.*?\n\1|`[^`\n]*`", "", card.split("---\n", 2)[2], flags=re.DOTALL)
     assert "<script" not in outside and "<img" not in outside
     assert yaml.safe_load(card.split("---\n")[1])["pretty_name"] == f"Captions of {EVIL}"
@@ -186,7 +186,7 @@ def test_without_captions(tmp_path, records):
     found = CaptionStatistics(dataset).figures
     assert found["captions"] == sum(r["status"] == "ok" for own in records for r in own)
     assert caption_report(CaptionStatistics(dataset), tmp_path, {}).exists()
-    assert "# Captions" in caption_card(CaptionStatistics(dataset), tmp_path, {}).read_text(encoding="utf-8")
+    assert "# Captions" in caption_card(CaptionStatistics(dataset), {})
 
 
 def test_images_are_not_read_for_the_figures(monkeypatch):
@@ -215,13 +215,13 @@ def test_texts_of_answers_that_were_not_accepted_can_be_shown(tmp_path):
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
-def card_of(dataset, folder, details=DETAILS):
-    text = caption_card(CaptionStatistics(dataset), folder, details).read_text(encoding="utf-8")
+def card_of(dataset, details=DETAILS):
+    text = caption_card(CaptionStatistics(dataset), details)
     return yaml.safe_load(text.split("---\n")[1]), text
 
 
-def test_the_card_of_machine_made_captions(tmp_path):
-    front, text = card_of(captioned(MIXED), tmp_path)
+def test_the_card_of_machine_made_captions():
+    front, text = card_of(captioned(MIXED))
     assert front["language"] == ["en"] and front["annotations_creators"] == ["machine-generated"]
     assert front["task_categories"] == ["image-classification"] and front["size_categories"] == ["n<1K"]
     assert "synthetic-captions" in front["tags"] and "license" not in front
@@ -235,7 +235,7 @@ def test_the_card_of_machine_made_captions(tmp_path):
 
 def test_the_card_of_peoples_own_texts(tmp_path):
     details = {"made_from": {"dataset_name": str(tmp_path)}, "license": "mit"}
-    front, text = card_of(captioned([[record(model="columns")]]), tmp_path, details)
+    front, text = card_of(captioned([[record(model="columns")]]), details)
     assert (
         "annotations_creators" not in front and "synthetic-captions" not in front["tags"] and front["license"] == "mit"
     )
@@ -249,7 +249,7 @@ def test_the_folder_of_a_card_opens(tmp_path):
     dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     dataset.select([0]).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     caption_report(CaptionStatistics(dataset), tmp_path, DETAILS)
-    caption_card(CaptionStatistics(dataset), tmp_path, DETAILS)
+    (tmp_path / "README.md").write_text(caption_card(CaptionStatistics(dataset), DETAILS, ("train", "test")), "utf-8")
     loaded = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in loaded.items()} == {"test": 1, "train": 5}
     assert loaded["train"].features["label"].names == list(COLOURS)

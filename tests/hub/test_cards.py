@@ -335,7 +335,7 @@ def test_the_whole_card_of_captions(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     caption_report(CaptionStatistics(dataset), tmp_path, DETAILS)
-    card = caption_card(CaptionStatistics(dataset), tmp_path, DETAILS).read_text(encoding="utf-8")
+    card = caption_card(CaptionStatistics(dataset), DETAILS, ["train"])
     assert DATASET_PATTERN.fullmatch(card), first_difference(DATASET_PATTERN, card)
     assert not PLACEHOLDERS.search(outside_code(card))
     assert DatasetCardData(**read_front_matter(card)[0]).pretty_name == "Captions of someone/colours"
@@ -359,7 +359,7 @@ def test_captions_without_their_images_are_joined_as_the_card_says(tmp_path, mon
     made.remove_columns("image").to_parquet(tmp_path / "texts" / "captions" / "train-00000-of-00001.parquet")
     details = {**DETAILS, "license": "cc-by-4.0"}
     options = {"repo_id": str(tmp_path / "texts"), "captions_only": True}
-    card = caption_card(CaptionStatistics(made), tmp_path / "texts", details, **options).read_text(encoding="utf-8")
+    card = caption_card(CaptionStatistics(made), details, ["train"], **options)
     assert "captions.png" not in card and "`cc-by-4.0`. Captions written by a model" in card
     monkeypatch.chdir(tmp_path)
     (snippet,) = snippets(card)

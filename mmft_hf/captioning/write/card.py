@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from markupsafe import Markup
 
-from ...core.files import CARD_FILE, PAGE_FILE, PICTURE_FILE
+from ...core.files import PAGE_FILE, PICTURE_FILE
 from ...core.markdown import code, front_matter, listed, one_line, public_name
 from ...core.pages import render_card
 from ...core.repositories import describe_recorded_dataset
@@ -19,7 +18,6 @@ from .statistics import CaptionStatistics, percentage, spread
 TEMPLATES = Path(__file__).parent / "templates"
 CLASS_MARK = "[class name]"  # stands for the name of the class in the prompts of a card
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 
 
 def title(details: Mapping) -> str:
@@ -41,29 +39,25 @@ def captioned_splits(details: Mapping) -> list[str]:
 
 def caption_card(
     statistics: CaptionStatistics,
-    folder: str | Path,
     details: Mapping,
+    splits: Iterable[str] = (),
     repo_id: str | None = None,
     captions_only: bool = False,
-) -> Path:
-    """Writes `README.md`, the card of a captioned dataset.
+) -> str:
+    """The card of a captioned dataset as Markdown.
 
     Args:
         statistics: of the captioned split.
-        folder: of the dataset; the card names its `data/*.parquet` and `captions.png`.
         details: as for `caption_report`, and `license`. Default: the licence that the card of the source dataset states.
+        splits: names of all splits that the dataset has; the card names their files.
         repo_id (*optional*): where the dataset will be published; the snippet loads it from there.
         captions_only: the dataset is published without images. The card then shows none, names the files in `captions/`,
             and explains how captions are joined to images.
-
-    Returns:
-        The card.
     """
-    folder, figures = Path(folder), statistics.figures
+    figures, splits = statistics.figures, sorted(splits)
     models = [name for name in figures["models"] if name not in ("", "columns", "template")]
     source = source_name(details)
     data = "captions" if captions_only else "data"
-    splits = sorted({m[1] for p in (folder / data).glob("*.parquet") if (m := _SHARD.fullmatch(p.name))})
     stated = describe_recorded_dataset(source, offline=True).get("license") if source else None
     license = details.get("license") or stated
     front: dict = {"language": ["en"]}
@@ -84,7 +78,7 @@ def caption_card(
     sampling = dict((details.get("made_from") or {}).get("sampling") or {})
     if "requests" in details:
         sampling["temperature"] = (details["requests"] or {}).get("temperature", "the model's own (none was sent)")
-    card = render_card(
+    return render_card(
         TEMPLATES / "caption_card.md.j2",
         front=Markup(front_matter(front)),
         title=title(details),
@@ -112,6 +106,3 @@ def caption_card(
         percentage=percentage,
         spread=spread,
     )
-    path = folder / CARD_FILE
-    path.write_text(card, encoding="utf-8")
-    return path
