@@ -39,13 +39,7 @@ class HelpFormatter(argparse.HelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         value = {str: "TEXT", int: "N", float: "NUMBER", string_to_bool: "true|false"}.get(action.type, "VALUE")
-        value = "NAME" if _has_many_choices(action) else value
-        return f"--{action.dest} {self._format_args(action, action.metavar or value)}".rstrip()
-
-    def _format_args(self, action, default_metavar):
-        if _has_many_choices(action):
-            return default_metavar
-        return super()._format_args(action, default_metavar)
+        return f"--{action.dest} {self._format_args(action, value)}".rstrip()
 
     def _split_lines(self, text, width):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -102,6 +96,8 @@ class VerbParser(HfArgumentParser):
             self.add_argument(self.positional, nargs="*", help=about)
         # A setting that is true by default has a second spelling, --no_NAME. The first one takes true and false.
         settings = {action.dest: action for action in reversed(self._actions)}
+        for action in filter(_has_many_choices, self._actions):
+            action.metavar = "NAME"
         for kind in command.ARGUMENTS:
             for name, text in getattr(kind, "STOCK_HELP", {}).items():
                 settings[name].help = text
