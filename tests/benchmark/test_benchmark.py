@@ -22,7 +22,7 @@ from mmft_hf.benchmark.run.identity import revision_of
 from mmft_hf.benchmark.run.inference import on_features
 from mmft_hf.benchmark.run.methods import METHODS
 from mmft_hf.benchmark.run.processes import count_of_processes, number_of_process, work_alone
-from mmft_hf.benchmark.run.protocol import Cell, SealedTest, make_task, parse_shots
+from mmft_hf.benchmark.run.protocol import Cell, SealedTest, Task, make_task, parse_shots
 from mmft_hf.benchmark.run.results import RESULTS_FILE, append_row, check_identity, read_results
 from mmft_hf.benchmark.run.summary import summary_table
 from mmft_hf.benchmark.run.trainings import shuffled_captions
@@ -386,7 +386,8 @@ def test_shots_that_a_class_does_not_have():
 
 def test_shuffled_captions_keep_images_and_labels():
     data = colour_dataset(6)
-    within, across = shuffled_captions(data, 1, True), shuffled_captions(data, 1, False)
+    task = Task(data, data, list(COLOURS), "full", 1, "val-full")
+    within, across = shuffled_captions(task, within=True), shuffled_captions(task, within=False)
     for found in (within, across):
         assert sorted(map(str, found["captions"])) == sorted(map(str, data["captions"]))
         assert found["captions"][:] != data["captions"][:] and found["label"][:] == data["label"][:]

@@ -73,7 +73,7 @@ class Grid:
             make_task(splits, cell.shots, cell.seed, allow_fewer)  # raises an error now, not after hours
         self.claims = Claims(folder / CLAIMS)
         self.sealed = SealedTest({"test": splits.test, **(shifts or {})}, splits.class_names, skip_bad_images)
-        self._task: tuple[tuple, Task] | None = None
+        self._task: Task | None = None
 
     def _all_rows(self) -> list[dict]:
         known = len(self.results.rows)
@@ -84,13 +84,13 @@ class Grid:
     def rows(self) -> list[dict]:
         """The row of each cell that has one, see `results.latest`."""
         found = {key_of(row): row for row in latest(self._all_rows())}
-        return [found[cell.key] for cell in self.cells if cell.key in found]
+        return [found[cell] for cell in self.cells if cell in found]
 
     def open_cells(self) -> list[Cell]:
         """The cells without a result. A failed cell is tried again, but not by the process in which it failed."""
         rows = self._all_rows()
         done = {key_of(row) for i, row in enumerate(rows) if row["status"] == "done" or i >= self._before}
-        return [cell for cell in self.cells if cell.key not in done]
+        return [cell for cell in self.cells if cell not in done]
 
     def run(self, context: Context | None) -> list[dict]:
         """Runs the cells without a result, waits for those that other processes run, and returns the rows of all.
@@ -119,9 +119,7 @@ class Grid:
 
     def _run_cell(self, context: Context, cell: Cell) -> None:
         row = {
-            "method": cell.method,
-            "shots": cell.shots,
-            "seed": cell.seed,
+            **cell._asdict(),
             **run_cell(cell, context, self._task_of(cell), self.sealed),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "identity": self.identity,
@@ -136,13 +134,12 @@ class Grid:
         self.say(f"{count:>9}  {cell.method:<22} {shots_name(cell.shots):>10}  seed {cell.seed}  {result}")
 
     def _task_of(self, cell: Cell) -> Task:
-        key = (cell.shots, cell.seed)
-        if self._task is None or self._task[0] != key:  # cells come in order, so that only the last task is kept
-            task, rows = make_task(self.splits, cell.shots, cell.seed, self.allow_fewer)
+        if self._task is None or (self._task.shots, self._task.seed) != (cell.shots, cell.seed):
+            # Cells come in order, so that only the last task is kept.
+            self._task, rows = make_task(self.splits, cell.shots, cell.seed, self.allow_fewer)
             with self.claims.alone("subsets"):
-                write_rows(self.folder / SUBSETS, task, rows, self.splits)
-            self._task = key, task
-        return self._task[1]
+                write_rows(self.folder / SUBSETS, self._task, rows, self.splits)
+        return self._task
 
 
 def _fitted_with(cell: Cell) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ...baselines import clap, gda, linear, lp_plus_plus, tip_adapter
 from ...core.errors import UserError
@@ -28,8 +29,7 @@ from .trainings import (
     interpolated,
     low_rank,
     permuted_labels,
-    shuffled_across_classes,
-    shuffled_within_classes,
+    shuffled_captions,
     without_captions,
 )
 
@@ -143,9 +143,9 @@ _ROWS = (
            "w = 0, the CLIP loss alone: the effect of the SupCon term.", True),
     Method("mmft-w1", contrastive(supcon_weight=1.0), training_texts, "ablation",
            "w = 1, the SupCon loss alone: the effect of the CLIP term.", True),
-    Method("mmft-shuffle-within", contrastive(shuffled_within_classes), training_texts, "ablation",
+    Method("mmft-shuffle-within", contrastive(partial(shuffled_captions, within=True)), training_texts, "ablation",
            "Captions shuffled within each class: does it help that a text belongs to its image?", True),
-    Method("mmft-shuffle-across", contrastive(shuffled_across_classes), training_texts, "ablation",
+    Method("mmft-shuffle-across", contrastive(partial(shuffled_captions, within=False)), training_texts, "ablation",
            "Captions shuffled among all images, a control that should lose: do captions have to be true?", True),
     Method("mmft-permuted-labels", contrastive(permuted_labels), training_texts, "ablation",
            "Labels shuffled among all images, a control that should lose: only the class names in the texts are left.",

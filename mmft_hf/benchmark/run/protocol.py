@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, Image
@@ -44,18 +45,12 @@ def parse_shots(words: Iterable[str]) -> list[Shots]:
     return found
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One entry of the grid: a method at a number of shots (or `full`) with a seed."""
+class Cell(NamedTuple):
+    """One entry of the grid: a method at a number of shots (or `full`) with a seed. Equals the `results.key_of` of its row."""
 
     method: str
     shots: Shots
     seed: int
-
-    @property
-    def key(self) -> tuple[str, Shots, int]:
-        """The key of the cell, as `results.key_of` gives it for a row."""
-        return self.method, self.shots, self.seed
 
     def __str__(self) -> str:
         return f"{self.method}, {self.shots} shots, seed {self.seed}"

@@ -33,32 +33,17 @@ Training = Callable[[Context, Task, float], Trained]
 
 
 # -- the training images and their texts -----------------------------------------------------------------------------------
-def own_captions(task: Task) -> Dataset:
-    """The images with their captions, if they have any."""
-    return task.train
-
-
 def without_captions(task: Task) -> Dataset:
     """The images without captions: they are trained with class templates."""
     return task.train.remove_columns("captions") if "captions" in task.train.column_names else task.train
 
 
-def shuffled_within_classes(task: Task) -> Dataset:
-    """The images with captions of other images of their class."""
-    return shuffled_captions(task.train, task.seed, within=True)
-
-
-def shuffled_across_classes(task: Task) -> Dataset:
-    """The images with captions of any other image."""
-    return shuffled_captions(task.train, task.seed, within=False)
-
-
-def shuffled_captions(dataset: Dataset, seed: int, within: bool) -> Dataset:
-    """The rows with their captions permuted, within each class or over all rows."""
-    labels, order = labels_of(dataset), np.arange(len(dataset))
+def shuffled_captions(task: Task, within: bool) -> Dataset:
+    """The images with the captions of others: of their class (`within`), or of any class."""
+    dataset, labels, order = task.train, labels_of(task.train), np.arange(len(task.train))
     groups = [np.flatnonzero(labels == c) for c in np.unique(labels)] if within else [order.copy()]
     for i, rows in enumerate(groups):
-        order[rows] = generator(seed, i, 3).permutation(rows)
+        order[rows] = generator(task.seed, i, 3).permutation(rows)
     captions = dataset["captions"][:]
     kind = dataset.features["captions"]
     return dataset.remove_columns("captions").add_column("captions", [captions[i] for i in order], feature=kind)
@@ -117,7 +102,7 @@ def set_up(
 
 
 def contrastive(
-    texts: Callable[[Task], Dataset] = own_captions,
+    texts: Callable[[Task], Dataset] = lambda task: task.train,
     vision_tower: str = "full",
     text_tower: str = "full",
     small_lora: bool = False,
@@ -143,9 +128,8 @@ def contrastive(
         lora = "lora" in (vision_tower, text_tower)
         rate = LORA_FACTOR * learning_rate if lora else learning_rate
         with set_up(context, task, rate, **settings) as (model, config, validation):
-            if (vision_tower, text_tower) != ("full", "full"):
-                where = (RANK, ALPHA, DROPOUT, attention_inputs(model)) if small_lora else ()
-                set_towers(model, vision_tower, text_tower, *where)
+            where = (RANK, ALPHA, DROPOUT, attention_inputs(model)) if small_lora else ()
+            set_towers(model, vision_tower, text_tower, *where)
             trainer = MMFTTrainer(model, config, images, validation, context.processor)
             if templates:
                 trainer.texts = replace(trainer.texts, templates=TEMPLATES)
