@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..benchmark.report import write_report
+from ..benchmark.report.table import summary_table
 from ..benchmark.run.arguments import BenchmarkArguments, BenchmarkData
 from ..benchmark.run.processes import number_of_process
 from ..benchmark.run.results import RESULTS_FILE, SUBSETS
-from ..benchmark.run.summary import summary_table
 from ..benchmark.run.workflow import run_benchmark
 from ..core.arguments import ModelArguments
 from ..core.console import say

@@ -15,6 +15,7 @@ from launch_tools import ROOT, end, start
 from tiny_clip import COLOURS, colour_dataset
 
 from mmft_hf.baselines import linear
+from mmft_hf.benchmark.report.table import summary_table
 from mmft_hf.benchmark.run import grid
 from mmft_hf.benchmark.run.context import Context
 from mmft_hf.benchmark.run.grid import cells
@@ -24,7 +25,6 @@ from mmft_hf.benchmark.run.methods import METHODS
 from mmft_hf.benchmark.run.processes import count_of_processes, number_of_process, work_alone
 from mmft_hf.benchmark.run.protocol import Cell, SealedTest, Task, make_task, parse_shots
 from mmft_hf.benchmark.run.results import RESULTS_FILE, append_row, check_identity, read_results
-from mmft_hf.benchmark.run.summary import summary_table
 from mmft_hf.benchmark.run.trainings import shuffled_captions
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError

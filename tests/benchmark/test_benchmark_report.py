@@ -13,10 +13,11 @@ from scipy import stats
 from mmft_hf.benchmark.report import DRAWN, page, write_report
 from mmft_hf.benchmark.report.provenance import command
 from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, drawn, gather
+from mmft_hf.benchmark.report.table import summary_table
 from mmft_hf.benchmark.report.verdict import baselines, intervals, shots_list, verdict
 from mmft_hf.benchmark.run.data_summary import class_notes
 from mmft_hf.benchmark.run.results import read_results
-from mmft_hf.benchmark.run.summary import image_note, interval, summary_table
+from mmft_hf.benchmark.run.summary import image_note, interval
 from mmft_hf.core.errors import UserError
 
 IDENTITY = {

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,22 +45,31 @@ class Findings:
     """The rows of one benchmark by method, shots and seed, and the files next to them.
 
     Args:
-        cells: `{(method, shots): {seed: row}}` of the cells that are done.
-        failed: rows of the cells that failed.
+        lines: rows of the results, perhaps several of one cell.
         identity: model, data, settings and versions that all rows share.
         data: content of `data.json`; empty if there is none.
         notes: warnings for the reader about files and predictions that could not be used.
         folder: name of the folder of results.
+
+    Attributes:
+        cells: `{(method, shots): {seed: row}}` of the cells that are done.
+        failed: rows of the cells that failed.
     """
 
-    cells: dict[tuple, dict[int, dict]]
-    failed: list[dict]
-    identity: dict
+    lines: InitVar[Iterable[dict]]
+    identity: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folder: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self, lines: Iterable[dict]):
+        self.cells: dict[tuple, dict[int, dict]] = {}
+        self.failed: list[dict] = []
+        for row in latest(lines):
+            if row["status"] == "done":
+                self.cells.setdefault((row["method"], row["shots"]), {})[row["seed"]] = row
+            else:
+                self.failed.append(row)
         keys = [*self.cells, *((row["method"], row["shots"]) for row in self.failed)]
         families = list(HEADINGS)
         names = dict.fromkeys(name for name, _ in keys)
@@ -197,11 +207,6 @@ def gather(rows: list[dict], folder: Path) -> Findings:
                 f"{folder}: expected results of one model, dataset, settings and versions, found rows that differ in "
                 f"{listed}. They must not be averaged. Type another --output_dir for each."
             )
-    cells: dict[tuple, dict[int, dict]] = {}
-    rows = latest(rows)
-    for row in rows:
-        if row["status"] == "done":
-            cells.setdefault((row["method"], row["shots"]), {})[row["seed"]] = row
     data, notes = {}, []
     try:
         data = read_json(folder / DATA_FILE, Summary)
@@ -211,14 +216,7 @@ def gather(rows: list[dict], folder: Path) -> Findings:
     except UserError as error:
         notes.append(f"{DATA_FILE} could not be read. The report leaves out what depends on it.")
         logger.warning("Note: the report leaves out what depends on %s. %s", DATA_FILE, error)
-    results = Findings(
-        cells,
-        [row for row in rows if row["status"] != "done"],
-        identity,
-        data,
-        notes,
-        folder.resolve().name,
-    )
+    results = Findings(rows, identity, data, notes, folder.resolve().name)
     drop_foreign_predictions(results)
     return results
 

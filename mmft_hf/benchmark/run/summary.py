@@ -1,4 +1,4 @@
-"""Means and intervals over seeds, and a table of them for the console."""
+"""Intervals of means over seeds, and how numbers of shots and seeds are written."""
 
 from __future__ import annotations
 
@@ -76,34 +76,3 @@ def image_note(rows: Iterable[dict], groups: int = 0) -> str:
     images, points = found
     size = f"of {groups:,} groups, ±{points:.1f} points or more" if groups else f"about ±{points:.1f} points"
     return f"No ± above counts the chance of the test images: with {images:,} of them, {size}."
-
-
-def summary_table(rows: list[dict]) -> str:
-    """A Markdown table of test accuracy in percent by method and number of shots: mean over seeds ± half its interval."""
-    rows = latest(rows)
-    values: dict[tuple, list[float]] = defaultdict(list)
-    policies: dict[str, set] = defaultdict(set)
-    for row in rows:
-        if row["status"] == "done":
-            values[row["method"], row["shots"]].append(100 * row["test_accuracy"])
-            policies[row["method"]].add(row["selection_policy"])
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    shots = in_order(row["shots"] for row in rows)
-    most = {n: max((len(found) for (_, k), found in values.items() if k == n), default=0) for n in shots}
-    lines = ["| method | selection | seeds | " + " | ".join(map(shots_name, shots)) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(shots))
-    for method in methods:
-        cells = []
-        for n in shots:
-            found = values.get((method, n))
-            half = interval(found) if found else None
-            text = "" if not found else f"{statistics.mean(found):.1f}" + ("" if half is None else f" ± {half:.1f}")
-            cells.append(text + (fewer_seeds(len(found), most[n]) if found else ""))
-        seeds = seeds_text(len(values[method, n]) for n in shots if values.get((method, n)))
-        lines.append(f"| {method} | {', '.join(sorted(policies[method]))} | {seeds} | " + " | ".join(cells) + " |")
-    failed = [row for row in rows if row["status"] == "failed"]
-    if failed:
-        named = [f"{r['method']}, {shots_name(r['shots'])}, seed {r['seed']} ({r['error']})" for r in failed[:4]]
-        more = "; …" if len(failed) > len(named) else ""
-        lines.append(f"\n{len(failed)} cell{'s' if len(failed) > 1 else ''} failed: {'; '.join(named)}{more}")
-    return "\n".join(lines)
