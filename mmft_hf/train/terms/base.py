@@ -34,6 +34,9 @@ class LossTerm:
     log_weight: bool = True
     parameters: Mapping[str, nn.Parameter] = {}
 
+    def __init__(self, weight: float | Callable[[int, int], float] = 1.0):
+        self.weight = weight
+
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """`{"loss": scalar}`, and any further scalars that are to be logged, by unique names.
 

@@ -14,8 +14,5 @@ class Clip(LossTerm):
 
     name = "clip"
 
-    def __init__(self, weight=1.0):
-        self.weight = weight
-
     def __call__(self, batch: Batch):
         return {"loss": batch.clip_loss}

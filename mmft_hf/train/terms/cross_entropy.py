@@ -66,9 +66,6 @@ class ClassTextCrossEntropy(LossTerm):
     name = "class_texts"
     needs = ("class_texts",)
 
-    def __init__(self, weight=1.0):
-        self.weight = weight
-
     def __call__(self, batch: Batch):
         logits = batch.scale * batch.image_embeds @ batch.extras["class_embeds"].T
         return {"loss": F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)}
