@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from datasets import Dataset
@@ -38,7 +39,7 @@ class FrozenTowers(TrainerCallback):
         self._made: dict[tuple, tuple] = {}
         # The weights that a tower was encoded with: parameter versions, cheap to compare, and a digest, which is certain.
         self._states: dict[str, tuple] = {}
-        self._said: set[str] = set()
+        self._say_once = cache(say)
 
     def attach(self, view: ImageView, dataset: Dataset) -> None:
         """Gives a view of `dataset` the features of the frozen towers. All processes must call; a repeated call is free."""
@@ -91,11 +92,6 @@ class FrozenTowers(TrainerCallback):
 
     def _versions(self, tower: str) -> list[tuple]:
         return [(id(p), p._version) for _, p in self._parameters(tower)]
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            say(text)
 
     def _images(self, view: ImageView, dataset: Dataset) -> Features | None:
         # Not the training view, which draws captions and passes over bad pictures.
