@@ -34,7 +34,6 @@ class Range(NamedTuple):
         return f"{low} to below {self.high}" if "high" in self.open else f"{low} to {self.high}"
 
 
-LORA_RANGES = {"lora_rank": Range(1), "lora_alpha": Range(1), "lora_dropout": Range(0, 1, open=("high",))}
 SHARE = Range(0, 1, open=("low", "high"))
 
 
@@ -81,13 +80,6 @@ def choice(name: str, value: str, known) -> None:
         raise UserError(f"--{name}: expected one of {', '.join(known)}, found {value!r}.")
 
 
-def check_lora(rank: int, alpha: int, dropout: float) -> None:
-    """Raises `UserError` if a LoRA setting is outside its range."""
-    for name, value in {"lora_rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}.items():
-        if value not in LORA_RANGES[name]:
-            raise UserError(f"--{name}: expected {LORA_RANGES[name]}, found {value}.")
-
-
 @dataclass
 class ModelArguments:
     """The model, and which of its towers are trained."""
@@ -107,9 +99,9 @@ class ModelArguments:
         choices=TOWER_MODES,
     )
     text_tower: str = setting("full", "How the text tower is trained.", choices=TOWER_MODES)
-    lora_rank: int = setting(8, "Rank of the LoRA matrices.")
-    lora_alpha: int = setting(16, "LoRA matrices are scaled by lora_alpha / lora_rank.")
-    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.")
+    lora_rank: int = setting(8, "Rank of the LoRA matrices.", range=Range(1))
+    lora_alpha: int = setting(16, "LoRA matrices are scaled by lora_alpha / lora_rank.", range=Range(1))
+    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.", range=Range(0, 1, open=("high",)))
     lora_targets: list[str] | None = setting(
         None,
         "Names (or their ends) of the linear layers that get LoRA matrices. Default: all in the tower's blocks; for "
@@ -117,7 +109,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        check_lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
+        check_settings(self)
         if self.lora is None:
             for field in fields(self):
                 if field.name.startswith("lora_") and getattr(self, field.name) != field.default:

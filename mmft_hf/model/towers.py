@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from ..core.arguments import TOWER_MODES, check_lora, choice
+from ..core.arguments import TOWER_MODES, ModelArguments, choice
 from ..core.errors import UserError
 from ..core.files import ADAPTER_FILES
 from .families import FAMILIES
@@ -71,7 +71,8 @@ def set_towers(
     if "lora" in modes.values():
         from peft import LoraConfig, inject_adapter_in_model
 
-        check_lora(lora_rank, lora_alpha, lora_dropout)
+        settings = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+        ModelArguments(vision_tower=vision, text_tower=text, **settings)  # raises an error where one is out of range
         towers = [tower for tower, mode in modes.items() if mode == "lora"]
         names = _targets(model, towers, lora_targets) if lora_targets else _in_blocks(model, towers)
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names)
