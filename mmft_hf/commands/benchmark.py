@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..benchmark.report import write_report
+from ..benchmark.report.page import write_report
 from ..benchmark.report.table import summary_table
 from ..benchmark.run.arguments import BenchmarkArguments, BenchmarkData
 from ..benchmark.run.processes import number_of_process

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from mmft_hf.benchmark.report import DRAWN, page, write_report
+from mmft_hf.benchmark.report import page
+from mmft_hf.benchmark.report.page import DRAWN, write_report
 from mmft_hf.benchmark.report.provenance import command
 from mmft_hf.benchmark.report.statistics import bootstrap, class_gains, compare, drawn, gather
 from mmft_hf.benchmark.report.table import summary_table

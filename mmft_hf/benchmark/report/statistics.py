@@ -54,6 +54,9 @@ class Findings:
     Attributes:
         cells: `{(method, shots): {seed: row}}` of the cells that are done.
         failed: rows of the cells that failed.
+        methods, shots: in the order of the page; `positive_shots` without 0.
+        shift_splits: names of the splits with images from elsewhere than the training images.
+        class_names: `C` names; empty without `data.json`.
     """
 
     lines: InitVar[Iterable[dict]]
@@ -76,6 +79,10 @@ class Findings:
         self.methods: list[str] = sorted(names, key=lambda name: families.index(method_of(name).family))
         self.shots = in_order(n for _, n in keys)
         self.positive_shots = [n for n in self.shots if n != 0]
+        self.shift_splits = list(
+            dict.fromkeys(name for row in self.all_rows() for name in row.get("shift_accuracy") or {})
+        )
+        self.class_names = list(self.data.get("class_names") or [])
 
     def rows(self, method: str, shots) -> dict[int, dict]:
         """Rows by seed."""
@@ -98,11 +105,6 @@ class Findings:
         """Mean accuracy over seeds, in percent."""
         found = self.values(method, shots, split)
         return statistics.mean(found) if found else None
-
-    @property
-    def shift_splits(self) -> list[str]:
-        """Names of the splits with images from elsewhere than the training images."""
-        return list(dict.fromkeys(name for row in self.all_rows() for name in row.get("shift_accuracy") or {}))
 
     def seeds(self) -> set[int]:
         """Seeds of all cells with training, failed ones included."""
@@ -166,11 +168,6 @@ class Findings:
         groups = self.groups(split) or range(len(truth))
         count = len({str(group) for group, label in zip(groups, truth, strict=False) if label >= 0})
         return count if count < FEWEST_GROUPS else 0
-
-    @property
-    def class_names(self) -> list[str]:
-        """`C` names; empty without `data.json`."""
-        return list(self.data.get("class_names") or [])
 
 
 def method_of(name: str) -> Method:

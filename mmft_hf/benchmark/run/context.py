@@ -70,6 +70,7 @@ class Context:
     ):
         self.config, self.learning_rates = config, tuple(learning_rates or [config.learning_rate])
         self.min_steps = min_steps
+        self._batches = config.per_device_eval_batch_size, config.on_bad_image
         self.model, self.processor = load_model(model_name, revision)
         self.model.to(config.device)
         self.scale = logit_scale(self.model).item()
@@ -102,10 +103,6 @@ class Context:
 
     def _encoded(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         return image_features(self.model, self.processor, dataset, *self._batches)
-
-    @property
-    def _batches(self) -> tuple[int, str]:
-        return self.config.per_device_eval_batch_size, self.config.on_bad_image
 
     def classifier(self, model: PreTrainedModel, head) -> Classifier:
         """Scores `(n, C)` of a head on the image embeddings of a tuned or the untuned model."""

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from ...core.errors import UserError
 from ...core.files import no_room
-from ...data.splits import Splits
+from ...data.splits import Splits, captions_of
 from .context import Context
 from .methods import METHODS, fit
 from .processes import Claims
@@ -31,7 +31,7 @@ def cells(methods: Iterable[str], shots: Iterable[Shots], seeds: Iterable[int]) 
     """The grid, in the order of `shots`, `seeds` and `methods`, each cell once. A method that reads no images has one cell at
     0 shots, in front."""
     methods = list(methods)
-    free = [name for name in methods if not METHODS[name].needs_images]
+    free = [name for name in methods if METHODS[name].family == "untuned" and not METHODS[name].needs_captions]
     found = [Cell(name, 0, 0) for name in free]
     found += [Cell(name, n, seed) for n in shots for seed in seeds for name in methods if name not in free and n != 0]
     return list(dict.fromkeys(found))  # a seed may have been typed twice
@@ -154,7 +154,8 @@ def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> di
     """Fits a method and then has it judged on the test split and its shifts. Returns its part of the row."""
     method = METHODS[cell.method]
     try:
-        if method.needs_captions and not task.has_captions:
+        captions = task.train["captions"] if "captions" in task.train.column_names else ()
+        if method.needs_captions and not any(map(captions_of, captions)):
             raise UserError(
                 "it needs captions, and the training images have none. Run mmft-hf caption, or leave it out"
             )

@@ -67,11 +67,6 @@ class Method:
     sanity_check: bool = False
     alpha: float = 1.0
 
-    @property
-    def needs_images(self) -> bool:
-        """Whether it reads training images at all; if not, its result is the same for every number of shots and seed."""
-        return self.family != "untuned" or self.needs_captions
-
 
 MMFT, NO_CAPTIONS = contrastive(), contrastive(without_captions)
 
@@ -213,8 +208,8 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
         if best is None or accuracy > best.validation_accuracy:
             chosen = {"learning_rate": rate} if len(rates) > 1 else {}
             chosen |= trained.chosen | (choice.parameters if choice else {})
-            best = Fitted(classifier, "last", accuracy, chosen, steps=trained.steps)
-            best.tried = choice.tried if choice else len(rates)
+            tried = choice.tried if choice else len(rates)
+            best = Fitted(classifier, "last", accuracy, chosen, tried, trained.steps)
     if best is None:
         raise next(iter(failed.values()))
     if failed:

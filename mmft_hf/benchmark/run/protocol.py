@@ -18,11 +18,12 @@ import numpy as np
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
+from ...core.console import some
 from ...core.errors import UserError
 from ...core.files import write_json
 from ...data.images import BadImage, read_image
 from ...data.sampling import IGNORED, few_shot_split
-from ...data.splits import Splits, captions_of, labels_of
+from ...data.splits import Splits, labels_of
 from ...predict.metrics import report
 from .results import FULL
 
@@ -74,11 +75,6 @@ class Task:
     seed: int
     policy: str
 
-    @property
-    def has_captions(self) -> bool:
-        """Whether any training image has a caption that is not blank."""
-        return "captions" in self.train.column_names and any(map(captions_of, self.train["captions"]))
-
 
 def make_task(splits: Splits, shots: Shots, seed: int, allow_fewer: bool = False) -> tuple[Task, dict[str, list[int]]]:
     """The task of (shots, seed), and the rows of the training and the validation split that it consists of.
@@ -91,10 +87,10 @@ def make_task(splits: Splits, shots: Shots, seed: int, allow_fewer: bool = False
         counts = np.bincount(labels_of(splits.train), minlength=len(splits.class_names))
         few = np.flatnonzero(counts < shots)
         if len(few) and not allow_fewer:
-            some = ", ".join(f"{splits.class_names[c]} ({counts[c]})" for c in few[:8])
+            found = some([f"{splits.class_names[c]} ({counts[c]})" for c in few])
             raise UserError(
-                f"--shots {shots}: expected this many training images of every class, found fewer of {len(few)}: {some}"
-                f"{', …' if len(few) > 8 else ''}. Type --allow_fewer true to take all that there are, or fewer shots."
+                f"--shots {shots}: expected this many training images of every class, found fewer of {len(few)}: {found}. "
+                "Type --allow_fewer true to take all that there are, or fewer shots."
             )
         rows["train"] = few_shot_split(labels_of(splits.train), shots, seed) if shots else []
         rows["validation"] = few_shot_split(

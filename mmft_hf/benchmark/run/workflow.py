@@ -16,7 +16,7 @@ from ...core.files import keeping
 from ...core.launch import alone_in
 from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
-from ..report import DRAWN, FIGURES, PAGE, check_packages, write_report
+from ..report.page import DRAWN, FIGURES, PAGE, check_packages, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
 from .context import Context
 from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, unreadable
