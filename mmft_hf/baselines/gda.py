@@ -12,16 +12,14 @@ ALPHAS = tuple(10.0**k for k in range(-4, 3))
 ALPHA = 1.0
 
 
-def gda(train_x, train_y, test_x, zero_shot=None, alpha: float = ALPHA, scale: float = 100.0) -> np.ndarray:
-    """Scores `(N, C)` of Gaussians with one covariance and equal priors, added to the zero-shot scores if there are any:
+def gda(train_x, train_y, test_x, zero_shot, alpha: float = ALPHA, scale: float = 100.0) -> np.ndarray:
+    """Scores `(N, C)` of Gaussians with one covariance and equal priors, added to the zero-shot scores:
 
         scale * f·w_c + alpha * (μ_cᵀ Σ⁻¹ f + log(1/C) - ½ μ_cᵀ Σ⁻¹ μ_c)
 
-    Without `zero_shot` the features may have any norm, and alpha and scale have no effect.
-
     Args:
-        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`): each class needs an example; one is enough.
-        zero_shot (`(C, D)`, *optional*): unit-norm class weights w_c; the features must then have unit norm, too.
+        train_x (`(n, D)`), train_y (`(n,)`), test_x (`(N, D)`), zero_shot (`(C, D)`): unit-norm rows; zero_shot are the class
+            weights w_c. Each class needs an example; one is enough.
         alpha: weight of the Gaussians. The default is 1: both summands are log posteriors up to a constant, and a product of
             two posteriors weighs them equally. `choose` finds a better value on validation.
         scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
@@ -33,12 +31,9 @@ def gda(train_x, train_y, test_x, zero_shot=None, alpha: float = ALPHA, scale: f
 
     References: Wang et al. 2024, "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation" (arXiv 2402.04087).
     """
-    inputs = check(train_x, train_y, test_x, zero_shot, every_class=True, unit_norm=zero_shot is not None)
+    inputs = check(train_x, train_y, test_x, zero_shot, every_class=True, unit_norm=True)
     positive(alpha=alpha, scale=scale)
-    gaussians = _gaussians(inputs)
-    if inputs.zero_shot is None:
-        return gaussians.cpu().numpy()
-    return (scale * inputs.test_x @ inputs.zero_shot.T + alpha * gaussians).cpu().numpy()
+    return (scale * inputs.test_x @ inputs.zero_shot.T + alpha * _gaussians(inputs)).cpu().numpy()
 
 
 def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> Choice:

@@ -19,15 +19,14 @@ QUICK = {"epochs": 30}
 # Each method as (train_x, train_y, test_x, zero_shot) -> scores, with whatever it needs of them.
 METHODS = {
     "lp": lambda x, y, t, w: linear.logistic_regression(x, y, t, C=30),
-    "gda": lambda x, y, t, w: gda.gda(x, y, t),
-    "gda with texts": lambda x, y, t, w: gda.gda(x, y, t, w),
+    "gda": lambda x, y, t, w: gda.gda(x, y, t, w),
     "tip": lambda x, y, t, w: tip_adapter.tip(x, y, t, w, alpha=10),
     "tip-f": lambda x, y, t, w: tip_adapter.tip_f(x, y, t, w, alpha=10),
     "lp++": lp_plus_plus.lp_plus_plus,
     "zs-lp": lambda x, y, t, w: clap.zs_lp(x, y, t, w, **QUICK),
     "clap": lambda x, y, t, w: clap.clap(x, y, t, w, **QUICK),
 }
-WITH_TEXTS = ("gda with texts", "tip", "tip-f", "lp++", "zs-lp", "clap")
+WITH_TEXTS = ("gda", "tip", "tip-f", "lp++", "zs-lp", "clap")
 
 
 def unit(x):
@@ -83,12 +82,13 @@ def test_gda_is_shrunk_linear_discriminant_analysis_times_a_known_factor(per_cla
     """For classes of equal size the ridge is scikit-learn's shrinkage of D / (D + n - 1), up to the scale of the scores."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    x, y, t, *_ = planted((per_class,) * 5, size)
+    x, y, t, _, w = planted((per_class,) * 5, size)
     n = len(x)
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=size / (size + n - 1)).fit(x, y)
     factor = size * (n - 1) / (n * (n - 1 + size))
     prior = math.log(1 / 5)
-    np.testing.assert_allclose(gda.gda(x, y, t) - prior, factor * (model.decision_function(t) - prior), atol=1e-6)
+    gaussians = gda.gda(x, y, t, w) - zero_shot(t, w)
+    np.testing.assert_allclose(gaussians - prior, factor * (model.decision_function(t) - prior), atol=1e-6)
 
 
 def test_chosen_strength_is_the_best_of_all_fits_from_scratch():
@@ -107,7 +107,7 @@ def test_chosen_strength_is_the_best_of_all_fits_from_scratch():
 # --- Against loops
 
 
-def loop_gda(x, y, t, w=None, alpha=1.0, scale=100.0):
+def loop_gda(x, y, t, w, alpha, scale):
     n, size = x.shape
     classes = range(y.max() + 1)
     means = [sum(x[i] for i in range(n) if y[i] == c) / sum(y[i] == c for i in range(n)) for c in classes]
@@ -116,7 +116,7 @@ def loop_gda(x, y, t, w=None, alpha=1.0, scale=100.0):
         cov += np.outer(x[i] - means[y[i]], x[i] - means[y[i]]) / (n - 1)
     inverse = size * np.linalg.inv((n - 1) * cov + np.trace(cov) * np.eye(size))
     scores = np.array([[m @ inverse @ f + math.log(1 / len(classes)) - m @ inverse @ m / 2 for m in means] for f in t])
-    return scores if w is None else np.array([[scale * f @ v for v in w] for f in t]) + alpha * scores
+    return np.array([[scale * f @ v for v in w] for f in t]) + alpha * scores
 
 
 def loop_tip(x, y, t, w, alpha, beta, scale):
@@ -129,14 +129,14 @@ def loop_tip(x, y, t, w, alpha, beta, scale):
 
 def test_gda_equals_its_formula():
     x, y, t, _, w = planted((1, 2, 3, 6), size=5, test=3)
-    np.testing.assert_allclose(gda.gda(x, y, t), loop_gda(x, y, t), atol=1e-9)
+    np.testing.assert_allclose(gda.gda(x, y, t, w), loop_gda(x, y, t, w, 1.0, 100.0), atol=1e-9)
     np.testing.assert_allclose(gda.gda(x, y, t, w, 0.1, 30.0), loop_gda(x, y, t, w, 0.1, 30.0), atol=1e-9)
 
 
 def test_gda_of_one_image_per_class_is_the_nearest_mean():
-    x, y, t, *_ = planted((1,) * 6)
+    x, y, t, _, w = planted((1,) * 6)
     distances = np.linalg.norm(t[:, None] - x[np.argsort(y)][None], axis=2)
-    assert (gda.gda(x, y, t).argmax(axis=1) == distances.argmin(axis=1)).all()
+    assert ((gda.gda(x, y, t, w) - zero_shot(t, w)).argmax(axis=1) == distances.argmin(axis=1)).all()
 
 
 def test_tip_equals_its_formula():
@@ -428,7 +428,7 @@ def test_bad_arrays_are_refused(name):
 
 def test_a_class_without_example_is_refused_where_the_method_cannot_do_without():
     x, y, t, _, w = planted((3, 0, 3), test=2)
-    for name in ("lp", "gda", "gda with texts"):
+    for name in ("lp", "gda"):
         with pytest.raises(UserError, match=r"found none of class 1"):
             METHODS[name](x, y, t, w)
     for name in ("tip", "tip-f", "lp++", "zs-lp", "clap"):
