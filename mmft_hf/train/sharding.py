@@ -49,9 +49,26 @@ class ShardedTraining:
             self.model = self.model_wrapped = gather_into(self._whole, self.model)
         return result
 
-    def _unsharded(self):
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return unsharded(self.model, plugin is not None and plugin.reshard_after_forward)
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Within this context every process holds all weights, so that it can encode batches on its own."""
+        parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        if not parts:
+            yield
+            return
+        for name in ("get_image_features", "get_text_features"):
+            if name not in vars(self.model):
+                register_fsdp_forward_method(self.model, name)
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            usual = self.accelerator.state.fsdp_plugin.reshard_after_forward
+            for part in parts:
+                part.set_reshard_after_forward(usual and part is not self.model, recurse=False)
+                part.reshard()
 
 
 def check_settings(args: TrainingArguments, plugin) -> None:
@@ -108,31 +125,6 @@ def keep_whole(model: nn.Module) -> nn.Module:
 def _average_gradient(parameter: nn.Parameter) -> None:
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
-
-
-@contextmanager
-def unsharded(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
-    """Within this context every process holds all weights, so that it can encode batches on its own.
-
-    Args:
-        reshard_after_forward: the setting that the parts of the model get back afterwards.
-    """
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not parts:
-        yield
-        return
-    for name in ("get_image_features", "get_text_features"):
-        if name not in vars(model):
-            register_fsdp_forward_method(model, name)
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(reshard_after_forward and part is not model, recurse=False)
-            part.reshard()
 
 
 @torch.no_grad()
