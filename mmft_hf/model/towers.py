@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from ..core.arguments import TOWER_MODES, ModelArguments, choice
+from ..core.arguments import ModelArguments
 from ..core.errors import UserError
 from ..core.files import ADAPTER_FILES
 from .families import FAMILIES
@@ -60,8 +60,9 @@ def set_towers(
     References: Hu et al. 2022, "LoRA" (arXiv 2106.09685).
     """
     modes = {"vision": vision, "text": text}
-    for tower, mode in modes.items():
-        choice(f"{tower}_tower", mode, TOWER_MODES)
+    lora = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    # Raises an error for an unknown mode, or a number out of range.
+    ModelArguments(vision_tower=vision, text_tower=text, **(lora if "lora" in modes.values() else {}))
     if set(modes.values()) == {"frozen"}:
         raise UserError("--vision_tower and --text_tower: expected one of them to be full or lora, found both frozen.")
     if lora_layers(model):
@@ -71,8 +72,6 @@ def set_towers(
     if "lora" in modes.values():
         from peft import LoraConfig, inject_adapter_in_model
 
-        settings = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-        ModelArguments(vision_tower=vision, text_tower=text, **settings)  # raises an error where one is out of range
         towers = [tower for tower, mode in modes.items() if mode == "lora"]
         names = _targets(model, towers, lora_targets) if lora_targets else _in_blocks(model, towers)
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names)
