@@ -185,14 +185,12 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
     A learning rate at which training fails is not chosen; where all of them fail, the first error is raised. Of equally
     accurate ones the first is taken.
     """
-    best, seconds, failed = None, 0.0, {}
+    best, seconds, failed, untuned = None, 0.0, {}, Trained(context.model, task.train)
     rates = context.learning_rates if method.training else (0.0,)
     for rate in rates:
         start = time.monotonic()
         try:
-            trained = (
-                context.train(method.training, task, rate) if method.training else Trained(context.model, task.train)
-            )
+            trained = context.train(method.training, task, rate) if method.training else untuned
         except UserError as error:  # for example a loss of NaN: another rate may work
             failed[rate] = error
             seconds += time.monotonic() - start

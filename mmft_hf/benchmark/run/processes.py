@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -85,11 +85,9 @@ class Claims:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Waits until no other process is in a block with this name."""
-        with FileLock(self._path(name)):
-            yield
+    def alone(self, name: str) -> AbstractContextManager:
+        """A block that waits until no other process is in a block with this name."""
+        return FileLock(self._path(name))
 
     @contextmanager
     def take(self, name: str) -> Iterator[bool]:
