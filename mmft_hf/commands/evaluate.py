@@ -39,6 +39,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
     import numpy as np
 
+    from ..data.identical import find_identical
     from ..data.texts import DEFAULT_TEMPLATE
     from ..model.loading import default_device, load_model
     from ..predict.classifier import ImageClassifier
@@ -52,7 +53,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     names = classifier.class_names
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
-    dataset = _test_split(data_args, names, record)
+    dataset, train = _test_split(data_args, names, record)
     say(
         f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, {len(names)} classes, "
         f"{classifier.head.about}\n"
@@ -88,6 +89,9 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     table(rows)
     if missing:
         say(f"\n  Note: no zero-shot baseline, because the untuned model is missing. {missing}")
+    parts = {"train": train} if train is not None and train is not dataset else {}
+    for note in find_identical(parts | {data_args.test_split or "test": dataset}).notes():
+        say(f"\n  Note: {note}")
     say("\nPer class, weakest first")
     wrong = np.array(result["confusion_matrix"])
     np.fill_diagonal(wrong, 0)
@@ -109,12 +113,12 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
 
 
-def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> Dataset:
-    """The test split, or the images that the training held out for it."""
-    from ..data.splits import load_splits, load_test_split
+def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> tuple[Dataset, Dataset | None]:
+    """The test split, or the images that the training held out for it; and the training split beside it, if there is one."""
+    from ..data.splits import load_splits, load_test_split, load_train_split
 
     if (dataset := load_test_split(data_args, class_names)) is not None:
-        return dataset
+        return dataset, load_train_split(data_args, class_names)
     # Held out as in the training, independently of the other settings of this call.
     again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
     again["image_root"] = data_args.image_root or again.get("image_root")  # the images may have moved
@@ -124,7 +128,7 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
             f"dataset {data_args.dataset_name!r}: expected a split named test, or the data that the model was trained on, "
             "with its held-out test images; found neither. Type --test_split NAME."
         )
-    return splits.test
+    return splits.test, splits.train
 
 
 def _record(name: str, revision: str | None) -> dict:

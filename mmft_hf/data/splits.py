@@ -294,6 +294,20 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
     return loaded.rows(split)
 
 
+def load_train_split(args: DataArguments, class_names: list[str]) -> Dataset | None:
+    """Loads the training split beside a test split, for comparison with it; None if there is none that fits the classes."""
+
+    def find(raw: DatasetDict) -> str | None:
+        name = _find_split(raw, "train", args.train_split)
+        return None if name == args.test_split else name
+
+    try:
+        loaded = _load(args, known=ClassList.of_names(class_names), only=find)
+    except UserError:
+        return None
+    return loaded and loaded.rows(next(iter(loaded.splits)))
+
+
 def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Splits:
     """Loads a dataset and decides which images are for training, validation and test.
 

@@ -26,6 +26,7 @@ from ..core.launch import alone_in, together
 from ..core.reading import read_json
 from ..core.records import RunResults
 from ..core.seals import note_changed_files
+from ..data.identical import find_identical
 from ..data.splits import Splits, load_splits
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
@@ -219,6 +220,10 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
         result = FinetuneResult(folder.path, metrics, repeated=True)
         reporter.finished(result)
         return _pushed(result, config, reporter)
+
+    if is_main():
+        parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        splits.notes += find_identical(parts).notes()
 
     # -- the untuned model: baseline, and first candidate --------------------------------------------------------------
     set_seed(config.seed)

@@ -12,12 +12,12 @@ from tiny_clip import COLOURS, colour_dataset
 from mmft_hf import MMFTConfig
 from mmft_hf.benchmark.report.figures import compared
 from mmft_hf.benchmark.run.context import Context
-from mmft_hf.benchmark.run.data_summary import find_duplicates
 from mmft_hf.benchmark.run.methods import METHODS, fit
 from mmft_hf.benchmark.run.protocol import Cell, SealedTest, Task
 from mmft_hf.benchmark.run.results import RESULTS_FILE, read_results
 from mmft_hf.cli import main
 from mmft_hf.core.arguments import DataArguments
+from mmft_hf.data.identical import find_identical
 from mmft_hf.data.splits import labels_of, load_splits
 
 
@@ -94,13 +94,13 @@ def test_duplicates_are_named_with_their_folders(tmp_path):
                 PILImage.new("RGB", size, colour).save(tmp_path / split / name / f"{i}.png")
     splits = load_splits(DataArguments(dataset_name=str(tmp_path)))
     before = splits.fingerprint()
-    (found,) = find_duplicates({"train": splits.train, "test": splits.test})
+    (found,) = find_identical({"train": splits.train, "test": splits.test}).across
     assert found == {"splits": ["train", "test"], "images": ["blue thing/0.png"] * 2}
     assert splits.fingerprint() == before
     packed = splits.train.select([0]).remove_columns("image")
     inside = {"bytes": b"x", "path": "zip://bird/1.png::/home/me/birds.zip"}
     packed = packed.add_column("image", [inside], feature=Image(decode=False))
-    assert find_duplicates({"a": packed, "b": packed})[0]["images"] == ["bird/1.png"] * 2
+    assert find_identical({"a": packed, "b": packed}).across[0]["images"] == ["bird/1.png"] * 2
 
 
 def test_a_control_at_chance_does_not_set_the_axes():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 import numpy as np
-from datasets import Dataset, Image
+from datasets import Dataset
 
 from ...core.arguments import DataArguments, Range
 from ...core.console import some
@@ -21,7 +20,7 @@ from ...core.reading import read_json
 from ...core.records import Count
 from ...core.schema import ClassNames
 from ...core.seals import is_as_written, sealed
-from ...data.images import content_hash
+from ...data.identical import find_identical
 from ...data.splits import Splits, labels_of
 from ...hub.cards.sources import captioning_cost
 from .arguments import BenchmarkArguments, BenchmarkData
@@ -111,7 +110,7 @@ def load_or_summarize(
         if f.name not in ("dataset_name", "shots") and (value := getattr(data_args, f.name)) != f.default
     }
     classes = len(splits.class_names)
-    duplicates = find_duplicates({"train": splits.train, "validation": splits.validation, **judged})
+    duplicates = find_identical({"train": splits.train, "validation": splits.validation, **judged}).across
     found = {
         "dataset": identity["dataset"],
         "model": identity["base_model"],
@@ -186,36 +185,3 @@ def groups_of(judged: Mapping[str, Dataset], column: str | None) -> dict[str, li
         name: [f"row {row}" if value is None else str(value) for row, value in enumerate(dataset[column][:])]
         for name, dataset in judged.items()
     }
-
-
-def find_duplicates(splits: Mapping[str, Dataset]) -> list[dict]:
-    """Images that an earlier split holds too, byte for byte: `splits` and `images`, the earlier one first."""
-    first: dict[bytes, tuple[str, int]] = {}
-    found = []
-    for name, dataset in splits.items():
-        images = dataset.select_columns("image").cast_column("image", Image(decode=False))
-        hashes, own = [], {}
-        with ThreadPoolExecutor(8) as threads:  # reading and hashing leave the interpreter free
-            for batch in images.iter(256):
-                hashes += threads.map(content_hash, batch["image"])
-        for row, digest in enumerate(hashes):
-            if digest == bytes(32):  # the file is missing
-                continue
-            if digest in first:
-                split, other = first[digest]
-                found.append({"splits": [split, name], "images": [_name(splits[split], other), _name(dataset, row)]})
-            else:
-                own.setdefault(digest, (name, row))
-        first |= own
-    return found
-
-
-def _name(dataset: Dataset, row: int) -> str:
-    """The name of an image: its id, else its folder and file name (classes may share file names), else its row."""
-    known = [name for name in ("id", "source_row", "image") if name in dataset.column_names]
-    found = dataset.select([row]).select_columns(known).cast_column("image", Image(decode=False))[0]
-    if "id" in found:
-        return str(found["id"])
-    path = (found["image"] or {}).get("path") or ""
-    # In an archive: `zip://bird/1.png::/home/me/birds.zip`.
-    return "/".join(Path(path.split("::")[0]).parts[-2:]).lstrip("/") or f"row {found.get('source_row', row)}"
