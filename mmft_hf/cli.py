@@ -7,6 +7,8 @@ Exit codes: 0 done; 2 the user must change something; 3 done in part, and the me
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import os
 import re
 import shlex
@@ -15,7 +17,7 @@ import traceback
 from errno import EACCES, EEXIST, EISDIR, ENOTDIR, EPERM
 
 from .benchmark.run.processes import work_alone
-from .core.console import is_main
+from .core.console import PlainFormatter, is_main, plain
 from .core.errors import PartialResult, UserError, command_line_spelling, nearest
 from .core.files import no_room
 from .version import __version__
@@ -43,19 +45,20 @@ HELP = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns its exit code. `argv` excludes the program's name; default: the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"mmft_hf {__version__}")
-        return 0
     debug = "--debug" in argv
     if debug:
         argv.remove("--debug")
     # Show progress bars only for what takes longer than a second. tqdm reads this when it is first imported.
     os.environ.setdefault("TQDM_DELAY", "1")
+    logging.lastResort.setFormatter(PlainFormatter())  # warnings name classes and files, too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
+            stream.reconfigure(errors="backslashreplace")
     arguments: tuple = ()
     try:
+        if not argv or argv[0] in ("-h", "--help", "--version"):
+            print(f"mmft_hf {__version__}" if argv[:1] == ["--version"] else HELP.rstrip("\n"), flush=True)
+            return 0 if argv else 2
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r}: expected one of {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
         if argv[0] == "benchmark":
@@ -83,12 +86,21 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as error:  # after --help
         return error.code if isinstance(error.code, int) else 1
     except Exception as error:
+        _give_up_a_full_output()
         found = no_room(error)
         if found is None and isinstance(error, OSError) and error.errno in REFUSED:
             found = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         if found is None:
             return _bug()
         return _fail(2, f"expected a place to write to, found: {found}. Type another path, or make room.", debug)
+
+
+def _give_up_a_full_output() -> None:
+    """Drops what standard output could not take, for example in a file on a full disk: at its end Python would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_retry(argv: list[str]) -> list[str]:
@@ -116,18 +128,18 @@ def _again(argv: list[str], arguments: tuple) -> str:
 
 
 def _bug() -> int:
-    traceback.print_exc()
+    print(plain(traceback.format_exc()), file=sys.stderr)
     print("\nmmft-hf: this is a bug in mmft_hf. Please report it with the output above.", file=sys.stderr)
     return 1
 
 
 def _fail(code: int, error: object, debug: bool) -> int:
     if debug and sys.exc_info()[0] is not None:
-        traceback.print_exc()
+        print(plain(traceback.format_exc()), file=sys.stderr)
     message = str(error)
     if message.startswith("Caught UserError in DataLoader worker"):  # a traceback comes first, then our message
         message = message.rsplit("UserError: ", 1)[-1].strip()
-    print(f"mmft-hf: {message}", file=sys.stderr)
+    print(f"mmft-hf: {plain(message)}", file=sys.stderr)
     return code
 
 

@@ -19,6 +19,7 @@ from datasets import Dataset, Image
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
+from ..core.console import plain
 from ..core.errors import UserError
 from ..data.images import BadImage, original_bytes
 from .ask.captioner import Captioner
@@ -156,7 +157,7 @@ class SplitCaptioner:
 
             def without(error: FieldRefused) -> None:
                 self.journal.put_left_out(self.run_id, self.captioner.model, error.field, error.instead, str(error))
-                bar.write(self._says(error))
+                bar.write(plain(self._says(error)))
 
             for row in self.left_out():
                 if row["run_id"] == self.run_id:  # refused earlier in this run: for another split

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.arguments import Range, check_settings, setting
-from ..core.console import printable_text
+from ..core.console import plain
 from ..core.errors import PartialResult, UserError
 from ..core.files import atomic_write, keeping, write_csv
 
@@ -21,7 +21,11 @@ class PredictArguments:
     model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     top_k: int = setting(3, "Classes printed for each picture.", range=Range(1))
-    output_file: str | None = setting(None, "A .csv or .jsonl file for the answers. Default: they are printed.")
+    output_file: str | None = setting(
+        None,
+        "A .csv or .jsonl file for the answers. Default: they are printed. In .csv, texts that a spreadsheet would run "
+        "get an apostrophe in front; in .jsonl all are exact.",
+    )
     batch_size: int = setting(64, "Pictures per batch.", range=Range(1))
 
 
@@ -48,10 +52,8 @@ def run(args: PredictArguments, images: list[str]) -> None:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     classifier = ImageClassifier.from_pretrained(args.model_name_or_path, args.model_revision).to(default_device())
     # Other programs may read the answers on standard output; this line is not one of them.
-    print(
-        f"Classifying {len(files):,} pictures with {args.model_name_or_path} ({len(classifier.class_names)} classes)",
-        file=sys.stderr,
-    )
+    name, classes = plain(args.model_name_or_path), len(classifier.class_names)
+    print(f"Classifying {len(files):,} pictures with {name} ({classes} classes)", file=sys.stderr)
 
     answers, bad = [], []
     starts = range(0, len(files), args.batch_size)
@@ -63,7 +65,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
                 readable.append(file)
             except BadImage as error:
                 bad.append(file)
-                print(f"{printable_text(file)}: cannot be read ({error})", file=sys.stderr)
+                print(plain(f"{file}: cannot be read ({error})", lines=False), file=sys.stderr)
         if pixels:
             with torch.no_grad():
                 logits = classifier(torch.cat(pixels).to(classifier.model.device))
@@ -72,10 +74,11 @@ def run(args: PredictArguments, images: list[str]) -> None:
     if args.output_file:
         with keeping(lambda: f"{len(answers)} pictures are classified, but {args.output_file} is as it was before."):
             _write(Path(args.output_file), answers)
-        print(f"{len(answers)} predictions written to {args.output_file}")
+        print(f"{len(answers)} predictions written to {plain(args.output_file)}")
     else:
         for file, best in answers:
-            print(f"{file}: " + ", ".join(f"{one['label']} {one['score']:.1%}" for one in best))
+            said = ", ".join(f"{one['label']} {one['score']:.1%}" for one in best)
+            print(plain(f"{file}: {said}", lines=False))
     if bad:
         raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
 
@@ -98,7 +101,7 @@ def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
         if path.is_dir():
             tree = walk(path)
             found = [os.path.join(argument, file) for file in tree.files if suffix_of(file) in PICTURE_SUFFIXES]
-            about = [printable_text(f"{argument}: {note}") for note in left_out(tree)]
+            about = [plain(f"{argument}: {note}") for note in left_out(tree)]
             if not found:
                 known = ", ".join(sorted(PICTURE_SUFFIXES))
                 raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -11,10 +13,38 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str = "") -> None:
-    """Prints a text in the main process."""
+def plain(text: object, lines: bool = True) -> str:
+    """A text for a terminal, which obeys nothing in it.
+
+    Names of classes and files come from others. Control characters, escape sequences, marks that reverse the direction of
+    writing and bytes that are no text become visible: `\\x1b`, `\\u202e`, `\\udcff`. Joiners within words and pictures stay.
+
+    Args:
+        lines: new lines and tabs stay, too; otherwise the text is one line.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    kept = "\n\t\u200c\u200d" if lines else "\u200c\u200d"
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _OBEYED and c not in kept else c for c in text
+    )
+
+
+_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats such as directions, half characters, separators of lines
+
+
+class PlainFormatter(logging.Formatter):
+    """Of log records that go to a terminal, see `plain`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def say(text: object = "") -> None:
+    """Prints a text in the main process, see `plain`."""
     if is_main():
-        print(text, flush=True)
+        print(plain(text), flush=True)
 
 
 def table(rows: dict[str, object]) -> None:
@@ -37,7 +67,7 @@ def many(count: int, noun: str) -> str:
 
 def some(names: Sequence, most: int = 8) -> str:
     """The first names, for a message: `a, b, c, …`."""
-    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
+    return ", ".join(plain(name, lines=False) for name in names[:most]) + (", …" if len(names) > most else "")
 
 
 def printable_text(text: str) -> str:

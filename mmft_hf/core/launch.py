@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .console import is_main
+from .console import is_main, plain
 from .distributed import world_size
 from .errors import PartialResult, UserError
 from .files import LOCK_FILE, InUse, Lock, file_system
@@ -211,7 +211,7 @@ def _on_sigterm(message: Callable[[], str]) -> Iterator[None]:
     def wait():
         while (received := os.read(reader, 1)) != b"":
             if received[0] == signal.SIGTERM and not ended.wait(GRACE):
-                print(f"mmft-hf: {message()}", file=sys.stderr, flush=True)
+                print(f"mmft-hf: {plain(message())}", file=sys.stderr, flush=True)
                 os._exit(3)
         os.close(reader)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from ..core.console import plain
 from ..predict.heads import Head
 from .selection import metric_name, shown
 from .terms import LossTerm
@@ -46,6 +47,7 @@ class EpochLines(ProgressCallback):
         self.training = False
 
     def _print(self, line: str) -> None:
+        line = plain(line)
         if self.training_bar is not None:
             self.training_bar.write(line)
         else:

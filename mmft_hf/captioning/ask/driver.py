@@ -307,7 +307,7 @@ def parse_joint(text: str, aspects: tuple[str, ...]) -> dict[str, str] | None:
     A Markdown fence around it and thinking before it are removed; nothing is guessed.
     """
     text = text.rsplit("</think>", 1)[-1].strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
+    fenced = re.fullmatch(r"```(?:json)?(.*)```", text, re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else text, object_pairs_hook=_unique)
     except (ValueError, RecursionError):

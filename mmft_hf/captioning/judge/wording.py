@@ -163,7 +163,9 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _URL = re.compile(
-    r"https?://|\bwww\.\w|\b[\w.+-]+@[\w-]+\.\w{2,}|\b[\w-]+\.(?:com|org|net|edu|gov|io|ai)\b(?!\w)", re.IGNORECASE
+    # No name is longer than 64 characters; without a bound, a long text without blanks would take minutes.
+    r"https?://|\bwww\.\w|\b[\w.+-]{1,64}@[\w-]{1,64}\.\w{2,}|\b[\w-]{1,64}\.(?:com|org|net|edu|gov|io|ai)\b(?!\w)",
+    re.IGNORECASE,
 )
 _URL_MARKS = ("://", "www.", "@", ".com", ".org", ".net", ".edu", ".gov", ".io", ".ai")
 _QUOTED = re.compile(r"[\"“„«][^\"”“»]*[\"”“»]")
