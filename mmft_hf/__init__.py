@@ -53,9 +53,7 @@ _PIPELINES = "transformers.pipelines"
 
 
 def _register_pipeline() -> None:
-    from .predict.pipeline import register
-
-    register()
+    importlib.import_module(".predict.pipeline", __name__)  # it may be what imports transformers.pipelines just now
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):

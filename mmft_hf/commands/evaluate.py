@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.arguments import DataArguments, Range, check_settings, setting
+from ..core.arguments import ALLOW_PICKLE, DataArguments, Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..core.files import RUN_FILE, keeping, write_csv, write_json
@@ -24,6 +24,7 @@ class EvaluateArguments:
 
     model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    allow_pickle: bool = setting(False, ALLOW_PICKLE)
     output_dir: str | None = setting(
         None, "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."
     )
@@ -49,7 +50,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     check_settings(args)
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    classifier = ImageClassifier.from_pretrained(args.model_name_or_path, args.model_revision).to(default_device())
+    source = (args.model_name_or_path, args.model_revision, args.allow_pickle)
+    classifier = ImageClassifier.from_pretrained(*source).to(default_device())
     names = classifier.class_names
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
@@ -66,7 +68,9 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     result, zero_shot, missing = score(classifier), None, None
     if base := identity.get("base_model"):
         try:
-            model, processor = load_model(base, identity.get("base_model_revision"))
+            # The commit of the training, if the main branch has moved on.
+            commit = (record.get("base_model_weights") or {}).get("commit")
+            model, processor = load_model(base, identity.get("base_model_revision") or commit, args.allow_pickle)
             model.to(default_device())
             head = ClassPrototypes.from_templates(
                 model, processor, names, identity.get("class_template", DEFAULT_TEMPLATE)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.arguments import Range, check_settings, setting
+from ..core.arguments import ALLOW_PICKLE, Range, check_settings, setting
 from ..core.console import plain
 from ..core.errors import PartialResult, UserError
 from ..core.files import atomic_write, keeping, write_csv
@@ -20,6 +20,7 @@ class PredictArguments:
 
     model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    allow_pickle: bool = setting(False, ALLOW_PICKLE)
     top_k: int = setting(3, "Classes printed for each picture.", range=Range(1))
     output_file: str | None = setting(
         None,
@@ -50,7 +51,8 @@ def run(args: PredictArguments, images: list[str]) -> None:
         raise UserError(f"--output_file {args.output_file}: expected a name that ends in .csv or .jsonl.")
     if args.output_file:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
-    classifier = ImageClassifier.from_pretrained(args.model_name_or_path, args.model_revision).to(default_device())
+    source = (args.model_name_or_path, args.model_revision, args.allow_pickle)
+    classifier = ImageClassifier.from_pretrained(*source).to(default_device())
     # Other programs may read the answers on standard output; this line is not one of them.
     name, classes = plain(args.model_name_or_path), len(classifier.class_names)
     print(f"Classifying {len(files):,} pictures with {name} ({classes} classes)", file=sys.stderr)

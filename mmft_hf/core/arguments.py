@@ -10,6 +10,10 @@ from typing import ClassVar, NamedTuple
 from .errors import UserError
 
 TOWER_MODES = ("full", "lora", "frozen")
+ALLOW_PICKLE = (
+    "Read weights that exist only as a pickle (pytorch_model.bin), with torch's weights_only=True. Safetensors, also those "
+    "that the Hub has made of the pickle, come first."
+)
 
 
 class Range(NamedTuple):
@@ -92,6 +96,7 @@ class ModelArguments:
         "ALIGN or a VisionTextDualEncoderModel. builtin/tiny-clip comes with this package.",
     )
     model_revision: str | None = setting(None, "Branch, tag or commit on the Hub. Default: the main branch.")
+    allow_pickle: bool = setting(False, ALLOW_PICKLE)
     vision_tower: str = setting(
         "full",
         "How the image tower is trained. full: all weights; lora: low-rank matrices, merged into the weights at "

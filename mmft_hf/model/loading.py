@@ -5,6 +5,8 @@ Shapes: `B` images or texts, `T` tokens, `D` embedding size.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,6 +28,7 @@ from ..core.builtin import builtin
 from ..core.errors import UserError
 from .collator import input_size
 from .families import FAMILIES, REFUSED, token_limit
+from .weights import find_weights
 
 # A large step could take a temperature below zero, which would reverse all logits. It is clamped to this value, a scale of
 # 1,000: ten times the highest scale that CLIP was trained with.
@@ -33,7 +36,7 @@ LOWEST_TEMPERATURE = 1e-3
 
 
 def load_model(
-    name_or_path: str = "builtin/tiny-clip", revision: str | None = None
+    name_or_path: str | Path = "builtin/tiny-clip", revision: str | None = None, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads a dual encoder and its processor, in float32 whatever precision it is stored in.
 
@@ -44,10 +47,13 @@ def load_model(
     Args:
         name_or_path: Hub id, local folder, or `builtin/tiny-clip`.
         revision: branch, tag or commit on the Hub.
+        allow_pickle: if there are no safetensors, neither there nor in the Hub's own conversion, read a pickle, with
+            `weights_only=True`. `model.mmft_weights` (`weights.Weights`) tells where the weights are from.
 
     Raises:
-        UserError: it is not found, or is none of `families.FAMILIES`.
+        UserError: it is not found, is none of `families.FAMILIES`, or has only a pickle, which is not allowed.
     """
+    name_or_path = str(name_or_path)
     path = builtin(name_or_path)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -65,17 +71,13 @@ def load_model(
             f"{config.model_type!r}{reason}. For example, type --model_name_or_path openai/clip-vit-base-patch32."
         )
     try:
-        # Only safetensors: nothing is unpickled from a path that a user gives.
-        model, found = AutoModel.from_pretrained(
-            path,
-            revision=revision,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        weights = find_weights(path, revision, allow_pickle, getattr(config, "transformers_weights", None))
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, found = weights.from_pretrained(AutoModel, path, config, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         image_processor = load_image_processor(path, revision)
+    except UserError:
+        raise
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json next to "

@@ -39,12 +39,15 @@ class ImageClassifier(nn.Module):
         self.model, self.processor, self.head = model, processor, head
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> ImageClassifier:
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path, revision: str | None = None, allow_pickle: bool = False
+    ) -> ImageClassifier:
         """Loads a saved classifier on the CPU, in float32 and ready to predict.
 
         Args:
             folder_or_hub_id: what `mmft-hf finetune`, `trainer.save_model(…)` or `save_pretrained` wrote, or a Hub repository.
             revision: branch, tag or commit of the repository.
+            allow_pickle: as in `load_model`.
 
         Raises:
             UserError: there is no model or no head, or they do not fit each other.
@@ -53,7 +56,7 @@ class ImageClassifier(nn.Module):
         head = load_head(name, revision)
         if Path(name).is_dir():
             note_changed_files(name, is_loaded)
-        model, processor = load_model(name, revision)
+        model, processor = load_model(name, revision, allow_pickle)
         head.check_model(model, name)
         return cls(model, processor, head).eval()
 

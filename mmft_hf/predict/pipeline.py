@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 import transformers
-from transformers import AutoModel, Pipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoConfig, AutoModel, Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from ..core.errors import UserError
+from ..core.files import ADAPTER_FILES
 from ..model.loading import load_image_processor
+from ..model.weights import find_weights
 from .classifier import ImageClassifier
 from .heads import Head, load_head
 
 TASK = "mmft-image-classification"
+HUB = ("token", "cache_dir", "local_files_only")  # settings of pipeline(…) for downloads
 
 # evaluate.evaluator (up to 0.4.6) asks whether a pipeline is a transformers.TFPreTrainedModel. transformers 5 no longer has
 # that class, so every pipeline would fail. No object is an instance of this stand-in.
@@ -20,7 +29,7 @@ if not hasattr(transformers, "TFPreTrainedModel"):
     transformers.TFPreTrainedModel = type("TFPreTrainedModel", (), {})
 
 
-class NoSafetensors(Exception):
+class NoWeights(Exception):
     """Not a `UserError`: at a ValueError transformers tries the next class, which would open a pickle."""
 
 
@@ -31,19 +40,57 @@ class ModelWithHead:
     """
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs):
+    def from_pretrained(cls, name, config=None, allow_pickle=False, revision=None, **kwargs):
+        hub = {key: kwargs.pop(key) for key in HUB if key in kwargs}
+        kwargs.pop("trust_remote_code", None)
         try:
-            model = AutoModel.from_pretrained(name, *args, **{**kwargs, "use_safetensors": True})
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise NoSafetensors(f"{name!r}: expected the weights of a dual encoder as safetensors; {reason}") from error
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
-        if getattr(model, "_hf_peft_config_loaded", False) and "revision" in hub:
-            # For an adapter, pipeline() has resolved the revision in the base model's repository; its name still fits.
-            hub["revision"] = str(hub["revision"])
-        model.mmft_head = load_head(name, **hub)
-        model.mmft_image_processor = load_image_processor(name, **hub)
+            adapter = find_adapter(name, revision, **hub)
+            if adapter:
+                # pipeline() has resolved the revision in the base model's repository; its name still fits the adapter's.
+                revision = revision and str(revision)
+                source = (adapter["base_model_name_or_path"], adapter.get("revision"))
+            else:
+                source = (name, revision)
+            if config is None:
+                config = AutoConfig.from_pretrained(source[0], revision=source[1], trust_remote_code=False, **hub)
+            weights = find_weights(*source, allow_pickle, getattr(config, "transformers_weights", None), **hub)
+            model = weights.from_pretrained(AutoModel, name, config, **kwargs)
+            if adapter:
+                model.load_adapter(name, adapter_kwargs={"revision": revision, **hub})
+        except UserError as error:
+            told = " In Python, pass model_kwargs={'allow_pickle': True}." if "--allow_pickle" in str(error) else ""
+            raise NoWeights(f"{error}{told}") from error
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise NoWeights(f"{name!r}: expected the weights of a dual encoder as safetensors; {reason}") from error
+        try:
+            model.mmft_head = load_head(name, revision, **hub)
+        except UserError as error:
+            model.mmft_head = error  # the pipeline raises it, unless it was given a head
+        model.mmft_image_processor = load_image_processor(name, revision, **hub)
         return model
+
+
+def find_adapter(name: str, revision: str | None = None, **hub) -> dict | None:
+    """The settings of the LoRA adapter that a folder or Hub repository holds in place of a model; None for a model.
+
+    Raises:
+        OSError: the repository cannot be read, or its adapter is no safetensors.
+    """
+    settings, weights = ADAPTER_FILES
+    if Path(name).is_dir():
+        path = Path(name) / settings
+        if (Path(name) / "config.json").is_file() or not path.is_file():
+            return None
+        if not path.with_name(weights).is_file():
+            raise OSError(f"there is no {weights}")
+    else:
+        try:
+            path = Path(hf_hub_download(name, settings, revision=revision and str(revision), **hub))
+        except EntryNotFoundError:
+            return None
+        hf_hub_download(name, weights, revision=path.parent.name, **hub)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class MMFTImageClassificationPipeline(Pipeline):
@@ -52,6 +99,8 @@ class MMFTImageClassificationPipeline(Pipeline):
     Args:
         model (`CLIPModel` or another dual encoder): from the folder or Hub repository that `mmft-hf finetune` wrote.
         prototypes (`ClassPrototypes` or another head, *optional*): used instead of the head saved with the model.
+
+    `pipeline(…, model_kwargs={"allow_pickle": True})` reads weights that exist only as a pickle, with `weights_only=True`.
 
     Call it with a path, URL or `PIL.Image`, or with a list or dataset of them; `top_k` (5) classes are returned.
 
@@ -76,6 +125,8 @@ class MMFTImageClassificationPipeline(Pipeline):
         # evaluate.evaluator("image-classification") accepts no pipeline with another task name.
         self.task = "image-classification"
         head = prototypes or getattr(self.model, "mmft_head", None) or load_head(name)
+        if isinstance(head, UserError):
+            raise head
         if not prototypes:
             head.check_model(self.model, name)
         self.classifier = ImageClassifier(self.model, self.image_processor, head)
@@ -103,3 +154,6 @@ def register() -> None:
     """Registers the task with `transformers.pipeline`; calling it again changes nothing."""
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(TASK, MMFTImageClassificationPipeline, pt_model=ModelWithHead, type="image")
+
+
+register()

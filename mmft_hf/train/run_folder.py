@@ -25,6 +25,7 @@ from ..data.splits import Splits
 from ..hub import cards
 from ..hub.cards.sources import run_sources
 from ..model.towers import Adapter
+from ..model.weights import Weights
 from ..predict import figures, sheet
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
@@ -228,6 +229,7 @@ class RunFolder:
         predictions: Predictions,
         results: dict,
         state: TrainerState,
+        weights: Weights,
         adapter: Adapter | None = None,
     ) -> None:
         """Writes the classifier, its results and its card: all of them, or none if the disk takes no more.
@@ -236,11 +238,13 @@ class RunFolder:
             predictions: on the test split.
             results: from `results`.
             state: of the Trainer.
+            weights: those of the base model.
             adapter: of a LoRA run.
         """
         record = {
             "class_names": self.splits.class_names,
             "model_type": classifier.model.config.model_type,
+            "base_model_weights": weights.record(),
             "selection": results["selection"],
             "notes": self.splits.notes,
             "prototypes": classifier.head.source,
@@ -250,7 +254,8 @@ class RunFolder:
         with files.atomic_folder(self.path) as folder:
             classifier.save_pretrained(folder)
             if adapter:
-                base, revision = self.identity["base_model"], self.identity["base_model_revision"]
+                # Whoever opens the adapter with stock tools gets the weights that it was trained on, as safetensors.
+                base, revision = self.identity["base_model"], weights.converted or self.identity["base_model_revision"]
                 adapter.save_pretrained(folder / files.ADAPTER_FOLDER, cards.public_name(base), revision)
             sheet.predictions_table(predictions).to_parquet(folder / files.PREDICTIONS_FILE)
             sheet.contact_sheet(self.splits.test, predictions).save(folder / files.SHEET_FILE, optimize=True)

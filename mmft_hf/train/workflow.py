@@ -227,7 +227,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
 
     # -- the untuned model: baseline, and first candidate --------------------------------------------------------------
     set_seed(config.seed)
-    load = partial(load_model, model_args.model_name_or_path, model_args.model_revision)
+    load = partial(load_model, model_args.model_name_or_path, model_args.model_revision, model_args.allow_pickle)
     model, processor = load()
     model.to(config.device)
 
@@ -289,7 +289,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
         predictions.report(), zero_shot_test.report(), validations, train_metrics, state, zero_shot_won
     )
     if is_main():
-        folder.save(chosen, predictions, metrics, state, adapter)
+        folder.save(chosen, predictions, metrics, state, untuned.model.mmft_weights, adapter)
     result = FinetuneResult(folder.path, metrics, chosen.head.fallback_classes)
     reporter.finished(result)
     if config.push_to_hub and is_main():

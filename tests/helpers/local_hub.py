@@ -53,6 +53,7 @@ TOKENS = {
     "hf_bob": {"user": "bob", "orgs": [], "role": "write"},
 }
 CHUNK = 2**16
+CONVERSION = "Adding `safetensors` variant of this model"
 CDN = re.compile(r"/cdn/(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})(/(?P<rest>.+))?")
 
 
@@ -124,6 +125,12 @@ class Hub(Api):
         repo.lfs |= {entry.sha256 for entry in entries.values() if entry.sha256}
         ref = revision if revision in repo.refs else f"refs/heads/{revision}"
         return repo.write(ref, {**head.files, **entries}, "put", repo.owner, parents=(head.sha,)).sha
+
+    def convert(self, name: str, files: dict[str, bytes], user: str = "SFconvertbot", title: str = CONVERSION) -> int:
+        """Opens a pull request, by default that of the Hub's bot, which adds safetensors to a model. Returns its number."""
+        number = self._open(self.repo(name), title, "", user, True, "open")["num"]
+        self.put(name, files, revision=f"refs/pr/{number}")
+        return number
 
     def environment(self, token: str | None = None, home: str = "home", **more: str | None) -> dict[str, str]:
         """For child processes. `home` names the folder of HF_HOME: another one is an empty cache. None takes away."""

@@ -58,6 +58,7 @@ class Context:
         config: settings of all fine-tuning methods.
         learning_rates: each training runs once with each of them, and validation chooses. Default: the config's one.
         min_steps: trainings on few images take at least this many steps.
+        allow_pickle: as in `load_model`.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class Context:
         config: MMFTConfig,
         learning_rates: Sequence[float] | None = None,
         min_steps: int = 0,
+        allow_pickle: bool = False,
     ):
         self.config, self.learning_rates = config, tuple(learning_rates or [config.learning_rate])
         self.min_steps = min_steps
         self._batches = config.per_device_eval_batch_size, config.on_bad_image
-        self.model, self.processor = load_model(model_name, revision)
+        self.model, self.processor = load_model(model_name, revision, allow_pickle)
         self.model.to(config.device)
         self.scale = logit_scale(self.model).item()
         self._trained: dict[tuple, Trained] = {}

@@ -54,7 +54,8 @@ def revision_of(model: str, revision: str | None) -> str | None:
     """Distinguishes models with the same name: the commit on the Hub, 16 hex digits of the hash of a folder's files."""
     folder = Path(model)
     if folder.is_dir():
-        files = sorted([*folder.glob("*.safetensors"), *(folder / name for name in (*MODEL_FILES, ADAPTER_FILES[0]))])
+        weights = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+        files = sorted([*weights, *(folder / name for name in (*MODEL_FILES, ADAPTER_FILES[0]))])
         contents = {path.name: content_hash({"path": str(path)}).hex() for path in files if path.is_file()}
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
     if model.startswith("builtin/"):
