@@ -69,7 +69,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if base := identity.get("base_model"):
         try:
             # The commit of the training, if the main branch has moved on.
-            commit = (record.get("base_model_weights") or {}).get("commit")
+            commit = record.get("base_model_weights", {}).get("commit")
             model, processor = load_model(base, identity.get("base_model_revision") or commit, args.allow_pickle)
             model.to(default_device())
             head = ClassPrototypes.from_templates(

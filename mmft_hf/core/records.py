@@ -41,6 +41,7 @@ class RunRecord(_Run, total=False):
 
     data: dict
     class_names: ClassNames
+    base_model_weights: BaseWeights
     files: dict[str, str]
     sha256: str
 
@@ -103,6 +104,28 @@ class Sources(TypedDict):
     device: str | None
 
 
+class BaseWeights(TypedDict, total=False):
+    """Where the weights of the base model are from, see `model.weights.Weights`."""
+
+    commit: str | None
+    converted: str | None
+    reference: str | None
+    pickled: bool
+
+
+class KeptConversion(TypedDict):
+    """The Hub's conversion of one commit of a model, in our cache."""
+
+    commit: str
+    reference: str
+
+
+class WeightsIndex(TypedDict):
+    """`model.safetensors.index.json`, as far as we read it ourselves: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
 class _CardIdentity(_Identity):
     base_model_revision: str | None
     vision_tower: Literal["full", "lora", "frozen"]
@@ -123,15 +146,19 @@ class CardIdentity(_CardIdentity, total=False):
     template_weight: float
 
 
-class CardRecord(TypedDict):
-    """`mmft.json` of a finished run, as its card tells it."""
-
+class _CardRecord(TypedDict):
     identity: CardIdentity
     class_names: ClassNames
     notes: list[str]
     prototypes: Literal["captions", "template", "templates", "images"]
     sources: Sources
     versions: dict[str, str]
+
+
+class CardRecord(_CardRecord, total=False):
+    """`mmft.json` of a finished run, as its card tells it."""
+
+    base_model_weights: BaseWeights
 
 
 class _Results(TypedDict):
@@ -155,7 +182,18 @@ class _Results(TypedDict):
 class RunResults(_Results, total=False):
     """`all_results.json`."""
 
+    selection_metric: Literal["accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss"]
     test_top5_accuracy: Share
+    zero_shot_test_top5_accuracy: Share
+    validation_top5_accuracy: Share
+    zero_shot_validation_top5_accuracy: Share
+    zero_shot_test_mean_per_class_accuracy: Share
+    validation_mean_per_class_accuracy: Share
+    zero_shot_validation_mean_per_class_accuracy: Share
+    test_loss: float
+    zero_shot_test_loss: float
+    validation_loss: float
+    zero_shot_validation_loss: float
     validation_skipped_images: Count
     seed: int
 

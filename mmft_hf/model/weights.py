@@ -19,7 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.console import is_main
 from ..core.errors import UserError
-from ..core.files import WEIGHTS_INDEX, read_json, write_json
+from ..core.files import WEIGHTS_INDEX, write_json
+from ..core.reading import read_json
+from ..core.records import KeptConversion, WeightsIndex
 from ..data.cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -167,10 +169,9 @@ def _shards(path: Path) -> list[str]:
     """
     if path.suffix != ".json":
         return []
-    content = read_json(path)
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise UserError(f"{path}: expected an index of weights with a weight_map of file names, found another content.")
+    shards = read_json(path, WeightsIndex)["weight_map"]
+    if not shards:
+        raise UserError(f"{path}, field weight_map: expected the files of the weights, found none.")
     names = sorted(set(shards.values()))
     if outside := [shard for shard in names if Path(shard).name != shard or "\\" in shard]:
         raise UserError(f"{path}: expected file names in the same folder, found {outside[0]!r}.")
@@ -189,12 +190,11 @@ def _conversion(name: str, commit: str, **hub) -> tuple[str | None, str | None, 
     commit has. The answer is kept, so that the weights stay the same, and are found without a network.
     """
     path = cache_folder("conversions") / f"{name.replace('/', '--')}.json"
-    known = read_json(path)
-    known = known if isinstance(known, dict) else {}
-    if isinstance(kept := known.get(commit), dict):
-        converted, reference = str(kept.get("commit")), str(kept.get("reference"))
-        if COMMIT.fullmatch(converted):
-            return converted, reference, ""
+    known: dict = {}
+    with contextlib.suppress(UserError, FileNotFoundError):  # damaged: it is only a cache
+        known = read_json(path, dict[str, KeptConversion])
+    if commit in known and COMMIT.fullmatch(known[commit]["commit"]):
+        return known[commit]["commit"], known[commit]["reference"], ""
     if hub.get("local_files_only"):
         return None, None, "the Hub was not asked for a conversion"
     api = HfApi(token=hub.get("token"))

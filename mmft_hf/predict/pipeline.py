@@ -58,7 +58,7 @@ class ModelWithHead:
             if adapter:
                 model.load_adapter(name, adapter_kwargs={"revision": revision, **hub})
         except UserError as error:
-            told = " In Python, pass model_kwargs={'allow_pickle': True}." if "--allow_pickle" in str(error) else ""
+            told = " In Python, pass model_kwargs={'allow_pickle': True}." if "allow_pickle true" in str(error) else ""
             raise NoWeights(f"{error}{told}") from error
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

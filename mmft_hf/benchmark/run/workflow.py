@@ -123,9 +123,7 @@ def run_benchmark(
         context = None
         if left:
             model, revision = model_args.model_name_or_path, model_args.model_revision
-            context = Context(
-                model, revision, config, args.learning_rates, args.min_steps, model_args.allow_pickle
-            )
+            context = Context(model, revision, config, args.learning_rates, args.min_steps, model_args.allow_pickle)
         rows = grid.run(context)
         page = None
         if first:

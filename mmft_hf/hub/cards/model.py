@@ -84,6 +84,7 @@ def model_card(
         title=title,
         record=record,
         results=results,
+        metric=_metric(results),
         images=images,
         family=FAMILIES[record.get("model_type", "clip")],
         class_names=Markup(listed(md(name, 60) for name in shown)),
@@ -108,6 +109,13 @@ def _read(folder: Path, name: str, schema) -> dict:
         return read_json(folder / name, schema, REMEDY)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: expected {name} of a finished run in it, found none.") from error
+
+
+def _metric(results: Mapping) -> str:
+    """The metric that selected, if the results have all of its values; else accuracy, as in version 0.1."""
+    metric = results.get("selection_metric", "accuracy")
+    whole = all(f"{of}{split}_{metric}" in results for of in ("", "zero_shot_") for split in ("test", "validation"))
+    return metric if whole else "accuracy"
 
 
 def write_model_card(folder: str | Path) -> None:
