@@ -68,6 +68,7 @@ from .averaging import WeightAveraging
 from .checkpoints import TrainingCheckpoints, is_checkpoint
 from .config import MMFTConfig
 from .frozen import FrozenTowers
+from .learnable import check_learnable, check_weights
 from .progress import EpochLines
 from .pushes import STAY, TrainingPushes
 from .sharding import ShardedTraining
@@ -182,6 +183,10 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
         # -- loss and batches --------------------------------------------------------------------------------------
         self.terms = terms_of(loss, args)
+        if train_dataset is not None:
+            for note in check_learnable(train_dataset["label"][:], self.terms, args, model):
+                if args.process_index == 0:
+                    logger.warning(note)
         self.loss_weights: list[float] = []  # of the present step
         self.mean_weights: dict[str, float] = {}  # as of the last log, by the name of the term
         add_embedding_forward(model, {term.name: term.parameters for term in self.terms})
@@ -478,14 +483,16 @@ class _Beginnings(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # A schedule is looked at before the first step, at up to a thousand of its steps.
+        for step in range(0, state.max_steps, 1 + state.max_steps // 1000):
+            check_weights(self.trainer.terms, step, state.max_steps)
         # A second training, or a restart after memory ran out, counts its steps from 0 with other weights.
         self.trainer.forget_prototypes()
         self.trainer._sums.clear()
         self.trainer._unseen_losses.clear()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        step = (state.global_step, state.max_steps)
-        self.trainer.loss_weights = [t.weight(*step) if callable(t.weight) else t.weight for t in self.trainer.terms]
+        self.trainer.loss_weights = check_weights(self.trainer.terms, state.global_step, state.max_steps)
 
     # The stock call misses a wrapped loader, as after a resume within an epoch on several processes.
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -40,8 +40,10 @@ from ..predict.heads import ClassPrototypes
 from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
 from .config import MMFTConfig
+from .learnable import check_learnable
 from .run_folder import RunFolder
 from .selection import check_metric, is_better
+from .terms import terms_of
 from .trainer import MMFTTrainer
 
 IN_MEMORY = "in-memory data"  # recorded as the name of a dataset that was given as an object
@@ -213,6 +215,8 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
         config.hub_model_id = name
     splits = load_splits(data_args, dataset)
     metric = check_metric(config.metric_for_best_model, splits.class_names)
+    labels, terms = splits.train["label"][:], terms_of(None, config)
+    check_learnable(labels, terms, config)
     folder = RunFolder(config.output_dir, model_args, data_args, config, splits)
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
@@ -240,6 +244,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
         shard=True,
     )
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
+    check_learnable(labels, terms, config, model)
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
     untuned_validation = score(
         ImageClassifier(model, processor, zero_shot), splits.validation, name="validation"
