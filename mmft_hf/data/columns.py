@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, Value
+from datasets import Dataset, Image, IterableDataset, Value
 
 from ..core.errors import UserError
 
@@ -88,14 +88,14 @@ def undecoded(dataset: Dataset, column: str, where: str) -> Dataset:
 def check_plain(name: str, dataset) -> None:
     """Raises `UserError` unless this is a `Dataset` whose rows come as they are stored."""
     if not isinstance(dataset, Dataset):
-        how = (
-            "Dataset.from_list(list(dataset)), or load_dataset(…) without streaming=True"
-            if hasattr(dataset, "__iter__")
-            else ("datasets.Dataset.from_dict({…})")
-        )
+        how = "Give one as a datasets.Dataset, for example with datasets.Dataset.from_dict({…})."
+        if isinstance(dataset, Mapping):
+            how = f"Give one of its splits: {', '.join(map(repr, dataset))}."
+        elif isinstance(dataset, IterableDataset):
+            how = "Load it without streaming=True, or collect it: Dataset.from_generator(lambda: iter(dataset))."
         raise UserError(
             f"{name}: expected a datasets.Dataset, whose rows can be counted and drawn in any order, found "
-            f"{type(dataset).__name__}. Use {how}."
+            f"{type(dataset).__name__}. {how}"
         )
     if dataset.format["type"] is not None:
         kind = "a transform" if dataset.format["type"] == "custom" else f"the format {dataset.format['type']!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from datasets.features.features import generate_from_arrow_type
 
 from ..core.arguments import DataArguments
 from ..core.errors import UserError
-from .columns import cast_array
+from .columns import IMAGE, cast_array
 from .images import PICTURE_SUFFIXES
+from .web_tar import read_tar
 
 BATCH_BYTES = 32 * 2**20
 
@@ -53,7 +55,7 @@ def read_table_file(path: Path, args: DataArguments) -> TableFile:
         return READERS[path.suffix.lower()](path, args)
     except UserError:
         raise
-    except (pa.ArrowException, OSError, ValueError, RecursionError, OverflowError, KeyError, TypeError) as error:
+    except (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, RecursionError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"{path}: expected a file of type {path.suffix.lower()}, found one that cannot be read ({reason}). Write the file again."
@@ -263,6 +265,24 @@ def _in_memory(path: Path, table: pa.Table, notes: list[str]) -> TableFile:
     return TableFile(path, file.features, file.batches, notes + file.notes)
 
 
+def _tar(path: Path, args: DataArguments) -> TableFile:
+    table, images, notes = read_tar(path, args.label_column)
+    table = table.drop_columns([args.image_column] * (args.image_column in table.column_names))
+    schema = pa.schema([(args.image_column, IMAGE), *((field.name, field.type) for field in table.schema)])
+
+    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
+        start = 0
+        for pictures in images:
+            part = table.slice(start, len(pictures)).combine_chunks().to_batches()
+            rest = [part[0].column(name) for name in table.column_names] if part else []
+            batch = pa.RecordBatch.from_arrays([cast_array(pictures, IMAGE), *rest], schema=schema)
+            yield batch.select(columns)
+            start += len(pictures)
+
+    file = _typed(path, schema, batches)
+    return TableFile(path, file.features, file.batches, notes + file.notes)
+
+
 READERS = {
     ".parquet": _parquet,
     ".arrow": _arrow,
@@ -270,4 +290,5 @@ READERS = {
     ".tsv": _csv,
     ".jsonl": _json,
     ".json": _json,
+    ".tar": _tar,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -85,8 +86,15 @@ def _local(path: str, base: str) -> str:
 
 
 def _inside(path: str, base: str) -> bool:
-    """Whether a path lies in a folder, as it is written or once links to the folder are resolved."""
-    return _below(path, base) or _below(os.path.realpath(os.path.dirname(path)), os.path.realpath(base))
+    """Whether a path lies in a folder, as it is written or under another name of the folder."""
+    return _below(path, base) or _leads_into(os.path.dirname(path), base)
+
+
+@functools.cache
+def _leads_into(folder: str, base: str) -> bool:
+    real = os.path.realpath(base)
+    above = [folder, *map(str, Path(folder).parents)]
+    return _below(os.path.realpath(folder), real) or any(os.path.realpath(place) == real for place in above)
 
 
 def _below(path: str, folder: str) -> bool:

@@ -179,28 +179,24 @@ class ClassList:
             return cls.of_names(labels.names)
         typed = [one_form(name) for name in typed]
         refuse_equal(typed)
-        if labels.names is None:
-            return cls(typed, {}, typed=True)
-        used = labels.used()
+        by_name = {name: number for number, name in enumerate(typed)}
+        used = [] if labels.names is None else labels.used()
         if set(used) <= set(typed):
-            return cls(typed, {name: number for number, name in enumerate(typed)}, typed=True)
-        if all(map(_is_number, used)):
+            return cls(typed, by_name, typed=True)
+        if all(map(_is_number, used)) and not set(used) & set(typed):
             values = sorted(map(int, used))
-            if values == list(range(len(typed))) or (
-                partial and len(set(values)) == len(values) and values[-1] < len(typed)
-            ):
-                return cls(typed, {name: int(name) for name in labels.names if _is_number(name)}, typed=True)
-        elif (
-            labels.ordered
-            and len(typed) == len(labels.names)
-            and not set(map(same_name, typed)) & set(map(same_name, labels.names))
-        ):
-            pairs = [
-                f"{number} {own} is now {name}"
-                for number, (own, name) in enumerate(zip(labels.names, typed, strict=True))
-            ]
-            note = f"--class_names renames the classes by their numbers: {some(pairs, 3)}."
-            return cls(typed, {own: number for number, own in enumerate(labels.names)}, typed=True, note=note)
+            fit = len(set(values)) == len(values) and values[-1] < len(typed)
+            if fit and (partial or len(values) == len(typed)):
+                numbers = {name: int(name) for name in labels.names if _is_number(name) and int(name) < len(typed)}
+                return cls(typed, by_name | numbers, typed=True)
+        elif labels.ordered and len(typed) == len(labels.names):
+            own = {same_name(name): number for number, name in enumerate(labels.names)}
+            if all(own.get(same_name(name), number) == number for number, name in enumerate(typed)):
+                pairs = zip(range(len(typed)), labels.names, typed, strict=True)
+                renamed = [f"{number} {before} is now {now}" for number, before, now in pairs if before != now]
+                note = f"--class_names renames the classes by their numbers: {some(renamed, 3)}."
+                numbers = {name: number for number, name in enumerate(labels.names)}
+                return cls(typed, by_name | numbers, typed=True, note=note)
         raise UserError(
             f"--class_names: expected the data's own {len(labels.names)} names in any order ({some(labels.names, 20)}), found "
             f"{len(typed)} names ({some(typed, 20)}). Names of other classes are taken where the data have the numbers 0, 1, … "

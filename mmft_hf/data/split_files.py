@@ -12,6 +12,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from ..core.errors import UserError
+from .image_paths import resolve_paths
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
@@ -29,7 +30,7 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
         numbers. None if the file is something else.
 
     Raises:
-        UserError: other splits or rows; a class with two names; an image that is missing or listed twice.
+        UserError: other splits or rows; a class with two names; an image that is missing, elsewhere, or listed twice.
     """
     file = Path(name)
     try:
@@ -56,6 +57,10 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
     paths = Counter(path for rows in found.values() for path, _, _ in rows)
     if twice := [path for path, count in paths.items() if count > 1]:
         raise UserError(f"{what} each image once, found {len(twice):,} repeated, for example {twice[0]}.")
+    files = {
+        split: resolve_paths([path for path, *_ in rows], [root], None, f"split file {name!r}, split {split!r}")
+        for split, rows in found.items()
+    }
     if missing := [path for path in paths if not (root / path).is_file()]:
         raise UserError(
             f"{what} its images in {root}, found {len(paths) - len(missing):,} of {len(paths):,}; missing is for example "
@@ -66,7 +71,7 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
     return DatasetDict(
         {
             SPLITS[split]: Dataset.from_dict(
-                {"image": [str(root / path) for path, _, _ in rows], "label": [position[n] for _, n, _ in rows]},
+                {"image": files[split], "label": [position[n] for _, n, _ in rows]},
                 features,
             )
             for split, rows in found.items()

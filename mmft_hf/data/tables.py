@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def open_table(name: str, path: Path, args: DataArguments) -> RawData:
     if suffix not in READERS:
         pickle = " A pickle can run any code when it is opened: type --dataset_name split_zhou_X.json --shots 16."
         raise UserError(
-            f"dataset {name!r}: expected a .csv, .jsonl or .parquet file, or a CoOp split file (.json), found "
+            f"dataset {name!r}: expected a file of type {', '.join(READERS)}, or a CoOp split file (.json), found "
             f"{path.suffix!r}. For a folder of images type --dataset_name FOLDER.{pickle * (path.suffix == '.pkl')}"
         )
     if suffix == ".json" and (splits := read_split_file(name, args.image_root)):
@@ -96,7 +97,7 @@ def _rows_of(file: TableFile) -> Dataset:
     key = file.text if file.text is not None else (str(file.path.resolve()), stat.st_size, stat.st_mtime_ns)
     try:
         return mapped(key, file.features, file.batches())
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(
             f"{file.path}: expected rows that can be read and copied to the cache of datasets, found an error "
             f"({str(error).splitlines()[0].rstrip('.')}). Write the file again, or make room there (HF_HOME names its folder)."

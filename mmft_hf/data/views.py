@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image
 from torch.utils.data import Dataset as TorchDataset
 
+from ..core.console import some
 from ..core.errors import UserError
 from .cache import DecodedPictures, Features
+from .columns import check_plain, column_of, with_values
 from .images import BadImage, random_crop_box, read_image
+from .labels import MISSING, one_form
 from .sampling import IGNORED, PADDING, generator
 from .splits import captions_of, labels_of
 from .texts import DEFAULT_TEMPLATE, class_prompt, training_text
@@ -86,10 +91,11 @@ class TextView:
 
 
 def text_rows(dataset: Dataset) -> Iterator[dict]:
-    """The rows of a dataset as `TextView` takes them, without opening a picture."""
+    """The labelled rows of a dataset as `TextView` takes them, without opening a picture."""
     captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
     for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
-        yield {"label": label, "captions": value}
+        if label != IGNORED:
+            yield {"label": label, "captions": value}
 
 
 class ImageView(TorchDataset):
@@ -221,6 +227,8 @@ class TrainingView(ImageView):
                 break
         else:
             raise UserError("none of the training images can be read.")
+        if values["label"] == IGNORED:
+            return self.no_example() | {"box": None, "skipped": skipped} | self._no_text()
         image = values[self.key]
         crop = None
         if self.crop_min_area < 1:
@@ -229,18 +237,48 @@ class TrainingView(ImageView):
         return {self.key: image, "box": box, "label": values["label"], "skipped": skipped} | self._text(text)
 
 
-def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> None:
-    """Raises `UserError` unless there are images and labels with class names, namely those given, if any."""
+def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> Dataset:
+    """The dataset, its labels as numbers of the class names of the training.
+
+    Args:
+        name: of the argument, for messages.
+        class_names (*optional*): of the training. Labels are matched by name. Default: the dataset's own.
+
+    Raises:
+        UserError: no `Dataset` of rows as they are stored; no image or label; labels without class names, another class, or a
+            row without a class. Rows labelled -100 are left out by the training.
+    """
+    check_plain(name, dataset)
     for column in ("image", "label"):
         if column not in dataset.column_names:
             raise UserError(
                 f"{name}: expected columns image and label, found {', '.join(dataset.column_names)}. Use "
                 "mmft_hf.load_captioned_dataset(…), or dataset.rename_columns({…})."
             )
-    if not isinstance(dataset.features["label"], ClassLabel):
+    kind = dataset.features["label"]
+    if not isinstance(kind, ClassLabel):
         raise UserError(
-            f"{name}: expected labels with class names (ClassLabel), found {dataset.features['label']}. Use "
+            f"{name}: expected labels with class names (ClassLabel), found {kind}. Use "
             "mmft_hf.load_captioned_dataset(…), or dataset.class_encode_column('label')."
         )
-    if class_names is not None and dataset.features["label"].names != class_names:
-        raise UserError(f"{name}: expected the class names of train_dataset, in the same order.")
+    codes = pc.fill_null(column_of(dataset, "label"), MISSING).to_numpy()
+    wrong = np.flatnonzero(((codes < 0) & (codes != IGNORED)) | (codes >= len(kind.names)))
+    if len(wrong):
+        found = "no label" if codes[wrong[0]] == MISSING else f"the label {codes[wrong[0]]}"
+        raise UserError(
+            f"{name}, row {wrong[0]}: expected a class from 0 to {len(kind.names) - 1}, found {found} ({len(wrong):,} such rows). "
+            f"Leave such rows out: dataset.filter(lambda label: 0 <= label < {len(kind.names)}, input_columns='label')."
+        )
+    if class_names is None or kind.names == class_names:
+        return dataset
+    known = {one_form(name): number for number, name in enumerate(class_names)}
+    table = np.array([known.get(one_form(own), MISSING) for own in kind.names])
+    used = np.unique(codes[codes != IGNORED])
+    if (table[used] == MISSING).any():
+        other = [kind.names[code] for code in used if table[code] == MISSING]
+        raise UserError(
+            f"{name}: expected the classes of train_dataset ({some(class_names)}), found others: {some(other)}. Rename them, or leave "
+            "their rows out."
+        )
+    codes = np.where(codes == IGNORED, IGNORED, table[codes])
+    return with_values(dataset, "label", pa.array(codes), ClassLabel(names=class_names))

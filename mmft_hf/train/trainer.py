@@ -163,10 +163,10 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             )
         self.class_names: list[str] | None = None
         if train_dataset is not None:
-            check_dataset("train_dataset", train_dataset)
+            train_dataset = check_dataset("train_dataset", train_dataset)
             self.class_names = train_dataset.features["label"].names
         if eval_dataset is not None:
-            check_dataset("eval_dataset", eval_dataset, self.class_names)
+            eval_dataset = check_dataset("eval_dataset", eval_dataset, self.class_names)
         else:
             if args.eval_strategy != "no":
                 logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
@@ -263,7 +263,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                     )
             else:
                 name = "validation" if description == "Evaluation" else description.lower()
-                check_dataset(f"{name} data", dataset, self.class_names)
+                dataset = check_dataset(f"{name} data", dataset, self.class_names)
                 view = ImageView(dataset, self.args.on_bad_image, name)
             self._frozen.attach(view, dataset)
             dataset = PreparedRows.of(view, self.data_collator)

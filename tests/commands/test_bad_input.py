@@ -267,7 +267,7 @@ def test_no_data_there(fails, finetune, tmp_path):
     (tmp_path / "empty").mkdir()
     fails(finetune(data=tmp_path / "empty"), "found an empty folder")
     (tmp_path / "data.txt").write_text("x")
-    fails(finetune(data=tmp_path / "data.txt"), "expected a .csv, .jsonl or .parquet file", "'.txt'")
+    fails(finetune(data=tmp_path / "data.txt"), "expected a file of type .parquet, .arrow, .csv", "'.txt'")
     fails(finetune(data="builtin/emoji-maxi"), "builtin/emoji-maxi", "expected one of", "builtin/emoji-mini")
 
 
