@@ -32,7 +32,7 @@ def resolve_paths(
         where: the file and column, for messages.
 
     Raises:
-        UserError: a picture elsewhere; a network address, which is never fetched; none of the pictures exists.
+        UserError: a picture elsewhere; a network address, which is never fetched.
     """
     first = next((path for path in paths if path), None)
     if first is None:
@@ -67,11 +67,6 @@ def resolve_paths(
             f"{where}, row {row}: expected pictures in {base}, found {path} elsewhere ({len(outside):,} such rows). A table may name "
             f"pictures beside it alone. If you want these to be read, type --image_root {shlex.quote(common)}"
             + ("." if os.path.isabs(path) else " and write paths that are relative to it.")
-        )
-    if not any(map(os.path.exists, filter(None, found))):
-        raise UserError(
-            f"{where}: expected pictures in {' or '.join(bases)}, found none of {len(found):,}; missing is for example {first}. "
-            "Type --image_root FOLDER, which the paths are relative to."
         )
     return found
 

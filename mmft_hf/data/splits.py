@@ -256,7 +256,23 @@ def _load(
             data[split] = (
                 data[split].remove_columns("label").add_column("label", values, feature=ClassLabel(names=names))
             )
+    for split, rows in data.items():
+        _refuse_absent(rows, f"column {args.image_column!r}, split {split!r}")
     return _Loaded(data, kept, known or classes, has_captions, notes)
+
+
+def _refuse_absent(dataset: Dataset, where: str) -> None:
+    """Raises `UserError` if all pictures are files, and none of them is there."""
+    chunks = column_of(dataset, "image").chunks
+    if any(chunk.field("bytes").null_count < len(chunk) for chunk in chunks):
+        return
+    paths = (path.as_py() for chunk in chunks for path in chunk.field("path"))
+    first = next(filter(None, paths))
+    if not os.path.exists(first) and not any(map(os.path.exists, filter(None, paths))):
+        raise UserError(
+            f"{where}: expected the pictures' files, found none of {len(dataset):,}; missing is for example {first}. Type "
+            "--image_root FOLDER, which the paths are relative to."
+        )
 
 
 def _rows_with_class(labels: Labels, on_missing: str, notes: list[str]) -> np.ndarray:

@@ -274,7 +274,7 @@ def test_no_data_there(fails, finetune, tmp_path):
 def test_damaged_data_file_gives_the_reason(fails, finetune, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"image": "a.png", "label": \n')
-    fails(finetune(data=path), "a.jsonl", "could not be opened", "JSON parse error")
+    fails(finetune(data=path), "a.jsonl, line 1: expected one JSON object per line", "Correct the line")
 
 
 def test_pictures_without_class_folders(fails, finetune, tmp_path):
@@ -328,7 +328,11 @@ def test_text_label_that_training_does_not_have(fails, finetune, tmp_path):
 def test_row_without_a_label(fails, finetune, tmp_path):
     rows = [{"image": f"{i}.png", "label": "cat" if i % 2 else "dog"} for i in range(8)]
     rows[5]["label"] = None
-    fails(finetune(data=write_jsonl(tmp_path / "a.jsonl", rows)), "split 'train', row 5", "None")
+    fails(
+        finetune(data=write_jsonl(tmp_path / "a.jsonl", rows)),
+        "split 'train', row 5: expected a class, found none",
+        "1 of 8 rows",
+    )
 
 
 def test_bare_numbers_without_names(fails, finetune, tmp_path):
@@ -339,12 +343,14 @@ def test_bare_numbers_without_names(fails, finetune, tmp_path):
 def test_labels_of_the_wrong_type(fails, finetune, tmp_path):
     rows = [{"image": f"{i}.png", "label": i / 3, "list": [1]} for i in range(9)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    fails(finetune(data=path), "expected class names or numbers", "float64")
+    fails(finetune(data=path), "row 1: expected a class, found the number 0.333333 with a fraction")
     fails(finetune("--label_column", "list", data=path), "expected class names or numbers", "List")
 
 
 def test_wrong_number_of_class_names(fails, finetune):
-    fails(finetune("--class_names", "a", "b"), "--class_names", "expected 3 names", "found 2")
+    fails(
+        finetune("--class_names", "a", "b"), "--class_names", "expected the data's own 3 names", "found 2 names (a, b)"
+    )
 
 
 def test_class_without_a_training_image(fails, finetune, data_with):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,7 @@ def test_tables_of_other_tools(kind, suffix, tmp_path):
     table = pa.table([image, label], schema=pa.schema(fields))
     path = tmp_path / f"all.{'arrow' if suffix == 'stream' else suffix}"
     if suffix == "parquet":
-        pq.write_table(table, path, row_group_size=3)
+        pq.write_table(table, path, row_group_size=None if "views" in kind else 3)  # pyarrow cannot cut views
     else:
         new = pa.ipc.new_stream if suffix == "stream" else pa.ipc.new_file
         with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
@@ -103,13 +104,13 @@ def test_tables_of_other_tools(kind, suffix, tmp_path):
         (pa.int8(), [0, 1]),
         (pa.uint16(), [0, 1]),
         (pa.float32(), [0, 1]),
-        (pa.decimal128(10, 2), [0, 1]),
+        (pa.decimal128(10, 2), [Decimal(0), Decimal(1)]),
         (pa.dictionary(pa.int8(), pa.int64()), [0, 1]),
     ],
 )
 def test_whole_numbers_of_any_type_take_typed_names(kind, values, tmp_path):
     labels = [values[name == "dog"] for name in NAMES]
-    array = pa.array(labels).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(labels).cast(kind)
+    array = pa.array(labels).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(labels, kind)
     pq.write_table(pa.table({"image": BYTES, "label": array}), tmp_path / "all.parquet")
     assert "plain numbers" in refused(tmp_path / "all.parquet")
     read_right(tmp_path / "all.parquet", class_names=["cat", "dog"])
@@ -127,7 +128,7 @@ def test_other_columns_of_any_type_stay_or_are_named(tmp_path):
             "image": BYTES,
             "label": NAMES,
             "when": pa.array([0] * n, pa.timestamp("us", "UTC")),
-            "price": pa.array([1] * n).cast(pa.decimal128(10, 2)),
+            "price": pa.array([Decimal("1.5")] * n, pa.decimal128(10, 2)),
             "words": pa.array([["a", None]] * n, pa.large_list(pa.large_string())),
             "pairs": pa.array([[("a", 1)]] * n, pa.map_(pa.string(), pa.int8())),
         }
@@ -135,7 +136,10 @@ def test_other_columns_of_any_type_stay_or_are_named(tmp_path):
     pq.write_table(table, tmp_path / "all.parquet")
     splits = load_splits(DataArguments(dataset_name=str(tmp_path / "all.parquet")))
     assert splits.train["words"][0] == ["a", None] and {"when", "price"} <= set(splits.train.column_names)
-    assert splits.notes[0] == "all.parquet: columns of a type that is not read are left out: pairs (map<string, int8>)."
+    assert (
+        splits.notes[0]
+        == "all.parquet: columns of a type that is not read are left out: pairs (map<string, int8 ('pairs')>)."
+    )
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -301,7 +305,7 @@ def test_csv_that_is_not_utf8_is_said(pictures, tmp_path):
         ("image,label\nC:\\pics\\a.png,cat\n", r"row 0: .*found 'C:\\\\pics"),
         (
             "image,label\npics/none.png,cat\n",
-            "found none of 1; missing is for example pics/none.png. Type --image_root",
+            "found none of 1; missing is for example .*/pics/none.png. Type --image_root",
         ),
         ("photo,label\npics/cat_0.png,cat\n", "column 'image' for the image is missing: found photo, label"),
     ],
@@ -321,7 +325,7 @@ def test_csv_files_that_are_refused(text, message, pictures, tmp_path):
         ["007", "7e1"],
         ["1e3", "1e4"],
         ["1.10", "1.2"],
-        ["inf", "-inf"],
+        ["inf", "infinity"],
         ["2020-01-01", "2020-01-02"],
         ["yes", "no"],
     ],
@@ -351,7 +355,7 @@ def test_numbers_in_a_csv_file(pictures, tmp_path):
     path.write_text(csv_of([(p, new[c]) for p, c in pictures]))
     message = refused(path)
     assert "row 0: expected a class, found the number 0.5 with a fraction" in message
-    assert "type --class_names 0.5 1.5" in message or "class_names=" in message
+    assert message.endswith("type class_names 0.5 1.5")
     assert everything(path, class_names=["1.5", "0.5"]) == sorted((new[c], c) for c in NAMES)
 
 
@@ -425,11 +429,10 @@ def test_a_table_names_no_picture_elsewhere(how, kind, pictures, tmp_path):
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)
     if how == "dots behind a link":  # is written out before it is opened
-        with pytest.raises(UserError, match="found data/private|elsewhere|No such file"):
-            for row in load_captioned_dataset(str(file))["train"].cast_column("image", Image(decode=False)):
-                read_image(row["image"])
+        found = load_captioned_dataset(str(file))["train"].cast_column("image", Image(decode=False))[1]["image"]["path"]
+        assert found == f"{data}/private/dog_0.png" and not os.path.exists(found)
         return
-    with pytest.raises(UserError, match="row 1: expected pictures in .*/data, found .* elsewhere") as caught:
+    with pytest.raises(UserError, match=r"row 1: expected pictures in .*/data, found .* elsewhere") as caught:
         load_captioned_dataset(str(file))
     assert str(tmp_path / "private") in str(caught.value)
     if how != "relative":
