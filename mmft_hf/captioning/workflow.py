@@ -17,6 +17,7 @@ from ..core.console import is_main, many, some
 from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import CARD_FILE, keeping
 from ..core.markdown import public_name
+from ..data.columns import check_plain
 from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
 from .arguments import CaptionArguments
 from .ask.captioner import Captioner
@@ -107,6 +108,7 @@ def caption_dataset(
 
 def _class_names(dataset: Dataset) -> list[str]:
     """The class names of a dataset that can be captioned; raises `UserError` for any other."""
+    check_plain("dataset", dataset)
     for column, kind in (("image", Image), ("label", ClassLabel)):
         if not isinstance(dataset.features.get(column), kind):
             found = ", ".join(f"{name} ({type(f).__name__})" for name, f in dataset.features.items())

@@ -57,7 +57,7 @@ def resolve_paths(
             )
         # Without `..`, which behind a link leads elsewhere.
         full = os.path.normpath(os.path.join(base, local))
-        if not _inside(full, base):
+        if not is_inside(full, base):
             outside.append((row, path, full))
         found.append(full)
     if outside:
@@ -80,7 +80,7 @@ def _local(path: str, base: str) -> str:
     return path
 
 
-def _inside(path: str, base: str) -> bool:
+def is_inside(path: str, base: str) -> bool:
     """Whether a path lies in a folder, as it is written or under another name of the folder."""
     return _below(path, base) or _leads_into(os.path.dirname(path), base)
 

@@ -10,6 +10,7 @@ from ..core.arguments import DataArguments
 from ..core.builtin import builtin
 from ..core.errors import UserError
 from .folders import open_folder
+from .hub_data import check_hub_data
 from .raw import NO_ROWS, RawData, empty_split
 from .tables import open_table
 
@@ -28,7 +29,11 @@ def open_source(args: DataArguments) -> RawData:
     if path.is_dir():
         return open_folder(args, path)
     try:
-        return RawData(load_dataset(name, args.dataset_config_name, revision=args.dataset_revision))
+        splits = load_dataset(name, args.dataset_config_name, revision=args.dataset_revision)
+        check_hub_data(splits, args)
+        return RawData(splits)
+    except UserError:
+        raise
     except Exception as error:  # datasets raises a different class for each builder
         if empty := NO_ROWS.search(str(error)):
             raise UserError(empty_split(name, empty[1])) from error

@@ -67,7 +67,7 @@ class Splits:
 def _add_ids(dataset: Dataset) -> Dataset:
     """Adds `source_row`, which still names a row after a split was divided, and `image_id`, file name and size."""
     ids = []
-    for chunk in dataset.data.column("image").chunks:
+    for chunk in column_of(dataset, "image").chunks:
         content, paths = chunk.field("bytes"), chunk.field("path")
         for size, path in zip(pc.binary_length(content).to_pylist(), paths.to_pylist(), strict=True):
             if size is None and path:
