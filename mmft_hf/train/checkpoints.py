@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -175,7 +176,9 @@ def check_best(checkpoint: Path, args: TrainingArguments) -> None:
         n: path for n, path in _checkpoints(Path(args.output_dir)).items() if n < step and _unusable(path) is None
     }
     again = (
-        f"--resume_from_checkpoint {earlier[max(earlier)]}" if earlier else "--overwrite_output_dir true to train again"
+        f"--resume_from_checkpoint {shlex.quote(str(earlier[max(earlier)]))}"
+        if earlier
+        else "--overwrite_output_dir true to train again"
     )
     raise UserError(
         f"--resume_from_checkpoint {checkpoint}: expected the best checkpoint so far, {best}, but {wrong}. Restore it, or type {again}."
@@ -350,7 +353,11 @@ class TrainingCheckpoints:
             found = last_whole_checkpoint(self.args.output_dir, but=Path(resume_from_checkpoint))
             raise UserError(
                 f"--resume_from_checkpoint {resume_from_checkpoint}: expected a complete checkpoint of this Trainer, but {wrong}"
-                + (f". Type --resume_from_checkpoint {found}." if found else "; there is none in the output folder.")
+                + (
+                    f". Type --resume_from_checkpoint {shlex.quote(found)}."
+                    if found
+                    else "; there is none in the output folder."
+                )
             )
         model = self.accelerator.unwrap_model(self.model)
         if resume_from_checkpoint:
