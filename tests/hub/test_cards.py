@@ -1,5 +1,6 @@
 """The cards: nothing but facts, no placeholder, snippets that run, metadata that the Hub reads, and no markup from data."""
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -9,10 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from caption_records import DETAILS, MIXED, captioned, record
 from card_tools import execute, ink, snippets
@@ -26,13 +29,14 @@ from PIL import Image
 from tiny_clip import COLOURS, colour_dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, pipeline
 
-import mmft_hf  # noqa: F401
+import mmft_hf
 from mmft_hf.captioning.write.card import caption_card
 from mmft_hf.captioning.write.report import caption_report
 from mmft_hf.captioning.write.statistics import CaptionStatistics
 from mmft_hf.cli import main
 from mmft_hf.core.markdown import code, fenced, md, public_name, read_front_matter
 from mmft_hf.hub.cards import card_for_repository, model_card
+from mmft_hf.hub.publish import inference_code
 
 PLACEHOLDERS = re.compile(r"TODO|FIXME|TBD|\[More|[Mm]ore [Ii]nformation|\bNone\b|\bnan\b|\$\w|FOLDER|YOUR_")
 EVIL = [
@@ -164,6 +168,64 @@ def test_snippets_of_the_model_card_run_and_agree(run, monkeypatch):
     assert type(model) is CLIPModel and model.get_text_features and model.get_image_features
     inputs = processor(text=["a red thing"], images=Image.open("predictions_test.png"), return_tensors="pt")
     assert model(**inputs).image_embeds.shape == (1, 32)
+
+
+@pytest.fixture
+def awkward(tmp_path) -> dict[str, Path]:
+    """A picture that is turned by its EXIF tag, and two that are transparent: each looks different if that is not heeded."""
+    left, clear = Image.new("RGB", (40, 60), (220, 30, 30)), Image.new("RGBA", (30, 40), (0, 0, 0, 0))
+    left.paste((40, 60, 220), (0, 0, 40, 15))
+    clear.paste((30, 180, 40, 255), (0, 0, 12, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    left.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    clear.save(tmp_path / "clear.png")
+    clear.quantize(8).save(tmp_path / "palette.png")
+    return {path.stem: path for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["turned", "clear", "palette"])
+def test_snippets_give_the_answers_of_predict_on_awkward_pictures(kind, awkward, run, monkeypatch):
+    monkeypatch.chdir(run)
+    path = awkward[kind]
+    classifier = mmft_hf.ImageClassifier.from_pretrained(".")
+    expected = {best["label"]: best["score"] for best in classifier.predict(path, top_k=3)}
+    naive = {best["label"]: best["score"] for best in classifier.predict(_naive(path), top_k=3)}
+    assert max(abs(naive[name] - score) for name, score in expected.items()) > 0.005  # the case can tell them apart
+    ours, stock, *_ = (
+        code.replace("predictions_test.png", str(path)) for code in snippets(Path("README.md").read_text())
+    )
+    found = [line.rsplit(" ", 1) for line in execute(stock).splitlines()]
+    assert {label: float(score) for label, score in found} == pytest.approx(expected, abs=2e-3)
+    for best in ast.literal_eval(execute(ours)):
+        assert best["score"] == pytest.approx(expected[best["label"]], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["turned", "clear", "palette", "long"])
+def test_the_published_inference_code_sees_what_predict_sees(kind, awkward, run, tmp_path, monkeypatch):
+    Image.new("RGB", (4000, 2), (40, 60, 220)).save(tmp_path / "long.png")
+    path = {**awkward, "long": tmp_path / "long.png"}[kind]
+    classifier = mmft_hf.ImageClassifier.from_pretrained(run)
+    module = types.ModuleType("mmft_inference")
+    exec(compile(inference_code(classifier.head), "mmft_inference.py", "exec"), vars(module))
+    image_processor = classifier.processor.image_processor
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *a, **k: sizes.append(size) or resize(image, size, *a, **k)
+    )
+    this = types.SimpleNamespace(image_processor=image_processor)
+    for source in (str(path), Image.open(path)):
+        pixels = module.MMFTImageClassificationPipeline.preprocess(this, source)["pixel_values"]
+        assert torch.equal(pixels, classifier.preprocess([path]))
+    assert max(width * height for width, height in sizes) <= 16 * 1600
+
+
+def _naive(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        plain = Image.new("RGB", image.size)
+        plain.paste(image.convert("RGB"))
+        return plain
 
 
 @pytest.mark.slow
