@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 
 from ..core.arguments import DataArguments
@@ -238,7 +239,9 @@ class CaptionWorkflow:
         rows = None
         if self.data_args.shots and split == self.train:
             # The same rows that `finetune` draws with this --shots and --shots_seed.
-            rows = set(load_splits(self.data_args).train["source_row"])
+            drawn = load_splits(self.data_args)
+            chosen = np.array(drawn.train["source_row"][:])
+            rows = set((chosen - np.searchsorted(drawn.unlabelled, chosen)).tolist())  # among the rows with a class
         if self.args.classes:
             names = self.class_names
             for name in self.args.classes:

@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.files import CARD_FILE
 from .class_folders import has_class_folders, is_split_name, read_layout
 from .images import PICTURE_SUFFIXES, UNREADABLE_SUFFIXES
+from .mapped import mapped
 from .metadata import METADATA_FILES, Metadata, read_metadata, with_metadata
 from .raw import RawData, split_role
 from .table_folders import card_tables, named_tables, open_tables, packed_tables
@@ -111,7 +112,9 @@ def _dataset(
     }
     features = Features(kinds)
     table = pa.table([images, labels.cast(features.arrow_schema.field(label).type)], schema=features.arrow_schema)
-    data = Dataset(table, split=NamedSplit(split) if is_split_name(split) else None)
+    # On disk, so that what `datasets.map` makes of it, with all pictures, is on disk, too.
+    named = NamedSplit(split) if is_split_name(split) else None
+    data = mapped((split, table), features, table.to_batches(), named)
     for column in () if further is None else further.column_names:
         values = further[column][:] if len(further) else [None] * len(data)
         data = data.add_column(column, values, feature=further.features[column])

@@ -6,19 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features, config
+from datasets import Dataset, DatasetInfo, Features, NamedSplit, config
 from datasets.fingerprint import Hasher
 from datasets.table import MemoryMappedTable
 
 from ..core.files import atomic_write
 
 
-def mapped(key: object, features: Features, batches: Iterable[pa.RecordBatch]) -> Dataset:
+def mapped(
+    key: object, features: Features, batches: Iterable[pa.RecordBatch], split: NamedSplit | None = None
+) -> Dataset:
     """A dataset whose rows stay on disk. What `datasets.map` makes of it stays on disk, too.
 
     Args:
         key: identifies the rows. The same key opens the file that was written before.
         features: the columns and their types.
+        split (*optional*): the name of the dataset's split.
         batches: the rows, with the storage types of `features`. They are read only if the file is missing.
     """
     digest = Hasher.hash((key, features, 1))
@@ -32,4 +35,5 @@ def mapped(key: object, features: Features, batches: Iterable[pa.RecordBatch]) -
         ):
             for batch in batches:
                 writer.write_batch(batch)
-    return Dataset(MemoryMappedTable.from_file(str(file)), info=DatasetInfo(features=features), fingerprint=digest)
+    table = MemoryMappedTable.from_file(str(file))
+    return Dataset(table, info=DatasetInfo(features=features), split=split, fingerprint=digest)

@@ -37,7 +37,8 @@ NO_CAPTIONS = "There are no captions: training uses the class template alone."  
 
 @dataclass
 class Splits:
-    """The data of a run. `notes` are sentences about decisions that were made for the user."""
+    """The data of a run. `notes` are sentences about decisions that were made for the user; `unlabelled` are the numbers of the
+    rows without a class that were left out of the split that is trained on."""
 
     train: Dataset
     validation: Dataset
@@ -45,6 +46,7 @@ class Splits:
     class_names: list[str]
     has_captions: bool
     notes: list[str] = field(default_factory=list)
+    unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def captions_per_image(self) -> np.ndarray:
         """Number of captions of each training image, `(rows,)`."""
@@ -388,4 +390,5 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
             f" It has texts in {', '.join(text)}: type --captions_column {text[0]} to train with them." if text else ""
         )
         notes.append(f"{NO_CAPTIONS}{hint}")
-    return Splits(train, chosen["validation"], chosen["test"], names, has_captions, notes)
+    unlabelled = np.setdiff1d(np.arange(len(loaded.splits[train_name])), loaded.kept[train_name])
+    return Splits(train, chosen["validation"], chosen["test"], names, has_captions, notes, unlabelled)

@@ -13,6 +13,8 @@ from PIL import Image as PILImage
 from tiny_clip import colour_dataset
 
 from mmft_hf import caption_dataset, load_captioned_dataset
+from mmft_hf.captioning.arguments import CaptionArguments
+from mmft_hf.captioning.workflow import CaptionWorkflow
 from mmft_hf.core.arguments import DataArguments
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.hub_data import check_hub_data
@@ -229,6 +231,18 @@ def test_rows_without_a_class_are_refused_or_left_out_and_counted(kind):
     assert (
         splits.notes[0] == "column 'label', split 'test': 2 of 5 rows have no class (no label, or -1) and are left out."
     )
+
+
+def test_captions_are_drawn_for_the_rows_that_are_trained_on(tmp_path):
+    labels = ["a", "b", None, "a", "b", None, "a", "b"] * 3
+    write(tmp_path, "train.parquet", labels)
+    options = {"dataset_name": str(tmp_path), "on_missing_label": "skip", "shots": 3}
+    trained = load_splits(DataArguments(**options)).train["source_row"][:]
+    args = CaptionArguments(captioner="template", output_dir=str(tmp_path / "out"))
+    workflow = CaptionWorkflow(DataArguments(**options), args)
+    kept = [row for row, label in enumerate(labels) if label]
+    assert len(workflow.data["train"]) == len(kept)
+    assert sorted(kept[row] for row in workflow.rows["train"]) == sorted(trained)
 
 
 def test_a_split_with_no_class_at_all_is_not_skipped():

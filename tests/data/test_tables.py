@@ -164,7 +164,10 @@ def test_rows_stay_on_disk_and_are_copied_once(tmp_path, monkeypatch):
     (tmp_path / "0.png").write_bytes(BYTES[0])
     (tmp_path / "all.csv").write_text("image,label\n0.png,cat\n0.png,dog\n")
     pq.write_table(pa.table({"image": BYTES, "label": NAMES}), tmp_path / "all.parquet")
-    for name in ("all.csv", "all.parquet"):
+    for name in COLOURS:
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        (tmp_path / "folders" / name / "0.png").write_bytes(BYTES[0])
+    for name in ("all.csv", "all.parquet", "folders"):
         first = load_captioned_dataset(str(tmp_path / name))["train"]
         assert first.cache_files
         with monkeypatch.context() as context:
