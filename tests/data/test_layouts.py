@@ -9,11 +9,14 @@ import json
 import logging
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
@@ -161,6 +164,62 @@ def csv_of(name: str, folder: str = "images/") -> Callable[[Path], None]:
     return write(name, "image,label\n" + "".join(rows))
 
 
+def packed(
+    name: str, content="binary", text="string", order=("bytes", "path"), names: tuple[str, ...] = ()
+) -> Callable[[Path], None]:
+    """Writes the pictures of `parquet` as other tools do: with other types of Arrow, other numbers of the classes."""
+
+    def make(root: Path) -> None:
+        pairs = [(file, label) for label, files in stored(name).items() for file in expand(files)]
+        kind = pa.struct([(part, getattr(pa, {"bytes": content, "path": text}[part])()) for part in order])
+        images = pa.array([{"bytes": PICTURE, "path": file} for file, _ in pairs], kind)
+        labels = pa.array([label for _, label in pairs])
+        rows = pa.table({"image": images, "label": labels.cast(getattr(pa, text)())})
+        if names:
+            rows = table({label: stored(name)[label] for label in names}).data.table
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pq.write_table(rows, root / name)
+        else:
+            with pa.OSFile(str(root / name), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+                writer.write_table(rows)
+
+    return make
+
+
+def tar(*names: str) -> Callable[[Path], None]:
+    """Writes tars of WebDataset with the pictures of `parquet`."""
+
+    def make(root: Path) -> None:
+        for name in names:
+            with tarfile.open(root / name, "w") as file:
+                for label, files in stored(name).items():
+                    for picture in expand(files):
+                        for member, data in ((picture, PICTURE), (f"{picture[:-4]}.cls", label.encode())):
+                            info = tarfile.TarInfo(member)
+                            info.size = len(data)
+                            file.addfile(info, io.BytesIO(data))
+
+    return make
+
+
+def saved(name: str, *splits: str) -> Callable[[Path], None]:
+    """Writes what `save_to_disk` writes."""
+
+    def make(root: Path) -> None:
+        parts = {split: table(stored(split)) for split in splits or (name,)}
+        (DatasetDict(parts) if splits else parts[name]).save_to_disk(root / name)
+
+    return make
+
+
+def csv_text(change: Callable[[str], str], name: str = "train.csv") -> Callable[[Path], None]:
+    """Writes the list of `csv_of`, changed."""
+    rows = [f"images/{i}.png,{'cat' if i < 4 else 'dog'}\n" for i in range(1, 7)]
+    return write(name, change("image,label\n" + "".join(rows)))
+
+
+PICTURES = "images/{1..6}.png"
 LISTED = {"cat": "images/{1..3}.png", "dog": "images/{4..6}.png"}
 OUTSIDE = "Nothing outside of the folder is read or fetched"
 ALL = ("train", "validation", "test")
@@ -688,6 +747,122 @@ LAYOUTS = [
         "{1..6}.png",
         refused="metadata has columns text, breed: .* --label_column NAME",
         make=lines("metadata.jsonl", *[{"file_name": f"{i}.png", "text": "a", "breed": "x"} for i in range(1, 7)]),
+    ),
+    # -- tables as other tools and people write them ----------------------------------------------------------------------
+    Layout(
+        "structs of large types (polars)",
+        "",
+        {"train": stored("train")},
+        make=packed("train.parquet", "large_binary", "large_string"),
+    ),
+    Layout(
+        "structs of views",
+        "",
+        {"train": stored("train")},
+        make=packed("train.parquet", "binary_view", "string_view"),
+    ),
+    Layout(
+        "structs with the path first",
+        "",
+        {"train": stored("train")},
+        make=packed("train.parquet", order=("path", "bytes")),
+    ),
+    Layout("an Arrow file", "", {"train": stored("train")}, make=packed("train.arrow")),
+    Layout(
+        "classes in another order in another file",
+        "",
+        {split: stored(split) for split in ALL},
+        make=both(
+            packed("train.parquet", names=("dog", "cat")),
+            packed("validation.parquet", names=("cat", "dog")),
+            packed("test.parquet"),
+        ),
+    ),
+    Layout(
+        "classes in another order in another shard",
+        "",
+        {"train": stored("train-00000-of-00002", "train-00001-of-00002")},
+        make=both(
+            packed("train-00000-of-00002.parquet", names=("dog", "cat")),
+            packed("train-00001-of-00002.parquet", names=("cat", "dog")),
+        ),
+    ),
+    Layout("a dataset of save_to_disk", "", {"train": stored("data")}, make=saved("data"), opened="data"),
+    Layout(
+        "splits of save_to_disk",
+        "",
+        {s: stored(s) for s in ("train", "test")},
+        make=saved("all", "train", "test"),
+        opened="all",
+    ),
+    Layout(
+        "tars of WebDataset",
+        "",
+        {s: stored(f"{s}-0000") for s in ("train", "test")},
+        make=tar("train-0000.tar", "test-0000.tar"),
+    ),
+    Layout("a tar, typed", "", {"train": stored("pets-7")}, make=tar("pets-7.tar"), opened="pets-7.tar"),
+    Layout("CSV with semicolons", PICTURES, {"train": LISTED}, make=csv_text(lambda t: t.replace(",", ";"))),
+    Layout("tabs", PICTURES, {"train": LISTED}, make=csv_text(lambda t: t.replace(",", "\t"), "train.tsv")),
+    Layout("CSV with a byte order mark", PICTURES, {"train": LISTED}, make=csv_text(lambda t: f"\ufeff{t}")),
+    Layout("CSV with blank lines", PICTURES, {"train": LISTED}, make=csv_text(lambda t: t.replace("\n", "\n\n"))),
+    Layout("CSV with backslashes", PICTURES, {"train": LISTED}, make=csv_text(lambda t: t.replace("/", "\\"))),
+    Layout(
+        "JSON, one list",
+        PICTURES,
+        {"train": LISTED},
+        make=write(
+            "train.json",
+            json.dumps([{"image": f"images/{i}.png", "label": "cat" if i < 4 else "dog"} for i in range(1, 7)]),
+        ),
+    ),
+    Layout(
+        "JSON lines",
+        PICTURES,
+        {"train": LISTED},
+        make=lines(
+            "train.jsonl", *[{"image": f"images/{i}.png", "label": "cat" if i < 4 else "dog"} for i in range(1, 7)]
+        ),
+    ),
+    Layout(
+        "CSV with a picture elsewhere",
+        PICTURES,
+        refused="row 0: expected pictures in .*pets, found /etc/passwd elsewhere",
+        make=csv_text(lambda t: t.replace("images/1.png", "/etc/passwd")),
+    ),
+    Layout(
+        "CSV with dots that lead out",
+        PICTURES,
+        refused="found ../../1.png elsewhere",
+        make=csv_text(lambda t: t.replace("images/1.png", "../../1.png")),
+    ),
+    Layout(
+        "CSV with an address",
+        PICTURES,
+        refused="Nothing is fetched",
+        make=csv_text(lambda t: t.replace("images/1.png", "https://localhost/1.png")),
+    ),
+    Layout(
+        "CSV without a header",
+        PICTURES,
+        refused="names of the columns in the first line",
+        make=csv_text(lambda t: t.partition("\n")[2]),
+    ),
+    Layout(
+        "CSV that was cut", PICTURES, refused="line 7: expected 2 cells .* found 1", make=csv_text(lambda t: t[:-6])
+    ),
+    Layout(
+        "CSV with a column twice",
+        PICTURES,
+        refused="expected each column once, found 'label'",
+        make=csv_text(lambda t: t.replace("image,label", "image,label,label")),
+    ),
+    Layout("an empty CSV file", PICTURES, refused="found an empty file", make=csv_text(lambda t: "")),
+    Layout(
+        "a damaged parquet file",
+        "",
+        refused="train.parquet: expected a file of type .parquet",
+        make=write("train.parquet", "PAR1 and nothing else"),
     ),
 ]
 
