@@ -25,9 +25,8 @@ from .walk import Tree
 PACKED = (".parquet", ".arrow")  # tables that can hold the pictures themselves
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")  # as `datasets` names shards
 _NUMBER = re.compile(r"[-_.]?\d+")
-_VARYING = re.compile(
-    r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"
-)  # what differs between the parts that Spark writes
+# What differs between the names of the parts that Spark writes.
+_VARYING = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")
 _ROLES = ("train", "validation", "test")
 _MAX_CARD = 2**20  # bytes
 

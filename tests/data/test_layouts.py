@@ -1001,3 +1001,47 @@ def test_benchmark(case):
             check_labels(args, [split])  # further splits are shifts
             shift = load_test_split(replace(args, test_split=split), load_splits(args).class_names)
             assert in_order(rows_of(shift, root)) == expected_rows(layout, split)
+
+
+def make_pets(root: Path, files: str) -> DataArguments:
+    for name in expand(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PICTURE)
+    return DataArguments(dataset_name=str(root))
+
+
+def test_a_class_in_test_alone_stops_training_and_not_a_model_that_knows_it(tmp_path):
+    args = make_pets(tmp_path, "train/{cat,dog}/{1..3}.png test/{cat,dog,bird}/{1..3}.png")
+    with pytest.raises(UserError, match="split 'test', row 0: label 'bird' is outside the class list"):
+        load_splits(args)
+    assert len(load_test_split(args, ["bird", "cat", "dog", "fish"])) == 9
+
+
+def test_a_test_folder_alone_is_evaluated_and_not_trained_on(tmp_path):
+    args = make_pets(tmp_path, "test/{cat,dog}/{1..3}.png")
+    assert rows_of(load_test_split(args, ["dog", "cat"]), tmp_path) == {
+        name: expand(f"test/{name}/{{1..3}}.png") for name in ("cat", "dog")
+    }
+    with pytest.raises(UserError, match="one role for each split, found train and test"):
+        load_splits(args)
+
+
+def test_order_is_that_of_the_paths_whatever_the_file_system_says(tmp_path, monkeypatch):
+    args = make_pets(tmp_path, "{z,a,m.x,m}/{10,9,1}.png")
+    expected = open_source(args).splits["train"]["image"][:]
+    assert [image["path"] for image in expected] == sorted(image["path"] for image in expected)
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            with scandir(path) as entries:
+                self.entries = list(entries)[::-1]
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert open_source(args).splits["train"]["image"][:] == expected
