@@ -1,0 +1,309 @@
+"""Whatever happened to a file that we left: exit code 2 or 3 with the file's name, or the same result, or a note that names the file.
+
+Each example damages one file of a folder (see `helpers/damage.py`) and runs a verb that reads it. The examples are always the same.
+`MMFT_FUZZ` sets the number of examples of the slow test.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from caption_server import serving
+from caption_tools import image_folder
+from damage import copied, damage, damages
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import TrainerCallback
+
+from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
+from mmft_hf.core.seals import digest_of
+from mmft_hf.hub.publish import dataset_files, model_files
+from mmft_hf.train.trainer import MMFTTrainer
+
+CPU_SECONDS, SECONDS = 10, 120  # of one verb; the second for what waits without working
+FAST = 36  # examples
+TIMES = re.compile(r"[\d.]+ s\b|\d+ min|[\d.,]+ (images|captions)/s")
+
+
+class Hang(BaseException):
+    """A verb did not end."""
+
+
+@contextlib.contextmanager
+def bounded():
+    def stop(*_):
+        raise Hang
+
+    before = [signal.signal(number, stop) for number in (signal.SIGVTALRM, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip((signal.SIGVTALRM, signal.SIGALRM), before, strict=True):
+            signal.signal(number, handler)
+
+
+def run(words) -> tuple[int, str, str]:
+    """Exit code, standard output without times, and what was said on standard error, logged notes included."""
+    out, err, notes = io.StringIO(), io.StringIO(), io.StringIO()
+    handler, logger = logging.StreamHandler(notes), logging.getLogger("mmft_hf")
+    logger.addHandler(handler)
+    try:
+        with bounded(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = words() if callable(words) else main([str(word) for word in words])
+    finally:
+        logger.removeHandler(handler)
+    return code, TIMES.sub("", out.getvalue()), err.getvalue() + notes.getvalue()
+
+
+def published(collect, *args) -> int:
+    """What `push` would send, without a Hub."""
+    try:
+        files = collect(*args)
+    except UserError as error:
+        print(f"mmft-hf: {error}", file=__import__("sys").stderr)
+        return 2
+    for name, content in sorted(files.items()):
+        print(name, digest_of(content))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def left(clip_folder, data_folder, tmp_path_factory):
+    """The folders that the verbs leave, a server of captions, and the folder in which copies are damaged."""
+    place = tmp_path_factory.mktemp("left")
+    train = [
+        "--model_name_or_path",
+        clip_folder,
+        "--dataset_name",
+        data_folder,
+        "--disable_tqdm",
+        "true",
+        "--use_cpu",
+        "true",
+    ]
+    train += ["--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--num_train_epochs", "2"]
+    photos = image_folder(place / "photos", 4)
+    (place / "config.yaml").write_text("top_k: 2\nbatch_size: 3\n")
+    (place / "prices.yaml").write_text(
+        "date: 2026-01-01\nmodels:\n  m:\n    input: 0.1\n    output: 0.4\n    image: {tile: 512, tokens: 100}\n"
+    )
+    work = place / "work"
+
+    with serving({}, place / "log.jsonl") as server:
+        caption = [
+            "caption",
+            "--dataset_name",
+            photos,
+            "--captioner",
+            "openai",
+            "--captioner_model",
+            "m",
+            "--base_url",
+            f"{server.url}/v1",
+        ]
+        caption += [
+            "--aspects",
+            "visual",
+            "--prices",
+            work / "prices" / "prices.yaml",
+            "--output_dir",
+            work / "captioned",
+        ]
+        bench = [
+            "benchmark",
+            "--model_name_or_path",
+            clip_folder,
+            "--dataset_name",
+            data_folder,
+            "--use_cpu",
+            "true",
+            "--max_steps",
+            "1",
+        ]
+        bench += ["--methods", "zs", "mmft", "--shots", "1", "--seeds", "0", "--output_dir", work / "bench"]
+        (work / "prices").mkdir(parents=True)
+        shutil.copy(place / "prices.yaml", work / "prices")
+        for words in (
+            ["finetune", *train, "--output_dir", work / "run"],
+            ["finetune", *train, "--output_dir", work / "lora", "--vision_tower", "lora", "--max_steps", "1"],
+            caption,
+            bench,
+        ):
+            code, _, err = run(words)
+            assert code == 0, err
+        with pytest.MonkeyPatch.context() as patch:  # a run that was stopped after its first epoch
+            init = MMFTTrainer.__init__
+            patch.setattr(
+                MMFTTrainer, "__init__", lambda self, *a, **k: (init(self, *a, **k), self.add_callback(StopAt(4)))[0]
+            )
+            assert run(["finetune", *train, "--output_dir", work / "cut"])[0] == 3
+        for name in ("run", "lora", "cut", "captioned", "bench"):
+            copied(work / name, place / name)
+        (place / "settings").mkdir()
+        (place / "config.yaml").rename(place / "settings" / "config.yaml")
+        (place / "prices_file").mkdir()
+        (place / "prices.yaml").rename(place / "prices_file" / "prices.yaml")
+        (place / "prices_file").rename(place / "prices")
+        picture = next(photos.rglob("*.png"))
+        journal = place / "exported.parquet"
+
+        def resume(folder):
+            code = main(
+                [str(w) for w in ["finetune", *train, "--output_dir", folder, "--resume_from_checkpoint", "true"]]
+            )
+            if code == 0:
+                found = json.loads((folder / "all_results.json").read_text())
+                print(
+                    {key: value for key, value in found.items() if not key.startswith("train_")},
+                    digest_of(folder / "model.safetensors"),
+                )
+            return code
+
+        def exported(folder):
+            code = main(["caption", "export", str(journal), "--output_dir", str(folder)])
+            if code == 0:
+                print(pq.read_table(journal).to_pylist())
+            return code
+
+        def again(folder):
+            code = main([str(word) for word in caption])
+            if code == 0:
+                rows = [row for file in sorted((folder / "data").glob("*")) for row in pq.read_table(file).to_pylist()]
+                print([(row["image_sha256"], row["captions"]) for row in rows])
+            return code
+
+        def push_captions(folder):
+            shutil.rmtree(place / "scratch", ignore_errors=True)
+            datasets.disable_progress_bars()
+            return published(dataset_files, folder, "user/name", place / "scratch")
+
+        evaluate = ["evaluate", "--dataset_name", data_folder, "--model_name_or_path"]
+        verbs = {
+            "run": {
+                "evaluate": lambda folder: main([str(word) for word in [*evaluate, folder]]),
+                "predict": lambda folder: main(["predict", str(picture), "--model_name_or_path", str(folder)]),
+                "repeat": resume,
+                "push": lambda folder: published(model_files, folder, "user/name"),
+            },
+            "lora": {"push": lambda folder: published(model_files, folder, "user/name", "both")},
+            "cut": {"resume": resume},
+            "captioned": {
+                "status": lambda folder: main(["caption", "status", "--output_dir", str(folder)]),
+                "export": exported,
+                "again": again,
+                "push": push_captions,
+            },
+            "bench": {"report": lambda folder: report(folder)},
+            "settings": {
+                "predict": lambda folder: main(
+                    [
+                        "predict",
+                        str(picture),
+                        "--model_name_or_path",
+                        str(place / "run"),
+                        "--config",
+                        str(folder / "config.yaml"),
+                    ]
+                )
+            },
+            "prices": {"plan": lambda folder: main(["caption", "plan", *[str(word) for word in caption[1:]]])},
+        }
+        yield place, work, verbs
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after a step, as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def report(folder) -> int:
+    code = main(["benchmark", "--report", str(folder)])
+    if code == 0:
+        print(digest_of(folder / "report.html"))
+    return code
+
+
+# Files that people look at, and that no verb reads.
+UNREAD = re.compile(r".*\.(png|html|lock)|claims/.*|report/.*|subsets/.*|trainer_state\.json|exported.*|.*-shm|.*-wal")
+
+
+def files_of(folder: Path) -> list[str]:
+    found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        name
+        for name in found
+        if not UNREAD.fullmatch(name) and (folder.name == "cut" or not name.startswith("checkpoint-"))
+    ]
+
+
+def check(left, data, expected) -> None:
+    """Draws a folder, a file, a verb and a damage, and checks what the verb says."""
+    place, work, verbs = left
+    name = data.draw(st.sampled_from(sorted(verbs)))
+    file = data.draw(st.sampled_from(files_of(place / name)))
+    verb = data.draw(st.sampled_from(sorted(verbs[name])))
+    how = data.draw(damages(Path(file)))
+    folder = work / name
+    if (name, verb) not in expected:
+        copied(place / name, folder)
+        expected[name, verb] = run(lambda: verbs[name][verb](folder))
+        assert expected[name, verb][0] == 0, expected[name, verb]
+    copied(place / name, folder)
+    with contextlib.suppress(UnicodeDecodeError, UnicodeEncodeError):
+        damage(folder / file, *how)
+    what = f"{name}/{file}, {verb}, {how}"
+    code, out, err = run(lambda: verbs[name][verb](folder))
+    assert code in (0, 2, 3), f"{what}: exit code {code}\n{err}"
+    assert "Traceback" not in err, f"{what}\n{err}"
+    if code == 0 and out != expected[name, verb][1]:
+        assert Path(file).name in err + out or "passed over" in err, (
+            f"{what}: another result without a word\n{out}\n{err}"
+        )
+    copied(place / name, folder)  # for the verbs on other folders
+
+
+OPTIONS = {"derandomize": True, "database": None, "deadline": None, "phases": [Phase.generate]}
+OPTIONS["suppress_health_check"] = list(HealthCheck)
+
+
+def test_a_damaged_file_is_named_or_changes_nothing(left):
+    expected = {}
+
+    @settings(max_examples=FAST, **OPTIONS)
+    @given(st.data())
+    def examples(data):
+        check(left, data, expected)
+
+    examples()
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_named_or_changes_nothing_many_times(left):
+    expected = {}
+
+    @settings(max_examples=int(os.environ.get("MMFT_FUZZ", 1500)), **OPTIONS)
+    @given(st.data())
+    def examples(data):
+        check(left, data, expected)
+
+    examples()
