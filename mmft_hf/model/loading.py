@@ -28,6 +28,7 @@ from ..core.builtin import builtin
 from ..core.errors import UserError
 from .collator import input_size
 from .families import FAMILIES, REFUSED, token_limit
+from .sanity import check_config, check_image_processor, check_tokenizer, check_weights
 from .weights import find_weights
 
 # A large step could take a temperature below zero, which would reverse all logits. It is clamped to this value, a scale of
@@ -57,10 +58,10 @@ def load_model(
     path = builtin(name_or_path)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # missing, or content for which each config class has errors of its own
         raise UserError(
             f"model {name_or_path!r}: expected a Hub id or a folder with a config.json of a dual encoder; it could not be "
-            f"loaded ({str(error).strip().splitlines()[0]}). For example, type --model_name_or_path "
+            f"loaded ({_first_line(error)}). For example, type --model_name_or_path "
             "openai/clip-vit-base-patch32."
         ) from error
     family = FAMILIES.get(config.model_type)
@@ -70,6 +71,7 @@ def load_model(
             f"model {name_or_path!r}: expected a CLIP-style dual encoder (model_type {', '.join(FAMILIES)}), found model_type "
             f"{config.model_type!r}{reason}. For example, type --model_name_or_path openai/clip-vit-base-patch32."
         )
+    check_config(config, name_or_path)
     try:
         weights = find_weights(path, revision, allow_pickle, getattr(config, "transformers_weights", None))
         options = {"dtype": torch.float32, "output_loading_info": True}
@@ -81,12 +83,13 @@ def load_model(
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json next to "
-            f"config.json; {str(error).strip().splitlines()[0]}"
+            f"config.json; {_first_line(error)}"
         ) from error
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # a missing package, or content that one of many constructors cannot use
         raise UserError(
             f"model {name_or_path!r}: expected a model that transformers {transformers.__version__} opens here; "
-            f"{' '.join(str(error).split())} If that is about a tokenizer: pip install sentencepiece protobuf."
+            f"{' '.join(str(error).split())[:500] or type(error).__name__} If that is about a tokenizer: pip install "
+            "sentencepiece protobuf."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(
@@ -100,8 +103,10 @@ def load_model(
             f"model {name_or_path!r}: expected a tokenizer of {vocabulary} tokens, as config.json says, found "
             f"{len(tokenizer)}. Is its tokenizer.json (or vocab.json and merges.txt) missing, or another model's?"
         )
+    check_tokenizer(tokenizer, name_or_path)
     tokenizer.model_max_length = min(tokenizer.model_max_length, token_limit(config))
     processor = getattr(transformers, family.processor)(image_processor, tokenizer)
+    check_weights(model, name_or_path)
     _check_towers(name_or_path, model, processor)
     freeze_unused(model)
     return model, processor
@@ -149,11 +154,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         limit = token_limit(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # as in `load_model`
         raise UserError(
             f"model {name_or_path!r}: expected the tokenizer of a dual encoder; it could not be loaded "
-            f"({str(error).strip().splitlines()[0]}). Type --model_name_or_path NAME."
+            f"({_first_line(error)}). Type --model_name_or_path NAME."
         ) from error
+    check_tokenizer(tokenizer, name_or_path)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return tokenizer
 
@@ -166,9 +172,16 @@ def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseI
 
     Raises:
         OSError: not found.
+        UserError: it resizes to a size that no model sees, or holds numbers that are not finite.
     """
     pillow = {"backend": "pil"} if Version(transformers.__version__) >= Version("5.4") else {"use_fast": False}
-    return AutoImageProcessor.from_pretrained(path, revision=revision, **pillow, **hub)
+    processor = AutoImageProcessor.from_pretrained(path, revision=revision, **pillow, **hub)
+    check_image_processor(processor, path)
+    return processor
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def default_device() -> torch.device:

@@ -209,7 +209,7 @@ def gather(rows: list[dict], folder: Path) -> Findings:
         data = read_json(folder / DATA_FILE, Summary)
         note_if_changed(data, folder / DATA_FILE)
     except FileNotFoundError:
-        pass
+        logger.warning("Note: there is no %s: the report leaves out what depends on it.", folder / DATA_FILE)
     except UserError as error:
         notes.append(f"{DATA_FILE} could not be read. The report leaves out what depends on it.")
         logger.warning("Note: the report leaves out what depends on %s. %s", DATA_FILE, error)
