@@ -7,6 +7,7 @@ request. Its *slot* names what the plan asked for, so that a second try, under i
 from __future__ import annotations
 
 import heapq
+import logging
 import sqlite3
 import time
 import uuid
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from ...core.errors import UserError
 from ...core.files import InUse, Lock, file_system
-from ..types import TERMINAL
+from ...core.reading import check_regular
+from ...core.schema import shown
+from ..types import STATUSES, TERMINAL
 
 TEXT = "key slot call_id image_sha256 label prompt_id aspect status raw_text text checks finish_reason model error_class error"
 NUMBERS = "sample reask pending max_tokens tokens_in tokens_out thinking_tokens attempts latency_ms"
@@ -27,8 +30,25 @@ COLUMNS = {
     **dict.fromkeys(NUMBERS.split(), "INTEGER"),
     **dict.fromkeys(("cost", "updated_at"), "REAL"),
 }
+logger = logging.getLogger(__name__)
 # A table of its own: which fields of its requests a run left out, because the server refused them.
 LEFT_OUT = ("run_id", "model", "field", "instead", "said")
+LONGEST = 200_000  # characters of a text, thinking included
+# What each column may hold, as sqlite checks it: the file may come from elsewhere, or be damaged.
+FITS = {name: f"{name} IS NULL OR typeof({name}) = 'text' AND length({name}) <= {LONGEST}" for name in COLUMNS}
+FITS |= {name: f"typeof({name}) = 'text' AND length({name}) <= 10000" for name in ("key", "slot")}
+FITS |= {
+    name: f"{name} IS NULL OR typeof({name}) IN ('integer', 'real') AND {name} BETWEEN 0 AND 1e15"
+    for name in NUMBERS.split()
+}
+FITS |= {name: f"typeof({name}) = 'integer' AND {name} BETWEEN 0 AND 1000000" for name in ("pending",)}
+FITS["cost"] = "cost IS NULL OR typeof(cost) IN ('real', 'integer') AND cost BETWEEN 0 AND 1e12"
+FITS["updated_at"] = "typeof(updated_at) IN ('real', 'integer') AND updated_at BETWEEN 0 AND 1e12"
+FITS["status"] = f"typeof(status) = 'text' AND status IN ({', '.join(map(repr, STATUSES))})"
+FITS["checks"] = (
+    "checks IS NULL OR CASE WHEN typeof(checks) = 'text' AND length(checks) <= 10000 AND json_valid(checks) "
+    "THEN json_type(checks) = 'array' AND NOT EXISTS (SELECT 1 FROM json_each(checks) WHERE type <> 'text') ELSE 0 END"
+)
 SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # asking again adds to what a request cost before
 WAIT_S = 60  # for a lock: without a write-ahead log, readers block the writer
 # sqlite's write-ahead log needs memory-mapped files, which machines cannot share on these.
@@ -74,6 +94,7 @@ class Journal:
             )
         try:
             self.path.touch()  # with the permissions that the umask leaves; sqlite would narrow them
+            check_regular(self.path)
             self._db = sqlite3.connect(self.path, WAIT_S, isolation_level=None, check_same_thread=False)
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
             # Under NORMAL a killed process loses nothing; a power failure may lose the last answers.
@@ -99,7 +120,7 @@ class Journal:
     def put(self, rows: Sequence[dict]) -> None:
         """Commits rows of `COLUMNS` (missing columns are null) in one transaction."""
         now = time.time()
-        rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **_utf8(row)} for row in rows]
+        rows = [{**dict.fromkeys(COLUMNS), "pending": 0, "updated_at": now, **_storable(row)} for row in rows]
         try:
             with self._db:
                 self._db.execute("BEGIN")
@@ -110,7 +131,7 @@ class Journal:
     def put_left_out(self, run_id: str, model: str, field: str, instead: str | None, said: str) -> None:
         """Records that a run goes on without a field that the server refuses."""
         try:
-            row = _utf8(dict(zip(LEFT_OUT, (run_id, model, field, instead, said), strict=True)))
+            row = _storable(dict(zip(LEFT_OUT, (run_id, model, field, instead, said), strict=True)))
             self._db.execute("INSERT OR REPLACE INTO left_out VALUES (?, ?, ?, ?, ?)", list(row.values()))
         except sqlite3.Error as error:
             raise _broken(self.path, error) from error
@@ -162,9 +183,10 @@ def _broken(path: Path, error: sqlite3.Error) -> JournalError:
     )
 
 
-def _utf8(row: dict) -> dict:
-    """The row without lone surrogates: JSON and folder names can contain them, but sqlite and parquet cannot."""
-    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()}
+def _storable(row: dict) -> dict:
+    """The row without lone surrogates, which JSON and folder names can contain but sqlite and parquet cannot, and with texts of
+    at most `LONGEST` characters."""
+    return {k: v[:LONGEST].encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
 def journal_files(folder: str | Path) -> list[Path]:
@@ -182,15 +204,32 @@ def read_rows(
 
 def _read_file(path: Path, columns: Sequence[str], where: str = "", values: Sequence = ()) -> Iterator[dict]:
     try:
-        db = sqlite3.connect(path, timeout=WAIT_S)
-        try:
-            for row in db.execute(f"SELECT {', '.join(columns)} FROM results {where}", values):
-                yield dict(zip(columns, row, strict=True))
-        finally:
-            db.close()
+        with closing(_connect(path)) as db:
+            yield from _rows(db, path, columns, where, values)
     except sqlite3.Error as error:
         if "no such table" not in str(error):  # another process has only just created the file
             raise _broken(path, error) from error
+        logger.warning("Note: %s holds no results.", path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    check_regular(path)
+    return sqlite3.connect(path, timeout=WAIT_S)
+
+
+def _rows(
+    db: sqlite3.Connection, path: Path, columns: Sequence[str], where: str = "", values: Sequence = ()
+) -> Iterator[dict]:
+    """Rows of one file, each column checked by sqlite itself, which takes no time beside the reading."""
+    wrong = " ".join(f"WHEN NOT ({FITS[name]}) THEN '{name}'" for name in columns)
+    for *row, name in db.execute(f"SELECT {', '.join(columns)}, CASE {wrong} END FROM results {where}", values):
+        found = dict(zip(columns, row, strict=True))
+        if name is not None:
+            raise JournalError(
+                f"{path}, column {name}: expected what a run writes, found {shown(found[name])}. Nothing was changed. If the "
+                "file is damaged, move it away: its answers will be asked for again."
+            )
+        yield found
 
 
 def left_out(folder: str | Path) -> list[dict]:
@@ -198,7 +237,7 @@ def left_out(folder: str | Path) -> list[dict]:
     found = []
     for path in journal_files(folder):
         try:
-            with closing(sqlite3.connect(path, timeout=WAIT_S)) as db:
+            with closing(_connect(path)) as db:
                 if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'left_out'").fetchone():
                     rows = db.execute(f"SELECT {', '.join(LEFT_OUT)} FROM left_out")
                     found += [dict(zip(LEFT_OUT, row, strict=True)) for row in rows]
@@ -239,7 +278,7 @@ def best(rows: Iterable[dict]) -> list[dict]:
     """
     rows = sorted(rows, key=lambda r: (r["key"], not _final(r), r["status"] not in TERMINAL, r["updated_at"]))
     once = {row["key"]: row for row in reversed(rows)}
-    return sorted(once.values(), key=lambda r: (_final(r), r["reask"], r["key"]))
+    return sorted(once.values(), key=lambda r: (_final(r), r["reask"] or 0, r["key"]))
 
 
 def _final(row: dict) -> bool:
@@ -258,23 +297,24 @@ class JournalReader:
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder)
-        self._dbs: list[sqlite3.Connection] | None = None
+        self._dbs: dict[Path, sqlite3.Connection] | None = None
 
     def history(self, slots: Sequence[str]) -> dict[str, list[dict]]:
         """The tries of each slot that has results, the one that counts last (see `best`)."""
         if self._dbs is None:
-            self._dbs = [sqlite3.connect(path, timeout=WAIT_S) for path in journal_files(self.folder)]
+            self._dbs = {path: _connect(path) for path in journal_files(self.folder)}
         found: dict[str, list[dict]] = {}
         marks = ", ".join("?" * len(slots))
-        query = f"SELECT {', '.join(COLUMNS)} FROM results WHERE slot IN ({marks})"
-        for db in self._dbs:
-            for row in db.execute(query, list(slots)):
-                row = dict(zip(COLUMNS, row, strict=True))
-                found.setdefault(row["slot"], []).append(row)
+        for path, db in self._dbs.items():
+            try:
+                for row in _rows(db, path, tuple(COLUMNS), f"WHERE slot IN ({marks})", list(slots)):
+                    found.setdefault(row["slot"], []).append(row)
+            except sqlite3.Error as error:
+                raise _broken(path, error) from error
         return {slot: best(rows) for slot, rows in found.items()}
 
     def close(self) -> None:
         """Closes the files: a write-ahead log is folded into its file only when no reader has it open."""
-        for db in self._dbs or ():
+        for db in (self._dbs or {}).values():
             db.close()
         self._dbs = None

@@ -7,6 +7,7 @@ network, no dataset, and equal texts give equal results.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -321,7 +322,10 @@ class CaptionChecker:
             return
         c.clip_tokens, c.over_limit = self._count(c.text, label)
         if c.over_limit and self._trims("over_token_limit", last_try):
-            for end in reversed([end for end in sentence_ends(c.text) if end < len(c.text)]):
+            ends = [end for end in sentence_ends(c.text) if end < len(c.text)]
+            # Longer texts have more tokens, so that most of thousands of sentences need no count of their own.
+            fitting = bisect_left(ends, True, key=lambda end: self._count(c.text[:end], label)[1])
+            for end in reversed(ends[: fitting + 5]):
                 tokens, over = self._count(c.text[:end], label)
                 if not over:
                     c.text, c.clip_tokens, c.trimmed = c.text[:end], tokens, True

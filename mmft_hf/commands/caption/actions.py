@@ -85,7 +85,7 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
         last = rows[-1]
         state = "not_run" if last["pending"] else last["status"]
         fired = json.loads(last["checks"] or "[]")
-        by_aspect.setdefault(last["aspect"], Counter())[state] += 1
+        by_aspect.setdefault(last["aspect"] or "", Counter())[state] += 1
         checks.update(fired)
         for row in rows:
             spent.add(row)
