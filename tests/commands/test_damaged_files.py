@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import datasets
@@ -74,7 +75,7 @@ def published(collect, *args) -> int:
     try:
         files = collect(*args)
     except UserError as error:
-        print(f"mmft-hf: {error}", file=__import__("sys").stderr)
+        print(f"mmft-hf: {error}", file=sys.stderr)
         return 2
     for name, content in sorted(files.items()):
         print(name, digest_of(content))
@@ -243,6 +244,7 @@ def report(folder) -> int:
     return code
 
 
+TYPED = ("settings", "prices")  # people write these files: another value is another wish
 # Files that people look at, and that no verb reads.
 UNREAD = re.compile(r".*\.(png|html|lock)|claims/.*|report/.*|subsets/.*|trainer_state\.json|exported.*|.*-shm|.*-wal")
 
@@ -275,7 +277,7 @@ def check(left, data, expected) -> None:
     code, out, err = run(lambda: verbs[name][verb](folder))
     assert code in (0, 2, 3), f"{what}: exit code {code}\n{err}"
     assert "Traceback" not in err, f"{what}\n{err}"
-    if code == 0 and out != expected[name, verb][1]:
+    if code == 0 and out != expected[name, verb][1] and name not in TYPED:
         assert Path(file).name in err + out or "passed over" in err, (
             f"{what}: another result without a word\n{out}\n{err}"
         )

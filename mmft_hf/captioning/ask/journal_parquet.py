@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import pyarrow.parquet as pq
 
 from ...core.errors import UserError
 from ...core.files import atomic_write
+from ...core.reading import check_regular
 from ..types import STATUSES, TERMINAL
 from .journal import COLUMNS, Journal, by_slot, journal_files, read_rows
+
+KINDS = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
 
 
 def export_journal(folder: str | Path, file: str | Path) -> int:
     """Writes the union of a journal folder to one parquet file. Returns its number of rows."""
-    kinds = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
-    schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
+    schema = pa.schema([(name, KINDS[kind]) for name, kind in COLUMNS.items()])
     if not journal_files(folder):
         raise UserError(f"{folder}: expected a journal, found none. Type --output_dir FOLDER of a captioning run.")
     written, rows = 0, (row for _, tries in by_slot(folder) for row in tries)
@@ -32,6 +35,7 @@ def export_journal(folder: str | Path, file: str | Path) -> int:
 def import_journal(journal: Journal, file: str | Path) -> int:
     """Adds the rows of an exported journal that are not there yet. Returns their number."""
     try:
+        check_regular(file)
         source = pq.ParquetFile(file)
         missing = [name for name in COLUMNS if name not in source.schema_arrow.names]
     except Exception as error:
@@ -41,20 +45,31 @@ def import_journal(journal: Journal, file: str | Path) -> int:
             f"{file}: expected an exported journal, found no column {missing[0]!r}. A captioned dataset is not a journal: "
             "type `mmft-hf caption merge` for that."
         )
-    for batch in source.iter_batches(10_000, columns=["key", "slot", "status", "checks"]):
-        for row in batch.to_pylist():
+    for rows in _batches(source, file, ["key", "slot", "status", "checks"]):
+        for row in rows:
             if not _is_ours(row):
                 found = f"a row that no run writes: {str(row)[:200]}"
                 raise UserError(f"{file}: expected an exported journal, found {found}.")
     known = {row["key"] for row in read_rows(journal.folder, ("key",))}
     done = {row["key"] for row in read_rows(journal.folder, ("key", "status")) if row["status"] in TERMINAL}
     added = 0
-    for batch in source.iter_batches(10_000, columns=list(COLUMNS)):
+    for rows in _batches(source, file, list(COLUMNS)):
         # New rows, and results of what failed here.
-        wanted = [row for row in batch.to_pylist() if row["key"] not in (done if row["status"] in TERMINAL else known)]
+        wanted = [row for row in rows if row["key"] not in (done if row["status"] in TERMINAL else known)]
         journal.put(wanted)
         added += len(wanted)
     return added
+
+
+def _batches(source: pq.ParquetFile, file: str | Path, columns: list[str]) -> Iterator[list[dict]]:
+    """Rows with the types that a journal has, some thousands at a time."""
+    schema = pa.schema([(name, KINDS[COLUMNS[name]]) for name in columns])
+    try:
+        for batch in source.iter_batches(10_000, columns=columns):
+            yield pa.Table.from_batches([batch]).select(columns).cast(schema).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        found = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: expected an exported journal, found a damaged file or another: {found}") from error
 
 
 def _is_ours(row: dict) -> bool:

@@ -139,9 +139,15 @@ def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in folder.details().get("files", ()):
         if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():
-            with pq.ParquetFile(folder.path / name) as file:
-                shard = file.read(["image.path", "image_sha256"])  # no picture is read
-            for digest, image in zip(*(shard[c].to_pylist() for c in ("image_sha256", "image")), strict=True):
+            try:
+                with pq.ParquetFile(folder.path / name) as file:
+                    shard = file.read(["image.path", "image_sha256"])  # no picture is read
+                pairs = list(zip(*(shard[c].to_pylist() for c in ("image_sha256", "image")), strict=True))
+            except Exception as error:  # pyarrow has a dozen of errors for damaged files
+                said = printable_text(" ".join(str(error).split())[:200])
+                say(f"Note: {folder.path / name} cannot be read, so images have no names here: {said}")
+                continue
+            for digest, image in pairs:
                 if digest in wanted:
                     found.setdefault(digest, Path(image["path"] or "").name)
     return found
