@@ -263,7 +263,7 @@ def test_anthropic_is_asked_for_json_of_a_schema():
 
 @pytest.mark.parametrize("name", ["model", "messages", "max_tokens", "contents"])
 def test_a_request_cannot_do_without_some_fields(name):
-    with pytest.raises(UserError, match="--omit"):
+    with pytest.raises(UserError, match="omit: expected"):
         OpenAIBackend("m", sampling=Sampling(omit=(name,)))
 
 
