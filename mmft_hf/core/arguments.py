@@ -139,13 +139,13 @@ class DataArguments:
 
     dataset_name: str = setting(
         "builtin/emoji-mini",
-        "Hub id, folder of parquet files, folder with one subfolder of images per class, CSV/JSONL file of image "
-        "paths and labels, or CoOp split file (split_zhou_*.json). builtin/emoji-mini comes with this package.",
+        "Hub id, folder of tables, folder with one subfolder of images per class, table (parquet, Arrow, CSV, JSON, tar of "
+        "WebDataset), or CoOp split file (split_zhou_*.json). builtin/emoji-mini comes with this package.",
     )
     image_root: str | None = setting(
         None,
-        "Folder that image paths are relative to. Default: the folder of the file that lists them; for a CoOp split "
-        "file also a folder next to it.",
+        "Folder that image paths are relative to, and that they do not leave. Default: the folder of the file that lists "
+        "them; for a CoOp split file also a folder next to it.",
     )
     dataset_config_name: str | None = setting(None, "Configuration of a Hub dataset.")
     dataset_revision: str | None = setting(None, "Branch, tag or commit of a Hub dataset.")
