@@ -271,6 +271,7 @@ class CaptionsRecord(_Captions, total=False):
     statuses: dict[str, Count]
     complete: bool
     fingerprints: dict[str, str] | None
+    digests: dict[str, str]
     prompt_texts: dict[str, str]
     spent: Spent
     last_run: dict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from dataclasses import fields
@@ -19,6 +20,8 @@ from ..core.seals import digest_of, is_of_run, note_changed_files, note_if_chang
 from ..predict.heads import Head, load_head
 from .cards import card_for_repository
 from .client import check_access, push_files
+
+logger = logging.getLogger(__name__)
 
 INFERENCE_FILE = "mmft_inference.py"
 DATA_FILES = re.compile(r"(data|captions)/[\w.-]+-\d{5}-of-\d{5}\.parquet")
@@ -213,6 +216,11 @@ def dataset_files(
             f"{folder}: expected the output folder of mmft-hf caption, found no {names.DETAILS_FILE} whose parquet files all exist. "
             "Run mmft-hf caption first, or again."
         )
+    digests = record.get("digests", {})
+    for path in data_files:
+        name = path.relative_to(folder).as_posix()
+        if name in digests and digest_of(path) != digests[name]:
+            logger.warning("Note: %s was changed after it was written, or is damaged.", path)
     scratch.mkdir(parents=True)
     splits = {path.name.rsplit("-", 3)[0] for path in data_files}
     data = {split: load_dataset(str(folder), split=split) for split in sorted(splits)}
@@ -231,7 +239,8 @@ def dataset_files(
     details = {**without_local_paths(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))
     files[names.CARD_FILE] = caption_card(CaptionStatistics(first), details, data, repo_id, captions_only).encode()
-    details = sealed({**details, "files": sorted(files)})
+    digests = {name: digest_of(path) for name, path in sorted(files.items()) if name.endswith(".parquet")}
+    details = sealed({**details, "files": sorted(files), "digests": digests})
     files[names.DETAILS_FILE] = (json.dumps(details, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 

@@ -244,6 +244,7 @@ def report(folder) -> int:
     return code
 
 
+# A bit that flips within a text of the journal is found by nothing yet: sqlite has no checksums.
 TYPED = ("settings", "prices")  # people write these files: another value is another wish
 # Files that people look at, and that no verb reads.
 UNREAD = re.compile(r".*\.(png|html|lock)|claims/.*|report/.*|subsets/.*|trainer_state\.json|exported.*|.*-shm|.*-wal")
@@ -277,10 +278,10 @@ def check(left, data, expected) -> None:
     code, out, err = run(lambda: verbs[name][verb](folder))
     assert code in (0, 2, 3), f"{what}: exit code {code}\n{err}"
     assert "Traceback" not in err, f"{what}\n{err}"
-    if code == 0 and out != expected[name, verb][1] and name not in TYPED:
-        assert Path(file).name in err + out or "passed over" in err, (
-            f"{what}: another result without a word\n{out}\n{err}"
-        )
+    notes = err + "\n".join(line for line in out.splitlines() if "Note: " in line)
+    known = name in TYPED or file.endswith(".sqlite")
+    if code == 0 and out != expected[name, verb][1] and not known:
+        assert Path(file).name in notes or "passed over" in err, f"{what}: another result without a word\n{out}\n{err}"
     copied(place / name, folder)  # for the verbs on other folders
 
 

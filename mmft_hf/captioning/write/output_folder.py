@@ -20,7 +20,7 @@ from ...core.files import DETAILS_FILE, is_temporary, write_json
 from ...core.reading import read_json
 from ...core.records import CaptionsRecord
 from ...core.schema import shown
-from ...core.seals import note_if_changed, sealed
+from ...core.seals import digest_of, note_if_changed, sealed
 from ...version import __version__
 
 PARTIAL = ".partial"
@@ -125,7 +125,8 @@ class CaptionFolder:
             if add_files:
                 add_files(partial)
             files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-            details = {**details, "mmft_hf": __version__, "files": files}
+            digests = {name: digest_of(partial / name) for name in files if name.endswith(".parquet")}
+            details = {**details, "mmft_hf": __version__, "files": files, "digests": digests}
             old = [name for name in self.details().get("files", ()) if name not in files]
             # Until all new files are in place, `captions.json` names the old and the new ones.
             between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
