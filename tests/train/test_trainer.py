@@ -341,9 +341,11 @@ def test_what_is_evaluated_or_predicted_must_have_labels_and_the_same_classes(cl
     trainer = make_trainer(clip, tmp_path)
     with pytest.raises(UserError, match="test data: expected columns image and label"):
         trainer.predict(colour_dataset(2).remove_columns("label"))
-    names = ["blue thing", "green thing", "red thing"]
+    names = ["blue thing", "green thing", "pink thing"]  # in another order they would be matched by name
     other = colour_dataset(2).cast_column("label", ClassLabel(names=names))
-    with pytest.raises(UserError, match="validation data: expected the class names of train_dataset"):
+    with pytest.raises(
+        UserError, match=r"validation data: expected the classes of train_dataset .*found others: pink thing"
+    ):
         trainer.evaluate(other)
 
 
