@@ -258,12 +258,8 @@ class Spent(TypedDict, total=False):
     seconds: Annotated[float, Range(0)] | None
 
 
-class _Captions(TypedDict):
-    files: list[str]
-
-
-class CaptionsRecord(_Captions, total=False):
-    """`captions.json`."""
+class CaptionsRecord(TypedDict, total=False):
+    """`captions.json`, as far as others tell of it."""
 
     made_from: MadeFrom
     model: str | None
@@ -278,3 +274,9 @@ class CaptionsRecord(_Captions, total=False):
     checks: dict
     statistics: dict
     sha256: str
+
+
+class CaptionFolderRecord(CaptionsRecord):
+    """`captions.json` of a folder that a run may continue."""
+
+    files: list[str]

@@ -247,7 +247,9 @@ def report(folder) -> int:
 # A bit that flips within a text of the journal is found by nothing yet: sqlite has no checksums.
 TYPED = ("settings", "prices")  # people write these files: another value is another wish
 # Files that people look at, and that no verb reads.
-UNREAD = re.compile(r".*\.(png|html|lock)|claims/.*|report/.*|subsets/.*|trainer_state\.json|exported.*|.*-shm|.*-wal")
+UNREAD = re.compile(
+    r".*\.(png|html|lock)|claims/.*|report/.*|subsets/.*|trainer_state\.json|exported.*|README\.md|.*-shm|.*-wal"
+)
 
 
 def files_of(folder: Path) -> list[str]:

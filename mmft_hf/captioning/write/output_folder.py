@@ -18,7 +18,7 @@ from ...core.console import printable_text
 from ...core.errors import UserError
 from ...core.files import DETAILS_FILE, is_temporary, write_json
 from ...core.reading import read_json
-from ...core.records import CaptionsRecord
+from ...core.records import CaptionFolderRecord
 from ...core.schema import shown
 from ...core.seals import digest_of, note_if_changed, sealed
 from ...version import __version__
@@ -59,7 +59,7 @@ class CaptionFolder:
         """
         path, remedy = self.path / DETAILS_FILE, "Restore the file, or type another --output_dir."
         try:
-            found = read_json(path, CaptionsRecord, remedy)
+            found = read_json(path, CaptionFolderRecord, remedy)
         except FileNotFoundError:
             return {}
         # A new dataset removes the files of the old one, so none of them may be outside the folder.
