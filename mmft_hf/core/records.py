@@ -69,7 +69,7 @@ class _DataSource(Source):
 class DataSource(_DataSource, total=False):
     """The dataset of a run, and the one whose images were captioned for it."""
 
-    captions_of: Source
+    captions_of: Source | None
 
 
 class CaptionsSource(TypedDict):

@@ -21,7 +21,7 @@ from ...core.errors import UserError
 from ...core.markdown import code, front_matter, listed, md, read_front_matter
 from ...core.pages import render_card
 from ...core.reading import check_regular, read_json, read_text
-from ...core.records import CardRecord, RunRecord, RunResults
+from ...core.records import CardRecord, RunResults
 from ...core.schema import shown
 from ...model.families import FAMILIES
 from ...predict.figures import legible
@@ -137,7 +137,7 @@ def card_for_repository(
     """
     path = Path(folder) / files.CARD_FILE
     text = read_text(path) if path.is_file() else None
-    record = _read(Path(folder), files.RUN_FILE, RunRecord)
+    record = _read(Path(folder), files.RUN_FILE, dict)
     ours = "sources" in record  # early versions recorded none: their cards count as edited
     if text is None or (ours and text == model_card(folder)):
         return model_card(folder, repo_id, parts, license, inference_code)
