@@ -26,8 +26,9 @@ from pathlib import Path
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 import huggingface_hub
-from mmft_hf import cli, hub
-hub.LONGEST_PAUSE_S = 0.05
+from mmft_hf import cli
+from mmft_hf.hub import client
+client.LONGEST_PAUSE_S = 0.05
 
 def mmft(*words):
     said = io.StringIO()

@@ -360,7 +360,7 @@ def test_names_of_classes_are_text_in_a_card(hub, alice, tmp_path):
 def test_an_upload_that_is_always_cut(run):
     rules = [{"match": UPLOAD, "do": "cut", "from": 2}]
     with local_hub(tokens=TOKENS, rules=rules) as hub, client(hub, CANARY) as alice:
-        alice.run("hub.TRIES = 1")
+        alice.run("client.TRIES = 1")
         code, said = alice.mmft("push", run, "--repo_id", "alice/cut")
         assert code == 3 and "What was uploaded is kept there" in said and CANARY not in said, said
         there = {r["path"] for r in hub.requests(UPLOAD) if r["status"] == 200}
