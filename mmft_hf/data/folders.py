@@ -134,7 +134,7 @@ def _lists_there(tree: Tree, metadata: Metadata | None) -> str:
 def _nothing(args: DataArguments, tree: Tree) -> UserError:
     notes = left_out(tree)
     found = f"found none. {' '.join(notes)}" if notes else "found an empty folder."
-    if lists := [file for file in tree.files if _is_list(file)]:
+    if lists := [file for file in tree.files if _is_list(file) or suffix_of(file) == ".tar"]:
         found = (
             f"found tables whose names do not say which split they are: {some(lists, 4)}. Call them train, validation and test, or "
             f"type --dataset_name {shlex.quote(str(Path(args.dataset_name) / lists[0]))}."

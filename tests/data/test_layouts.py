@@ -801,6 +801,22 @@ LAYOUTS = [
         {s: stored(f"{s}-0000") for s in ("train", "test")},
         make=tar("train-0000.tar", "test-0000.tar"),
     ),
+    Layout(
+        "shards of WebDataset",
+        "",
+        {
+            "train": stored("train-000000", "train-000001"),
+            "validation": stored("val-000000"),
+            "test": stored("test-000000"),
+        },
+        make=tar("train-000000.tar", "train-000001.tar", "val-000000.tar", "test-000000.tar"),
+    ),
+    Layout(
+        "tars whose names say no split",
+        "",
+        refused="tables whose names do not say which split they are: pets-train-000000.tar, pets-val-000000.tar. Call them train",
+        make=tar("pets-train-000000.tar", "pets-val-000000.tar"),
+    ),
     Layout("a tar, typed", "", {"train": stored("pets-7")}, make=tar("pets-7.tar"), opened="pets-7.tar"),
     Layout("CSV with semicolons", PICTURES, {"train": LISTED}, make=csv_text(lambda t: t.replace(",", ";"))),
     Layout("tabs", PICTURES, {"train": LISTED}, make=csv_text(lambda t: t.replace(",", "\t"), "train.tsv")),
