@@ -26,7 +26,7 @@ from .ask.cost import Spending
 from .ask.dispatch import Outcome
 from .ask.journal import journal_files, settled_slots
 from .ask.limits import Limits
-from .ask.plan import Plan
+from .ask.plan import Plan, pictures_of
 from .ask.processes import Processes
 from .judge.checks import CaptionChecker, parse_actions
 from .judge.tokens import load_counter
@@ -297,7 +297,7 @@ class CaptionWorkflow:
         return f"The answers in {journal} stay, and will not be asked for again."
 
     def _run(self, say: Callable[[str], None]) -> CaptionResult | None:
-        self.folder.claim(self.made_from, self.args.overwrite_output_dir)
+        self.folder.claim(self.made_from, self.args.overwrite_output_dir, lambda: pictures_of(self.data))
         result, captioned, fingerprints = CaptionResult(), {}, {}
         if not self.captioner.asks:
             for split in self.splits:
@@ -332,7 +332,7 @@ class CaptionWorkflow:
                     raise UserError(f"{result.outcome.why.rstrip('.')}. {kept}; the corrected command continues.")
                 fingerprints[split] = run.fingerprint(results)
                 unchanged = not result.outcome.calls and len(self.splits) == 1 and not self.args.overwrite_output_dir
-                if unchanged and self.folder.is_current(self._all_fingerprints(fingerprints)):
+                if unchanged and self.folder.is_current(self._all_fingerprints(fingerprints), self.made_from):
                     return result
                 captioned[split] = run.read(plan, results)
                 source = source or run.source(plan, results)

@@ -1,9 +1,11 @@
-"""A captioned folder on a disk that takes no more, and its permissions."""
+"""A captioned folder on a disk that takes no more, its permissions, and data that were moved."""
 
 import errno
+import json
 import os
 import stat
 
+import pyarrow.parquet as pq
 import pytest
 from tiny_clip import colour_dataset
 
@@ -62,3 +64,29 @@ def test_files_are_as_readable_as_the_umask_says(data, tmp_path, mask):
     assert {"captions.json", "captions.html", "README.md"} <= modes.keys() and set(modes.values()) == {0o666 & ~mask}, (
         modes
     )
+
+
+def test_captioning_continues_after_its_data_were_moved(data, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def name() -> str:
+        return json.loads((out / "captions.json").read_text())["made_from"]["dataset_name"]
+
+    assert main(words(data, out)) == 0 and name() == "data"
+    captions = pq.read_table(out / "data").column("captions")
+    (tmp_path / "disk").mkdir()
+    moved = data.rename(tmp_path / "disk" / "pets")
+    assert main(words(moved, out)) == 0 and name() == "pets"
+    assert "pets" in (out / "README.md").read_text()
+    assert pq.read_table(out / "data").column("captions").equals(captions)
+
+    colour_dataset(3).to_parquet(moved / "train.parquet")  # it has grown
+    assert main(words(moved.rename(tmp_path / "more"), out)) == 0 and name() == "more"
+
+    (tmp_path / "other").mkdir()
+    colour_dataset(2).to_parquet(
+        tmp_path / "other" / "train.parquet"
+    )  # some pictures that were captioned are not in it
+    before = content(out)
+    assert main(words(tmp_path / "other", out)) == 2
+    assert "dataset_name more there, other here" in capsys.readouterr().err and content(out) == before

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
 from ...data.images import BadImage, original_bytes
@@ -179,3 +179,9 @@ def digests(dataset: Dataset) -> Iterator[tuple[str | BadImage, int]]:
             yield sha256(original_bytes(row["image"])), row["label"]
         except BadImage as error:
             yield error, row["label"]
+
+
+def pictures_of(data: Mapping[str, Dataset]) -> set[str]:
+    """The sha256 of all pictures that can be read, of all splits."""
+    undecoded = (dataset.cast_column("image", Image(decode=False)) for dataset in data.values())
+    return {digest for dataset in undecoded for digest, _ in digests(dataset) if isinstance(digest, str)}

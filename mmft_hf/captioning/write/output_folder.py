@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Image
 
 from ...core.console import printable_text
@@ -67,13 +69,15 @@ class CaptionFolder:
             raise UserError(f"{path}, field files: expected files of this folder, found {shown(outside)}. {remedy}")
         return found
 
-    def claim(self, made_from: Mapping, overwrite: bool) -> None:
+    def claim(self, made_from: Mapping, overwrite: bool, pictures: Callable[[], set[str]] | None = None) -> None:
         """Makes sure that a dataset may be written here.
 
         Args:
             made_from: what the dataset is made from: its name, the captioner, the prompts. A folder with other entries
                 holds another dataset.
             overwrite: allow another dataset to be replaced.
+            pictures (*optional*): sha256 of the dataset's pictures. If all pictures of the folder are among them, another
+                name of the dataset does not make it another dataset: its folder was moved or renamed.
 
         Raises:
             UserError: the folder holds another captioned dataset, or files that are not ours.
@@ -93,6 +97,10 @@ class CaptionFolder:
         note_if_changed(details, self.path / DETAILS_FILE)
         before = details.get("made_from", {})
         different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
+        if different == ["dataset_name"] and pictures:
+            there = self._pictures(details)
+            if there and there <= pictures():
+                return
         if different and not overwrite:
             now = json.loads(json.dumps(made_from))
             found = [change for name in different for change in _changes(name, before.get(name), now[name])]
@@ -102,11 +110,25 @@ class CaptionFolder:
                 "and nothing in it is asked for again)."
             )
 
-    def is_current(self, fingerprints: Mapping[str, str]) -> bool:
-        """Whether the folder holds the complete dataset with these fingerprints."""
+    def _pictures(self, details: Mapping) -> set[str]:
+        """sha256 of the pictures of the dataset that is there; empty if its files cannot be read."""
+        found: set[str] = set()
+        files = [self.path / name for name in details.get("files", ()) if name.endswith(".parquet")]
+        for file in filter(Path.is_file, files):  # after a kill some may be gone
+            try:
+                found.update(pq.read_table(file, columns=["image_sha256"])["image_sha256"].to_pylist())
+            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+                return set()
+        return found - {None}
+
+    def is_current(self, fingerprints: Mapping[str, str], made_from: Mapping) -> bool:
+        """Whether the folder holds the complete dataset with these fingerprints, under the present name."""
         details = self.details()
         files = [self.path / name for name in details.get("files", ())]
-        return bool(files) and details.get("fingerprints") == fingerprints and all(file.exists() for file in files)
+        same = details.get("fingerprints") == fingerprints and (
+            details.get("made_from", {}).get("dataset_name") == made_from.get("dataset_name")
+        )
+        return bool(files) and same and all(file.exists() for file in files)
 
     def write(
         self, splits: Mapping[str, Dataset], details: Mapping, add_files: Callable[[Path], object] | None = None

@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,7 @@ from ...captioning.ask.cost import Spending
 from ...captioning.ask.journal import Journal, by_slot, journal_files, left_out, spent_dollars
 from ...captioning.ask.journal_parquet import export_journal, import_journal
 from ...captioning.ask.limits import Limits
-from ...captioning.ask.plan import Plan
+from ...captioning.ask.plan import Plan, pictures_of
 from ...captioning.ask.refresh import refresh_prices
 from ...captioning.judge.checks import CaptionChecker, parse_actions
 from ...captioning.judge.tokens import load_counter
@@ -238,7 +239,7 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
         )
     data, train = load_data(data_args)
     captioner = {"backend": "import", "key_rule": args.key_rule}
-    folder, made_from = _claim(args, public_name(data_args.dataset_name), captioner)
+    folder, made_from = _claim(args, public_name(data_args.dataset_name), captioner, lambda: pictures_of(data))
     tokenizer = load_counter(args.model_name_or_path)
     # A model wrote them, but they are not ours to change: refusals are dropped, everything else is only flagged.
     actions = {"refusal": "reject"} | parse_actions(args.on_check or ())
@@ -274,9 +275,11 @@ def prices(data_args: DataArguments, args: CaptionArguments, *files: str) -> Non
     say(f"{many(count, 'price')} of {source}, are in {files[0]}. Use them with --prices {shlex.quote(files[0])}")
 
 
-def _claim(args: CaptionArguments, name: str, captioner: dict) -> tuple[CaptionFolder, dict]:
+def _claim(
+    args: CaptionArguments, name: str, captioner: dict, pictures: Callable[[], set[str]] | None = None
+) -> tuple[CaptionFolder, dict]:
     folder, made_from = CaptionFolder(args.output_dir), {"dataset_name": name, "captioner": captioner}
-    folder.claim(made_from, args.overwrite_output_dir)
+    folder.claim(made_from, args.overwrite_output_dir, pictures)
     return folder, made_from
 
 
