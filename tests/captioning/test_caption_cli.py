@@ -1,6 +1,7 @@
 """`mmft-hf caption` from outside: whatever the data holds, plans and limits, keys that must not leak, the smaller verbs."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -149,6 +150,15 @@ def test_splits_shots_classes_and_new_rows_grow_one_data_set(run, tmp_path):
     assert code == 0 and len(requests) == (4 + 2) * 3 and not wrong(written(tmp_path / "out"))
     assert {p for p, _ in asked(requests)} >= {sha256(picture(20)), sha256(picture(21))}
     assert [row["captions"] for row in written(tmp_path / "out", "test")] == [[]] * 4
+
+
+def test_nothing_is_asked_again_after_the_data_were_moved(run, data, tmp_path):
+    code, _, requests = run(data)
+    assert code == 0 and requests
+    moved = data.rename(tmp_path / "pets")
+    code, text, requests = run(moved)
+    assert code == 0 and not requests, text
+    assert json.loads((tmp_path / "out" / "captions.json").read_text())["made_from"]["dataset_name"] == "pets"
 
 
 def test_the_splits_of_a_dataset_dict(server, tmp_path):
