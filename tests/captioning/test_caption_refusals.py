@@ -88,6 +88,7 @@ FIELDS = [
     (google("JSON mode is not enabled for models/gemma-3-27b-it"), GEMINI, "responseMimeType", None),
     (google("Thinking level is not supported for this model."), GEMINI, "thinkingLevel", None),
     (google("top_k is not supported by this model"), GEMINI, "topK", None),
+    (error("Provider returned error", metadata={"raw": json.dumps(error(ONLY_DEFAULT, param="temperature"))}), OPENAI, "temperature", None),
 ]  # fmt: skip
 
 
@@ -131,6 +132,21 @@ EVERY = [
     (400, error("Budget has been exceeded! Current cost: 2.0, Max budget: 1.0", type="budget_exceeded"), "quota"),
     (400, error("Unsupported parameter: 'logit_bias'", code="unsupported_parameter"), "server"),
     (400, error("litellm.UnsupportedParamsError: x does not support parameters: ['n']"), "server"),
+    (400, error("At most 0 image(s) may be provided in one prompt."), "model"),
+    (400, error("this model is missing data required for image input"), "model"),
+    (400, google("Image input modality is not enabled for models/gemma-3-1b-it"), "model"),
+    (400, error("messages[0].content must be a string"), "model"),
+    (400, error("Failed to deserialize the JSON body: messages[0]: unknown variant `image_url`, expected `text`"), "model"),
+    (400, error("The model `m` has been decommissioned and is no longer supported.", code="model_decommissioned"), "model"),
+    (400, error("Invocation of model ID m with on-demand throughput isn't supported."), "model"),
+    (410, error("This model has been retired."), "model"),
+    (400, google("Gemini API free tier is not available in your country.", "FAILED_PRECONDITION"), "country"),
+    (403, {"error": {"message": "Provider returned error", "metadata": {"raw": json.dumps(error("Country, region, or territory not supported"))}}}, "country"),
+    (400, {"code": "Client specified an invalid argument", "error": "Incorrect API key provided: x."}, "credentials"),
+    (403, {"error": "Your newly created team doesn't have any credits or licenses yet."}, "quota"),
+    (403, error("Key limit exceeded (daily limit)."), "quota"),
+    (429, error("Your prepayment credits are depleted."), "quota"),
+    (400, error("Access denied, please make sure your account is in good standing.", code="Arrearage"), "quota"),
     (400, error("Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 5 instead.", param="temperature", code="decimal_above_max_value"), "field"),
 ]  # fmt: skip
 
@@ -153,6 +169,8 @@ ONE_PICTURE = [
     (400, error("max_tokens must be at least 1, got -120.")),
     (400, error("This model's maximum context length is 2048 tokens. However, your messages resulted in 9000 tokens.", code="context_length_exceeded")),
     (413, "Request Entity Too Large"),
+    (413, anthropic("Request exceeds the maximum size", "request_too_large")),
+    (400, error("Provider returned error", metadata={"raw": json.dumps(anthropic("Could not process image"))})),
     (422, {"detail": "unsupported media type"}),
 ]  # fmt: skip
 

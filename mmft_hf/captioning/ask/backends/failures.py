@@ -40,11 +40,18 @@ _QUOTA_CODES = {
     "billing_not_active",
     "billing_error",
     "budget_exceeded",
+    "Arrearage",
 }
 _QUOTA_WORDS = _words(
-    r"credit balance is too low", r"reached your specified API usage limits", r"budget has been exceeded"
+    r"credit balance is too low",
+    r"reached your specified API usage limits",
+    r"budget has been exceeded",
+    r"\bcredits are depleted",
+    r"\bkey limit exceeded",
+    r"\bdoesn't have any credits",
 )
 _KEY_CODES = {"API_KEY_INVALID", "invalid_api_key", "authentication_error", "permission_error"}
+_KEY_WORDS = _words(r"^(?:incorrect|invalid) API key\b")
 # LiteLLM looks up keys other than its master key in a database, and says so if it has none.
 _NO_DATABASE = _words(r"no[ _]connected[ _]db", r"\bno_db_connection\b")
 _COUNTRY_WORDS = _words(
@@ -53,14 +60,25 @@ _COUNTRY_WORDS = _words(
     r"\b(?:your|this|the|supported) region\b",
     r"\blocation is not supported",
 )
+# A 400 of Gemini, whose messages of one picture may speak of a country, too.
+_COUNTRY_WORDS_OF_400 = _words(r"\blocation is not supported", r"\bnot available in your country")
 _MODEL_CODES = {"model_not_found", "model_not_supported", "invalid_model", "key_model_access_denied"}
 _MODEL_CODES |= {"team_model_access_denied", "model_not_available"}
+_MODEL_CODES |= {"model_decommissioned", "model_terms_required", "OperationNotSupported"}
 _NAME = r"[`'\"]?[\w./:@-]+[`'\"]?"
 _MODEL_WORDS = _words(
-    rf"\bmodel {_NAME} (?:does not exist|(?:is |was )?not (?:found|available|supported)|is not a valid|has been (?:retired|removed|deprecated))",
+    rf"\bmodel {_NAME} (?:does not exist|(?:is |was )?not (?:found|available|supported)|is not a valid|has been (?:retired|removed|deprecated|decommissioned))",
     r"not a valid model",
     r"not a multimodal model",
     r"image_url is only supported",
+    r"\bat most 0 images?\b",  # may be given in one prompt: of a model for text
+    r"\bat most 0 image\(s\)",
+    r"\bimage input modality is not enabled",
+    r"\bmissing data required for image input",
+    r"\bimage input is not supported",
+    r"\bcontent must be a string",
+    r"unknown variant [`'\"]image_url",
+    r"\binvocation of model ID\b",
     r"does not support (?:images|image input|vision)\b",
     r"invalid model name",
     r"\b(?:unknown|unsupported) model\b",
@@ -96,7 +114,7 @@ _BUDGET_WORDS = _words(
 # The value of a field is at fault: the user must type another one.
 _VALUE_WORDS = _words(
     r"(?:above|below)[_ ](?:the )?(?:max|min)", r"\bout of range", r"\brange:", r"\b(?:less|greater) than or equal",
-    r"\bexpected a value", r"\bmust be (?:between|in the range|at least|at most|a number)", r"\binput should be",
+    r"\bexpected a value", r"\bchoose a value", r"\bmust be (?:between|in the range|at least|at most|a number)", r"\binput should be",
 )  # fmt: skip
 _PICTURE_WORDS = _words(
     r"\bimages?\b", r"image_url", r"\bpictures?\b", r"\bphotos?\b", r"\bmedia\b", r"\bmime\b", r"base64", r"\bpixels?\b",
@@ -159,9 +177,9 @@ def failure(server, status: int, headers: Mapping[str, str], text: str, optional
         return fatal("model", "a model that takes pictures and that this key may use", server.not_found)
     if "SERVICE_DISABLED" in codes:
         return fatal("server", "a project in which this API is enabled", "Enable it, then type the same command.")
-    if status in (401, 403) or codes & _KEY_CODES:
+    if status in (401, 403) or codes & _KEY_CODES or (status == 400 and _KEY_WORDS.search(said)):
         return fatal("credentials", f"{key} to be accepted", other_key)
-    if status in (404, 405):
+    if status in (404, 405, 410):
         return fatal("model", "a model that takes pictures at this address", server.not_found)
     if status in (400, 422):
         if (refused := _refused_field(found, optional)) is not None:
@@ -186,15 +204,16 @@ def failure(server, status: int, headers: Mapping[str, str], text: str, optional
         hint = wait_hint({**headers, **found.headers}, limited=status == 429)
         return Transient(f"http_{status}", line, found.delay if hint is None else hint, limited=status == 429)
     if 400 <= status < 500 and status != 407:
-        return Unanswerable(f"http_{status}", line, general=bool(said.strip()) and not _PICTURE_WORDS.search(said))
+        about_it = status == 413 or not said.strip() or _PICTURE_WORDS.search(said)
+        return Unanswerable(f"http_{status}", line, general=not about_it)
     return fatal("server", "an answer", "Check --base_url and the proxy.")
 
 
 def _speaks_of_country(status: int, codes: set[str], said: str) -> bool:
     if "unsupported_country_region_territory" in codes or status == 451:
         return True
-    if status == 400:  # as Gemini: "User location is not supported for the API use."
-        return re.search(r"\blocation is not supported", said, re.IGNORECASE) is not None
+    if status == 400:
+        return _COUNTRY_WORDS_OF_400.search(said) is not None
     return status in (403, 404) and _COUNTRY_WORDS.search(said) is not None
 
 
@@ -237,7 +256,7 @@ def _read_error(text: str) -> _Error:
     delays = [seconds(str(d["retryDelay"])) for d in details if "retryDelay" in d]
     said = next((v for v in (error.get("message"), body.get("error"), body.get("detail")) if isinstance(v, str)), text)
     headers = metadata.get("headers") if isinstance(metadata.get("headers"), dict) else {}
-    return _Error(
+    read = _Error(
         said,
         codes,
         list(_named_places(body)),
@@ -245,6 +264,14 @@ def _read_error(text: str) -> _Error:
         next((d for d in delays if d is not None), _delay_in(said)),
         {str(name).lower(): str(value) for name, value in headers.items()},
     )
+    if isinstance(metadata.get("raw"), str) and metadata["raw"].strip():
+        # OpenRouter says "Provider returned error", and passes on what the provider said.
+        inner = _read_error(metadata["raw"])
+        read.said = f"{inner.said} ({said})"
+        read.codes |= inner.codes
+        read.places += inner.places
+        read.delay = inner.delay if read.delay is None else read.delay
+    return read
 
 
 def _dicts(value: object) -> list[dict]:
