@@ -55,7 +55,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     names = classifier.class_names
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
-    dataset, train = _test_split(data_args, names, record)
+    dataset, train, uncompared = _test_split(data_args, names, record)
     say(
         f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, {len(names)} classes, "
         f"{classifier.head.about}\n"
@@ -93,6 +93,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     table(rows)
     if missing:
         say(f"\n  Note: no zero-shot baseline, because the untuned model is missing. {missing}")
+    if uncompared:
+        say(f"\n  Note: {uncompared}")
     parts = {"train": train} if train is not None and train is not dataset else {}
     for note in find_identical(parts | {data_args.test_split or "test": dataset}).notes():
         say(f"\n  Note: {note}")
@@ -117,12 +119,19 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
 
 
-def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> tuple[Dataset, Dataset | None]:
-    """The test split, or the images that the training held out for it; and the training split beside it, if there is one."""
+def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> tuple[Dataset, Dataset | None, str]:
+    """The test split, or the images that the training held out for it; and the training split beside it, if there is one.
+
+    Returns:
+        Also a sentence that says why the training split cannot be compared; empty if it can, or if there is none.
+    """
     from ..data.splits import load_splits, load_test_split, load_train_split
 
     if (dataset := load_test_split(data_args, class_names)) is not None:
-        return dataset, load_train_split(data_args, class_names)
+        try:
+            return dataset, load_train_split(data_args, class_names), ""
+        except UserError as error:
+            return dataset, None, f"Identical pictures in the training split were not looked for. {error}"
     # Held out as in the training, independently of the other settings of this call.
     again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
     again["image_root"] = data_args.image_root or again.get("image_root")  # the images may have moved
@@ -132,7 +141,7 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
             f"dataset {data_args.dataset_name!r}: expected a split named test, or the data that the model was trained on, "
             "with its held-out test images; found neither. Type --test_split NAME."
         )
-    return splits.test, splits.train
+    return splits.test, splits.train, ""
 
 
 def _record(name: str, revision: str | None) -> dict:

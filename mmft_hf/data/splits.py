@@ -313,16 +313,17 @@ def load_test_split(args: DataArguments, class_names: list[str]) -> Dataset | No
 
 
 def load_train_split(args: DataArguments, class_names: list[str]) -> Dataset | None:
-    """Loads the training split beside a test split, for comparison with it; None if there is none that fits the classes."""
+    """Loads the training split beside a test split, for comparison with it; None if there is none.
+
+    Raises:
+        UserError: as `load_test_split`.
+    """
 
     def find(raw: DatasetDict) -> str | None:
         name = _find_split(raw, "train", args.train_split)
         return None if name == args.test_split else name
 
-    try:
-        loaded = _load(args, known=ClassList.of_names(class_names), only=find)
-    except UserError:
-        return None
+    loaded = _load(args, known=ClassList.of_names(class_names), only=find)
     return loaded and loaded.rows(next(iter(loaded.splits)))
 
 

@@ -17,6 +17,7 @@ from ..core.errors import UserError, nearest
 from ..core.files import CARD_FILE, is_ours
 from ..core.markdown import read_front_matter
 from .formats import READERS
+from .images import PICTURE_SUFFIXES
 from .metadata import METADATA_FILES
 from .raw import RawData, split_role
 from .tables import open_files
@@ -76,6 +77,11 @@ def named_tables(args: DataArguments, tree: Tree) -> Tables | None:
     config = _config(args, card) or {}
     top = _read_through(args, files, str(config.get("data_dir") or args.dataset_config_name or ""))
     splits, others = _splits(args, top)
+    notes = []
+    if not splits and len({_VARYING.sub("#", posixpath.basename(file)) for file in others}) == 1:
+        splits, others = {"train": others}, []
+        if any(_suffix(file) in PICTURE_SUFFIXES for file in tree.files):
+            notes.append(f"Images and labels were read from {some(splits['train'], 3)}.")
     if not splits:
         return None
     for split, found in splits.items():
@@ -84,7 +90,6 @@ def named_tables(args: DataArguments, tree: Tree) -> Tables | None:
                 f"dataset {args.dataset_name!r}: expected one table for split {split!r}, found {some(found, 3)}. Type --dataset_name "
                 f"{_typed(args, found[0])}."
             )
-    notes = []
     if others:
         notes.append(
             f"Read from {some([file for found in splits.values() for file in found], 3)}; not read: {some(others, 3)}. To read such a "
@@ -288,7 +293,5 @@ def _splits(args: DataArguments, level: dict[str, str]) -> tuple[dict[str, list[
                 f"dataset {args.dataset_name!r}: expected one table or folder for split {split!r}, found {one} and {two}. Rename one, or "
                 f"type --{split_role(two) or 'test'}_split {shlex.quote(two)}."
             )
-    if not splits and len({_VARYING.sub("#", posixpath.basename(file)) for file in others}) == 1:
-        return {"train": others}, []
     order = sorted(splits, key=lambda split: (_ROLES.index(split) if split in _ROLES else len(_ROLES), split))
     return {split: [file for files in splits[split].values() for file in files] for split in order}, others

@@ -1,6 +1,7 @@
 """Identical pictures across splits and with two labels: found by their bytes, said once by finetune and evaluate."""
 
 import io
+import shutil
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
@@ -106,3 +107,9 @@ def test_finetune_and_evaluate_say_it_in_one_line_each(leaky, clip_folder, tmp_p
     assert "Identical" not in capsys.readouterr().out
     assert main([*command, "--test_split", "train"]) == 0
     assert "Identical" not in capsys.readouterr().out
+    other = shutil.copytree(leaky, tmp_path / "other")  # it trains on a class that the model does not know
+    shutil.copytree(other / "train" / NAMES[0], other / "train" / "mauve thing")
+    assert main(["evaluate", "--model_name_or_path", out, "--dataset_name", str(other)]) == 0
+    found = capsys.readouterr().out
+    assert found.count("Note: Identical pictures in the training split were not looked for. ") == 1 and "mauve" in found
+    assert f"Note: {both[0]}" not in found and found.count("Note: Identical pictures with different labels: 1") == 1

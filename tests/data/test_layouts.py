@@ -602,7 +602,13 @@ LAYOUTS = [
         ["Read from train.csv, test.csv; not read: notes.csv"],
         make=both(csv_of("train.csv"), csv_of("test.csv"), csv_of("notes.csv")),
     ),
-    Layout("one CSV file of any name", "images/{1..6}.png", {"train": LISTED}, make=csv_of("labels.csv")),
+    Layout(
+        "one CSV file of any name",
+        "images/{1..6}.png",
+        {"train": LISTED},
+        ["Images and labels were read from labels.csv"],
+        make=csv_of("labels.csv"),
+    ),
     Layout(
         "tables whose names only contain a split word",
         "",
