@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ..core.arguments import DataArguments
 from ..core.console import many, some
 from ..core.errors import UserError
-from .raw import split_role
+from .raw import role_within, split_role
 
 # Folders of these names hold the pictures of all classes, or what belongs to pictures.
 _PICTURES = frozenset(
@@ -26,6 +26,7 @@ _BESIDE = frozenset(
     "masks mask labels label annotations annotation segmentation segmentations segmentationclass segmentationobject "
     "trimaps depth gt groundtruth ground_truth".split()
 )
+_ROLES = ("train", "validation", "test")
 _PLAIN = frozenset("train training validation valid val test".split())  # words whose meaning needs no note
 
 
@@ -77,10 +78,7 @@ def read_layout(args: DataArguments, pictures: Iterable[str], folders: Iterable[
 
 def has_class_folders(pictures: Iterable[str]) -> bool:
     """Whether pictures lie in several folders beside each other, or in folders of splits, so that folders may be classes."""
-    node = _tree(pictures)
-    while (child := node.only_child()) and child.children:
-        node = child
-    return len(node.children) > 1
+    return len(_inside(_tree(pictures)).children) > 1
 
 
 def _tree(pictures: Iterable[str]) -> _Node:
@@ -106,11 +104,12 @@ class _Reader:
         self.args, self.labelled = args, labelled
         self.typed = {_same(n): n for n in (args.train_split, args.validation_split, args.test_split) if n}
         self.class_names = {_same(name) for name in args.class_names or ()}
+        self.top = _Node()
         self.without_class: list[str] = []
         self.notes: list[str] = []
 
     def read(self, root: _Node, folders: Iterable[str]) -> Layout:
-        top = self._read_through(root)
+        top = self.top = self._read_through(root)
         splits = dict(sorted(self._splits(top).items(), key=lambda item: self._order(item[0])))
         splits = self._read_through_in(splits)
         rows = self._rows(splits)
@@ -147,8 +146,7 @@ class _Reader:
         return split == (self.args.train_split or "train")
 
     def _order(self, split: str) -> tuple[int, str]:
-        roles = ("train", "validation", "test")
-        names = [getattr(self.args, f"{role}_split") or role for role in roles]
+        names = [getattr(self.args, f"{role}_split") or role for role in _ROLES]
         return (names.index(split) if split in names else len(names), split)
 
     def _splits(self, top: _Node) -> dict[str, _Node]:
@@ -194,6 +192,13 @@ class _Reader:
         ):
             return False
         words = sorted(named)
+        inside = {c for name in named for c in top.children[name].children}
+        if not train and any(inside & child.children.keys() for child in others.values()):
+            alike = [name for name, child in others.items() if inside & child.children.keys()]
+            raise self._refused(
+                f"found {some(words, 3)} beside {some(sorted(others), 3)}, which can be splits or classes. If they are splits, type "
+                f"{self._as_splits(top, [*alike, *words])}. If they are classes, type {self._class_names(sorted(top.children))}."
+            )
         role = {"train": "--train_split"}.get(named[words[0]], f"--{named[words[0]]}_split")
         raise self._refused(
             f"found {some(words, 3)} beside {some(sorted(others), 3)}, which can be a split or a class. If it is a split, type "
@@ -283,13 +288,14 @@ class _Reader:
             UserError: two levels can be the classes.
         """
         if self.class_names:
-            level = [node]
-            for depth in (1, 2, 3):
-                level = [child for parent in level for child in parent.children.values()]
-                if level and all(_same(child.name) in self.class_names for child in level):
+            level, depth = [node], 0
+            while level := [child for parent in level for child in parent.children.values()]:
+                depth += 1
+                if all(_same(child.name) in self.class_names for child in level):
                     return depth
         if not self.labelled and not node.children.keys() <= train_classes:
             self._refuse_two_levels(node)
+            self._refuse_hints(node)
         return 1
 
     def _labelled(self, node: _Node, depth: int) -> list[tuple[str, str | None]]:
@@ -338,12 +344,25 @@ class _Reader:
             shared = list(dict.fromkeys(shared))
             if len({_same(name) for name in shared}) < 2:
                 continue
+            alone = next(c for c, found in zip(upper, level, strict=True) if any(counts[same] > 1 for same in found))
             first, second = sorted(node.children), sorted({name for found in level for name in found.values()})
             raise self._refused(
                 f"found two levels that can be the classes: {some(first, 3)}, or {some(shared, 3)} below them. For the first, type "
                 f"{self._class_names(first)}. For the second, type {self._class_names(second)}; or, for one folder alone, "
-                f"--dataset_name {shlex.quote(f'{self.args.dataset_name}/{upper[0].path}')}; or, if the first are splits, --train_split "
-                f"{shlex.quote(first[0])} --test_split {shlex.quote(first[-1])}."
+                f"--dataset_name {shlex.quote(f'{self.args.dataset_name}/{alone.path}')}; or, if the first are splits, "
+                f"{self._as_splits(node)}."
+            )
+
+    def _refuse_hints(self, node: _Node) -> None:
+        """Raises `UserError` for folders like `pets_train/cat` and `pets_test/1.jpg`, which would become classes."""
+        hints = {name: role for name in node.children if (role := role_within(name))}
+        train = [name for name, role in hints.items() if role == "train"]
+        if len(hints) * 2 < len(node.children) or len(train) in (0, len(hints)):
+            return
+        if any(len(_inside(node.children[name]).children) > 1 for name in train):
+            raise self._refused(
+                f"found {some(sorted(hints), 3)}, which can be splits or classes. If they are splits, type "
+                f"{self._as_splits(node)}. If they are classes, type {self._class_names(sorted(node.children))}."
             )
 
     # -- messages ------------------------------------------------------------------------------------------------------
@@ -353,17 +372,47 @@ class _Reader:
             return f"--class_names {' '.join(map(shlex.quote, names))}"
         return f"--class_names with all {len(names):,} names ({some(names, 2)})"
 
+    def _as_splits(self, node: _Node, names: Iterable[str] | None = None) -> str:
+        """What to type if folders of `node` are splits: words within their names say which; otherwise the first is for training."""
+        names = sorted(node.children if names is None else names)
+        names = [
+            name for name in names if len(_inside(node.children[name]).children) > 1
+        ] or names  # others have no classes
+        roles: dict[str, str] = {}
+        for name in names:
+            if role := role_within(name):
+                roles.setdefault(role, name)
+        roles.setdefault("train", next((name for name in names if not role_within(name)), names[0]))
+        if len(roles) == 1 and len(names) > 1:
+            roles["test"] = next(name for name in reversed(names) if name != roles["train"])
+        inside = (
+            []
+            if node.path == self.top.path
+            else [f"--dataset_name {shlex.quote(f'{self.args.dataset_name}/{node.path}')}"]
+        )
+        return " ".join(inside + [f"--{r}_split {shlex.quote(roles[r])}" for r in sorted(roles, key=_ROLES.index)])
+
     def _no_classes(self, node: _Node) -> UserError:
         where = f" in {node.path}" if node.path else ""
         count = many(sum(1 for _ in node.all_pictures()), "picture")
+        windows = ""
+        if any("\\" in picture for picture in node.pictures):
+            windows = " The \\ in their names were folders in an archive of Windows: unpack it with unzip or 7z, which makes them."
         return self._refused(
             f"expected one subfolder of images per class{where}, and two classes or more; found {count} without a class "
-            f"({some(sorted(node.pictures), 2)}). Move them, or type --dataset_name FILE.csv with columns image and label."
+            f"({some(sorted(node.pictures), 2)}).{windows} Move them, or type --dataset_name FILE.csv with columns image and label."
         )
 
     def _refused(self, reason: str) -> UserError:
         expected = "" if reason.startswith("expected") else "expected one subfolder of images per class, "
         return UserError(f"dataset {self.args.dataset_name!r}: {expected}{reason}")
+
+
+def _inside(node: _Node) -> _Node:
+    """The first folder on the way down that holds more than one folder, or none."""
+    while (child := node.only_child()) and child.children:
+        node = child
+    return node
 
 
 def _ends(node: _Node) -> Iterator[_Node]:

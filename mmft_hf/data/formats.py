@@ -144,8 +144,12 @@ def _once(path: Path, names: list[str]) -> None:
 def _decoded(path: Path) -> tuple[str, list[str]]:
     """The text of a file, and a note if it is not in UTF-8."""
     data = path.read_bytes()
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return data.decode("utf-32"), []
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # as Excel writes "Unicode text"
         return data.decode("utf-16"), []
+    if b"\0" in data:  # UTF-16 without a mark, or a file that is no text
+        raise UserError(f"{path}: expected text, found characters with the code 0. Save the file again, as UTF-8.")
     try:
         return data.decode("utf-8-sig"), []
     except UnicodeDecodeError:

@@ -16,6 +16,7 @@ from ..core.errors import UserError, nearest
 from .columns import NULL, TEXT, column_of
 from .texts import clean_class_name
 
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))  # not the joiners, which change letters and emoji
 MISSING = -1  # a row without a class: null, -1, NaN or blank text in the data
 TOWER_WORDS = 70  # what a text tower with 77 tokens can read behind "a photo of a" if every word is one token
 
@@ -26,8 +27,11 @@ def one_form(name: str) -> str:
 
 
 def same_name(class_name: str) -> str:
-    """Equal for names that no prompt can tell apart: they differ only in case, blanks, hyphens, underscores or Unicode form."""
-    return one_form(clean_class_name(class_name)).casefold()
+    """Equal for names that no prompt can tell apart: they differ only in case, blanks, hyphens, underscores or Unicode form.
+
+    Characters that nobody can see (a blank without width, a soft hyphen) do not count.
+    """
+    return one_form(clean_class_name(class_name.translate(_UNSEEN))).casefold()
 
 
 def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
@@ -100,7 +104,14 @@ class Labels:
                     f"Type --label_column NAME of the column with the class.{how}"
                 )
             return cls(numbers.astype(np.int64), None, False, where)
-        return cls(pc.fill_null(values.cast(pa.int64()), MISSING).to_numpy(), None, False, where)
+        try:
+            values = values.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{where}: expected the numbers of classes, found {pc.max(values).as_py()}. Correct the row, or type --label_column NAME "
+                "of the column with the class."
+            ) from error
+        return cls(pc.fill_null(values, MISSING).to_numpy(), None, False, where)
 
     def has_any(self) -> bool:
         """Whether any row has a class."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from datasets import DatasetDict
@@ -37,7 +38,24 @@ class RawData:
 
 def split_role(word: str) -> str | None:
     """The split that a folder or file of this name is: `train`, `validation` or `test`, or None if it is no split."""
-    return _ROLES.get(re.sub(r"[ -]", "_", word).lower())
+    return _ROLES.get(_plain(word))
+
+
+def split_for(role: str, names: Iterable[str]) -> str | None:
+    """The split that a role takes if the user names none: that with the first of the usual names, in any case of letters."""
+    names = list(names)
+    by_word = {_plain(name): name for name in reversed(names)}
+    return next((name for a in SPLIT_NAMES[role] if (name := a if a in names else by_word.get(a))), None)
+
+
+def role_within(name: str) -> str | None:
+    """The split that a word within a name hints at: `pets_train`, `1_Test`, `trainA`, `val2018`."""
+    words = re.findall(r"[a-z]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    return next((_ROLES[word] for word in words if word in _ROLES), None)
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[ -]", "_", word).lower()
 
 
 def empty_split(name: str, split: str) -> str:

@@ -26,7 +26,7 @@ from ..core.errors import UserError, in_python, nearest
 from .columns import NULL, TEXT, check_plain, column_of, undecoded
 from .join import join_captions
 from .labels import MISSING, ClassList, Labels
-from .raw import SPLIT_NAMES, RawData, empty_split
+from .raw import RawData, empty_split, split_for
 from .sampling import few_shot_split, hold_out
 from .sources import open_source
 
@@ -108,7 +108,7 @@ def _map_columns(raw: DatasetDict, args: DataArguments) -> tuple[DatasetDict, bo
             raise UserError(
                 f"column {column!r} for the {role} is missing: found {', '.join(features)}."
                 + (f" Columns of text: {', '.join(lists)}." if lists else "")
-                + (nearest(column, features) or f" Type --{role}_column NAME.")
+                + f"{nearest(column, features)} Type --{role}_column NAME."
             )
     if captions and not is_text(features[captions]) and features[captions] not in (NULL, List(NULL)):
         raise UserError(
@@ -153,7 +153,7 @@ def _find_split(data: DatasetDict, role: str, name: str | None) -> str | None:
                 f"split {name!r} is missing: found {', '.join(data)}.{nearest(name, data)} Type --{role}_split NAME."
             )
         return name
-    return next((alias for alias in SPLIT_NAMES[role] if alias in data), None)
+    return split_for(role, data)
 
 
 def load_captioned_dataset(name: str = "builtin/emoji-mini", config: str | None = None, **options) -> DatasetDict:
@@ -288,7 +288,11 @@ def _rows_with_class(labels: Labels, on_missing: str, notes: list[str]) -> np.nd
         notes.append(f"{labels.where}: {found} and are left out.")
         return kept
     row = int(np.flatnonzero(labels.codes == MISSING)[0])
-    how = "Correct them" if on_missing == "skip" else "Correct them, or type --on_missing_label skip to leave them out"
+    how = (
+        "Correct them"
+        if on_missing == "skip" or not len(kept)
+        else "Correct them, or type --on_missing_label skip to leave them out"
+    )
     raise UserError(f"{labels.where}, row {row}: expected a class, found none; {found}. {how}.")
 
 

@@ -22,9 +22,10 @@ from .formats import READERS, TableFile, read_table_file
 from .image_paths import resolve_paths
 from .labels import MISSING, joined_names, refuse_outside, renumbered
 from .mapped import mapped
-from .raw import SPLIT_NAMES, RawData
+from .raw import SPLIT_NAMES, RawData, split_role
 from .split_files import read_split_file
 
+_BESIDE = (*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"])
 _WHOLE, _DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,17}"), re.compile(r"-?(0|[1-9][0-9]{0,14})\.[0-9]{1,15}")
 
 
@@ -49,10 +50,16 @@ def open_table(name: str, path: Path, args: DataArguments) -> RawData:
 
 def _other_splits(path: Path) -> dict[str, Path]:
     """The files of other splits next to a file called `train.csv` or the like, by the name of their split."""
-    if path.stem.lower() not in SPLIT_NAMES["train"]:
+    if split_role(path.stem) != "train":
         return {}
-    names = (*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"])
-    return {name: file for name in names if (file := path.with_name(name + path.suffix)).is_file()}
+    suffix = path.suffix.lower()
+    beside = sorted(file for file in path.parent.iterdir() if file.suffix.lower() == suffix and file.is_file())
+    beside = [file for file in beside if split_role(file.stem) in ("validation", "test")]
+    found: dict[str, Path] = {}
+    for file in sorted(beside, key=lambda file: (file.stem not in _BESIDE, file.name)):
+        word = file.stem.lower()
+        found.setdefault(word if word in _BESIDE else split_role(word), file)
+    return {word: found[word] for word in _BESIDE if word in found}
 
 
 def open_files(

@@ -180,6 +180,18 @@ def test_folder_of_csv_files_is_one_split_per_file(pictures, tmp_path):
     assert [splits.class_names[c] for c in labels_of(splits.test)] == [row["label"] for row in rows[12:][::-1]]
 
 
+def test_files_beside_train_are_its_splits_in_any_case_of_letters(pictures, tmp_path):
+    folder, rows = pictures
+    path = write_csv(tmp_path / "Train.csv", rows[:9])
+    write_csv(tmp_path / "Hold-out.CSV", rows[9:15])
+    write_csv(tmp_path / "VALID.csv", rows[12:][::-1])
+    write_csv(tmp_path / "train_extra.csv", rows)
+    splits = splits_of(path, image_root=folder)
+    assert splits.notes == ["VALID.csv and Hold-out.CSV next to Train.csv are read as further splits."]
+    assert paths_of(splits.test) == [str(folder / row["image"]) for row in rows[9:15]]
+    assert paths_of(splits.validation) == [str(folder / row["image"]) for row in rows[12:][::-1]]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_files_beside_train_are_its_other_splits(kind, pictures, tmp_path):
     folder, rows = pictures

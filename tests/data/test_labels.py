@@ -72,6 +72,13 @@ def test_splits_in_memory_are_joined_by_name(test):
     assert splits.test.features["label"].names == ABC
 
 
+def test_splits_in_memory_have_their_names_in_any_case_of_letters():
+    data = DatasetDict({"VAL": rows(CBA), "Test": rows(CBA * 2), "Train": rows(ABC * 3), "test_extra": rows(ABC)})
+    splits = load_splits(DataArguments(dataset_name="memory"), data)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [9, 3, 6]
+    assert splits.class_names == ABC
+
+
 def test_a_class_that_training_lacks_is_refused_by_row():
     with pytest.raises(
         UserError, match=r"split 'test', row 1: label 'pear' is outside the class list .* Correct the row"
@@ -202,7 +209,15 @@ LONG = " ".join(["word"] * 75)
 
 
 @pytest.mark.parametrize(
-    "pair", [("cat", " cat "), ("cat", "Cat"), ("a_b", "a b"), (f"{LONG} one", f"{LONG} two"), ("Straße", "STRASSE")]
+    "pair",
+    [
+        ("cat", " cat "),
+        ("cat", "Cat"),
+        ("a_b", "a b"),
+        (f"{LONG} one", f"{LONG} two"),
+        ("Straße", "STRASSE"),
+        ("cat", "cat\u200b"),
+    ],
 )
 def test_names_that_no_prompt_tells_apart_are_said(pair):
     with pytest.raises(UserError, match="two classes have the same name"):

@@ -684,7 +684,51 @@ LAYOUTS = [
         refused=f"{TWO_LEVELS}For the first, type --class_names site_a site_b. For the second, type --class_names cat dog; or, for "
         "one folder alone, --dataset_name .*/site_a; or, if the first are splits, --train_split site_a --test_split site_b",
     ),
-    Layout("two levels in a split", "train/{site_a,site_b}/" + PET_FILES, refused=TWO_LEVELS),
+    Layout(
+        "two levels in a split",
+        "train/{site_a,site_b}/" + PET_FILES,
+        refused=f"{TWO_LEVELS}.* --dataset_name .*/train --train_split site_a --test_split site_b",
+    ),
+    Layout(
+        "two levels far down, the second typed as classes",
+        "{site_a,site_b}/a/b/c/" + PET_FILES,
+        {"train": {name: f"{{site_a,site_b}}/a/b/c/{name}/{{1..3}}.png" for name in ("cat", "dog")}},
+        options={"class_names": ["dog", "cat"]},
+    ),
+    Layout(
+        "split words within names of folders of classes",
+        "{seg_pred,seg_test,seg_train}/{cat,dog}/{1..3}.png",
+        refused="two levels .* if the first are splits, --train_split seg_train --test_split seg_test",
+    ),
+    Layout(
+        "split words within names, and a test folder without classes",
+        "pets_train/pets_train/{cat,dog}/{1..3}.png pets_test/pets_test/{1..3}.png",
+        refused="found pets_test, pets_train, .*--train_split pets_train. If they are classes, type "
+        "--class_names pets_test pets_train",
+    ),
+    Layout(
+        "split words within names, typed as classes",
+        "pets_train/{cat,dog}/{1..3}.png pets_test/{1..3}.png",
+        {"train": {"pets_train": "pets_train/{cat,dog}/{1..3}.png", "pets_test": "pets_test/{1..3}.png"}},
+        options={"class_names": ["pets_train", "pets_test"]},
+    ),
+    Layout(
+        "split words within names, typed as splits",
+        "pets_train/pets_train/{cat,dog}/{1..3}.png pets_test/pets_test/{1..3}.png",
+        {"pets_train": pets("pets_train/pets_train/")},
+        ["Left out, .* pets_test .3 pictures.", "Classes are read from pets_train/pets_train"],
+        options={"train_split": "pets_train"},
+    ),
+    Layout(
+        "a train folder with a name in another language",
+        "{entrainement,test}/" + PET_FILES,
+        refused="found test beside entrainement, .* --train_split entrainement --test_split test. If they are classes",
+    ),
+    Layout(
+        "backslashes as an archive of Windows leaves them",
+        "train\\{cat,dog}\\{1..3}.png",
+        refused=r"found 6 pictures without a class .train\\cat.*archive of Windows: unpack it with unzip",
+    ),
     Layout("two levels further down", "{site_a,site_b}/2019/" + PET_FILES, refused=TWO_LEVELS),
     Layout(
         "two levels and a picture beside them", "{site_a,site_b}/" + PET_FILES + " site_a/map.png", refused=TWO_LEVELS

@@ -116,6 +116,13 @@ def test_whole_numbers_of_any_type_take_typed_names(kind, values, tmp_path):
     read_right(tmp_path / "all.parquet", class_names=["cat", "dog"])
 
 
+def test_a_number_that_is_too_large_for_a_class_is_refused(tmp_path):
+    labels = pa.array([2**64 - 1] * len(NAMES), pa.uint64())
+    pq.write_table(pa.table({"image": BYTES, "label": labels}), tmp_path / "all.parquet")
+    with pytest.raises(UserError, match="numbers of classes, found 18446744073709551615"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "all.parquet"), class_names=["cat", "dog"]))
+
+
 def test_true_and_false_are_no_classes(tmp_path):
     pq.write_table(pa.table({"image": BYTES, "label": [name == "dog" for name in NAMES]}), tmp_path / "all.parquet")
     assert "found true and false" in refused(tmp_path / "all.parquet", class_names=["cat", "dog"])
@@ -242,6 +249,7 @@ def csv_of(rows, separator=",", header="image,label", end="\n"):
         ("bars", lambda rows: csv_of(rows, "|").encode()),
         ("a hint to Excel", lambda rows: ("sep=;\r\n" + csv_of(rows, ";", end="\r\n")).encode()),
         ("UTF-16 of Excel", lambda rows: csv_of(rows, "\t").encode("utf-16")),
+        ("UTF-32", lambda rows: csv_of(rows).encode("utf-32")),
         ("Windows line ends", lambda rows: csv_of(rows, end="\r\n").encode()),
         ("old Mac line ends", lambda rows: csv_of(rows, end="\r").encode()),
         ("blank lines", lambda rows: csv_of(rows, end="\n\n\n").encode()),
@@ -310,6 +318,7 @@ def test_csv_that_is_not_utf8_is_said(pictures, tmp_path):
             "image,label\npics/none.png,cat\n",
             "found none of 1; missing is for example .*/pics/none.png. Type --image_root",
         ),
+        ("image,label\npics/cat_0.png,c\0at\n", "characters with the code 0. Save the file again, as UTF-8"),
         ("photo,label\npics/cat_0.png,cat\n", "column 'image' for the image is missing: found photo, label"),
     ],
 )

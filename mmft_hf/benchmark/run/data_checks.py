@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from ...core.arguments import DataArguments
 from ...core.console import some
 from ...core.errors import UserError, nearest
-from ...data.raw import SPLIT_NAMES
+from ...data.raw import SPLIT_NAMES, split_for
 from ...data.sources import open_source
 from ...data.splits import NO_CAPTIONS, Splits, text_columns
 from .data_summary import class_notes
@@ -56,8 +56,8 @@ def check_labels(args: DataArguments, shift_splits: Sequence[str]) -> None:
 def _roles(raw: DatasetDict, args: DataArguments) -> dict[str, str]:
     """The split that `load_splits` takes for each role that has one."""
     found = {}
-    for role, aliases in SPLIT_NAMES.items():
-        name = getattr(args, f"{role}_split") or next((alias for alias in aliases if alias in raw), None)
+    for role in SPLIT_NAMES:
+        name = getattr(args, f"{role}_split") or split_for(role, raw)
         if name is not None and name not in found.values():
             found[role] = name
     return found if "train" in found else {"train": next(iter(raw)), **found}
