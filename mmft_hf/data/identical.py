@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,7 @@ def _sizes(images: Dataset) -> list[int | None]:
         for size, path in zip(stored.to_pylist(), paths.to_pylist(), strict=True):
             if size is None:
                 try:
-                    size = Path(path).stat().st_size if path else None
+                    size = os.path.getsize(path) if path else None
                 except (OSError, ValueError):
                     size = None
             found.append(size)

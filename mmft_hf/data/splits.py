@@ -73,10 +73,23 @@ def _add_ids(dataset: Dataset) -> Dataset:
         content, paths = chunk.field("bytes"), chunk.field("path")
         for size, path in zip(pc.binary_length(content).to_pylist(), paths.to_pylist(), strict=True):
             if size is None and path:
-                size = os.path.getsize(path) if os.path.exists(path) else -1
-            ids.append(f"{Path(path).name if path else ''}:{size}")
+                try:
+                    size = os.path.getsize(path)
+                except (OSError, ValueError):
+                    size = -1
+            ids.append(f"{_file_name(path)}:{size}")
     own = [name for name in ("source_row", "image_id") if name in dataset.column_names]
-    return dataset.remove_columns(own).add_column("source_row", np.arange(len(dataset))).add_column("image_id", ids)
+    return (
+        dataset.remove_columns(own)
+        .add_column("source_row", np.arange(len(dataset)))
+        .add_column("image_id", pa.array(ids, pa.string()))
+    )
+
+
+def _file_name(path: str | None) -> str:
+    """The last part of a path. A `Path` takes long to make, and there is one per picture."""
+    name = (path or "").rpartition(os.sep)[2]
+    return name if name not in ("", ".") else Path(path or "").name
 
 
 def labels_of(dataset: Dataset) -> np.ndarray:

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 from data_tools import png_of_size, save_pictures, with_bad_picture, with_column, write_csv, write_jsonl
-from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 from tiny_clip import COLOURS, colour_dataset, colour_images
 from torch.utils.data import DataLoader, Subset
@@ -468,6 +468,19 @@ def save_splits(folder, train):
     for seed, split in ((1, "validation"), (2, "test")):
         colour_dataset(2, seed).to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+def test_a_picture_is_identified_by_file_name_and_size(tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "é.png").write_bytes(b"12345")
+    stored = [(None, str(tmp_path / "a b" / "é.png")), (b"123", "b/z.png"), (b"12", None)]
+    stored += [(b"", "x.png"), (None, "gone/y.png"), (None, "no\0name.png")]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=NAMES)})
+    columns = {"image": [{"bytes": b, "path": p} for b, p in stored], "label": [0, 1, 2] * 2}
+    rows = Dataset.from_dict(columns, features)
+    found = load_splits(DataArguments(), DatasetDict(train=rows, validation=rows, test=rows)).test
+    assert found["image_id"][:] == ["é.png:5", "z.png:3", ":2", "x.png:0", "y.png:-1", "no\0name.png:-1"]
+    assert list(found["source_row"]) == list(range(6))
 
 
 def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
