@@ -131,10 +131,10 @@ def alone_in(folder: str | os.PathLike, shared: str | None = None) -> Iterator[N
             lock = Lock(folder / LOCK_FILE, f"--output_dir {folder}", shared)
         except InUse as error:
             refusal = [str(error)]
-        except PermissionError:  # what cannot be written to has no two writers, and a finished run in it can be read
-            pass
         except OSError as error:
-            if error.errno != errno.EROFS:
+            # What cannot be written to has no two writers, and a finished run in it can be read.
+            refused = isinstance(error, PermissionError) or error.errno == errno.EROFS
+            if not (refused and folder.is_dir()):
                 raise
     if world_size() > 1:
         dist.broadcast_object_list(refusal)

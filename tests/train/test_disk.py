@@ -242,6 +242,24 @@ def test_a_lock_ends_with_its_process_and_a_refused_run_leaves_no_folder(clip_fo
     assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(
+    clip_folder, data_folder, tmp_path, capsys, monkeypatch
+):
+    out, make = tmp_path / "read-only" / "out", os.mkdir
+    out.parent.mkdir()
+
+    def mkdir(path, *args, **kwargs):  # as the system answers those who are not root
+        if os.fspath(path) == str(out):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert main(words(clip_folder, data_folder, out)) == 2
+    printed = capsys.readouterr()
+    assert f"{out}: Permission denied. Type another path" in printed.err and "Traceback" not in printed.err
+    assert "zero-shot" not in printed.out
+
+
 # -- moved data -----------------------------------------------------------------------------------------------------------
 def test_a_resume_survives_other_words_for_the_same_places(
     straight, clip_folder, data_folder, tmp_path, at_step, monkeypatch
