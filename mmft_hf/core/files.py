@@ -167,13 +167,14 @@ def write_json(path: str | os.PathLike, content, indent: int | None = 2, **optio
 
 # A spreadsheet takes a cell that begins so for a formula and may run it, also where it was quoted.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Iterable]) -> None:
-    """Writes a CSV file atomically, in UTF-8. No spreadsheet runs its texts.
+    """Writes a CSV file atomically, in UTF-8. No spreadsheet runs its texts, and no terminal obeys them.
 
     A text that begins with `=`, `+`, `-`, `@`, a tab, a new line or an apostrophe gets an apostrophe in front. Who reads the
-    texts back removes one leading apostrophe. Numbers are written as they are.
+    texts back removes one leading apostrophe. Control characters are written as `\\x1b`. Numbers are written as they are.
     """
     with atomic_write(path) as temporary:
         # File names need not be valid UTF-8: their bytes are written as they are.
@@ -182,7 +183,10 @@ def write_csv(path: str | os.PathLike, rows: Iterable[Iterable]) -> None:
 
 
 def _harmless(cell):
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith((*_FORMULA, "'")) else cell
+    if not isinstance(cell, str):
+        return cell
+    text = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", cell)
+    return f"'{text}" if text.startswith((*_FORMULA, "'")) else text
 
 
 # -- disks that take no more ------------------------------------------------------------------------------------------

@@ -86,6 +86,11 @@ def test_no_cell_is_a_formula_and_all_can_be_read_back(tmp_path):
     assert [text.removeprefix("'") for text, _ in rows] == [*FORMULAS[:-1], "'quoted", *harmless]
 
 
+def test_no_cell_has_an_escape_that_a_terminal_would_obey(tmp_path):
+    write_csv(tmp_path / "a.csv", [["red\x1b[2J", "\x07=1", "\x9b2Jtwo\nlines"]])
+    assert (tmp_path / "a.csv").read_bytes() == rb"red\x1b[2J,\x07=1," + b'"' + rb"\x9b2Jtwo" + b'\nlines"\r\n'
+
+
 def test_file_names_that_are_not_text_keep_their_bytes(tmp_path):
     write_csv(tmp_path / "a.csv", [[os.fsdecode(b"caf\xe9.jpg"), 1]])
     assert (tmp_path / "a.csv").read_bytes() == b"caf\xe9.jpg,1\r\n"
