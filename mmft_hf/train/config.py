@@ -227,8 +227,9 @@ class MMFTConfig(TrainingArguments):
                 "the weights to average. Leave it out, or start without them."
             )
         launch.start(self.use_cpu, self.ddp_timeout)
-        super().__post_init__()
-        launch.check(self.world_size)
+        with launch.own_words():
+            super().__post_init__()
+            launch.check(self.world_size)
         # Pinned memory speeds up copies to an accelerator; without one it only warns, at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and accelerated
         if self.dataloader_pin_memory and not self.accelerator_config.non_blocking:
