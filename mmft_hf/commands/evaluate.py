@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.arguments import ALLOW_PICKLE, DataArguments, Range, check_settings, setting
-from ..core.console import percent, say, table
+from ..core.console import percent, say, some, table
 from ..core.errors import UserError
 from ..core.files import RUN_FILE, keeping, write_csv, write_json
 from ..core.reading import parse_json
@@ -125,6 +126,7 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
     Returns:
         Also a sentence that says why the training split cannot be compared; empty if it can, or if there is none.
     """
+    from ..data.sources import open_source
     from ..data.splits import load_splits, load_test_split, load_train_split
 
     if (dataset := load_test_split(data_args, class_names)) is not None:
@@ -135,11 +137,16 @@ def _test_split(data_args: DataArguments, class_names: list[str], record: dict) 
     # Held out as in the training, independently of the other settings of this call.
     again = {**record.get("data", {}), "dataset_name": data_args.dataset_name}
     again["image_root"] = data_args.image_root or again.get("image_root")  # the images may have moved
-    splits = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)}))
-    if splits.fingerprint() != record.get("identity", {}).get("dataset_fingerprint"):
+    try:
+        splits, why = load_splits(DataArguments(**{k: v for k, v in again.items() if k in vars(data_args)})), ""
+    except UserError as error:
+        splits, why = None, f" As the data of the training it cannot be read: {error}"
+    if splits is None or splits.fingerprint() != record.get("identity", {}).get("dataset_fingerprint"):
+        found = list(open_source(data_args).splits)
         raise UserError(
             f"dataset {data_args.dataset_name!r}: expected a split named test, or the data that the model was trained on, "
-            "with its held-out test images; found neither. Type --test_split NAME."
+            f"with its held-out test images; found neither, only {some(found, 5)}. Type --test_split "
+            f"{shlex.quote(found[0]) if len(found) == 1 else 'NAME'}.{why}"
         )
     return splits.test, splits.train, ""
 

@@ -227,9 +227,16 @@ def test_held_out_images_are_found_again_whatever_the_seed_of_the_call(held_out,
     assert found["examples"] == 6
     assert main([*command, str(held_out / "more_pets")]) == 2
     assert (
-        "or the data that the model was trained on, with its held-out test images; found neither"
-        in capsys.readouterr().err
-    )
+        "or the data that the model was trained on, with its held-out test images; found neither, only train. Type "
+        "--test_split train."
+    ) in capsys.readouterr().err
+    names = list(COLOURS)
+    lines = [f"{p.relative_to(held_out)},{names.index(p.parent.name)}\n" for p in (held_out / "pets").glob("*/*.png")]
+    (held_out / "test.csv").write_text("image,label\n" + "".join(lines))
+    command += [str(held_out / "test.csv")]
+    assert main(command) == 2  # a message of the training data must not hide what to type
+    assert "found neither, only train. Type --test_split train. As the data" in capsys.readouterr().err
+    assert main([*command, "--test_split", "train", "--class_names", *names]) == 0
 
 
 @pytest.mark.usefixtures("captions_classify_nothing")
