@@ -105,7 +105,7 @@ def reading(checkpoint: str | os.PathLike | None) -> Iterator[None]:
 
 def _unusable(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None if it can."""
-    return damage(folder) if is_complete(folder) else "some of its files are missing or damaged"
+    return damage(folder) or (None if is_complete(folder) else "some of its files are missing")
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -123,9 +123,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def last_whole_checkpoint(output_dir: str | os.PathLike, but: Path | None = None) -> str | None:
     """The complete `checkpoint-*` of the highest step whose files are whole (see `damage`), or None. Damaged ones are logged."""
     for _, path in sorted(_checkpoints(Path(output_dir)).items(), reverse=True):
-        if (but and path.resolve() == but.resolve()) or not is_complete(path):
+        if but and path.resolve() == but.resolve():
             continue
-        if wrong := damage(path):
+        if wrong := _unusable(path):
             logger.warning("Note: %s is passed over: %s.", path, wrong)
             continue
         return str(path)

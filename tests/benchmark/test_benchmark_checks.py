@@ -163,4 +163,4 @@ def test_overwriting_deletes_the_files_of_a_benchmark_and_no_others(
     assert left == {"data.json", "mine.txt", "report/mine.png", "subsets/mine.json"}
     (out / RESULTS_FILE).write_text("no benchmark\n")
     assert main(command(clip_folder, data_folder, out, *again, 2)) == 2
-    assert "expected a result in line 1" in capsys.readouterr().err and (out / RESULTS_FILE).exists()
+    assert f"{RESULTS_FILE}, line 1: expected JSON" in capsys.readouterr().err and (out / RESULTS_FILE).exists()

@@ -192,7 +192,8 @@ def test_numbered_keys_whose_class_is_not_the_row_s_are_refused(photos, tmp_path
 
 
 def test_the_class_is_the_label_s_name_or_the_folder(folder, tmp_path):
-    photos = load_captioned_dataset(str(folder), class_names=["house cat", "dog"])["train"]
+    photos = load_captioned_dataset(str(folder))["train"]
+    photos = photos.cast_column("label", ClassLabel(names=["house cat", "dog"]))
     data = contents(photos)
     values = {"cats/000.jpg": about(data[0]), "house cat/001.jpg": about(data[1]), "dog/002.jpg": about(data[5])}
     captions, _ = run(photos, write(tmp_path / "x.json", values), "class/file_name")

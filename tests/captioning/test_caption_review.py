@@ -234,9 +234,10 @@ def test_a_record_that_names_files_elsewhere_is_no_record(tmp_path, name):
     record = {"files": [str(mine) if name == "ABSOLUTE" else name], "made_from": {}}
     (tmp_path / "out" / "captions.json").write_text(json.dumps(record))
     folder = CaptionFolder(tmp_path / "out")
-    with pytest.raises(UserError, match="files that mmft-hf did not write"):
+    with pytest.raises(UserError, match=r"field files.*: expected (files of this folder|text), found"):
         folder.claim({}, True)
-    folder.write({"train": dataset(PICTURES[:1])}, {})
+    with pytest.raises(UserError, match=r"captions\.json"):
+        folder.write({"train": dataset(PICTURES[:1])}, {})
     assert mine.read_text() == "mine"
 
 
@@ -427,7 +428,9 @@ def test_what_is_not_known_of_the_cost_of_captions_is_not_made_up(tmp_path):
     assert (both["calls"], both["cost_usd"], both["seconds"]) == (6, None, 12.0)
 
     nothing = dict.fromkeys(("calls", "cost_usd", "tokens_in", "tokens_out", "seconds"))
-    (tmp_path / "captions.json").write_text('{"made_from": {"captioner": {"backend": "columns"}}, "spent": 3}')
+    (tmp_path / "captions.json").write_text('{"made_from": {"dataset_name": "d", "captioner": {"backend": "columns"}}}')
     assert captioning_cost(str(tmp_path)) == {"captioner": "columns"} | nothing
-    (tmp_path / "captions.json").write_text("[]")
-    assert captioning_cost(str(tmp_path)) is None and captioning_cost("builtin/emoji-mini") is None
+    for damaged in ("[]", '{"made_from": {"dataset_name": "d", "captioner": {"backend": "columns"}}, "spent": 3}'):
+        (tmp_path / "captions.json").write_text(damaged)
+        assert captioning_cost(str(tmp_path)) is None
+    assert captioning_cost("builtin/emoji-mini") is None

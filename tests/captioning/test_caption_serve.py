@@ -11,7 +11,7 @@ from vlm_requests import GREEDY, MIXED, ask, seen
 
 from mmft_hf.captioning.ask.backends.openai import OpenAIBackend
 from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
-from mmft_hf.captioning.types import Sampling, Unanswerable
+from mmft_hf.captioning.types import FieldRefused, Sampling
 
 
 def send(server: str, body: dict) -> tuple[int, dict]:
@@ -62,5 +62,5 @@ def test_our_client_gets_what_the_model_in_this_process_writes(server, vlm):
 
 
 def test_a_field_that_the_server_does_not_know(server, vlm):
-    with pytest.raises(Unanswerable, match="top_k"):
+    with pytest.raises(FieldRefused, match="top_k"):
         through(server, vlm, MIXED[:1], Sampling(temperature=0, options={"top_k": 5}))

@@ -258,7 +258,7 @@ def test_config_file_that_is_no_list_of_settings(text, expected, fails, tmp_path
 def test_config_file_that_is_no_text(fails, tmp_path):
     path = tmp_path / "a.yaml"
     colour_images(1)[0][0].save(path, "PNG")
-    fails(["finetune", "--config", path], str(path), "expected YAML")
+    fails(["finetune", "--config", path], str(path), "expected text in UTF-8")
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -568,7 +568,9 @@ def test_pickled_weights_are_not_read(fails, finetune, clip, tmp_path):
         part.save_pretrained(tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").unlink()
     torch.save(clip[0].state_dict(), tmp_path / "old" / "pytorch_model.bin")
-    fails(finetune("--model_name_or_path", tmp_path / "old"), "expected model.safetensors")
+    fails(
+        finetune("--model_name_or_path", tmp_path / "old"), "expected weights as model.safetensors, found only a pickle"
+    )
 
 
 def test_both_towers_frozen(fails, finetune):
@@ -761,11 +763,18 @@ def moved(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "moved"))
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
-def test_evaluate_with_a_damaged_record(text, fails, moved, data_folder):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "expected JSON"),
+        ("{}", "field completed: expected true or false, found no such field"),
+        ("[1]", "expected an object, found a list of 1"),
+    ],
+)
+def test_evaluate_with_a_damaged_record(text, said, fails, moved, data_folder):
     (moved / "mmft.json").write_text(text)
     command = ["evaluate", "--model_name_or_path", moved, "--dataset_name", data_folder]
-    fails(command, "mmft.json", "expected the record that finetune writes")
+    fails(command, "mmft.json", said)
 
 
 def test_evaluate_goes_on_where_the_untuned_model_is_gone(succeeds, moved, data_folder):

@@ -13,6 +13,8 @@ def exists(name: str) -> bool:
     if "/" in name:
         return (PACKAGE / name).is_file()
     *module, last = name.split(".")
+    if PACKAGE.joinpath(*module, last).with_suffix(".py").is_file():
+        return True
     base = PACKAGE.joinpath(*module)
     file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
     if not file.is_file():

@@ -43,7 +43,7 @@ EVIL = [
     "a | b",
     "`code` $x$",
     "<script>alert(1)</script>",
-    "---",
+    "--- x",
     "two\nlines # and *stars*",
     "[x](http://evil.example)",
 ]

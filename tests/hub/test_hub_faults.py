@@ -302,7 +302,7 @@ def test_pickles_are_not_opened(hub, alice, clip_folder, run, tmp_path):
     files["pytorch_model.bin"] = (tmp_path / "weights.bin").read_bytes()
     hub.put("alice/pickled", {**files, "prototypes.safetensors": (run / "prototypes.safetensors").read_bytes()})
     code, said = alice.mmft("evaluate", "--model_name_or_path", "alice/pickled", "--dataset_name", clip_folder)
-    assert code == 2 and "expected model.safetensors" in said, said
+    assert code == 2 and "expected weights as model.safetensors, found only a pickle" in said, said
     code = """
 import transformers
 try:

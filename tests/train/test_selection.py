@@ -172,7 +172,7 @@ def test_the_loss_outside_of_training_is_that_of_the_trainer(clip, tmp_path):
 
 
 def test_metrics_that_cannot_select_are_refused():
-    with pytest.raises(UserError, match=r"depends on the batch size. Type --metric_for_best_model loss"):
+    with pytest.raises(UserError, match=r"depends on the batch size. Type metric_for_best_model loss"):
         check_metric("eval_supcon_loss", "abc")
     with pytest.raises(UserError, match=r"expected one of accuracy, .*, found 'acc'"):
         check_metric("acc", "abc")
@@ -186,7 +186,7 @@ def test_metrics_that_cannot_select_are_refused():
     ("metric", "wrong"), [("accuracy", False), ("eval_loss", True), ("mean_per_class_accuracy", False)]
 )
 def test_a_direction_against_the_metric_is_refused(tmp_path, metric, wrong):
-    with pytest.raises(UserError, match=r"--greater_is_better: expected .*the worst epoch would be kept"):
+    with pytest.raises(UserError, match=r"greater_is_better: expected .*the worst epoch would be kept"):
         MMFTConfig(output_dir=str(tmp_path), use_cpu=True, metric_for_best_model=metric, greater_is_better=wrong)
     right = MMFTConfig(
         output_dir=str(tmp_path), use_cpu=True, metric_for_best_model=metric, greater_is_better=not wrong
