@@ -37,6 +37,7 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone(context, task):
     before, trained = weights(context.model), {}
     first = {method.training: name for name, method in reversed(METHODS.items()) if method.training}

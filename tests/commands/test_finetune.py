@@ -276,6 +276,7 @@ def test_the_test_split_is_read_once_after_selection(clip_folder, data_folder, t
     assert events == ["trained"] + ["test image"] * 2 * len(test)
 
 
+@pytest.mark.slow
 def test_captions_are_made_then_trained_on(clip_folder, tmp_path, capsys):
     captioned, output = tmp_path / "captioned", tmp_path / "out"
     command = [

@@ -97,6 +97,7 @@ def test_a_launcher_can_end_a_process_that_waits_for_another(ranks, tmp_path):
     assert "checkpoint-3." in err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_error_of_one_process_ends_the_other_under_a_launcher(clip_folder, data_folder, tmp_path):
     """The twelfth picture is read by one of the processes alone."""

@@ -151,6 +151,7 @@ def test_another_revision_than_main(hub, alice):
     assert out.get("scale") == CONVERTED and out["weights"]["converted"] is None
 
 
+@pytest.mark.slow
 def test_the_conversion_is_pinned_and_found_without_a_network(hub, alice, files):
     others, weights = files
     hub.put("alice/pinned", {**others, "pytorch_model.bin": weights(PICKLED, pickle=True)})

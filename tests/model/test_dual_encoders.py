@@ -276,7 +276,12 @@ def test_a_checkpoint_of_another_kind_is_refused(_loaded, folders):
 
 @pytest.mark.parametrize(
     ("kind", "modes"),
-    [("siglip", "lora frozen"), ("align", "full lora"), ("chinese_clip", "full full"), ("vit_bert", "frozen lora")],
+    [
+        ("siglip", "lora frozen"),
+        pytest.param("align", "full lora", marks=pytest.mark.slow),
+        pytest.param("chinese_clip", "full full", marks=pytest.mark.slow),
+        ("vit_bert", "frozen lora"),
+    ],
 )
 def test_command_line_card_and_publication(kind, modes, folders, data_folder, tmp_path, capsys, monkeypatch):
     vision, text = modes.split()

@@ -60,7 +60,9 @@ def difference(one, other) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * ("chunks" in case or "bf16" in case)) for case in CASES]
+)
 def test_kept_embeddings_train_the_same_weights_and_give_the_same_numbers(clip, tmp_path, case, capsys):
     towers, settings = CASES[case]
     start = weights(with_lora(copy.deepcopy(clip), *towers)[0])
@@ -91,6 +93,7 @@ def test_kept_embeddings_train_the_same_weights_and_give_the_same_numbers(clip, 
         assert f"Frozen text tower: {texts} training texts encoded once in " in said
 
 
+@pytest.mark.slow
 def test_without_the_picture_files_a_second_run_reads_none(clip, tmp_path, monkeypatch):
     train(clip, tmp_path / "first", ("frozen", "full"), crop_min_area=1.0)
     monkeypatch.setattr(views, "read_image", lambda source: pytest.fail("a picture was opened"))
@@ -99,6 +102,7 @@ def test_without_the_picture_files_a_second_run_reads_none(clip, tmp_path, monke
         train(clip, tmp_path / "third", ("frozen", "full"), crop_min_area=1.0, cache_frozen_features=False)
 
 
+@pytest.mark.slow
 def test_random_crops_are_encoded_anew_and_validation_once(clip, tmp_path, capsys):
     trainer, count = train(clip, tmp_path, ("frozen", "full"))
     said = capsys.readouterr().out
@@ -212,6 +216,7 @@ def test_what_cannot_be_kept_is_encoded_as_before(clip, tmp_path, folder, capsys
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["vision", "text"])
 @pytest.mark.parametrize("kind", tiny_encoders.KINDS)
 def test_every_kind_of_dual_encoder(kind, frozen, tmp_path, capsys):

@@ -44,6 +44,7 @@ def test_a_text_is_encoded_once_in_a_batch_and_padded_to_the_longest(clip, tmp_p
     assert all(rows <= 3 and tokens <= longest < 77 for rows, tokens in seen)
 
 
+@pytest.mark.slow
 def test_prototypes_are_built_when_the_text_tower_changed_and_only_then(clip, _clip, tmp_path, monkeypatch):
     import copy
 
@@ -68,6 +69,7 @@ def test_prototypes_are_built_when_the_text_tower_changed_and_only_then(clip, _c
     assert trainer.prototypes.logit_scale != pytest.approx(_clip[0].logit_scale.exp().item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_kept_prototypes_are_those_of_the_weights(clip, tmp_path):
     trainer = make_trainer(clip, tmp_path, num_train_epochs=2, learning_rate=3e-3)
     trainer.train()
@@ -75,6 +77,7 @@ def test_kept_prototypes_are_those_of_the_weights(clip, tmp_path):
     torch.testing.assert_close(trainer.prototypes.embeddings, trainer.build_prototypes().embeddings, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_workers_live_through_all_epochs(clip, tmp_path):
     trainer = make_trainer(clip, tmp_path, num_train_epochs=3, dataloader_num_workers=1)
     assert trainer.args.dataloader_persistent_workers
@@ -87,6 +90,7 @@ def test_workers_live_through_all_epochs(clip, tmp_path):
     assert pids[0] == pids[1] == pids[2]
 
 
+@pytest.mark.slow
 def test_a_step_waits_for_no_number(clip, tmp_path, monkeypatch):
     """On an accelerator each of these calls would wait until it has computed all that is in its queue."""
     trainer = make_trainer(clip, tmp_path, evaluate=False, num_train_epochs=1, max_grad_norm=1.0)

@@ -54,6 +54,7 @@ def test_captions_are_left_out_as_often_as_asked_and_no_other_draw_changes():
     assert drawn(3, caption_dropout=0.3) == some[:36]
 
 
+@pytest.mark.slow
 def test_with_every_caption_left_out_training_is_that_without_captions(clip, tmp_path):
     settings = {"num_train_epochs": 1, "crop_min_area": 1.0, "evaluate": False}
     found = []

@@ -68,9 +68,9 @@ def images():
 @pytest.mark.parametrize(
     ("metric", "untuned", "trained", "won"),
     [
-        ("accuracy", MOSTLY_FIRST, EVEN, True),
+        pytest.param("accuracy", MOSTLY_FIRST, EVEN, True, marks=pytest.mark.slow),
         ("mean_per_class_accuracy", MOSTLY_FIRST, EVEN, False),
-        ("eval_mean_per_class_accuracy", EVEN, MOSTLY_FIRST, True),
+        pytest.param("eval_mean_per_class_accuracy", EVEN, MOSTLY_FIRST, True, marks=pytest.mark.slow),
         ("loss", SURE, EVEN, False),  # the same answers; being sure of the wrong ones costs more
     ],
 )
@@ -132,6 +132,7 @@ def test_the_terminal_tells_by_which_metric(candidates, images, clip_folder, tmp
     assert f"--model_name_or_path '{tmp_path / 'a b'}'" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["accuracy", "mean_per_class_accuracy", "loss"])
 def test_the_star_and_the_kept_epoch_follow_the_metric(clip, tmp_path, capsys, metric):
     trainer = make_trainer(clip, tmp_path, num_train_epochs=4, metric_for_best_model=metric, learning_rate=3e-3)
@@ -149,6 +150,7 @@ def test_the_star_and_the_kept_epoch_follow_the_metric(clip, tmp_path, capsys, m
         assert f", {metric.replace('_', ' ')} {shown}" in lines[-1]
 
 
+@pytest.mark.slow
 def test_averaged_weights_and_the_best_checkpoint_alone_are_selected_by_the_metric(clip, tmp_path):
     settings = {
         "metric_for_best_model": "loss",

@@ -213,6 +213,7 @@ def test_resume_without_a_checkpoint_starts_anew(clip, tmp_path, caplog):
     assert "starts from the beginning" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_survives_a_move_of_the_folder(clip, _clip, tmp_path):
     import copy
 
@@ -252,6 +253,7 @@ def test_every_source_of_prototypes_evaluates(clip, tmp_path, source):
     assert trainer.prototypes.source == source
 
 
+@pytest.mark.slow
 def test_bf16_autocast_trains(clip, tmp_path):
     trainer = make_trainer(clip, tmp_path, bf16=True, num_train_epochs=8, learning_rate=3e-3)
     trainer.train()
@@ -319,6 +321,7 @@ def test_classes_without_captions_are_logged_once(clip, tmp_path, caplog):
     assert caplog.text.count("green thing, blue thing") == 1
 
 
+@pytest.mark.slow
 def test_a_second_training_is_validated_with_prototypes_of_its_own_weights(clip, tmp_path):
     settings = {"num_train_epochs": 1, "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
     trainer = make_trainer(clip, tmp_path, learning_rate=3e-3, **settings)

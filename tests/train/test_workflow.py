@@ -61,6 +61,7 @@ def test_the_command_leaves_the_same_folder(in_python, clip_folder, data_folder,
     assert heads[0].embeddings.equal(heads[1].embeddings)
 
 
+@pytest.mark.slow
 def test_data_sets_in_memory_train_as_their_files_do(in_python, clip_folder, data_folder, tmp_path):
     result, _ = in_python
     files = {split: str(data_folder / f"{split}.parquet") for split in ("train", "validation", "test")}
@@ -74,6 +75,7 @@ def test_data_sets_in_memory_train_as_their_files_do(in_python, clip_folder, dat
     assert "in-memory data" in (other.output_dir / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_one_data_set_is_split(clip_folder, tmp_path):
     reporter = Remembering()
     data = colour_dataset(10)
