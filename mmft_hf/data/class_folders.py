@@ -258,7 +258,8 @@ class _Reader:
         for split, node in splits.items():
             child = node.only_child()
             train = self._is_train(split)
-            if not train and child and not child.children and _same(child.name) in _PICTURES | {_same(node.name)}:
+            named = child is not None and _same(child.name) in _PICTURES | {_same(node.name)}
+            if not train and named and not child.children and child.name not in train_classes:
                 node = child  # test/images/1.jpg, as unlabelled test splits come
             if not node.children:
                 if train and not self.labelled:
@@ -284,28 +285,38 @@ class _Reader:
     def _depth(self, node: _Node, train_classes: set[str]) -> int:
         """How far below a split the classes are: 1 as a rule; `class_names` can say that it is a lower level.
 
+        0 if they are at several levels, each in the first folder on its way down that `class_names` has.
+
         Raises:
             UserError: two levels can be the classes.
         """
         if self.class_names:
+            start = len(node.path) + 1 if node.path else 0
+            ends = [end.path[start:].split("/") for end in _ends(node)]
             level, depth = [node], 0
             while level := [child for parent in level for child in parent.children.values()]:
                 depth += 1
                 if all(_same(child.name) in self.class_names for child in level):
+                    if any(_same(name) in self.class_names for path in ends if len(path) < depth for name in path):
+                        break
                     return depth
+            if all(any(_same(name) in self.class_names for name in path) for path in ends):
+                return 0
         if not self.labelled and not node.children.keys() <= train_classes:
             self._refuse_two_levels(node)
             self._refuse_hints(node)
         return 1
 
     def _labelled(self, node: _Node, depth: int) -> list[tuple[str, str | None]]:
-        """The pictures below a split with the name of their folder at this depth."""
+        """The pictures below a split with the name of their folder at this depth, see `_depth`."""
         start = len(node.path) + 1 if node.path else 0
         rows = []
         for child in node.children.values():
             for picture in child.all_pictures():
                 parts = picture[start:].split("/")
-                if len(parts) > depth:
+                if not depth:
+                    rows.append((picture, next(name for name in parts if _same(name) in self.class_names)))
+                elif len(parts) > depth:
                     rows.append((picture, parts[depth - 1]))
                 else:
                     self.without_class.append(picture)
@@ -319,9 +330,11 @@ class _Reader:
         """Raises `UserError` if the folders below the classes look like classes or splits themselves."""
         names = {_same(name) for name in node.children}
         if names & _PICTURES and names & _BESIDE:
+            holding = [c for c in node.children.values() if _same(c.name) in _PICTURES and len(_inside(c).children) > 1]
+            how = self._alone(holding[0]) if holding else "--dataset_name with the folder of class folders"
             raise self._refused(
-                f"found {some(sorted(node.children))}, which are no classes but pictures and what belongs to them. Type "
-                "--dataset_name with the folder of class folders, or with a CSV file that has columns image and label."
+                f"found {some(sorted(node.children))}, which are no classes but pictures and what belongs to them. Type {how}, or "
+                "--dataset_name FILE.csv with columns image and label."
             )
         # A few pictures beside the lower level do not make the upper one the level of the classes.
         upper = [
@@ -331,10 +344,11 @@ class _Reader:
             inside = [name for name in child.children if split_role(name)]
             if len({split_role(name) for name in inside}) > 1:
                 first, second = sorted(inside)[:2]
+                apart = any(child.children[name].children for name in inside)
                 raise self._refused(
                     f"found splits inside classes ({child.path}/{first}, {child.path}/{second}). Move them to the top "
                     f"({first}/{child.name}, {second}/{child.name}), or, to take all as one split, type "
-                    f"{self._class_names(sorted(node.children))}."
+                    f"{self._class_names(sorted(node.children))}{f'; or, for one folder alone, {self._alone(child)}' * apart}."
                 )
         below = [{_same(name): name for name in child.children} for child in upper]
         ends = [{_same(end.name): end.name for end in _ends(child)} for child in upper]
@@ -349,7 +363,7 @@ class _Reader:
             raise self._refused(
                 f"found two levels that can be the classes: {some(first, 3)}, or {some(shared, 3)} below them. For the first, type "
                 f"{self._class_names(first)}. For the second, type {self._class_names(second)}; or, for one folder alone, "
-                f"--dataset_name {shlex.quote(f'{self.args.dataset_name}/{alone.path}')}; or, if the first are splits, "
+                f"{self._alone(alone)}; or, if the first are splits, "
                 f"{self._as_splits(node)}."
             )
 
@@ -372,12 +386,15 @@ class _Reader:
             return f"--class_names {' '.join(map(shlex.quote, names))}"
         return f"--class_names with all {len(names):,} names ({some(names, 2)})"
 
+    def _alone(self, node: _Node) -> str:
+        """What to type to read one folder alone."""
+        return f"--dataset_name {shlex.quote(f'{self.args.dataset_name}/{node.path}')}"
+
     def _as_splits(self, node: _Node, names: Iterable[str] | None = None) -> str:
         """What to type if folders of `node` are splits: words within their names say which; otherwise the first is for training."""
         names = sorted(node.children if names is None else names)
-        names = [
-            name for name in names if len(_inside(node.children[name]).children) > 1
-        ] or names  # others have no classes
+        with_classes = [name for name in names if len(_inside(node.children[name]).children) > 1]
+        names = with_classes or names
         roles: dict[str, str] = {}
         for name in names:
             if role := role_within(name):
@@ -385,11 +402,7 @@ class _Reader:
         roles.setdefault("train", next((name for name in names if not role_within(name)), names[0]))
         if len(roles) == 1 and len(names) > 1:
             roles["test"] = next(name for name in reversed(names) if name != roles["train"])
-        inside = (
-            []
-            if node.path == self.top.path
-            else [f"--dataset_name {shlex.quote(f'{self.args.dataset_name}/{node.path}')}"]
-        )
+        inside = [] if node.path == self.top.path else [self._alone(node)]
         return " ".join(inside + [f"--{r}_split {shlex.quote(roles[r])}" for r in sorted(roles, key=_ROLES.index)])
 
     def _no_classes(self, node: _Node) -> UserError:

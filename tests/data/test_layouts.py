@@ -696,6 +696,31 @@ LAYOUTS = [
         options={"class_names": ["dog", "cat"]},
     ),
     Layout(
+        "classes at several levels, typed",
+        "site_a/2019/{cat,dog}/{1..3}.png site_b/{cat,dog}/{1..3}.png dog/night/{1..2}.png",
+        {
+            "train": {
+                "cat": "site_{a/2019,b}/cat/{1..3}.png",
+                "dog": "site_{a/2019,b}/dog/{1..3}.png dog/night/{1..2}.png",
+            }
+        },
+        options={"class_names": ["dog", "cat"]},
+    ),
+    Layout(
+        "a class called unknown in a split that has no other",
+        "train/{cat,unknown}/{1..3}.png test/unknown/{1..3}.png",
+        {
+            "train": {"cat": "train/cat/{1..3}.png", "unknown": "train/unknown/{1..3}.png"},
+            "test": {"unknown": "test/unknown/{1..3}.png"},
+        },
+        ["'test' lacks pictures of 1 of 2 classes: cat"],
+    ),
+    Layout(
+        "several collections with splits",
+        "{old,new}/{train,test}/{cat,dog}/{1..3}.png",
+        refused="found splits inside classes .*--class_names new old; or, for one folder alone, --dataset_name .*/(new|old)",
+    ),
+    Layout(
         "split words within names of folders of classes",
         "{seg_pred,seg_test,seg_train}/{cat,dog}/{1..3}.png",
         refused="two levels .* if the first are splits, --train_split seg_train --test_split seg_test",
@@ -763,7 +788,9 @@ LAYOUTS = [
     ),
     Layout("masks", "{images,masks}/{1..3}.png", refused="found images, masks, which are no classes"),
     Layout(
-        "masks of class folders", "{images,masks}/" + PET_FILES, refused="found images, masks, which are no classes"
+        "masks of class folders",
+        "{images,masks}/" + PET_FILES,
+        refused="found images, masks, which are no classes .*Type --dataset_name .*/images, or",
     ),
     Layout(
         "a list of pictures and marks",
