@@ -64,6 +64,7 @@ def read_metadata(args: DataArguments, tree: Tree, pictures: Sequence[str]) -> M
     for file, rows in opened.items():
         folder = posixpath.dirname(file)
         names = [posixpath.normpath(posixpath.join(folder, name or "")) for name in rows[FILE_NAME]]
+        names = [name if name in there else name.replace("\\", "/") for name in names]  # as Windows writes paths
         kept = [i for i, name in enumerate(names) if name in there]
         absent += [name for name in names if name not in there]
         files += [names[i] for i in kept]

@@ -26,7 +26,7 @@ from ..core.errors import UserError, in_python, nearest
 from .columns import NULL, TEXT, check_plain, column_of, undecoded
 from .join import join_captions
 from .labels import MISSING, ClassList, Labels
-from .raw import RawData, empty_split, split_for
+from .raw import RawData, empty_split, split_for, split_role
 from .sampling import few_shot_split, hold_out
 from .sources import open_source
 
@@ -235,6 +235,8 @@ def _load(
             check_plain(f"split {split!r}", rows)
     opened = RawData(DatasetDict(dataset)) if dataset else open_source(args)
     raw, notes = opened.splits, list(opened.notes)
+    if len(raw) == 1:
+        notes += _split_columns(next(iter(raw.values())))
     if only is not None:
         split = only(raw)
         if split is None:
@@ -274,6 +276,20 @@ def _load(
     for split, rows in data.items():
         _refuse_absent(rows, f"column {args.image_column!r}, split {split!r}")
     return _Loaded(data, kept, known or classes, has_captions, notes)
+
+
+def _split_columns(dataset: Dataset) -> list[str]:
+    """A note on each column that says which rows are for training and which for the test: it does not take part."""
+    notes = []
+    for column in ("split", "subset", "set", "partition", "phase", "usage"):
+        name = next((name for name in dataset.column_names if name.lower() == column), None)
+        if name and dataset.features[name] in TEXT:
+            words = [word for word in pc.unique(column_of(dataset, name)).to_pylist() if word]
+            if len({split_role(word) for word in words} - {None}) > 1:
+                notes.append(
+                    f"Column {name!r} ({some(words, 3)}) is not read: its rows are one split. To keep them apart, write a file for each."
+                )
+    return notes
 
 
 def _refuse_absent(dataset: Dataset, where: str) -> None:

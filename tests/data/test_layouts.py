@@ -465,6 +465,12 @@ LAYOUTS = [
         ),
     ),
     Layout(
+        "metadata with backslashes",
+        PET_FILES,
+        {"train": pets()},
+        make=lines("metadata.jsonl", *({"file_name": f.replace("/", "\\"), "n": 1} for f in expand(PET_FILES))),
+    ),
+    Layout(
         "metadata with classes, pictures without folders",
         "{train,test}/{1..6}.png",
         {split: {"cat": f"{split}/{{1..3}}.png", "007": f"{split}/{{4..6}}.png"} for split in ("train", "test")},

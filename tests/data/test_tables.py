@@ -287,6 +287,13 @@ def test_csv_with_tabs_by_its_suffix_and_with_absolute_paths(pictures, tmp_path)
         read_right(tmp_path / "list.csv")
 
 
+def test_a_column_of_splits_is_said_not_to_be_read(pictures, tmp_path):
+    rows = [(*row, "Train" if i else "test") for i, row in enumerate(pictures)]
+    (tmp_path / "list.csv").write_text(csv_of(rows, header="image,label,Split"))
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path / "list.csv")))
+    assert splits.notes[0].startswith("Column 'Split' (test, Train) is not read: its rows are one split.")
+
+
 def test_csv_that_is_not_utf8_is_said(pictures, tmp_path):
     path = tmp_path / "list.csv"
     path.write_bytes(csv_of([(p, c.replace("cat", "café")) for p, c in pictures]).encode("cp1252"))
