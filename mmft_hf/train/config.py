@@ -47,6 +47,9 @@ UNSUPPORTED = {
 }
 
 
+MOST_EPOCHS = 1_000_000  # an infinite number has no schedule
+
+
 @dataclass
 class MMFTConfig(TrainingArguments):
     """`TrainingArguments` with the settings of the method, and the paper's defaults where they differ.
@@ -257,11 +260,17 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_persistent_workers: expected false without workers, found true. Leave it out, or type "
                 "--dataloader_num_workers 4."
             )
-        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs not in Range(open=("low",))):
+        if self.max_steps == 0 or (
+            self.max_steps < 0 and self.num_train_epochs not in Range(high=MOST_EPOCHS, open=("low",))
+        ):
             name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            most = f" and at most {MOST_EPOCHS:,}" if self.max_steps else ""
             raise UserError(
-                f"--{name}: expected more than 0, found {getattr(self, name)!r}. To measure, type mmft-hf evaluate."
+                f"--{name}: expected more than 0{most}, found {getattr(self, name)!r}. To measure, type mmft-hf evaluate."
             )
+        for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+            if not isinstance(found := getattr(self, name) or {}, dict):
+                raise UserError(f"--{name}: expected an object such as '{{\"key\": 1}}', found {found!r}.")
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError(
                 "--gradient_checkpointing_kwargs: expected use_reentrant false, found true, with which older transformers "

@@ -14,7 +14,7 @@ METRICS = {"accuracy": True, "top5_accuracy": True, "mean_per_class_accuracy": T
 
 def metric_name(setting: str | None) -> str:
     """The name in `METRICS` that `--metric_for_best_model` stands for; an unknown name is returned as it is."""
-    return (setting or "accuracy").removeprefix("eval_")
+    return "accuracy" if setting is None else setting.removeprefix("eval_")
 
 
 def check_metric(setting: str | None, class_names: Sequence[str]) -> str:

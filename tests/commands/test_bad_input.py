@@ -204,6 +204,10 @@ def test_value_outside_its_range(flag, value, expected, fails, finetune):
     assert value in message or value.capitalize() in message or str(float(value)) in message
 
 
+def test_endless_training(fails, finetune):
+    fails(finetune("--max_steps", "-1", "--num_train_epochs", "inf"), "num_train_epochs", "at most 1,000,000", "inf")
+
+
 def test_settings_that_contradict_each_other(fails, finetune):
     fails(finetune("--save_strategy", "no"), "load_best_model_at_end")
 
@@ -212,6 +216,11 @@ def test_settings_that_contradict_each_other(fails, finetune):
     ("flag", "value"),
     [
         ("--metric_for_best_model", "acc"),
+        ("--metric_for_best_model", ""),
+        ("--lr_scheduler_kwargs", "[1]"),
+        ("--gradient_checkpointing_kwargs", "5"),
+        ("--accelerator_config", "no such file"),
+        ("--accelerator_config", '{"nope": 1}'),
         ("--report_to", "foo"),
         ("--neftune_noise_alpha", "5"),
         ("--push_to_hub", "true"),
