@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import traceback
-from errno import EACCES, EEXIST, EISDIR, ENOTDIR, EPERM
+from errno import EACCES, EEXIST, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM
 
 from .benchmark.run.processes import work_alone
 from .core.console import PlainFormatter, is_main, plain
@@ -31,8 +31,8 @@ VERBS = {
     "push": "publish a trained model or a captioned dataset on the Hub",
     "env": "print versions and devices, for bug reports",
 }
-# The system refuses to write: no permission, a file instead of a folder or the reverse.
-REFUSED = {EACCES, EPERM, EEXIST, ENOTDIR, EISDIR}
+# The system refuses a path: no permission, a file instead of a folder or the reverse, a name that no file can have.
+REFUSED = {EACCES, EPERM, EEXIST, ENOTDIR, EISDIR, ENAMETOOLONG, ELOOP}
 HELP = (
     "usage: mmft-hf VERB [--config FILE.yaml] [--key value …]\n\n"
     "Multimodal fine-tuning of CLIP with synthetic captions.\n\n"

@@ -166,6 +166,11 @@ def parse(verb: str, command, argv: list[str]) -> tuple:
     known = {action.dest for action in parser._actions} - {"config", "help"}
     config, argv = _take_config(argv)
     settings = _read_yaml(config, known) if config else []
+    for word in settings + argv:
+        if "\0" in word:
+            raise UserError(
+                f"{verb}: expected texts without the character \\0, which no path can have, found {word!r}."
+            )
     try:
         *filled, rest = parser.parse_args_into_dataclasses(
             settings + argv, return_remaining_strings=True, look_for_args_file=False

@@ -804,6 +804,12 @@ def test_output_that_cannot_be_written(fails, trained, finetune, shots, data_fol
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("name", "found"), [("x" * 300, "File name too long"), ("a\0b", r"found 'a\x00b'")])
+def test_a_name_that_no_file_can_have(name, found, finetune, fails):
+    fails(finetune("--output_dir", name), found, "expected")
+    fails(["predict", name, "--model_name_or_path", "model"])
+
+
 # -- our own defects --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("error", [lambda: 1 / 0, lambda: open("/no/such/file")])
 def test_a_defect_of_ours_is_1_with_a_traceback(error, capsys, monkeypatch):
