@@ -743,7 +743,7 @@ def test_evaluate_on_other_data_without_a_test_split(fails, trained, tmp_path):
     fails(
         ["evaluate", "--model_name_or_path", trained, "--dataset_name", data],
         "expected a split named test",
-        "--test_split NAME",
+        "found neither, only train. Type --test_split train.",
     )
 
 
