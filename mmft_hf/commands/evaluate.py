@@ -79,6 +79,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             zero_shot = score(ImageClassifier(model, processor, head))
         except UserError as error:
             missing = error
+    else:
+        missing = f"{args.model_name_or_path} has no {RUN_FILE} that names it."
 
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))

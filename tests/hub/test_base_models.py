@@ -160,6 +160,7 @@ def test_the_conversion_is_pinned_and_found_without_a_network(hub, alice, files)
     hub.put("alice/pinned", {"model.safetensors": weights(7.0)}, revision="refs/pr/1")
     again = load(alice, "pinned")
     assert again["scale"] == first["scale"] == CONVERTED and again["weights"] == first["weights"]
+    load(alice, "plain"), load(alice, "pickle", allow=True)  # now they are in the cache
     before = len(hub.log)
     with client(hub, None, "alice", HF_HUB_OFFLINE="1") as offline:
         assert load(offline, "pinned")["weights"] == first["weights"]
