@@ -12,6 +12,7 @@ import pytest
 import mmft_hf
 
 PACKAGE = Path(mmft_hf.__file__).parent
+pytestmark = pytest.mark.slow
 TEXT = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
 EXAMPLES = re.findall(r'```python title="(\S+?)(?:, in (\w+))?"\n(.*?)```', TEXT, flags=re.DOTALL)
 

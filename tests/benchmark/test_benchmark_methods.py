@@ -143,6 +143,7 @@ def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_fold
     assert found.validation_accuracy == pytest.approx(7 / 9) and found.seconds >= 3
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_is_not_chosen(clip_folder, task, tmp_path):
     config = MMFTConfig(str(tmp_path), max_steps=2, use_cpu=True)
     alone, both, wild = (Context(str(clip_folder), None, config, rates) for rates in ((1e-4,), (1e9, 1e-4), (1e9,)))

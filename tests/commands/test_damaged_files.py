@@ -32,7 +32,7 @@ from mmft_hf.hub.publish import dataset_files, model_files
 from mmft_hf.train.trainer import MMFTTrainer
 
 CPU_SECONDS, SECONDS = 10, 120  # of one verb; the second for what waits without working
-FAST = 16  # examples
+FAST = 10  # examples
 TIMES = re.compile(r"[\d.]+ s\b|\d+ min|[\d.,]+ (images|captions)/s")
 
 

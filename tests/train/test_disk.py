@@ -109,7 +109,9 @@ def left_over(folder) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("size", [60_000, 300_000], ids=["the weights", "the optimizer"])
+@pytest.mark.parametrize(
+    "size", [pytest.param(60_000, id="the weights"), pytest.param(300_000, id="the optimizer", marks=SLOW)]
+)
 def test_a_checkpoint_that_does_not_fit(
     straight, clip_folder, data_folder, tmp_path, room, at_step, monkeypatch, capsys, size
 ):
@@ -136,7 +138,7 @@ def full(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "what", ["weights", *(pytest.param(name, marks=SLOW) for name in ("predictions", "figure", "card")), "record"]
+    "what", ["weights", *(pytest.param(name, marks=SLOW) for name in ("predictions", "figure", "card", "record"))]
 )
 def test_final_files_that_do_not_fit(clip_folder, data_folder, tmp_path, room, at_step, monkeypatch, capsys, what):
     """All of them are there, or none."""

@@ -68,6 +68,7 @@ def test_with_every_caption_left_out_training_is_that_without_captions(clip, tmp
     assert changed(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_a_frozen_text_tower_knows_the_templates_that_take_the_place_of_captions(clip, tmp_path):
     found = []
     for cache in (True, False):
@@ -164,6 +165,7 @@ def test_an_epoch_logs_the_mean_of_its_weights_and_prints_it(clip, tmp_path, cap
     assert "~ 0.5 x supcon" in printed and "~ 0.2 x supcon" in printed and "0.8 x clip" in printed
 
 
+@pytest.mark.slow
 def test_a_weight_that_ends_where_it_starts_is_one_that_stays(clip, tmp_path):
     found = []
     for end in (None, 0.1):

@@ -110,6 +110,7 @@ def test_the_answers_above_have_the_values_computed_by_hand():
     assert EVEN.report()["loss"] == pytest.approx(-(9 * np.log(0.6) + 5 * np.log(0.2)) / 14, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_terminal_tells_by_which_metric(candidates, images, clip_folder, tmp_path, capsys):
     candidates(EVEN, MOSTLY_FIRST)
     for name, split in images.items():
@@ -202,6 +203,7 @@ def test_equals_are_not_better():
     assert is_better("loss", 0.4, 0.5) and is_better("accuracy", 0.5, 0.4)
 
 
+@pytest.mark.slow
 def test_without_captions_nothing_is_compared_with_captions(clip, tmp_path, capsys):
     trainer = make_trainer(clip, tmp_path, colour_dataset(4, captions=False), num_train_epochs=1)
     trainer.train()

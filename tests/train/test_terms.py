@@ -76,6 +76,7 @@ def test_a_list_of_terms_is_summed_logged_and_shown(clip, tmp_path, capsys):
     assert trainer.model.loss_terms["centred"]["point"].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_a_term_trains_is_in_checkpoints_resumed_and_not_in_the_saved_model(clip, tmp_path):
     settings = {"learning_rate": 1e-3, "optim": "adamw_torch", "num_train_epochs": 3}
     straight = trainer_of(Centred(), copy.deepcopy(clip), tmp_path / "straight", colour_dataset(4), **settings)

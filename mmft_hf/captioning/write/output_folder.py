@@ -128,7 +128,7 @@ class CaptionFolder:
         same = details.get("fingerprints") == fingerprints and (
             details.get("made_from", {}).get("dataset_name") == made_from.get("dataset_name")
         )
-        return bool(files) and same and all(file.exists() for file in files)
+        return bool(files) and same and all(file.is_file() for file in files)
 
     def write(
         self, splits: Mapping[str, Dataset], details: Mapping, add_files: Callable[[Path], object] | None = None
