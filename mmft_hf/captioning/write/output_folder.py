@@ -7,6 +7,7 @@ and the same command repairs it. The journal always stays.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 
-from ...core.console import printable_text
+from ...core.console import printable_text, some
 from ...core.errors import UserError
 from ...core.files import DETAILS_FILE, is_temporary, write_json
 from ...core.reading import read_json
@@ -25,6 +26,7 @@ from ...core.schema import shown
 from ...core.seals import digest_of, note_if_changed, sealed
 from ...version import __version__
 
+logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
 SHARD_BYTES = 500 * 2**20
 
@@ -124,11 +126,23 @@ class CaptionFolder:
     def is_current(self, fingerprints: Mapping[str, str], made_from: Mapping) -> bool:
         """Whether the folder holds the complete dataset with these fingerprints, under the present name."""
         details = self.details()
-        files = [self.path / name for name in details.get("files", ())]
+        files = details.get("files", ())
         same = details.get("fingerprints") == fingerprints and (
             details.get("made_from", {}).get("dataset_name") == made_from.get("dataset_name")
         )
-        return bool(files) and same and all(file.is_file() for file in files)
+        if gone := [name for name in files if same and not (self.path / name).is_file()]:
+            logger.warning("Note: %s lacks %s: the dataset is written again.", self.path, some(gone))
+        if not files or not same or gone:
+            return False
+        digests = details.get("digests", {})
+        if changed := [name for name in files if name in digests and digest_of(self.path / name) != digests[name]]:
+            logger.warning(
+                "Note: %s: %s is not as it was written: edited, or damaged on the disk. --overwrite_output_dir true writes it "
+                "again, and asks for nothing that is in the journal.",
+                self.path,
+                some(changed),
+            )
+        return True
 
     def write(
         self, splits: Mapping[str, Dataset], details: Mapping, add_files: Callable[[Path], object] | None = None
