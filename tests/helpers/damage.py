@@ -143,7 +143,7 @@ def _tensors(path: Path, kind: str, place: float, value) -> None:
     name = names[int(place * len(names))]
     found = tensors[name]
     if kind == "text":
-        keys = list(metadata)
+        keys = list(metadata) or ["more"]  # an adapter has no metadata
         metadata[keys[int(place * len(keys))]] = json.dumps(VALUES[value])
     elif kind == "shape":
         tensors[name] = torch.cat([found.reshape(-1), found.reshape(-1)])
