@@ -310,7 +310,7 @@ def test_a_damaged_file_is_named_or_changes_nothing(left):
 def test_a_damaged_file_is_named_or_changes_nothing_many_times(left):
     expected = {}
 
-    @settings(max_examples=int(os.environ.get("MMFT_FUZZ", 150)), **OPTIONS)
+    @settings(max_examples=int(os.environ.get("MMFT_FUZZ", 30)), **OPTIONS)
     @given(st.data())
     def examples(data):
         check(left, data, expected)
