@@ -92,6 +92,13 @@ def is_padded(processor) -> bool:
     return type(processor).__name__ in {family.processor for family in FAMILIES.values() if family.padded}
 
 
+def unused_parameters(config) -> tuple[str, ...]:
+    """Parameters, by the start of their names, that do not affect the embeddings of this model (see `Family`)."""
+    # What `text_pooling` takes instead of the text tower's own pooled output, see `pooling`.
+    pooler = ("text_model.pooler.",) if getattr(config, "text_pooling", None) else ()
+    return FAMILIES[config.model_type].unused + pooler
+
+
 def token_limit(config) -> int:
     """Maximum number of tokens that the text tower reads, including begin and end."""
     text, family = config.text_config, FAMILIES.get(config.model_type)

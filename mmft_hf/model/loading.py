@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -27,9 +28,11 @@ from transformers import (
 from ..core.builtin import builtin
 from ..core.errors import UserError
 from .collator import input_size
-from .families import FAMILIES, REFUSED, token_limit
+from .families import FAMILIES, REFUSED, token_limit, unused_parameters
+from .pooling import POOLINGS, pool_texts, text_pooling
 from .sanity import check_config, check_image_processor, check_tokenizer, check_weights
-from .weights import find_weights
+from .sentence_encoders import read_sentence_encoder
+from .weights import find_weights, say_once
 
 # A large step could take a temperature below zero, which would reverse all logits. It is clamped to this value, a scale of
 # 1,000: ten times the highest scale that CLIP was trained with.
@@ -72,6 +75,7 @@ def load_model(
             f"{config.model_type!r}{reason}. For example, type --model_name_or_path openai/clip-vit-base-patch32."
         )
     check_config(config, name_or_path)
+    _check_pooling(config, name_or_path)
     try:
         weights = find_weights(path, revision, allow_pickle, getattr(config, "transformers_weights", None))
         options = {"dtype": torch.float32, "output_loading_info": True}
@@ -112,6 +116,20 @@ def load_model(
     return model, processor
 
 
+def _check_pooling(config: PreTrainedConfig, name: str) -> None:
+    """Raises `UserError` for an unknown `text_pooling`. Says so if a sentence encoder is pooled in a way it was not trained for."""
+    if text_pooling(config) or config.model_type != "vision-text-dual-encoder":
+        return
+    tower = str(config.text_config._name_or_path or "")  # what the two towers were put together from
+    encoder = read_sentence_encoder(tower, offline=True) if tower else None
+    if encoder or tower.startswith("sentence-transformers/"):
+        pooling = encoder.pooling if encoder and encoder.pooling else "mean"
+        say_once(
+            f"Note: {name}: its text tower is the sentence encoder {tower}, but config.json has no text_pooling, so that the "
+            f'tower\'s own pooled output is used, which it was perhaps not trained for. Add a line "text_pooling": "{pooling}".'
+        )
+
+
 @torch.no_grad()
 def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Raises `UserError` if pictures have no fixed size, or a tower does not give one vector per picture or text."""
@@ -131,16 +149,18 @@ def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) 
         encode_texts(model, tokens["input_ids"], tokens["attention_mask"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         towers = f"{type(model.vision_model).__name__} and {type(model.text_model).__name__}"
+        other = [pooling for pooling in POOLINGS if pooling != "mean"]
         raise UserError(
             f"model {name!r}: expected two towers with a pooled output each, such as ViTModel and BertModel, found {towers}, "
-            f"which fail at a first picture and text ({str(error).strip().splitlines()[0]})."
+            f"which fail at a first picture and text ({_first_line(error)}). If the text tower has none, add a line "
+            f'"text_pooling": "mean" to config.json (or {", ".join(other)}).'
         ) from error
 
 
 def freeze_unused(model: PreTrainedModel) -> None:
     """Freezes parameters without effect on embeddings and scale: they get no gradient, and DDP would wait for one forever."""
     for name, parameter in model.named_parameters():
-        if name.startswith(FAMILIES[model.config.model_type].unused):
+        if name.startswith(unused_parameters(model.config)):
             parameter.requires_grad_(False)
 
 
@@ -224,5 +244,6 @@ def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`; SigLIP has no mask."""
     if FAMILIES[model.config.model_type].causal:
         attention_mask = None
+    pool_texts(model)
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     return F.normalize(features.pooler_output.float(), dim=-1)

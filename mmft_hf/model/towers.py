@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..core.arguments import ModelArguments
 from ..core.errors import UserError
 from ..core.files import ADAPTER_FILES
-from .families import FAMILIES
+from .families import unused_parameters
 from .loading import freeze_unused, scale_parameter
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _linear_layers(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
-    unused = FAMILIES[model.config.model_type].unused
+    unused = unused_parameters(model.config)
     return [name[:-1] for name in linear if name.startswith(prefixes) and not name.startswith(unused)]
 
 

@@ -110,7 +110,7 @@ def find_weights(
         path = _first(name, wanted, converted, **hub)
         if path and not _names_pickle(path):
             _whole(name, path, converted, False, **hub)
-            _say(
+            say_once(
                 f"{name}: there are no safetensors at this revision. The weights are those of the Hub's own conversion, "
                 f"{reference}, commit {converted}."
             )
@@ -231,11 +231,11 @@ def _refuse(name: str, file: str, reason: str = ""):
 
 
 def _say_pickle(name: str, file: str) -> None:
-    _say(f"{name}: the weights are a pickle, {file}, read with weights_only=True, since allow_pickle is true.")
+    say_once(f"{name}: the weights are a pickle, {file}, read with weights_only=True, since allow_pickle is true.")
 
 
 @cache
-def _say(text: str) -> None:
+def say_once(text: str) -> None:
     """Says something once, although a run opens its model several times."""
     if is_main():
         logger.warning(text)

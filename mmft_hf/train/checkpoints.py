@@ -139,7 +139,8 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
         keys = "model_type hidden_size num_hidden_layers intermediate_size patch_size image_size vocab_size hidden_dim".split()
         towers = {tower: config.get(tower, {}) for tower in ("vision_config", "text_config")}
         sizes = {f"{tower}.{key}": values.get(key) for tower, values in towers.items() for key in keys}
-        return {"model_type": config.get("model_type"), "projection_dim": config.get("projection_dim"), **sizes}
+        whole = {key: config.get(key) for key in ("model_type", "projection_dim", "text_pooling")}
+        return whole | sizes
 
     expected = shape(model.config.to_dict())
     found = shape(read_json(checkpoint / "config.json", CheckpointConfig))
