@@ -143,6 +143,8 @@ class RunFolder:
                 if files.is_temporary(entry.name) and entry.name != files.LOCK_FILE:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if not resume:
+                with files.atomic_folder(self.path):  # a folder that cannot be written to loses nothing
+                    pass
                 self._clear()
             self._write(self.path, completed=False)
         state.wait_for_everyone()

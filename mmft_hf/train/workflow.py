@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -194,20 +194,18 @@ def run_finetuning(
     with (
         together(lambda: last_complete_checkpoint(output_dir)),
         alone_in(output_dir),
-        keeping(lambda: _kept(output_dir)),
+        ExitStack() as begun,
     ):
-        return _run(model_args, data_args, config, dataset, reporter)
+        return _run(model_args, data_args, config, dataset, reporter, begun)
 
 
-def _kept(output_dir: str) -> str | None:
-    """What is left of an interrupted run, in a sentence; None if it has not begun."""
-    if not (Path(output_dir) / RUN_FILE).is_file():
-        return None
+def _kept(output_dir: str) -> str:
+    """What is left of an interrupted run, in a sentence."""
     checkpoint = last_complete_checkpoint(output_dir)
     return f"The last complete checkpoint is {checkpoint}." if checkpoint else "There is no complete checkpoint yet."
 
 
-def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
+def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> FinetuneResult:
     # -- checks, before anything expensive -----------------------------------------------------------------------------
     if config.push_to_hub:
         name = check_access(config.hub_model_id or Path(config.output_dir).absolute().name, config.hub_token)
@@ -257,6 +255,7 @@ def _run(model_args, data_args, config, dataset, reporter) -> FinetuneResult:
     if config.push_to_hub and is_main():  # as late as possible, so that an earlier failure leaves no empty repository
         make_repo(config.hub_model_id, "model", config.hub_private_repo, config.hub_revision, config.hub_token)
     folder.claim(resume)
+    begun.enter_context(keeping(lambda: _kept(config.output_dir)))  # until here, a run in the folder is as it was
     try:
         trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
     except UserError:

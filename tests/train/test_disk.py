@@ -176,6 +176,21 @@ def test_nothing_begun_is_an_error_of_the_user(clip_folder, data_folder, tmp_pat
     assert "expected a place to write to, found: No space left on device" in err and "Traceback" not in err
 
 
+def test_a_finished_run_that_cannot_be_overwritten_stays(straight, clip_folder, data_folder, monkeypatch, capsys):
+    make, before = os.mkdir, sorted(str(path) for path in straight.rglob("*"))
+
+    def mkdir(path, *args, **kwargs):  # as the system answers those who are not root
+        if os.path.dirname(path) == str(straight):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert main(words(clip_folder, data_folder, straight, overwrite_output_dir="true")) == 2
+    err = capsys.readouterr().err
+    assert f"{straight}: Permission denied. Type another path" in err and "To continue" not in err
+    assert sorted(str(path) for path in straight.rglob("*")) == before
+
+
 def test_python_gets_the_same_message(clip_folder, data_folder, tmp_path, room, at_step):
     at_step(4, lambda: room(60_000))
     given = {key: value == "true" if value in ("true", "false") else value for key, value in SETTINGS.items()}
