@@ -133,8 +133,8 @@ class Labels:
                     f"{self.where}: expected class names, found plain numbers ({len(np.unique(self.codes))} different ones), which "
                     f"cannot be matched with classes or used in a prompt. Type --class_names NAME_OF_0 NAME_OF_1 …"
                 )
-            refuse_outside(self.codes, len(classes.names), self.where, classes.names)
-            return self.codes
+            refuse_outside(self.codes, len(classes.names), self.where, classes.names, classes.first)
+            return np.where(self.codes == MISSING, MISSING, self.codes - classes.first)
         table = np.array([*(classes.number_of.get(name, -2) for name in self.names), MISSING], dtype=np.int64)
         codes = table[self.codes]  # MISSING takes the last entry
         unknown = np.flatnonzero(codes == -2)
@@ -155,12 +155,14 @@ class ClassList:
         names: in the order of their numbers.
         number_of: the number of each name that data may have.
         typed: whether the user typed the names, so that plain numbers have a meaning.
+        first: the plain number that the first name belongs to: 0, or 1.
         note: what a user may want to check; empty if there is nothing.
     """
 
     names: list[str]
     number_of: Mapping[str, int]
     typed: bool = False
+    first: int = 0
     note: str = ""
 
     @classmethod
@@ -172,8 +174,9 @@ class ClassList:
     def of(cls, labels: Labels, typed: Sequence[str] | None = None, partial: bool = False) -> ClassList:
         """The classes of a training split, or of the split that a model is evaluated on.
 
-        Typed names may be the data's own in any order. Names that are numbers, and plain numbers, take them by value. The names
-        of a `ClassLabel` column, which have numbers of their own, may be replaced as a whole.
+        Typed names may be the data's own in any order. Names that are numbers, and plain numbers, take them by value: name k is
+        that of number k, or of number k + 1 if that alone fits, since the data count from 1. The names of a `ClassLabel` column,
+        which have numbers of their own, may be replaced as a whole.
 
         Args:
             labels: of the split.
@@ -192,14 +195,19 @@ class ClassList:
         refuse_equal(typed)
         by_name = {name: number for number, name in enumerate(typed)}
         used = [] if labels.names is None else labels.used()
+        if labels.names is None:
+            values = np.unique(labels.codes[labels.codes != MISSING]).tolist()
+            first = 1 if _first(values, len(typed), partial) == 1 else 0  # `under` refuses numbers that do not fit
+            return cls(typed, by_name, True, first, _numbering(values, typed, first) if first else "")
         if set(used) <= set(typed):
             return cls(typed, by_name, typed=True)
         if all(map(_is_number, used)) and not set(used) & set(typed):
             values = sorted(map(int, used))
-            fit = len(set(values)) == len(values) and values[-1] < len(typed)
-            if fit and (partial or len(values) == len(typed)):
-                numbers = {name: int(name) for name in labels.names if _is_number(name) and int(name) < len(typed)}
-                return cls(typed, by_name | numbers, typed=True)
+            first = _first(values, len(typed), partial) if len(set(values)) == len(values) else None
+            if first is not None:
+                numbers = {name: int(name) - first for name in labels.names if _is_number(name)}
+                numbers = {name: number for name, number in numbers.items() if 0 <= number < len(typed)}
+                return cls(typed, by_name | numbers, True, first, _numbering(values, typed, first))
         elif labels.ordered and len(typed) == len(labels.names):
             own = {same_name(name): number for number, name in enumerate(labels.names)}
             if all(own.get(same_name(name), number) == number for number, name in enumerate(typed)):
@@ -210,8 +218,8 @@ class ClassList:
                 return cls(typed, by_name | numbers, typed=True, note=note)
         raise UserError(
             f"--class_names: expected the data's own {len(labels.names)} names in any order ({some(labels.names, 20)}), found "
-            f"{len(typed)} names ({some(typed, 20)}). Names of other classes are taken where the data have the numbers 0, 1, … "
-            "instead. Correct the list, or rename the classes in the data."
+            f"{len(typed)} names ({some(typed, 20)}). Names of other classes are taken where the data have the numbers 0, 1, … or "
+            "1, 2, … instead. Correct the list, or rename the classes in the data."
         )
 
 
@@ -221,9 +229,22 @@ def renumbered(codes: np.ndarray, own: Sequence[str], names: Sequence[str]) -> n
     return np.array([*(place[one_form(name)] for name in own), MISSING], dtype=np.int64)[codes]
 
 
-def refuse_outside(codes: np.ndarray, count: int, where: str, names: Sequence[str] = ()) -> None:
-    """Raises `UserError` with the first row whose number is neither a class nor `MISSING`."""
-    wrong = np.flatnonzero((codes < MISSING) | (codes >= count))
+def _first(values: Sequence[int], count: int, partial: bool) -> int | None:
+    """The number that the first of `count` names belongs to, if the data have these sorted numbers; None: they do not fit."""
+    for first in (0, 1):
+        if values and first <= values[0] and values[-1] < first + count and (partial or len(values) == count):
+            return first
+    return None
+
+
+def _numbering(values: Sequence[int], names: Sequence[str], first: int) -> str:
+    pairs = [f"{value} is {names[value - first]}" for value in values]
+    return f"--class_names names the numbers in the data: {some(pairs, 3)}."
+
+
+def refuse_outside(codes: np.ndarray, count: int, where: str, names: Sequence[str] = (), first: int = 0) -> None:
+    """Raises `UserError` with the first row whose number is neither a class nor `MISSING`. Classes count from `first`."""
+    wrong = np.flatnonzero((codes != MISSING) & ((codes < first) | (codes >= first + count)))
     if len(wrong):
         raise UserError(
             f"{where}, row {wrong[0]}: label {codes[wrong[0]]} is outside the class list ({count} classes: {some(names)}). Correct "

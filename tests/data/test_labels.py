@@ -163,6 +163,23 @@ def test_name_k_is_that_of_number_k(train):
     assert wrong(splits, lambda truth: WORDS[int(float(truth))]) == []
 
 
+@pytest.mark.parametrize("kind", [str, int, float])
+def test_names_of_numbers_that_count_from_1(kind):
+    """As in `1/`, `2/`, …, `11/` with eleven names: no other reading is possible, and it is said."""
+    splits = loaded(rows([kind(n + 1) for n in range(11)]), rows([kind(3)]), class_names=WORDS)
+    assert wrong(splits, lambda truth: WORDS[int(float(truth)) - 1]) == []
+    assert splits.notes[0] == "--class_names names the numbers in the data: 1 is w0, 2 is w1, 3 is w2, …."
+    with pytest.raises(UserError, match="split 'test', row 1: label '?0'? is outside the class list"):
+        loaded(rows([1, 2]) if kind is not str else rows(["1", "2"]), rows([kind(1), kind(0)]), class_names=["a", "b"])
+
+
+def test_a_test_split_that_counts_from_1(tmp_path):
+    for name, numbers, expected in (("a", [3, 1], [2, 0]), ("b", [2, 0], [2, 0]), ("c", [2, 1], [2, 1])):
+        write(tmp_path, f"{name}.parquet", numbers)
+        args = DataArguments(dataset_name=str(tmp_path / f"{name}.parquet"), test_split="train", class_names=ABC)
+        assert load_test_split(args, ABC)["label"][:] == expected
+
+
 def test_numbers_sort_by_value():
     assert loaded(rows(NUMBERS)).class_names == NUMBERS
     assert in_order({"10", "9", "x"}) == ["10", "9", "x"] and in_order({"010", "9"}) == ["9", "010"]
@@ -171,7 +188,8 @@ def test_numbers_sort_by_value():
 @pytest.mark.parametrize(
     ("train", "typed"),
     [
-        (rows(["1", "2", "3"]), ["a", "b", "c"]),  # does 1 mean the first or the second?
+        (rows(["1", "3", "4"]), ["a", "b", "c"]),
+        (rows(["10", "20", "30"]), ["a", "b", "c"]),
         (rows(["0", "2"]), ["a", "b", "c"]),
         (rows(["0", "1"]), ["a", "b", "c"]),
         (rows(["0", "1", "x"]), ["a", "b", "c"]),
