@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +40,18 @@ class Identical:
                 f"Identical pictures in several splits: {where}, such as {_shown(other)} ({_shown(one)}). Metrics on them say "
                 "nothing about new pictures."
             )
-        if self.labels:
-            first = self.labels[0]
-            (one, other), (a, b) = first["images"], first["labels"]
-            notes.append(
-                f"Identical pictures with different labels: {many(len(self.labels), 'picture')}, such as {_shown(one)} ({_shown(a)}) "
-                f"and {_shown(other)} ({_shown(b)}). At most one of the labels is right."
-            )
-        return notes
+        return notes + labels_note(self.labels, len(self.labels))
+
+
+def labels_note(found: Sequence[Mapping], count: int) -> list[str]:
+    """A sentence on `count` pictures with two labels, of which `found` holds the first ones (`Identical.labels`)."""
+    if not found:
+        return []
+    (one, other), (a, b) = found[0]["images"], found[0]["labels"]
+    return [
+        f"Identical pictures with different labels: {many(count, 'picture')}, such as {_shown(one)} ({_shown(a)}) and "
+        f"{_shown(other)} ({_shown(b)}). At most one of the labels is right."
+    ]
 
 
 def find_identical(splits: Mapping[str, Dataset]) -> Identical:

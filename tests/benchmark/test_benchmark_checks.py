@@ -82,6 +82,7 @@ def test_notes_on_missing_images():
     far = splits.test.select([0, 1, 3, 4])
     summary = {"class_names": list(COLOURS), "train_images_per_class": [8, 7, 7], "duplicates_count": 0}
     summary["labels"] = {"test": labels_of(test).tolist(), "far": labels_of(far).tolist()}
+    summary |= {"two_labels": [{"labels": ["red thing", "blue thing"], "images": ["row 1", "row 2"]}], "two_labels_count": 3}
     found = notes_on(splits, summary, [16, 0, 8, "full", 7], {"test": unreadable("test", test), "far": []})
     assert found == [
         "Held out.",
@@ -89,6 +90,8 @@ def test_notes_on_missing_images():
         "16 shots: 3 of 3 classes have fewer training images (7 to 8); all of them are taken.",
         "1 of 3 classes has no far image: blue thing. Accuracy is over the other classes.",
         "1 of 18 test images cannot be read and are not counted: row 4 of test.",
+        "Identical pictures with different labels: 3 pictures, such as row 1 (red thing) and row 2 (blue thing). At most one of "
+        "the labels is right.",
     ]
 
 

@@ -57,7 +57,9 @@ def test_too_few_images_are_refused_before_anything_is_run(clip_folder, data_fol
 
 def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path, capsys):
     train, shift = colour_dataset(8), colour_dataset(2, 5)
-    shift = concatenate_datasets([shift, shift.select([0])])  # twice in one split, which tells no method anything
+    # Twice in one split, which tells no method anything, but with another label.
+    again = shift.select([0]).map(lambda row: {"label": 2})
+    shift = concatenate_datasets([shift, again])
     test = concatenate_datasets([colour_dataset(6, 2), train.select([3, 4])])
     groups = [f"g{i // 2}" for i in range(len(test))]
     parts = {"train": train, "validation": colour_dataset(4, 1), "test": test, "sketch": shift}
@@ -70,9 +72,11 @@ def test_pictures_in_two_splits_are_counted_named_and_kept(clip_folder, tmp_path
     printed = capsys.readouterr().out
     assert "20 test, 7 sketch" in printed
     assert "Note: 2 pictures are in two splits, byte for byte (row 3 of train is row 18 of test; " in printed
+    assert "different labels: 1 picture, such as row 0 (red thing) and row 6 (blue thing). At most one" in printed
     described = json.loads((tmp_path / "out" / "data.json").read_text())
     assert described["duplicates_count"] == len(described["duplicates"]) == 2
     assert described["duplicates"][1] == {"splits": ["train", "test"], "images": ["row 4", "row 19"]}
+    assert described["two_labels"] == [{"labels": ["red thing", "blue thing"], "images": ["row 0", "row 6"]}]
     assert described["labels"] == {"test": labels_of(test).tolist(), "sketch": labels_of(shift).tolist()}
     assert described["groups"]["test"] == groups and described["groups"]["sketch"][:2] == ["a", "row 1"]
     assert described["train_images_per_class"] == [8, 8, 8] and described["validation_images"] == 12

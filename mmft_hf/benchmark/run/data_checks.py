@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from ...core.arguments import DataArguments
 from ...core.console import some
 from ...core.errors import UserError, nearest
+from ...data.identical import labels_note
 from ...data.raw import SPLIT_NAMES, split_for
 from ...data.sources import open_source
 from ...data.splits import NO_CAPTIONS, Splits, text_columns
@@ -116,7 +117,7 @@ def notes_on(splits: Splits, summary: Mapping, shots: Iterable, unreadable: Mapp
             "learnt or chosen on one is then measured on the other. They stay in; for a fair comparison remove them from one "
             "split."
         )
-    return notes
+    return notes + labels_note(summary.get("two_labels", ()), summary.get("two_labels_count", 0))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,13 @@ class Duplicate(TypedDict):
     images: list[str]
 
 
+class TwoLabels(TypedDict):
+    """An image that has another label elsewhere."""
+
+    labels: list[str]
+    images: list[str]
+
+
 class Summary(TypedDict, total=False):
     """`data.json`, see `load_or_summarize`."""
 
@@ -65,6 +72,8 @@ class Summary(TypedDict, total=False):
     captions: CaptionCounts | None
     duplicates: list[Duplicate]
     duplicates_count: Count
+    two_labels: list[TwoLabels]
+    two_labels_count: Count
     arguments: dict
     made_from: dict
     pictures_read_for: list[str]
@@ -89,7 +98,7 @@ def load_or_summarize(
         `dataset` and `model` (names), `class_names` (C), `labels` by judged split, `groups` likewise (None without a column),
         `train_images_per_class` (C), `validation_images`, `captions` (None without any, else `images` that have some,
         `captions`, and the keys of `captioning_cost`), `duplicates` (`splits` and `images`, two each) and
-        `duplicates_count`, `arguments` (further settings to type for the same data), `made_from` (fingerprints),
+        `duplicates_count`, `two_labels` (`labels` and `images`, two each) and `two_labels_count`, `arguments` (further settings to type for the same data), `made_from` (fingerprints),
         `pictures_read_for` (the tasks whose pictures were all read).
 
     Raises:
@@ -102,7 +111,7 @@ def load_or_summarize(
     }
     with suppress(OSError, UserError):  # missing or damaged: it is made again
         found = read_json(folder / DATA_FILE, Summary)
-        if found.get("made_from") == made_from and is_as_written(found):
+        if found.get("made_from") == made_from and "two_labels" in found and is_as_written(found):
             return found
     typed = {
         f.name: value
@@ -110,7 +119,7 @@ def load_or_summarize(
         if f.name not in ("dataset_name", "shots") and (value := getattr(data_args, f.name)) != f.default
     }
     classes = len(splits.class_names)
-    duplicates = find_identical({"train": splits.train, "validation": splits.validation, **judged}).across
+    identical = find_identical({"train": splits.train, "validation": splits.validation, **judged})
     found = {
         "dataset": identity["dataset"],
         "model": identity["base_model"],
@@ -120,8 +129,10 @@ def load_or_summarize(
         "train_images_per_class": np.bincount(labels_of(splits.train), minlength=classes).tolist(),
         "validation_images": len(splits.validation),
         "captions": _captions(splits, data_args) if splits.has_captions else None,
-        "duplicates": duplicates[:MOST_DUPLICATES],
-        "duplicates_count": len(duplicates),
+        "duplicates": identical.across[:MOST_DUPLICATES],
+        "duplicates_count": len(identical.across),
+        "two_labels": identical.labels[:MOST_DUPLICATES],
+        "two_labels_count": len(identical.labels),
         "arguments": typed | ({"allow_fewer": True} if args.allow_fewer else {}),
         "made_from": made_from,
     }
