@@ -30,7 +30,7 @@ class EvaluateArguments:
         None, "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."
     )
     per_device_eval_batch_size: int = setting(256, "Images per batch.", range=Range(1))
-    dataloader_num_workers: int = setting(0, "Processes that read images.", range=Range())
+    dataloader_num_workers: int = setting(0, "Processes that read images.", range=Range(0, 1024))
     on_bad_image: str = setting("fail", "fail: stop at an unreadable image; skip: count it.", choices=("fail", "skip"))
 
 

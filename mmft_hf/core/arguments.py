@@ -39,6 +39,8 @@ class Range(NamedTuple):
 
 
 SHARE = Range(0, 1, open=("low", "high"))
+PLACES = ("output_dir", "output_file")  # settings that name what is written
+LARGEST = 10**15  # of a whole number, so that sums and products with it are far from the 63 bits that libraries take
 
 
 class _Metadata(dict):
@@ -67,7 +69,7 @@ def setting(default, help: str, **metadata):
 
 
 def check_settings(settings) -> None:
-    """Raises `UserError` for a setting outside the choices or the range of its field. None is always allowed."""
+    """Raises `UserError` for a setting outside the choices or the range of its field, or a huge number. None is always allowed."""
     for known in fields(settings):
         value, allowed = getattr(settings, known.name), known.metadata.get("range")
         if value is None:
@@ -76,6 +78,20 @@ def check_settings(settings) -> None:
             choice(known.name, value, known.metadata["choices"])
         if allowed is not None and value not in allowed:
             raise UserError(f"--{known.name}: expected {allowed}, found {value!r}.")
+        if type(value) is int and abs(value) > LARGEST:
+            raise UserError(f"--{known.name}: expected at most {LARGEST:,}, found {value!r}.")
+        if known.name in PLACES:
+            check_place(known.name, value)
+
+
+def check_place(name: str, path: str) -> None:
+    """Raises `UserError` for a path that nothing can be written to. Safetensors and parquet write to names in UTF-8 alone."""
+    try:
+        fine = bool(path) and "\0" not in path and bool(path.encode())
+    except UnicodeEncodeError:
+        fine = False
+    if not fine:
+        raise UserError(f"--{name}: expected a path in UTF-8, found {path!r}. Type another name.")
 
 
 def choice(name: str, value: str, known) -> None:

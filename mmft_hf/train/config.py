@@ -48,6 +48,7 @@ UNSUPPORTED = {
 
 
 MOST_EPOCHS = 1_000_000  # an infinite number has no schedule
+MOST_STEPS = 10**12
 
 
 @dataclass
@@ -193,7 +194,7 @@ class MMFTConfig(TrainingArguments):
         "faster only with AMX or AVX512-BF16).",
     )
     dataloader_num_workers: int | None = setting(
-        None, "Processes that read images. Default: up to 8 with an accelerator, 0 on a CPU.", range=Range(0)
+        None, "Processes that read images. Default: up to 8 with an accelerator, 0 on a CPU.", range=Range(0, 1024)
     )
     dataloader_persistent_workers: bool | None = setting(
         None, "Keep these processes from epoch to epoch. Default: yes, if there are any."
@@ -260,16 +261,16 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_persistent_workers: expected false without workers, found true. Leave it out, or type "
                 "--dataloader_num_workers 4."
             )
-        if self.max_steps == 0 or (
-            self.max_steps < 0 and self.num_train_epochs not in Range(high=MOST_EPOCHS, open=("low",))
-        ):
-            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
-            most = f" and at most {MOST_EPOCHS:,}" if self.max_steps else ""
+        name, most = ("max_steps", MOST_STEPS) if self.max_steps >= 0 else ("num_train_epochs", MOST_EPOCHS)
+        if getattr(self, name) not in Range(high=most, open=("low",)):
             raise UserError(
-                f"--{name}: expected more than 0{most}, found {getattr(self, name)!r}. To measure, type mmft-hf evaluate."
+                f"--{name}: expected more than 0 and at most {most:,}, found {getattr(self, name)!r}. To measure, type mmft-hf "
+                "evaluate."
             )
+        if self.warmup_steps not in Range(high=MOST_STEPS):
+            raise UserError(f"--warmup_steps: expected 0 to {MOST_STEPS:,}, found {self.warmup_steps!r}.")
         for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
-            if not isinstance(found := getattr(self, name) or {}, dict):
+            if (found := getattr(self, name)) is not None and not isinstance(found, dict):
                 raise UserError(f"--{name}: expected an object such as '{{\"key\": 1}}', found {found!r}.")
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError(
@@ -290,6 +291,9 @@ class MMFTConfig(TrainingArguments):
         for name, (default, reason) in UNSUPPORTED.items():
             if getattr(self, name) != default:
                 raise UserError(f"--{name}: expected {default}, found {getattr(self, name)}; {reason}. Leave it out.")
+        from .stock_settings import check_stock_settings  # with the Trainer, which takes long to import
+
+        check_stock_settings(self)
 
     @classmethod
     def decides(cls, name: str) -> bool:

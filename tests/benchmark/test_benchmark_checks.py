@@ -82,7 +82,10 @@ def test_notes_on_missing_images():
     far = splits.test.select([0, 1, 3, 4])
     summary = {"class_names": list(COLOURS), "train_images_per_class": [8, 7, 7], "duplicates_count": 0}
     summary["labels"] = {"test": labels_of(test).tolist(), "far": labels_of(far).tolist()}
-    summary |= {"two_labels": [{"labels": ["red thing", "blue thing"], "images": ["row 1", "row 2"]}], "two_labels_count": 3}
+    summary |= {
+        "two_labels": [{"labels": ["red thing", "blue thing"], "images": ["row 1", "row 2"]}],
+        "two_labels_count": 3,
+    }
     found = notes_on(splits, summary, [16, 0, 8, "full", 7], {"test": unreadable("test", test), "far": []})
     assert found == [
         "Held out.",

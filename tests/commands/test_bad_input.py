@@ -185,7 +185,8 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
         ("--per_device_train_batch_size", "0", "1 or more"),
         ("--per_device_eval_batch_size", "-1", "1 or more"),
         ("--gradient_accumulation_steps", "0", "1 or more"),
-        ("--dataloader_num_workers", "-1", "0 or more"),
+        ("--dataloader_num_workers", "-1", "0 to 1024"),
+        ("--dataloader_num_workers", "9999", "0 to 1024"),
         ("--learning_rate", "-1", "above 0"),
         ("--learning_rate", "nan", "above 0"),
         ("--weight_decay", "-1", "0 or more"),
@@ -202,6 +203,39 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
 def test_value_outside_its_range(flag, value, expected, fails, finetune):
     message = fails(finetune(flag, value), flag.lstrip("-"), expected, "expected", "found")
     assert value in message or value.capitalize() in message or str(float(value)) in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("--lr_scheduler_kwargs", '{"nosuch": 1}'), ("lr_scheduler_kwargs", "unexpected keyword argument 'nosuch'")),
+        (("--lr_scheduler_kwargs", '{"num_cycles": "x"}'), ("lr_scheduler_kwargs", "'x'")),
+        (("--lr_scheduler_kwargs", ""), ("lr_scheduler_kwargs", "expected an object")),
+        (("--lr_scheduler_type", "warmup_stable_decay"), ("lr_scheduler_type warmup_stable_decay", "num_decay_steps")),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), ("lr_scheduler_type cosine_with_min_lr", "min_lr_rate")),
+        (("--warmup_steps", "nan"), ("warmup_steps", "found nan")),
+        (("--warmup_steps", "inf"), ("warmup_steps", "found inf")),
+        (("--optim_args", "nosuch"), ("optim_args nosuch", "unpack")),
+        (("--optim_args", "nosuch=1"), ("optim_args nosuch=1", "this optimizer ignores")),
+        (("--optim", "rmsprop", "--optim_args", "momentum=x"), ("optim rmsprop with --optim_args momentum=x", "'x'")),
+        (("--optim", "adamw_torch_npu_fused"), ("optim adamw_torch_npu_fused", "torch_npu")),
+        (("--optim", "lomo"), ("optim lomo", "lomo_optim")),
+        (("--adam_beta1", "2"), ("optim adamw", "beta")),
+        (
+            ("--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"nosuch": 1}'),
+            ("gradient_checkpointing_kwargs", "'nosuch'"),
+        ),
+        (
+            ("--per_device_train_batch_size", str(10**20)),
+            ("per_device_train_batch_size", "at most 1,000,000,000,000,000"),
+        ),
+        (("--max_steps", str(10**20)), ("max_steps", "at most")),
+        (("--output_dir", ""), ("output_dir", "a path in UTF-8")),
+        (("--output_dir", "\udcff"), ("output_dir", "a path in UTF-8")),
+    ],
+)
+def test_settings_that_would_fail_in_the_middle_of_a_run(settings, words, fails, finetune, tmp_path):
+    fails(finetune(*settings, "--dataset_name", tmp_path / "not read"), *words)
 
 
 def test_endless_training(fails, finetune):
@@ -763,7 +797,7 @@ def test_evaluate_with_a_bad_picture(fails, succeeds, trained, data_with):
 def test_evaluate_settings_outside_their_range(fails, trained, data_folder):
     command = ["evaluate", "--model_name_or_path", trained, "--dataset_name", data_folder]
     fails([*command, "--per_device_eval_batch_size", 0], "--per_device_eval_batch_size", "1 or more")
-    fails([*command, "--dataloader_num_workers", -1], "--dataloader_num_workers", "0 or more")
+    fails([*command, "--dataloader_num_workers", -1], "--dataloader_num_workers", "0 to 1024")
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def test_names_of_numbers_that_count_from_1(kind):
     splits = loaded(rows([kind(n + 1) for n in range(11)]), rows([kind(3)]), class_names=WORDS)
     assert wrong(splits, lambda truth: WORDS[int(float(truth)) - 1]) == []
     assert splits.notes[0] == "--class_names names the numbers in the data: 1 is w0, 2 is w1, 3 is w2, …."
-    with pytest.raises(UserError, match="split 'test', row 1: label '?0'? is outside the class list"):
+    with pytest.raises(UserError, match=r"split 'test', row 1: label '?0'? is outside the class list"):
         loaded(rows([1, 2]) if kind is not str else rows(["1", "2"]), rows([kind(1), kind(0)]), class_names=["a", "b"])
 
 
