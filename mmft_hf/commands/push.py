@@ -44,6 +44,7 @@ ARGUMENTS = (PushArguments,)
 
 def run(args: PushArguments, folders: list[str]) -> None:
     """Checks the folder and the access, then pushes."""
+    from ..captioning.write.output_folder import CaptionFolder
     from ..hub.publish import push_captioned_dataset, push_model
 
     if len(folders) != 1:
@@ -54,6 +55,8 @@ def run(args: PushArguments, folders: list[str]) -> None:
         raise UserError("--repo_id: expected a name on the Hub, found none. Type --repo_id user/name.")
     folder = Path(folders[0])
     found = next((kind for kind, file in MARKERS.items() if (folder / file).is_file()), None)
+    if found is None and (lost := CaptionFolder(folder).lost_details()):
+        raise UserError(f"{lost} Then push the folder.")
     if found is None:
         raise UserError(
             f"{folder}: expected the --output_dir of mmft-hf finetune (with mmft.json) or of mmft-hf caption (with captions.json), "

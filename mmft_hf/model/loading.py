@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
 
 from ..core.builtin import builtin
 from ..core.errors import UserError
-from .collator import input_size
+from .collator import input_size, pixels_of
 from .families import FAMILIES, REFUSED, token_limit, unused_parameters
 from .pooling import POOLINGS, pool_texts, text_pooling
 from .sanity import check_config, check_image_processor, check_tokenizer, check_weights
@@ -140,7 +141,24 @@ def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) 
             f"{dict(processor.image_processor.size)} without a crop. Write size {{height, width}}, or do_center_crop with a "
             "crop_size, into its preprocessor_config.json."
         )
+    given = {tuple(pixels_of(processor.image_processor, Image.new("RGB", shape)).shape) for shape in ((7, 5), (5, 7))}
+    if given != {(3, size[1], size[0])}:
+        found = " and ".join(" x ".join(map(str, one)) for one in sorted(given))
+        raise UserError(
+            f"model {name!r}: expected an image processor that gives pictures of 3 x {size[1]} x {size[0]}, as its size says, found "
+            f"{found}. Copy the model's preprocessor_config.json or processor_config.json again."
+        )
     if model.config.model_type != "vision-text-dual-encoder":
+        side = getattr(model.config.vision_config, "image_size", None)
+        if side not in (None, size[0], list(size), tuple(size)) or size[0] != size[1]:  # some towers take any size
+            try:
+                encode_images(model, torch.zeros(1, 3, size[1], size[0]))
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"model {name!r}: expected an image processor that gives what the image tower takes, pictures of {side} pixels, "
+                    f"found one that gives {size[0]} x {size[1]}. Copy the model's preprocessor_config.json or "
+                    "processor_config.json again."
+                ) from error
         return
     # Its towers can be any models at all.
     try:

@@ -38,7 +38,7 @@ def is_checkpoint(folder: Path) -> bool:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has all its files. The first process writes trainer_state.json last, so that must be whole."""
     patterns = ("config.json", "scheduler.pt", "optimizer.*", "*.safetensors", "rng_state*.pth")  # optimizer.bin: FSDP
-    if not all(any(folder.glob(pattern)) for pattern in patterns):
+    if not all(any(path.is_file() for path in folder.glob(pattern)) for pattern in patterns):
         return False
     try:
         read_json(folder / STATE_FILE, TrainingState)

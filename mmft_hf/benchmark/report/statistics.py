@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ...core.console import many, some
 from ...core.errors import UserError
 from ...core.reading import read_json
 from ...core.seals import note_if_changed
 from ..run.data_summary import DATA_FILE, Summary
 from ..run.methods import FAMILIES, METHODS, Method
-from ..run.results import RESULTS_FILE, differences
+from ..run.protocol import Cell
+from ..run.results import RESULTS_FILE, differences, key_of
 from ..run.summary import FEWEST_SEEDS, in_order, interval, latest
 
 logger = logging.getLogger(__name__)
@@ -213,6 +215,14 @@ def gather(rows: list[dict], folder: Path) -> Findings:
     except UserError as error:
         notes.append(f"{DATA_FILE} could not be read. The report leaves out what depends on it.")
         logger.warning("Note: the report leaves out what depends on %s. %s", DATA_FILE, error)
+    there = {str(Cell(*key_of(row))) for row in rows}
+    if gone := [cell for cell in data.get("cells", ()) if cell not in there]:
+        logger.warning(
+            "Note: %s has no result of %s (%s): not run yet, or lost. The command of the benchmark runs what is missing.",
+            folder / RESULTS_FILE,
+            many(len(gone), "cell"),
+            some(gone, 3),
+        )
     results = Findings(rows, identity, data, notes, folder.resolve().name)
     drop_foreign_predictions(results)
     return results
@@ -332,8 +342,8 @@ def bootstrap(gain: np.ndarray, counts: np.ndarray, groups=None, draws: int = DR
     np.add.at(sums, ids, gain)
     np.add.at(totals, ids, counts)
     means, step = [], max(1, 4_000_000 // size)  # this many draws at once take 32 MB
-    for some in np.split(drawn(size, draws, seed), range(step, draws, step)):
-        weights = some.astype(float)
+    for chunk in np.split(drawn(size, draws, seed), range(step, draws, step)):
+        weights = chunk.astype(float)
         with np.errstate(invalid="ignore"):
             means.append((weights @ sums) / (weights @ totals))
     return np.nanquantile(np.concatenate(means), [0.025, 0.975], axis=0)

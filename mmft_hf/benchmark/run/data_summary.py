@@ -77,6 +77,7 @@ class Summary(TypedDict, total=False):
     arguments: dict
     made_from: dict
     pictures_read_for: list[str]
+    cells: list[str]
     sha256: str
 
 
@@ -98,8 +99,9 @@ def load_or_summarize(
         `dataset` and `model` (names), `class_names` (C), `labels` by judged split, `groups` likewise (None without a column),
         `train_images_per_class` (C), `validation_images`, `captions` (None without any, else `images` that have some,
         `captions`, and the keys of `captioning_cost`), `duplicates` (`splits` and `images`, two each) and
-        `duplicates_count`, `two_labels` (`labels` and `images`, two each) and `two_labels_count`, `arguments` (further settings to type for the same data), `made_from` (fingerprints),
-        `pictures_read_for` (the tasks whose pictures were all read).
+        `duplicates_count`, `two_labels` (`labels` and `images`, two each) and `two_labels_count`, `arguments` (further settings to
+        type for the same data), `made_from` (fingerprints), `pictures_read_for` (the tasks whose pictures were all read), `cells` (all
+        that were ever to run here).
 
     Raises:
         UserError: a judged split has no column `group_column`.

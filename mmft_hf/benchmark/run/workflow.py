@@ -100,6 +100,9 @@ def run_benchmark(
         with Claims(folder / CLAIMS).alone("data"):
             summary = load_or_summarize(folder, splits, judged, args, data_args, identity)
             wanted = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}
+            if new := {str(cell) for cell in grid_cells} - set(summary.get("cells", ())):
+                summary = summary | {"cells": sorted({*summary.get("cells", ()), *new})}
+                write_summary(folder, summary)
             read = set(summary.get("pictures_read_for", ()))  # so each picture is read once
             if not skip and not wanted <= read:
                 refuse_unreadable(splits, judged, left, args.allow_fewer)

@@ -2,20 +2,26 @@
 
 One sqlite file per process in `OUTPUT_DIR/journal/`; readers take the union. A result is stored under the key of its
 request. Its *slot* names what the plan asked for, so that a second try, under its own key, fills the same slot.
+
+Each result has a digest of its own, because sqlite has no checksums. A result that was damaged on the disk is named and does not
+count, so that it is asked for again; the others stay. Results of earlier versions have no digest, and are taken as they are.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
+import re
 import sqlite3
 import time
 import uuid
+import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import ClassVar
 
 from ...core.errors import UserError
 from ...core.files import InUse, Lock, file_system
@@ -48,6 +54,15 @@ FITS["status"] = f"typeof(status) = 'text' AND status IN ({', '.join(map(repr, S
 FITS["checks"] = (
     "checks IS NULL OR CASE WHEN typeof(checks) = 'text' AND length(checks) <= 10000 AND json_valid(checks) "
     "THEN json_type(checks) = 'array' AND NOT EXISTS (SELECT 1 FROM json_each(checks) WHERE type <> 'text') ELSE 0 END"
+)
+# The content of a row, as `row_digest` takes it: texts as their bytes, since damaged ones may be no text at all.
+CONTENT = ", ".join(f"CAST({name} AS BLOB)" if kind == "TEXT" else name for name, kind in COLUMNS.items())
+INTACT = f"(digest IS NULL OR digest = row_digest({CONTENT}))"
+SEAL = f"UPDATE results SET digest = row_digest({CONTENT})"  # of what is stored, after sqlite has converted it
+# WITHOUT ROWID: one tree in which the tries of a slot are adjacent, and a commit touches one page.
+TABLE = (
+    f"CREATE TABLE IF NOT EXISTS results ({', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())}, "
+    "digest INTEGER, PRIMARY KEY (slot, key)) WITHOUT ROWID"
 )
 SUMMED = ("tokens_in", "tokens_out", "cost", "attempts")  # asking again adds to what a request cost before
 WAIT_S = 60  # for a lock: without a write-ahead log, readers block the writer
@@ -99,9 +114,8 @@ class Journal:
             self._db.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
             # Under NORMAL a killed process loses nothing; a power failure may lose the last answers.
             self._db.execute(f"PRAGMA synchronous={'FULL' if shared else 'NORMAL'}")
-            # WITHOUT ROWID: one tree in which the tries of a slot are adjacent, and a commit touches one page.
-            columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY (slot, key)) WITHOUT ROWID")
+            self._db.execute(TABLE)
+            _prepare(self._db)
             names = ", ".join(f"{name} TEXT" for name in LEFT_OUT)
             self._db.execute(f"CREATE TABLE IF NOT EXISTS left_out ({names}, PRIMARY KEY (run_id, model, field))")
         except sqlite3.Error as error:
@@ -110,7 +124,9 @@ class Journal:
         names = ", ".join(COLUMNS)
         marks = ", ".join(f":{name}" for name in COLUMNS)
         update = ", ".join(
-            f"{c} = coalesce({c} + excluded.{c}, {c}, excluded.{c})" if c in SUMMED else f"{c} = excluded.{c}"
+            f"{c} = CASE WHEN {INTACT} THEN coalesce({c} + excluded.{c}, {c}, excluded.{c}) ELSE excluded.{c} END"
+            if c in SUMMED
+            else f"{c} = excluded.{c}"
             for c in COLUMNS
             if c not in ("slot", "key")
         )
@@ -125,6 +141,7 @@ class Journal:
             with self._db:
                 self._db.execute("BEGIN")
                 self._db.executemany(self._put, rows)
+                self._db.executemany(f"{SEAL} WHERE slot = :slot AND key = :key", rows)
         except sqlite3.Error as error:
             raise _broken(self.path, error) from error
 
@@ -149,9 +166,12 @@ class Journal:
         for path in journal_files(self.folder):
             db = self._db if path == self.path else sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
             try:
+                _prepare(db)
                 with db:
                     db.execute("BEGIN")  # all tries of a slot, including those that were turned down
-                    db.executemany("UPDATE results SET status = 'not_run', pending = 0 WHERE slot = ?", slots)
+                    update = "UPDATE results SET status = 'not_run', pending = 0"
+                    db.executemany(f"{update}, digest = NULL WHERE slot = ? AND {INTACT}", slots)
+                    db.executemany(f"{SEAL} WHERE slot = ? AND digest IS NULL", slots)
             except sqlite3.Error as error:
                 raise _broken(path, error) from error
             finally:
@@ -194,50 +214,145 @@ def journal_files(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("journal-*.sqlite"))
 
 
+def row_digest(*content) -> int:
+    """32 bits of the values of `COLUMNS`, texts as bytes in UTF-8. They differ after any damage of up to four bytes in a row."""
+    return zlib.crc32(repr(content).encode())
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    """Makes a file ready to be written: those of earlier versions lack the column of the digests."""
+    db.create_function("row_digest", -1, row_digest)
+    if not _has_digests(db):
+        db.execute("ALTER TABLE results ADD COLUMN digest INTEGER")
+
+
+def _has_digests(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT 1 FROM pragma_table_info('results') WHERE name = 'digest'").fetchone() is not None
+
+
 def read_rows(
-    folder: str | Path, columns: Sequence[str] = tuple(COLUMNS), where: str = "", values: Sequence = ()
+    folder: str | Path, columns: Sequence[str] = tuple(COLUMNS), condition: str = "1", values: Sequence = ()
 ) -> Iterator[dict]:
-    """Rows of all files of a journal, file by file. A key may occur in several of them: see `best`."""
+    """Rows of all files of a journal that meet a condition, file by file, by slot. A key may occur in several of them: see `best`."""
     for path in journal_files(folder):
-        yield from _read_file(path, columns, where, values)
+        yield from _read_file(path, columns, condition, values)
 
 
-def _read_file(path: Path, columns: Sequence[str], where: str = "", values: Sequence = ()) -> Iterator[dict]:
+def _read_file(path: Path, columns: Sequence[str], condition: str = "1", values: Sequence = ()) -> Iterator[dict]:
     try:
-        with closing(_connect(path)) as db:
-            yield from _rows(db, path, columns, where, values)
+        with closing(_File(path)) as file:
+            yield from file.all_rows(columns, condition, values)
     except sqlite3.Error as error:
         if "no such table" not in str(error):  # another process has only just created the file
             raise _broken(path, error) from error
         logger.warning("Note: %s holds no results.", path)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    check_regular(path)
-    return sqlite3.connect(path, timeout=WAIT_S)
+class _File:
+    """One file of a journal, open to be read. Rows that are not as they were written are named and left out."""
 
+    _told: ClassVar[set[tuple]] = set()  # damaged rows that were named: a run reads them several times
 
-def _rows(
-    db: sqlite3.Connection, path: Path, columns: Sequence[str], where: str = "", values: Sequence = ()
-) -> Iterator[dict]:
-    """Rows of one file, each column checked by sqlite itself, which takes no time beside the reading."""
-    wrong = " ".join(f"WHEN NOT ({FITS[name]}) THEN '{name}'" for name in columns)
-    for *row, name in db.execute(f"SELECT {', '.join(columns)}, CASE {wrong} END FROM results {where}", values):
-        found = dict(zip(columns, row, strict=True))
-        if name is not None:
-            raise JournalError(
-                f"{path}, column {name}: expected what a run writes, found {shown(found[name])}. Nothing was changed. If the "
-                "file is damaged, move it away: its answers will be asked for again."
+    def __init__(self, path: Path):
+        check_regular(path)
+        self.path, self._db = path, sqlite3.connect(path, timeout=WAIT_S)
+        self._db.create_function("intact", -1, self._intact)
+        self._digests = _has_digests(self._db)
+        self._damaged: list[tuple] = []
+        self._last, self._in_order = (b"", b""), True
+
+    def close(self) -> None:
+        self._db.close()
+
+    def all_rows(self, columns: Sequence[str], condition: str = "1", values: Sequence = ()) -> Iterator[dict]:
+        """The rows that meet a condition, by slot. The whole file is checked.
+
+        Raises:
+            JournalError: pages are damaged, so that results may be missing or cannot be found.
+        """
+        for (found,) in self._db.execute("PRAGMA quick_check"):
+            if found != "ok" and not re.search(r"value in results\.\w+$", found):  # which concerns one row
+                raise _broken(self.path, sqlite3.DatabaseError(found))
+        self._last, self._in_order = (b"", b""), True
+        yield from self._rows(columns, "1", condition, values)
+        if not self._in_order:
+            raise _broken(self.path, sqlite3.DatabaseError("results out of order"))
+
+    def rows_of(self, slots: Sequence[str]) -> Iterator[dict]:
+        """The rows of some slots."""
+        yield from self._rows(tuple(COLUMNS), f"slot IN ({', '.join('?' * len(slots))})", "1", slots)
+
+    def _rows(self, columns: Sequence[str], place: str, condition: str, values: Sequence) -> Iterator[dict]:
+        if self._digests:  # first of all: of a damaged row, no value can be trusted
+            condition = f"CASE WHEN intact(digest, {CONTENT}) THEN {condition} ELSE 0 END"
+        query = f"SELECT {', '.join(columns)}, {_first_misfit(columns)} FROM results WHERE {place} AND ({condition}) ORDER BY slot"
+        try:
+            for *row, name in self._db.execute(query, values):
+                found = dict(zip(columns, row, strict=True))
+                if name is not None:
+                    raise JournalError(
+                        f"{self.path}, column {name}: expected what a run writes, found {shown(found[name])}. Nothing was changed. If "
+                        "the file is damaged, move it away: its answers will be asked for again."
+                    )
+                yield found
+        finally:
+            self._tell()
+
+    def _intact(self, digest, *content) -> bool:
+        """Called by sqlite for each row, in their order."""
+        place = content[_SLOT], content[_KEY]
+        self._in_order &= isinstance(place[0], bytes) and isinstance(place[1], bytes) and self._last <= place
+        self._last = place
+        if digest is None or digest == (found := row_digest(*content)):
+            return True
+        self._damaged.append((str(self.path), *place, found))
+        return False
+
+    def _tell(self) -> None:
+        new = [damaged for damaged in dict.fromkeys(self._damaged) if damaged not in self._told]
+        self._damaged.clear()
+        if new:
+            self._told.update(new)
+            what = "result is not as it was written" if len(new) == 1 else "results are not as they were written"
+            logger.warning(
+                "Note: %s: %s %s, e.g. that of key %s: damaged on the disk? What is damaged does not count, and the next run asks for "
+                "it again.",
+                self.path,
+                f"{len(new):,}",
+                what,
+                new[0][2].decode(errors="replace")[:64] if isinstance(new[0][2], bytes) else new[0][2],
             )
-        yield found
+
+
+_SLOT, _KEY = (list(COLUMNS).index(name) for name in ("slot", "key"))
+
+
+def misfit(rows: Sequence[dict]) -> tuple[str, object] | None:
+    """The first value that no journal holds, after its column; None if there is none. Such rows must not get into one."""
+    names = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+    marks = ", ".join(f":{name}" for name in COLUMNS)
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute(f"CREATE TABLE results ({names})")
+        db.executemany(f"INSERT INTO results VALUES ({marks})", map(_storable, rows))
+        query = f"SELECT rowid, {_first_misfit(COLUMNS)} AS wrong FROM results WHERE wrong IS NOT NULL"
+        for row, name in db.execute(query):
+            return name, rows[row - 1][name]
+    return None
+
+
+def _first_misfit(columns: Iterable[str]) -> str:
+    """SQL: the name of the first column whose value does not fit, or null. It takes no time beside the reading."""
+    wrong = " ".join(f"WHEN NOT ({FITS[name]}) THEN '{name}'" for name in columns)
+    return f"CASE {wrong} END"
 
 
 def left_out(folder: str | Path) -> list[dict]:
     """The fields that runs left out, by `LEFT_OUT`, in the order of the runs. Journals of version 0.1 record none."""
     found = []
     for path in journal_files(folder):
+        check_regular(path)
         try:
-            with closing(_connect(path)) as db:
+            with closing(sqlite3.connect(path, timeout=WAIT_S)) as db:
                 if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'left_out'").fetchone():
                     rows = db.execute(f"SELECT {', '.join(LEFT_OUT)} FROM left_out")
                     found += [dict(zip(LEFT_OUT, row, strict=True)) for row in rows]
@@ -255,19 +370,19 @@ def settled_slots(folder: str | Path, max_tokens: int = 0) -> set[str]:
     """
     marks = ", ".join("?" * len(TERMINAL))
     truncated = "status IN ('truncated', 'empty') AND finish_reason = 'length' AND max_tokens >= ?"
-    where = f"WHERE pending = 0 AND (status IN ({marks}) OR ({truncated} AND ? > 0))"
-    return {row["slot"] for row in read_rows(folder, ("slot",), where, (*TERMINAL, max_tokens, max_tokens))}
+    condition = f"pending = 0 AND (status IN ({marks}) OR ({truncated} AND ? > 0))"
+    return {row["slot"] for row in read_rows(folder, ("slot",), condition, (*TERMINAL, max_tokens, max_tokens))}
 
 
 def unsettled_slots(folder: str | Path) -> set[str]:
     """Slots that have results, but none that settles them."""
-    where = f"WHERE pending = 1 OR status NOT IN ({', '.join('?' * len(TERMINAL))})"
-    return {row["slot"] for row in read_rows(folder, ("slot",), where, TERMINAL)}
+    condition = f"(pending = 1 OR status NOT IN ({', '.join('?' * len(TERMINAL))}))"
+    return {row["slot"] for row in read_rows(folder, ("slot",), condition, TERMINAL)}
 
 
 def spent_dollars(folder: str | Path) -> float:
     """Cost of all results so far in US dollars, as far as prices were known."""
-    return sum(row["cost"] for row in read_rows(folder, ("cost",), "WHERE cost IS NOT NULL"))
+    return sum(row["cost"] for row in read_rows(folder, ("cost",), "cost IS NOT NULL"))
 
 
 def best(rows: Iterable[dict]) -> list[dict]:
@@ -287,7 +402,7 @@ def _final(row: dict) -> bool:
 
 def by_slot(folder: str | Path, columns: Sequence[str] = tuple(COLUMNS)) -> Iterator[tuple[str, list[dict]]]:
     """All slots of a journal in order, each with its tries (see `best`); one slot is in memory at a time."""
-    files = [_read_file(path, columns, "ORDER BY slot") for path in journal_files(folder)]
+    files = [_read_file(path, columns) for path in journal_files(folder)]
     for slot, rows in groupby(heapq.merge(*files, key=itemgetter("slot")), key=itemgetter("slot")):
         yield slot, best(rows)
 
@@ -297,24 +412,27 @@ class JournalReader:
 
     def __init__(self, folder: str | Path):
         self.folder = str(folder)
-        self._dbs: dict[Path, sqlite3.Connection] | None = None
+        self._files: list[_File] | None = None
 
     def history(self, slots: Sequence[str]) -> dict[str, list[dict]]:
         """The tries of each slot that has results, the one that counts last (see `best`)."""
-        if self._dbs is None:
-            self._dbs = {path: _connect(path) for path in journal_files(self.folder)}
         found: dict[str, list[dict]] = {}
-        marks = ", ".join("?" * len(slots))
-        for path, db in self._dbs.items():
-            try:
-                for row in _rows(db, path, tuple(COLUMNS), f"WHERE slot IN ({marks})", list(slots)):
+        path = Path(self.folder)
+        try:
+            if self._files is None:
+                self._files = []
+                for path in journal_files(self.folder):
+                    self._files.append(_File(path))
+            for file in self._files:
+                path = file.path
+                for row in file.rows_of(slots):
                     found.setdefault(row["slot"], []).append(row)
-            except sqlite3.Error as error:
-                raise _broken(path, error) from error
+        except sqlite3.Error as error:
+            raise _broken(path, error) from error
         return {slot: best(rows) for slot, rows in found.items()}
 
     def close(self) -> None:
         """Closes the files: a write-ahead log is folded into its file only when no reader has it open."""
-        for db in (self._dbs or {}).values():
-            db.close()
-        self._dbs = None
+        for file in self._files or ():
+            file.close()
+        self._files = None

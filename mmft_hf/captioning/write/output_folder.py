@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from datasets import Dataset, Image
 
 from ...core.console import printable_text, some
 from ...core.errors import UserError
-from ...core.files import DETAILS_FILE, is_temporary, write_json
+from ...core.files import CARD_FILE, DETAILS_FILE, PAGE_FILE, PICTURE_FILE, is_temporary, write_json
 from ...core.reading import read_json
 from ...core.records import CaptionFolderRecord
 from ...core.schema import shown
@@ -86,15 +87,7 @@ class CaptionFolder:
         """
         details = self.details()
         if not details:
-            journal = self.path / "journal"  # holds only a lock if a run was killed at once
-            ours = {PARTIAL}
-            if journal.is_dir() and all(p.name.startswith(("journal-", "rank-")) for p in journal.iterdir()):
-                ours.add("journal")
-            if self.path.is_dir() and any(p.name not in ours and not is_temporary(p.name) for p in self.path.iterdir()):
-                raise UserError(
-                    f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "
-                    "Type another --output_dir."
-                )
+            self._claim_unknown(overwrite, pictures)
             return
         note_if_changed(details, self.path / DETAILS_FILE)
         before = details.get("made_from", {})
@@ -112,10 +105,56 @@ class CaptionFolder:
                 "and nothing in it is asked for again)."
             )
 
+    def _claim_unknown(self, overwrite: bool, pictures: Callable[[], set[str]] | None) -> None:
+        """`claim` for a folder without `captions.json`: nothing is written there yet, or only the journal, or the file was lost.
+
+        A dataset whose record was lost is written again from its journal if the command is about its pictures.
+        """
+        journal = self.path / "journal"  # holds only a lock if a run was killed at once
+        ours = {PARTIAL}
+        if journal.is_dir() and all(p.name.startswith(("journal-", "rank-")) for p in journal.iterdir()):
+            ours.add("journal")
+        names = {p.name for p in self.path.iterdir() if not is_temporary(p.name)} if self.path.is_dir() else set()
+        if names <= ours:
+            return
+        lost = self.lost_details()
+        if not lost or not names <= ours | {"data", PAGE_FILE, PICTURE_FILE, CARD_FILE}:
+            raise UserError(
+                f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "
+                "Type another --output_dir."
+            )
+        answers = "journal" in ours and any(journal.glob("journal-*.sqlite"))
+        if not overwrite and not (answers and pictures and self._pictures({}) <= pictures()):
+            raise UserError(
+                f"--output_dir {self.path}: expected {DETAILS_FILE}, which tells what the captions there were made from, found none. "
+                "Restore the file, type another --output_dir, or --overwrite_output_dir true to replace the dataset (a journal "
+                "stays, and nothing in it is asked for again)."
+            )
+        logger.warning("Note: %s lacks %s: the dataset is written again.", self.path, DETAILS_FILE)
+
+    def lost_details(self) -> str | None:
+        """A sentence on a captioned dataset whose `captions.json` is gone, and what to type; None if there is none."""
+        if (self.path / DETAILS_FILE).exists():
+            return None
+        answers = any(self.path.glob("journal/journal-*.sqlite"))
+        if not (self.path / PAGE_FILE).is_file() and not (answers and self._data_files({})):
+            return None
+        return (
+            f"{self.path} lacks {DETAILS_FILE}, which tells what its captions were made from. Type the command of the run again, "
+            "which writes the file again" + (" and asks for nothing that is in the journal." if answers else ".")
+        )
+
+    def _data_files(self, details: Mapping) -> list[str]:
+        """The names of the files of the dataset that is there. Those that nothing tells of are known by their names."""
+        if "files" in details:
+            return details["files"]
+        found = sorted((self.path / "data").glob("*.parquet"))
+        return [f"data/{path.name}" for path in found if re.fullmatch(r".+-\d{5}-of-\d{5}\.parquet", path.name)]
+
     def _pictures(self, details: Mapping) -> set[str]:
         """sha256 of the pictures of the dataset that is there; empty if its files cannot be read."""
         found: set[str] = set()
-        files = [self.path / name for name in details.get("files", ()) if name.endswith(".parquet")]
+        files = [self.path / name for name in self._data_files(details) if name.endswith(".parquet")]
         for file in filter(Path.is_file, files):  # after a kill some may be gone
             try:
                 found.update(pq.read_table(file, columns=["image_sha256"])["image_sha256"].to_pylist())
@@ -163,7 +202,7 @@ class CaptionFolder:
             files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
             digests = {name: digest_of(partial / name) for name in files if name.endswith(".parquet")}
             details = {**details, "mmft_hf": __version__, "files": files, "digests": digests}
-            old = [name for name in self.details().get("files", ()) if name not in files]
+            old = [name for name in self._data_files(self.details()) if name not in files]
             # Until all new files are in place, `captions.json` names the old and the new ones.
             between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
             write_json(self.path / DETAILS_FILE, sealed(between), ensure_ascii=False)

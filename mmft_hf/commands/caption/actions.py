@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ from ...core.seals import note_if_changed
 from ...data.splits import load_captioned_dataset
 from . import printing
 
+logger = logging.getLogger(__name__)
 RETRIED = ("rejected", "refused", "bad_image")  # what `retry` asks for again if no status is typed
 
 
@@ -77,6 +79,7 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
     folder = CaptionFolder(args.output_dir)
     record = folder.details()
     note_if_changed(record, folder.path / DETAILS_FILE)
+    _note_lost_details(folder)
     made_from = record.get("made_from") or {}
     backend = (made_from.get("captioner") or {}).get("backend")  # only of a captioner that asks no model
     journal = _journal(args, f"a dataset of captioner {backend}, which needs none" if backend else "none")
@@ -126,6 +129,11 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
     if final:
         typed = f"the command of the run with `retry {' '.join(final)}` after `mmft-hf caption`"
         say(f"To ask again for the others: {typed}.")
+
+
+def _note_lost_details(folder: CaptionFolder) -> None:
+    if lost := folder.lost_details():
+        logger.warning("Note: %s", lost)
 
 
 def _journal(args: CaptionArguments, found: str = "none") -> Path:
@@ -213,15 +221,15 @@ def export(data_args: DataArguments, args: CaptionArguments, *files: str) -> Non
     if len(files) != 1 or not files[0].endswith(".parquet"):
         raise UserError("caption export: expected the name of one file. Type mmft-hf caption export FILE.parquet.")
     count = export_journal(_journal(args), files[0])
+    _note_lost_details(CaptionFolder(args.output_dir))
     say(f"{count:,} results of {args.output_dir} are in {files[0]}.")
 
 
 def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> None:
     """Adds an exported parquet file to the journal, or makes a captioned dataset from JSON files of captions."""
     kinds = {Path(name).suffix.lower() for name in files}
-    missing = [name for name in files if not Path(name).is_file()]
-    if missing:
-        raise UserError(f"caption import: expected files, found no {missing[0]}.")
+    for name in files:
+        _check_file(name, args.output_dir)
     if kinds == {".parquet"}:
         with Journal(Path(args.output_dir) / "journal") as journal:
             for name in files:
@@ -247,6 +255,25 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
     checker = CaptionChecker(names, tokenizer, template=args.class_template, actions=actions, clean=False)
     captioned, report = import_captions(data[train], files, args.key_rule, args.captioner_model, tokenizer, checker)
     _write(folder, data, train, captioned, report, made_from, [Path(name).name for name in files], args.captioner_model)
+
+
+def _check_file(name: str, output_dir: str) -> None:
+    """Raises `UserError` unless `caption import` is given a file; the message says what it may have meant."""
+    path = Path(name)
+    if path.is_file():
+        return
+    say_how, quoted = "Type mmft-hf caption import FILE …", shlex.quote(name)
+    if path.is_dir():
+        if journal_files(path / "journal"):
+            say_how = (
+                f"For its journal, type mmft-hf caption export JOURNAL.parquet --output_dir {quoted}, then mmft-hf caption "
+                f"import JOURNAL.parquet --output_dir {shlex.quote(output_dir)}. To join its captions with others, type mmft-hf "
+                f"caption merge {quoted} FOLDER …"
+            )
+        elif (path / DETAILS_FILE).is_file():
+            say_how = f"To join its captions with others, type mmft-hf caption merge {quoted} FOLDER …"
+        raise UserError(f"caption import: expected files, found the folder {name}. {say_how}")
+    raise UserError(f"caption import: expected files, found no {name}. {say_how}")
 
 
 def merge(data_args: DataArguments, args: CaptionArguments, *names: str) -> None:
