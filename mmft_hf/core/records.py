@@ -205,6 +205,16 @@ class ModelConfig(TypedDict):
     model_type: str
 
 
+class _AdapterConfig(TypedDict):
+    base_model_name_or_path: str
+
+
+class AdapterConfig(_AdapterConfig, total=False):
+    """`adapter_config.json` of a LoRA adapter, as far as we read it ourselves."""
+
+    revision: str | None
+
+
 class CheckpointConfig(TypedDict, total=False):
     """`config.json` of a checkpoint, as far as a resume compares it."""
 

@@ -68,13 +68,13 @@ def digest_of(source: str | Path | bytes) -> str:
 
 def is_loaded(name: str) -> bool:
     """Whether a classifier is loaded from the file of this name."""
-    return name in MODEL_FILES or is_weights(name) or name in (HEAD_FILE, PROTOTYPES_FILE)
+    return name in MODEL_FILES or is_weights(name) or name in (HEAD_FILE, PROTOTYPES_FILE, *ADAPTER_FILES)
 
 
 def is_of_run(name: str) -> bool:
     """Whether a file belongs to a run, apart from the card, which is meant to be edited, and the record itself."""
     own = belongs_to_run(name) and name not in (RUN_FILE, CARD_FILE)
-    return own or name in [f"{ADAPTER_FOLDER}/{file}" for file in ADAPTER_FILES]
+    return own or name.removeprefix(f"{ADAPTER_FOLDER}/") in ADAPTER_FILES  # without the folder: published alone
 
 
 def digests_of(folder: str | Path, which: Callable[[str], bool] = is_of_run) -> dict[str, str]:

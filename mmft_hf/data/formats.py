@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from datasets.features.features import generate_from_arrow_type
 
 from ..core.arguments import DataArguments
 from ..core.errors import UserError
+from ..core.files import DETAILS_FILE
 from .columns import IMAGE, cast_array
 from .images import PICTURE_SUFFIXES
 from .web_tar import read_tar
@@ -258,6 +260,10 @@ def _one_object(path: Path, text: str) -> None:
         found = json.loads(text)
     except ValueError:
         return
+    if path.name == DETAILS_FILE:
+        raise UserError(
+            f"{path}: expected data, found the record of a captioned dataset. Type its folder: {shlex.quote(str(path.parent))}"
+        )
     raise UserError(
         f"{path}: expected JSON lines or a list of objects, one per picture, found one object with {', '.join(map(str, found))[:100]}. "
         "Write a CSV file with the columns image and label."

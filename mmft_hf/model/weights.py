@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.console import is_main
 from ..core.errors import UserError
-from ..core.files import WEIGHTS_INDEX, write_json
+from ..core.files import ADAPTER_FILES, WEIGHTS_INDEX, write_json
 from ..core.reading import read_json
 from ..core.records import KeptConversion, WeightsIndex
 from ..data.cache import cache_folder
@@ -132,6 +132,11 @@ def find_weights(
 def _in_folder(name: str, folder: Path, wanted: tuple[str, ...], allow_pickle: bool) -> Weights:
     path = next((folder / file for file in (*wanted, *PICKLES) if (folder / file).is_file()), None)
     if path is None:
+        if (folder / ADAPTER_FILES[0]).is_file():
+            raise UserError(
+                f"model {name!r}: expected {wanted[0]} next to config.json, found a LoRA adapter alone. Type the --output_dir of its run, "
+                "which has the merged model."
+            )
         raise UserError(f"model {name!r}: expected {wanted[0]} next to config.json, found no weights.")
     pickled = path.name in PICKLES or _names_pickle(path)
     if pickled and not allow_pickle:

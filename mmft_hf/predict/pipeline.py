@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +13,10 @@ from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..core.errors import UserError
-from ..core.files import ADAPTER_FILES
+from ..core.files import ADAPTER_FILES, is_weights
+from ..core.reading import read_json
+from ..core.records import AdapterConfig
+from ..core.seals import is_loaded, note_changed_files
 from ..model.loading import load_image_processor
 from ..model.weights import find_weights
 from .classifier import ImageClassifier
@@ -45,6 +47,8 @@ class ModelWithHead:
         kwargs.pop("trust_remote_code", None)
         try:
             adapter = find_adapter(name, revision, **hub)
+            if Path(name).is_dir():
+                note_changed_files(name, is_loaded)
             if adapter:
                 # pipeline() has resolved the revision in the base model's repository; its name still fits the adapter's.
                 revision = revision and str(revision)
@@ -60,7 +64,7 @@ class ModelWithHead:
         except UserError as error:
             told = " In Python, pass model_kwargs={'allow_pickle': True}." if "allow_pickle true" in str(error) else ""
             raise NoWeights(f"{error}{told}") from error
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # peft and safetensors have errors of their own for content that is none
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise NoWeights(f"{name!r}: expected the weights of a dual encoder as safetensors; {reason}") from error
         try:
@@ -76,11 +80,12 @@ def find_adapter(name: str, revision: str | None = None, **hub) -> dict | None:
 
     Raises:
         OSError: the repository cannot be read, or its adapter is no safetensors.
+        UserError: its settings are damaged.
     """
     settings, weights = ADAPTER_FILES
     if Path(name).is_dir():
         path = Path(name) / settings
-        if (Path(name) / "config.json").is_file() or not path.is_file():
+        if any(is_weights(file.name) for file in Path(name).iterdir()) or not path.is_file():
             return None
         if not path.with_name(weights).is_file():
             raise OSError(f"there is no {weights}")
@@ -90,7 +95,7 @@ def find_adapter(name: str, revision: str | None = None, **hub) -> dict | None:
         except EntryNotFoundError:
             return None
         hf_hub_download(name, weights, revision=path.parent.name, **hub)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, AdapterConfig, "Copy the adapter again.")
 
 
 class MMFTImageClassificationPipeline(Pipeline):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ...core.arguments import Range
 from ...core.console import some
 from ...core.errors import UserError
-from ...core.files import HEAD_FILE, PROTOTYPES_FILE, atomic_write
+from ...core.files import ADAPTER_FILES, HEAD_FILE, PROTOTYPES_FILE, atomic_write
 from ...core.reading import check_regular, parse_json
 from ...core.schema import ClassNames, conform
 from ...model.loading import embedding_size
@@ -190,6 +190,11 @@ def find_head(folder_or_hub_id: str | Path, revision: str | None = None, **hub) 
 
 def _no_head(name: str) -> str:
     local = Path(name).is_dir()
+    if local and (Path(name) / ADAPTER_FILES[0]).is_file():
+        return (
+            f"{name!r}: expected a folder with {HEAD_FILE}, found a LoRA adapter alone. Type the --output_dir of its run, which has the "
+            "merged model and its head."
+        )
     folder = name if local else "FOLDER"
     code = f"m.ClassPrototypes.from_templates(*m.load_model({folder!r}), ['cat', 'dog']).save_pretrained({folder!r})"
     steps = [] if local else [f"hf download {name} --local-dir {folder}"]
