@@ -489,6 +489,22 @@ def test_the_folder_says_what_was_left_out(server, tmp_path, capsys):
     assert {r["status"] for row in rows for r in row["caption_records"]} == {"ok"}
 
 
+def test_a_run_without_a_single_caption_is_no_success(server, tmp_path, capsys):
+    """Neither the first time, nor again, when nothing is left to ask for."""
+    server.server.script = {"rules": [{"do": "refusal"}]}
+    data, output = image_folder(tmp_path / "data", 2), tmp_path / "out"
+    command = ["caption", "--captioner", "openai", "--captioner_model", "m", "--base_url", f"{server.url}/v1"]
+    command += ["--dataset_name", str(data), "--output_dir", str(output)]
+    for _ in range(2):
+        assert main(command) == 2
+        printed = capsys.readouterr()
+        assert 'expected captions, found none: 6 refused (e.g. "I cannot help with that.")' in printed.err
+        assert "`retry refused`" in printed.err and "mmft-hf finetune" not in printed.out
+    server.server.script = {}
+    assert main([command[0], "retry", "refused", *command[1:]]) == 0
+    assert "Next: mmft-hf finetune" in capsys.readouterr().out
+
+
 def test_the_plan_says_what_would_be_sent(tmp_path, capsys):
     command = [
         "caption",

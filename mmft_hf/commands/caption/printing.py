@@ -13,13 +13,14 @@ from datasets import Image
 
 from ...captioning.ask.cost import Price, estimate_tokens, price_of
 from ...captioning.ask.dispatch import Outcome
+from ...captioning.ask.journal import by_slot
 from ...captioning.ask.plan import Plan, WorkItem
 from ...captioning.split import SplitCaptioner
 from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionResult, CaptionWorkflow
 from ...captioning.write.statistics import CaptionStatistics
-from ...core.console import many, printable_text, say, table
-from ...core.errors import PartialResult, nearest
+from ...core.console import many, printable_text, say, some, table
+from ...core.errors import PartialResult, UserError, nearest
 from ...core.files import PAGE_FILE
 from ...data.texts import ASPECTS
 
@@ -148,6 +149,7 @@ def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
 
     Raises:
         PartialResult: captions are missing.
+        UserError: there is not one caption, and a run would ask for no more.
     """
     output, statistics = workflow.args.output_dir, result.statistics
     if statistics:
@@ -157,6 +159,8 @@ def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
     if result.missing:
         raise _partial(workflow, result)
     wanted, accepted = sum(result.statuses.values()), sum(result.statuses[status] for status in ACCEPTED)
+    if not (statistics.figures["captions"] if statistics else accepted):
+        raise _no_captions(workflow, result)
     if statistics:
         say(f"\n{next_line(output, statistics)}")
     elif accepted == wanted:
@@ -167,6 +171,24 @@ def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
             f"\nNothing to do: {output} has {accepted:,} of {wanted:,} captions, and a run asks for no more "
             f"({', '.join(others)}). Why: mmft-hf caption status --output_dir {shlex.quote(output)}"
         )
+
+
+def _no_captions(workflow: CaptionWorkflow, result: CaptionResult) -> UserError:
+    output = shlex.quote(workflow.args.output_dir)
+    if not workflow.captioner.asks:
+        return UserError(f"expected captions, found none in {some(workflow.captioner.columns)}. Type --text_columns NAME.")
+    final = [status for status in TERMINAL if result.statuses[status]]
+    found = [f"{result.statuses[status]:,} {status}" for status in final]
+    found += [f"{many(result.unreadable, 'image')} that cannot be read"] if result.unreadable else []
+    rows = (rows[-1] for _, rows in by_slot(Path(workflow.args.output_dir) / "journal") if rows)
+    said = next((text for row in rows if (text := row["raw_text"] or row["error"])), None)
+    example = f' (e.g. "{printable_text(shorten(said, WIDTH, placeholder=" …"))}")' if said else ""
+    how = "Type another --captioner_model or --prompt_template, with another --output_dir"
+    how += f"; to ask the same again, `retry {' '.join(final)}` after `mmft-hf caption`" if final else ""
+    return UserError(
+        f"expected captions, found none: {', '.join(found)}{example}. {how}. What became of each: mmft-hf caption status "
+        f"--output_dir {output}"
+    )
 
 
 def _partial(workflow: CaptionWorkflow, result: CaptionResult) -> PartialResult:
