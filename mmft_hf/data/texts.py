@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..core.builtin import ASSETS
@@ -42,6 +42,24 @@ def training_text(template: str, class_name: str, caption: str | None) -> str:
     """`a photo of a {class}. {caption}`, or the class prompt alone if there is no caption."""
     prompt = class_prompt(template, class_name)
     return f"{prompt} {caption}" if caption else prompt
+
+
+LONG = 4096  # characters of a text whose beginning is tokenized first
+
+
+def beginning(text: str, limit: int, count: Callable[[str], int]) -> str:
+    """The beginning of a long text if it has all that a text tower reads, otherwise the whole text.
+
+    The end of a word decides on the tokens of that word alone, so the first `limit` tokens of the text are those of a
+    beginning with many more tokens than that. Tokenizing tens of thousands of characters takes long.
+
+    Args:
+        limit: tokens that the tower reads.
+        count: counts the tokens of a text.
+    """
+    if len(text) <= LONG or count(text[:LONG]) <= 2 * limit + 64:  # a text of blanks has few
+        return text
+    return text[:LONG]
 
 
 # -- prompts for a captioner --------------------------------------------------------------------------------------------

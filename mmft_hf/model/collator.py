@@ -12,6 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import BaseImageProcessor, ProcessorMixin
 
 from ..data.sampling import IGNORED
+from ..data.texts import beginning, class_prompt
 from .families import is_padded
 
 
@@ -32,15 +33,34 @@ def tokenize(
     padded = is_padded(processor)
     texts = [text.lower() for text in texts] if padded else list(texts)
     tokenizer = processor.tokenizer
+    limit = tokenizer.model_max_length
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, verbose=False)["input_ids"])
+
+    texts = [beginning(text, limit, count) for text in texts]
     padding = "max_length" if padded else padding
     tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
     if tokens.encodings is not None:
         cut = [bool(encoding.overflowing) for encoding in tokens.encodings]
     else:  # a tokenizer written in Python does not tell
         whole = tokenizer(texts, verbose=False)["input_ids"]
-        cut = [len(ids) > tokenizer.model_max_length for ids in whole]
+        cut = [len(ids) > limit for ids in whole]
     names = ("input_ids",) if padded else ("input_ids", "attention_mask")
     return {name: tokens[name] for name in names}, torch.tensor(cut)
+
+
+def same_prompts(processor: ProcessorMixin, class_names: Sequence[str], template: str) -> list[list[str]]:
+    """The groups of classes whose prompts are the same tokens: no text tower tells them apart.
+
+    They differ beyond the limit, in letters that the tokenizer does not distinguish, or in signs that it does not know.
+    """
+    tokens, _ = tokenize(processor, [class_prompt(template, name) for name in class_names])
+    groups: dict[tuple, list[str]] = {}
+    masks = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"])).bool()
+    for name, ids, mask in zip(class_names, tokens["input_ids"], masks, strict=True):
+        groups.setdefault(tuple(ids[mask].tolist()), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def input_size(processor: ProcessorMixin) -> tuple[int, int] | None:

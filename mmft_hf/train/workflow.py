@@ -12,6 +12,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from ..data.splits import Splits, load_splits
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
 from ..hub.publish import push_model
+from ..model.collator import same_prompts
 from ..model.loading import load_model
 from ..model.memory import MemoryEstimate, estimate_memory
 from ..model.towers import Adapter, merge, parameter_counts, set_towers
@@ -232,6 +234,12 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     load = partial(load_model, model_args.model_name_or_path, model_args.model_revision, model_args.allow_pickle)
     model, processor = load()
     model.to(config.device)
+    for names in same_prompts(processor, splits.class_names, config.class_template):
+        splits.notes.append(
+            f"The text tower reads the same prompt for {' and '.join(shorten(name, 60) for name in names[:3])}"
+            f"{' and others' * (len(names) > 3)}: texts of the class alone cannot tell them apart, only captions or "
+            "--prototypes images can. Give them other names, or type a shorter --class_template."
+        )
 
     score = partial(
         classify,

@@ -2,16 +2,20 @@
 
 import pytest
 
+from mmft_hf.captioning.judge.tokens import TokenCounter
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import (
     ASPECTS,
     DOMAINS,
+    LONG,
     PromptSet,
+    beginning,
     check_template,
     class_prompt,
     clean_class_name,
     training_text,
 )
+from mmft_hf.model.collator import tokenize
 
 
 def test_the_prompt_of_the_method():
@@ -80,3 +84,28 @@ def test_training_text():
 def test_a_class_template_has_one_place_for_the_name(template):
     with pytest.raises(UserError, match="once"):
         check_template(template)
+
+
+# -- long texts ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 9000,
+        "猫" * 9000,
+        " " * 9000 + "cat",
+        "cat, dog; " * 2000,
+        "x" * 5000 + " end",
+        "." * 9000,
+        "cat" + " " * 9000,
+    ],
+)
+def test_of_a_long_text_only_the_beginning_is_tokenized_and_that_changes_nothing(clip, text):
+    tokenizer = clip[1].tokenizer
+    counter, whole = TokenCounter(tokenizer), tokenizer(text, verbose=False)["input_ids"]
+    tokens, cut = tokenize(clip[1], [text, "short"])
+    assert tokens["input_ids"][0].tolist()[: len(whole)] == tokenizer(text, truncation=True)["input_ids"]
+    assert cut.tolist() == [len(whole) > 77, False] and counter.exceeds(text) == (len(whole) > 77)
+    assert counter.count(text) == len(whole)
+    counted = []
+    beginning(text, 77, lambda part: counted.append(len(part)) or len(part))
+    assert counted == [LONG]

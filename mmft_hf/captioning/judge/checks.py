@@ -320,22 +320,20 @@ class CaptionChecker:
         """Counts tokens, and removes sentences from the end until template and caption fit, if anything is left then."""
         if not self.tokens:
             return
-        c.clip_tokens, c.over_limit = self._count(c.text, label)
+        c.clip_tokens, c.over_limit = self.tokens.count(c.text), self._is_over(c.text, label)
         if c.over_limit and self._trims("over_token_limit", last_try):
             ends = [end for end in sentence_ends(c.text) if end < len(c.text)]
             # Longer texts have more tokens, so that most of thousands of sentences need no count of their own.
-            fitting = bisect_left(ends, True, key=lambda end: self._count(c.text[:end], label)[1])
+            fitting = bisect_left(ends, True, key=lambda end: self._is_over(c.text[:end], label))
             for end in reversed(ends[: fitting + 5]):
-                tokens, over = self._count(c.text[:end], label)
-                if not over:
-                    c.text, c.clip_tokens, c.trimmed = c.text[:end], tokens, True
+                if not self._is_over(kept := c.text[:end], label):
+                    c.text, c.clip_tokens, c.trimmed = kept, self.tokens.count(kept), True
                     c.mentions_label = self._classes.mark(c.text, label)[1]
                     return
 
-    def _count(self, text: str, label: int) -> tuple[int, bool]:
-        """Tokens of a caption alone, and whether it exceeds the limit together with its class template."""
-        both = self.tokens.count(training_text(self.template, self.class_names[label], text))
-        return self.tokens.count(text), both > (self.tokens.limit or float("inf"))
+    def _is_over(self, text: str, label: int) -> bool:
+        """Whether a caption exceeds the limit together with its class template."""
+        return self.tokens.exceeds(training_text(self.template, self.class_names[label], text))
 
     def _decide(self, c: Candidate, checks: tuple[str, ...], label: int, last_try: bool) -> tuple[str, str | None]:
         """The status that follows from the checks, and what to say when asking again."""

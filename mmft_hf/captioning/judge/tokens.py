@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
 from ...core.builtin import builtin
+from ...data.texts import beginning
 
 
 class TokenCounter:
@@ -36,6 +37,10 @@ class TokenCounter:
         if self._slow is not None:
             return len(self._slow([text], verbose=False)["input_ids"][0])
         return len(self._fast.encode(text).ids)
+
+    def exceeds(self, text: str) -> bool:
+        """Whether a text has more tokens than the text tower reads."""
+        return self.limit is not None and self.count(beginning(text, self.limit, self.count)) > self.limit
 
     def digest(self) -> str:
         """Sixteen hex digits that identify what the tokenizer does."""
