@@ -17,9 +17,9 @@ import traceback
 from errno import EACCES, EEXIST, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM
 
 from .benchmark.run.processes import work_alone
-from .core.console import PlainFormatter, is_main, plain
+from .core.console import PlainFormatter, is_main, plain, said_by_main
 from .core.errors import PartialResult, UserError, command_line_spelling, nearest
-from .core.files import no_room
+from .core.files import closed_cache, no_room
 from .version import __version__
 
 VERBS = {
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except UserError as error:
-        return _fail(2, error, debug)
+        said = closed_cache(error)
+        return _fail(2, f"{error} {said}" if said else error, debug)
     except PartialResult as error:
         again = f" To continue, type: {_again(_without_retry(argv), arguments)}" if error.again else ""
         return _fail(3, f"{error}{again}", debug)
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except Exception as error:
         _give_up_a_full_output()
+        if said := closed_cache(error):
+            return _fail(2, said, debug)
         found = no_room(error)
         if found is None and isinstance(error, OSError) and error.errno in REFUSED:
             found = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -139,7 +142,8 @@ def _fail(code: int, error: object, debug: bool) -> int:
     message = str(error)
     if message.startswith("Caught UserError in DataLoader worker"):  # a traceback comes first, then our message
         message = message.rsplit("UserError: ", 1)[-1].strip()
-    print(f"mmft-hf: {plain(message)}", file=sys.stderr)
+    if code != 2 or not said_by_main(message):
+        print(f"mmft-hf: {plain(message)}", file=sys.stderr)
     return code
 
 

@@ -56,6 +56,14 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None
 
 
+def model_files(folder: str | os.PathLike) -> list[Path]:
+    """The files of a local folder from which a model and its processor are loaded; none if it is no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name in MODEL_FILES or p.suffix in (".safetensors", ".bin", ".json"))
+
+
 def belongs_to_run(name: str) -> bool:
     """Whether a file of a run folder is one of the run's own: results, head, model or processor."""
     return name in RUN_FILES | MODEL_FILES or is_weights(name)
@@ -211,6 +219,24 @@ def no_room(error: BaseException | None) -> str | None:
         if found := _NO_ROOM_TEXT.search(str(error)):
             unnamed = found[0].startswith(("inline", "Pytorch", "iostream"))  # torch does not give the reason
             return "a file could not be written in full" if unnamed else found[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def closed_cache(error: BaseException | None) -> str | None:
+    """What to type if a cache of Hugging Face that cannot be written to is behind an exception, else None."""
+    from huggingface_hub import constants
+
+    places = {constants.HF_HOME, constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME)}
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            name = os.path.abspath(os.fsdecode(error.filename))
+            for place in map(os.path.abspath, sorted(places)):
+                if os.path.commonpath((name, place)) == place:
+                    return (
+                        f"The cache in {place} cannot be written to ({os.strerror(error.errno)}). Type export HF_HOME=FOLDER with "
+                        "a folder that can, and the command again."
+                    )
         error = error.__cause__ or error.__context__
     return None
 

@@ -17,6 +17,8 @@ LARGEST = 256 * 2**20  # bytes of a JSON file
 LARGEST_YAML = 2**20  # bytes of a file that people type
 DEEPEST = 50  # lists and objects in each other
 MOST_VALUES = 100_000  # of a YAML file, aliases written out
+POINTER = b"version https://git-lfs.github.com/spec/v1"  # how the stand-in for a large file begins in a Git repository
+FETCH = "a pointer of Git LFS instead of the file: type git lfs pull in its repository, or download the file"
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -55,6 +57,18 @@ def check_regular(path: str | os.PathLike) -> None:
     _check_mode(mode, path)
 
 
+def refuse_pointers(*paths: str | os.PathLike) -> None:
+    """Raises `UserError` for a file that Git LFS has not fetched. Files that cannot be opened are left to their readers."""
+    for path in paths:
+        try:
+            with open_regular(path) as file:
+                pointer = file.read(len(POINTER)) == POINTER
+        except OSError:
+            continue
+        if pointer:
+            raise UserError(f"{path}: found {FETCH}.")
+
+
 def _check_mode(mode: int, path: str | os.PathLike) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(21, "Is a directory", os.fspath(path))
@@ -79,6 +93,8 @@ def read_bytes(path: str | os.PathLike, most: int = LARGEST) -> bytes:
         raise UserError(f"{path}: expected a file that can be read, found: {error.strerror or error}.") from error
     if len(content) > most:
         raise UserError(f"{path}: expected at most {most:,} bytes, found more.")
+    if content.startswith(POINTER):
+        raise UserError(f"{path}: found {FETCH}.")
     return content
 
 

@@ -19,6 +19,7 @@ from datasets.features.features import generate_from_arrow_type
 from ..core.arguments import DataArguments
 from ..core.errors import UserError
 from ..core.files import DETAILS_FILE
+from ..core.reading import refuse_pointers
 from .columns import IMAGE, cast_array
 from .images import PICTURE_SUFFIXES
 from .web_tar import read_tar
@@ -54,6 +55,7 @@ def read_table_file(path: Path, args: DataArguments) -> TableFile:
     try:
         if not path.stat().st_size:
             raise UserError(f"{path}: expected rows of images and labels, found an empty file. Remove it, or fill it.")
+        refuse_pointers(path)
         return READERS[path.suffix.lower()](path, args)
     except UserError:
         raise

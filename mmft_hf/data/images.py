@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core.errors import UserError
+from ..core.reading import FETCH, POINTER
 
 # Above this many pixels a picture counts as bad before it is decoded: Pillow itself only warns up to twice the limit.
 MAX_PIXELS = 178_956_970
@@ -137,12 +138,14 @@ def reading():
 def _other_format(file: io.BytesIO | str) -> str:
     """What a file that Pillow does not know is, in words, with the command that makes it readable."""
     if isinstance(file, io.BytesIO):
-        start = file.getvalue()[:32]
+        start = file.getvalue()[: len(POINTER)]
     else:
         with open(file, "rb") as opened:
-            start = opened.read(32)
+            start = opened.read(len(POINTER))
+    if start == POINTER:
+        return FETCH
     # A file of the ISO base media kind names its brand, then the compatible ones.
-    brands = start[8:] if start[4:8] == b"ftyp" else b""
+    brands = start[8:32] if start[4:8] == b"ftyp" else b""
     for name, suffix, known in (
         ("AVIF", ".avif", (b"avif", b"avis")),
         ("HEIC", ".heic", (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")),

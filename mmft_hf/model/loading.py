@@ -28,6 +28,8 @@ from transformers import (
 
 from ..core.builtin import builtin
 from ..core.errors import UserError
+from ..core.files import model_files
+from ..core.reading import refuse_pointers
 from .collator import input_size, pixels_of
 from .families import FAMILIES, REFUSED, token_limit, unused_parameters
 from .pooling import POOLINGS, pool_texts, text_pooling
@@ -60,6 +62,7 @@ def load_model(
     """
     name_or_path = str(name_or_path)
     path = builtin(name_or_path)
+    refuse_pointers(*model_files(path))
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # missing, or content for which each config class has errors of its own

@@ -141,7 +141,7 @@ def _in_folder(name: str, folder: Path, wanted: tuple[str, ...], allow_pickle: b
     pickled = path.name in PICKLES or _names_pickle(path)
     if pickled and not allow_pickle:
         _refuse(name, path.name)
-    for file in _shards(path):
+    for file in shards_of(path):
         if not (folder / file).is_file():
             raise UserError(f"model {name!r}: expected {file}, which {path.name} names, found no such file.")
     if pickled:
@@ -159,14 +159,14 @@ def _first(name: str, files: tuple[str, ...], revision: str, **hub) -> Path | No
 
 def _whole(name: str, path: Path, revision: str, allow_pickle: bool, **hub) -> None:
     """Downloads all files that an index names, unless it names a pickle that is not allowed."""
-    shards = _shards(path)
+    shards = shards_of(path)
     if _names_pickle(path) and not allow_pickle:
         _refuse(name, path.name)
     for shard in shards:
         hf_hub_download(name, shard, revision=revision, **hub)
 
 
-def _shards(path: Path) -> list[str]:
+def shards_of(path: Path) -> list[str]:
     """The files that an index of weights names; none for a file of weights.
 
     Raises:
@@ -185,7 +185,7 @@ def _shards(path: Path) -> list[str]:
 
 def _names_pickle(path: Path) -> bool:
     """Whether weights are not all safetensors: by the names in their index, or their own name."""
-    return any(not shard.endswith(".safetensors") for shard in _shards(path) or [path.name])
+    return any(not shard.endswith(".safetensors") for shard in shards_of(path) or [path.name])
 
 
 def _conversion(name: str, commit: str, **hub) -> tuple[str | None, str | None, str]:

@@ -316,6 +316,12 @@ def test_identity_refuses_what_is_no_captioner(copy, clip_folder):
     refused(copy, r"config\.json")
 
 
+def test_an_index_that_names_a_pickle_is_refused(copy):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.bin", "b": "model.safetensors"}}')
+    with pytest.raises(UserError, match=r"index.json names model\.bin, which can run any code"):
+        TransformersBackend(str(copy)).identity()
+
+
 def test_weights_that_lack_something_are_refused(copy):
     weights = load_file(copy / "model.safetensors")
     del weights[next(name for name in weights if "linear_1.weight" in name)]

@@ -1,5 +1,6 @@
 """What the command line says, and which exit code it gives, when something is not as it should be."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from data_tools import png_of_size, save_pictures, with_bad_picture, with_column, write_csv, write_jsonl
 from datasets import ClassLabel, Features, Image
+from huggingface_hub import constants
 from tiny_clip import COLOURS, colour_dataset, colour_images
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
@@ -866,3 +868,54 @@ def test_stopping_names_the_command_that_continues(fails, finetune, monkeypatch)
     monkeypatch.setattr("mmft_hf.commands.finetune.run", stop)
     message = fails(finetune("--class_template", "a {}!"), "To continue, type: mmft-hf finetune", code=3)
     assert message.rstrip().endswith("'a {}!' --resume_from_checkpoint true")
+
+
+# -- Git LFS, caches ----------------------------------------------------------------------------------------------------
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_in_a_model(fails, finetune, clip_folder, tmp_path, name):
+    shutil.copytree(clip_folder, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(POINTER)
+    fails(finetune("--model_name_or_path", tmp_path / "model"), f"{name}: found a pointer of Git LFS", "git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "data.csv", "data.json"])
+def test_a_pointer_of_git_lfs_for_a_table(fails, finetune, tmp_path, name):
+    (tmp_path / name).write_text(POINTER)
+    fails(finetune(data=tmp_path / name), f"{name}: found a pointer of Git LFS", "git lfs pull")
+
+
+def test_a_pointer_of_git_lfs_for_a_picture_or_a_run(fails, trained, tmp_path, capsys):
+    (tmp_path / "a.png").write_text(POINTER)
+    words = ["predict", tmp_path / "a.png", "--model_name_or_path"]
+    assert main([*map(str, words), str(trained)]) == 3
+    err = capsys.readouterr().err
+    assert "a.png: cannot be read" in err and "a pointer of Git LFS" in err and "git lfs pull" in err
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "run" / "head.safetensors").write_text(POINTER)
+    fails([*words, tmp_path / "run"], "head.safetensors: found a pointer of Git LFS")
+
+
+def test_a_cache_that_cannot_be_written_to(fails, finetune, monkeypatch, tmp_path):
+    """As the system answers those who are not root."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hub"))
+
+    def refused(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "hub" / "models" / "x"))
+
+    monkeypatch.setattr("mmft_hf.model.loading.AutoConfig.from_pretrained", refused)
+    said = f"The cache in {tmp_path / 'hub'} cannot be written to (Permission denied). Type export HF_HOME="
+    fails(finetune("--model_name_or_path", "nobody/nothing"), said)
+    monkeypatch.setattr("mmft_hf.train.workflow.load_splits", refused)
+    fails(finetune(), said)
+
+
+# -- prompts that are the same to the model ---------------------------------------------------------------------------
+def test_classes_that_the_text_tower_reads_alike_are_said_before_training(succeeds, finetune, data_folder, tmp_path):
+    long = "very " * 17  # the tokenizer has a token for each letter and reads 77 of them
+    names = ["red thing", f"{long}green", f"{long}blue"]
+    out, _ = succeeds(finetune("--class_names", *names, "--output_dir", tmp_path / "alike"))
+    said = "Note: The text tower reads the same prompt for very very"
+    assert out.count(said) == 1 and out.index(said) < out.index("Test accuracy")

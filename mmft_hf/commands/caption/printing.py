@@ -176,7 +176,9 @@ def print_result(workflow: CaptionWorkflow, result: CaptionResult) -> None:
 def _no_captions(workflow: CaptionWorkflow, result: CaptionResult) -> UserError:
     output = shlex.quote(workflow.args.output_dir)
     if not workflow.captioner.asks:
-        return UserError(f"expected captions, found none in {some(workflow.captioner.columns)}. Type --text_columns NAME.")
+        return UserError(
+            f"expected captions, found none in {some(workflow.captioner.columns)}. Type --text_columns NAME."
+        )
     final = [status for status in TERMINAL if result.statuses[status]]
     found = [f"{result.statuses[status]:,} {status}" for status in final]
     found += [f"{many(result.unreadable, 'image')} that cannot be read"] if result.unreadable else []

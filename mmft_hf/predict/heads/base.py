@@ -20,7 +20,7 @@ from ...core.arguments import Range
 from ...core.console import some
 from ...core.errors import UserError
 from ...core.files import ADAPTER_FILES, HEAD_FILE, PROTOTYPES_FILE, atomic_write
-from ...core.reading import check_regular, parse_json
+from ...core.reading import check_regular, parse_json, refuse_pointers
 from ...core.schema import ClassNames, conform
 from ...model.loading import embedding_size
 
@@ -151,6 +151,7 @@ class Head:
 def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file."""
     check_regular(path)
+    refuse_pointers(path)
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}

@@ -19,8 +19,11 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from ....core.errors import UserError, nearest
+from ....core.files import WEIGHTS_INDEX, model_files
 from ....core.markdown import one_line
+from ....core.reading import refuse_pointers
 from ....data.images import BadImage, read_image
+from ....model.weights import shards_of
 from ...types import DEFAULT_TEMPERATURE, Answer, CallError, Fatal, Request, Sampling, Unanswerable
 from .device import default_device, empty_cache, out_of_memory, seeded
 
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Files of a folder that, in addition to the weights, decide what a model writes. Others (cards, logs) may change.
 SETTINGS = (
-    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", "adapter_config.json", WEIGHTS_INDEX),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -146,6 +149,7 @@ class TransformersBackend:
 
     @cached_property
     def _config(self) -> Any:
+        refuse_pointers(*model_files(self._source))
         with self._explained("a config.json that transformers knows"):
             config = transformers.AutoConfig.from_pretrained(self._source, **self._pinned)
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -155,7 +159,18 @@ class TransformersBackend:
             )
         if isinstance(self._source, Path) and not any(self._source.glob("*.safetensors")):
             raise UserError(f"captioner {self.name!r}: expected *.safetensors next to config.json, found none.")
+        self._check_index()
         return config
+
+    def _check_index(self) -> None:
+        """Raises `UserError` for an index of the weights that names a pickle, which transformers would open."""
+        missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        path = cached_file(self._source, WEIGHTS_INDEX, revision=self._pinned.get("revision"), **missing)
+        if path and (pickles := [name for name in shards_of(Path(path)) if not name.endswith(".safetensors")]):
+            raise UserError(
+                f"captioner {self.name!r}: expected weights as safetensors, found that {WEIGHTS_INDEX} names {pickles[0]}, which "
+                "can run any code when it is opened. Take another model."
+            )
 
     @cached_property
     def _pinned(self) -> dict[str, Any]:
