@@ -6,6 +6,7 @@ recipes/benchmark.py, each with a GPU of its own. Each takes the next free cells
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..benchmark.report.page import write_report
@@ -16,7 +17,7 @@ from ..benchmark.run.results import RESULTS_FILE, SUBSETS
 from ..benchmark.run.workflow import run_benchmark
 from ..core.arguments import ModelArguments
 from ..core.console import say
-from ..core.errors import PartialResult
+from ..core.errors import PartialResult, UserError
 from ..train.config import MMFTConfig
 
 ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, MMFTConfig)
@@ -25,8 +26,14 @@ ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, MMFTConfig)
 def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: BenchmarkData, config: MMFTConfig) -> None:
     """Runs the cells of the grid that have no result yet, and prints a table of all."""
     if args.report:
+        folder = Path(args.report)
+        if not folder.exists() and not (folder.parent / RESULTS_FILE).exists():  # for example true
+            raise UserError(
+                f"--report: expected the --output_dir of a benchmark, found no folder {args.report!r}. Type mmft-hf benchmark "
+                f"--report {shlex.quote(str(config.output_dir))}"
+            )
         if number_of_process() == 0:
-            say(f"Report: {write_report(Path(args.report))}")
+            say(f"Report: {write_report(folder)}")
         return
     result = run_benchmark(args, model_args, data_args, config, say)
     if number_of_process() != 0:

@@ -170,3 +170,9 @@ def test_overwriting_deletes_the_files_of_a_benchmark_and_no_others(
     (out / RESULTS_FILE).write_text("no benchmark\n")
     assert main(command(clip_folder, data_folder, out, *again, 2)) == 2
     assert f"{RESULTS_FILE}, line 1: expected JSON" in capsys.readouterr().err and (out / RESULTS_FILE).exists()
+
+
+def test_a_report_of_no_folder_names_the_one_that_was_typed(clip_folder, data_folder, tmp_path, capsys):
+    words = command(clip_folder, data_folder, tmp_path / "results", "--report", "true")
+    assert main(words) == 2
+    assert f"Type mmft-hf benchmark --report {tmp_path / 'results'}" in capsys.readouterr().err

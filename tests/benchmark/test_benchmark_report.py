@@ -531,9 +531,7 @@ def test_a_folder_without_results_is_not_to_be_filled_with_some(tmp_path):
         ("pictures", "none in it"),
         ("pictures/report.html", "none in it"),
     ):
-        with pytest.raises(
-            UserError, match=rf"results.jsonl, found {found}\. Type: mmft-hf benchmark --report "
-        ) as told:
+        with pytest.raises(UserError, match=rf"results.jsonl, found {found}\. Type report with that folder") as told:
             write_report(tmp_path / name)
         assert "--output_dir " not in str(told.value).replace("the --output_dir of", "")
     assert {path.name for path in tmp_path.rglob("*")} == {"pictures"}

@@ -196,7 +196,7 @@ def gather(rows: list[dict], folder: Path) -> Findings:
         found = "no such folder" if not folder.is_dir() else "none in it"
         raise UserError(
             f"--report {folder}: expected the --output_dir of a benchmark, with results in {RESULTS_FILE}, found {found}. "
-            "Type: mmft-hf benchmark --report outputs/mmft"
+            "Type --report with that folder."
         )
     identity = rows[0].get("identity") or {}
     for row in rows:
