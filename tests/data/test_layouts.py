@@ -639,35 +639,15 @@ LAYOUTS = [
         refused="found pictures in folders and train.parquet. For the table type --dataset_name .*train.parquet",
         make=parquet("train.parquet"),
     ),
-    Layout(
-        "a card that names an address",
-        "",
-        refused=OUTSIDE,
-        make=both(parquet("a.parquet"), card(("train", "https://example.org/a.parquet"))),
-    ),
-    Layout(
-        "a card that names the Hub",
-        "",
-        refused=OUTSIDE,
-        make=both(parquet("a.parquet"), card(("train", "hf://datasets/a/b/a.parquet"))),
-    ),
-    Layout(
-        "a card that leads out",
-        "b/",
-        refused=OUTSIDE,
-        make=both(parquet("a.parquet"), card(("train", "b/../../a.parquet"))),
-    ),
-    Layout(
-        "a card that leads out by its folder",
-        "",
-        refused=OUTSIDE,
-        make=both(parquet("a.parquet"), card(("train", "a.parquet"), data_dir="..")),
-    ),
-    Layout(
-        "a card that names any file",
-        "",
-        refused=OUTSIDE,
-        make=both(parquet("a.parquet"), card(("train", "/etc/passwd"))),
+    *(
+        Layout(name, "b/", refused=OUTSIDE, make=both(parquet("a.parquet"), card(("train", path), **options)))
+        for name, path, options in (
+            ("a card that names an address", "https://example.org/a.parquet", {}),
+            ("a card that names the Hub", "hf://datasets/a/b/a.parquet", {}),
+            ("a card that leads out", "b/../../a.parquet", {}),
+            ("a card that leads out by its folder", "a.parquet", {"data_dir": ".."}),
+            ("a card that names any file", "/etc/passwd", {}),
+        )
     ),
     Layout(
         "a card that names files that are not there",
