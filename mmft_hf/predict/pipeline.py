@@ -61,17 +61,19 @@ class ModelWithHead:
             model = weights.from_pretrained(AutoModel, name, config, **kwargs)
             if adapter:
                 model.load_adapter(name, adapter_kwargs={"revision": revision, **hub})
+            model.mmft_image_processor = load_image_processor(name, revision, **hub)
         except UserError as error:
             told = " In Python, pass model_kwargs={'allow_pickle': True}." if "allow_pickle true" in str(error) else ""
             raise NoWeights(f"{error}{told}") from error
         except Exception as error:  # peft and safetensors have errors of their own for content that is none
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise NoWeights(f"{name!r}: expected the weights of a dual encoder as safetensors; {reason}") from error
+            raise NoWeights(
+                f"{name!r}: expected the weights of a dual encoder as safetensors, and an image processor; {reason}"
+            ) from error
         try:
             model.mmft_head = load_head(name, revision, **hub)
         except UserError as error:
             model.mmft_head = error  # the pipeline raises it, unless it was given a head
-        model.mmft_image_processor = load_image_processor(name, revision, **hub)
         return model
 
 

@@ -16,8 +16,9 @@ import sqlite3
 import time
 import uuid
 import zlib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -55,10 +56,25 @@ FITS["checks"] = (
     "checks IS NULL OR CASE WHEN typeof(checks) = 'text' AND length(checks) <= 10000 AND json_valid(checks) "
     "THEN json_type(checks) = 'array' AND NOT EXISTS (SELECT 1 FROM json_each(checks) WHERE type <> 'text') ELSE 0 END"
 )
-# The content of a row, as `row_digest` takes it: texts as their bytes, since damaged ones may be no text at all.
-CONTENT = ", ".join(f"CAST({name} AS BLOB)" if kind == "TEXT" else name for name, kind in COLUMNS.items())
+
+
+def _content(value: Callable[[str], str] = str) -> str:
+    """SQL: the content of a row, as `row_digest` takes it, given what stands for each column.
+
+    Texts are taken as their bytes, since damaged ones may be no text at all, and numbers as reals, whatever sqlite stores them as.
+    """
+    return ", ".join(
+        f"CAST({value(name)} AS BLOB)" if kind == "TEXT" else f"{value(name)} + 0.0" for name, kind in COLUMNS.items()
+    )
+
+
+CONTENT = _content()
 INTACT = f"(digest IS NULL OR digest = row_digest({CONTENT}))"
-SEAL = f"UPDATE results SET digest = row_digest({CONTENT})"  # of what is stored, after sqlite has converted it
+OPENED = {"status": "'not_run'", "pending": "0"}
+REOPEN = (
+    f"UPDATE results SET {', '.join(f'{column} = {value}' for column, value in OPENED.items())}, "
+    f"digest = row_digest({_content(lambda column: OPENED.get(column, column))}) WHERE slot = ? AND {INTACT}"
+)
 # WITHOUT ROWID: one tree in which the tries of a slot are adjacent, and a commit touches one page.
 TABLE = (
     f"CREATE TABLE IF NOT EXISTS results ({', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())}, "
@@ -123,14 +139,18 @@ class Journal:
             raise _broken(self.path, error) from error
         names = ", ".join(COLUMNS)
         marks = ", ".join(f":{name}" for name in COLUMNS)
-        update = ", ".join(
-            f"{c} = CASE WHEN {INTACT} THEN coalesce({c} + excluded.{c}, {c}, excluded.{c}) ELSE excluded.{c} END"
-            if c in SUMMED
-            else f"{c} = excluded.{c}"
-            for c in COLUMNS
-            if c not in ("slot", "key")
+
+        def updated(c: str) -> str:
+            if c not in SUMMED:
+                return f"excluded.{c}"
+            return f"(CASE WHEN {INTACT} THEN coalesce({c} + excluded.{c}, {c}, excluded.{c}) ELSE excluded.{c} END)"
+
+        update = ", ".join(f"{c} = {updated(c)}" for c in COLUMNS if c not in ("slot", "key"))
+        digest, updated_digest = (f"row_digest({_content(value)})" for value in (":{}".format, updated))
+        self._put = (
+            f"INSERT INTO results ({names}, digest) VALUES ({marks}, {digest}) "
+            f"ON CONFLICT (slot, key) DO UPDATE SET {update}, digest = {updated_digest}"
         )
-        self._put = f"INSERT INTO results ({names}) VALUES ({marks}) ON CONFLICT (slot, key) DO UPDATE SET {update}"
 
     # -- writing ------------------------------------------------------------------------------------------------------
     def put(self, rows: Sequence[dict]) -> None:
@@ -141,7 +161,6 @@ class Journal:
             with self._db:
                 self._db.execute("BEGIN")
                 self._db.executemany(self._put, rows)
-                self._db.executemany(f"{SEAL} WHERE slot = :slot AND key = :key", rows)
         except sqlite3.Error as error:
             raise _broken(self.path, error) from error
 
@@ -169,9 +188,7 @@ class Journal:
                 _prepare(db)
                 with db:
                     db.execute("BEGIN")  # all tries of a slot, including those that were turned down
-                    update = "UPDATE results SET status = 'not_run', pending = 0"
-                    db.executemany(f"{update}, digest = NULL WHERE slot = ? AND {INTACT}", slots)
-                    db.executemany(f"{SEAL} WHERE slot = ? AND digest IS NULL", slots)
+                    db.executemany(REOPEN, slots)
             except sqlite3.Error as error:
                 raise _broken(path, error) from error
             finally:
@@ -259,7 +276,7 @@ class _File:
         self._db.create_function("intact", -1, self._intact)
         self._digests = _has_digests(self._db)
         self._damaged: list[tuple] = []
-        self._last, self._in_order = (b"", b""), True
+        self._last, self._in_order = b"", True
 
     def close(self) -> None:
         self._db.close()
@@ -273,7 +290,7 @@ class _File:
         for (found,) in self._db.execute("PRAGMA quick_check"):
             if found != "ok" and not re.search(r"value in results\.\w+$", found):  # which concerns one row
                 raise _broken(self.path, sqlite3.DatabaseError(found))
-        self._last, self._in_order = (b"", b""), True
+        self._last, self._in_order = b"", True
         yield from self._rows(columns, "1", condition, values)
         if not self._in_order:
             raise _broken(self.path, sqlite3.DatabaseError("results out of order"))
@@ -285,7 +302,7 @@ class _File:
     def _rows(self, columns: Sequence[str], place: str, condition: str, values: Sequence) -> Iterator[dict]:
         if self._digests:  # first of all: of a damaged row, no value can be trusted
             condition = f"CASE WHEN intact(digest, {CONTENT}) THEN {condition} ELSE 0 END"
-        query = f"SELECT {', '.join(columns)}, {_first_misfit(columns)} FROM results WHERE {place} AND ({condition}) ORDER BY slot"
+        query = f"SELECT {', '.join(columns)}, {_first_misfit(tuple(columns))} FROM results WHERE {place} AND ({condition}) ORDER BY slot"
         try:
             for *row, name in self._db.execute(query, values):
                 found = dict(zip(columns, row, strict=True))
@@ -300,12 +317,14 @@ class _File:
 
     def _intact(self, digest, *content) -> bool:
         """Called by sqlite for each row, in their order."""
-        place = content[_SLOT], content[_KEY]
-        self._in_order &= isinstance(place[0], bytes) and isinstance(place[1], bytes) and self._last <= place
-        self._last = place
+        slot = content[_SLOT]
+        if type(slot) is not bytes or slot < self._last:
+            self._in_order = False
+        else:
+            self._last = slot
         if digest is None or digest == (found := row_digest(*content)):
             return True
-        self._damaged.append((str(self.path), *place, found))
+        self._damaged.append((str(self.path), slot, content[_KEY], found))
         return False
 
     def _tell(self) -> None:
@@ -334,13 +353,14 @@ def misfit(rows: Sequence[dict]) -> tuple[str, object] | None:
     with closing(sqlite3.connect(":memory:")) as db:
         db.execute(f"CREATE TABLE results ({names})")
         db.executemany(f"INSERT INTO results VALUES ({marks})", map(_storable, rows))
-        query = f"SELECT rowid, {_first_misfit(COLUMNS)} AS wrong FROM results WHERE wrong IS NOT NULL"
+        query = f"SELECT rowid, {_first_misfit(tuple(COLUMNS))} AS wrong FROM results WHERE wrong IS NOT NULL"
         for row, name in db.execute(query):
             return name, rows[row - 1][name]
     return None
 
 
-def _first_misfit(columns: Iterable[str]) -> str:
+@lru_cache
+def _first_misfit(columns: tuple[str, ...]) -> str:
     """SQL: the name of the first column whose value does not fit, or null. It takes no time beside the reading."""
     wrong = " ".join(f"WHEN NOT ({FITS[name]}) THEN '{name}'" for name in columns)
     return f"CASE {wrong} END"
