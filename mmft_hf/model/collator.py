@@ -63,9 +63,9 @@ def same_prompts(processor: ProcessorMixin, class_names: Sequence[str], template
     return [names for names in groups.values() if len(names) > 1]
 
 
-def input_size(processor: ProcessorMixin) -> tuple[int, int] | None:
+def input_size(processor: ProcessorMixin | BaseImageProcessor) -> tuple[int, int] | None:
     """Width and height in pixels of the image tower's input; None if pictures keep their proportions."""
-    image_processor = processor.image_processor
+    image_processor = getattr(processor, "image_processor", processor)
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     return (size["width"], size["height"]) if "width" in size else None
 

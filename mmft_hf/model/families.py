@@ -85,6 +85,7 @@ POSITIONS_AFTER_PADDING = (
     *("altclip_text_model", "camembert", "data2vec-text", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+LONGEST_TEXT = 512  # tokens, where a text tower has no limit of its own
 
 
 def is_padded(processor) -> bool:
@@ -102,7 +103,7 @@ def unused_parameters(config) -> tuple[str, ...]:
 def token_limit(config) -> int:
     """Maximum number of tokens that the text tower reads, including begin and end."""
     text, family = config.text_config, FAMILIES.get(config.model_type)
-    limit = text.max_position_embeddings
+    limit = getattr(text, "max_position_embeddings", None) or LONGEST_TEXT  # some have no positions, or relative ones
     if text.model_type in POSITIONS_AFTER_PADDING:
         limit -= text.pad_token_id + 1
     return min(limit, family.max_tokens or limit) if family else limit

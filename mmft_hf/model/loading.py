@@ -5,6 +5,7 @@ Shapes: `B` images or texts, `T` tokens, `D` embedding size.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -25,14 +26,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.builtin import builtin
-from ..core.errors import UserError
+from ..core.errors import UserError, nearest
 from ..core.files import model_files
-from ..core.reading import refuse_pointers
+from ..core.reading import parse_json, refuse_pointers
+from ..core.repositories import read_text_file
+from ..core.schema import shown
 from .collator import input_size, pixels_of
 from .families import FAMILIES, REFUSED, token_limit, unused_parameters
-from .pooling import POOLINGS, pool_texts, text_pooling
+from .pooling import POOLINGS, pool_outputs, text_pooling
 from .sanity import check_config, check_image_processor, check_tokenizer, check_weights
 from .sentence_encoders import read_sentence_encoder
 from .weights import find_weights, say_once
@@ -40,6 +44,17 @@ from .weights import find_weights, say_once
 # A large step could take a temperature below zero, which would reverse all logits. It is clamped to this value, a scale of
 # 1,000: ten times the highest scale that CLIP was trained with.
 LOWEST_TEMPERATURE = 1e-3
+LONGEST_REASON = 300  # characters; some errors of transformers list all models that there are
+OWN_PROCESSOR = (
+    "Write another one into its folder, in place of preprocessor_config.json and processor_config.json: transformers."
+    'CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, image_mean=[…], '
+    "image_std=[…]).save_pretrained(FOLDER)."
+)
+EXAMPLES = {
+    "--model_name_or_path": "openai/clip-vit-base-patch32",
+    "--vision_model": "facebook/convnext-tiny-224",
+    "--text_model": "sentence-transformers/all-MiniLM-L6-v2",
+}
 
 
 def load_model(
@@ -62,15 +77,7 @@ def load_model(
     """
     name_or_path = str(name_or_path)
     path = builtin(name_or_path)
-    refuse_pointers(*model_files(path))
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:  # missing, or content for which each config class has errors of its own
-        raise UserError(
-            f"model {name_or_path!r}: expected a Hub id or a folder with a config.json of a dual encoder; it could not be "
-            f"loaded ({_first_line(error)}). For example, type --model_name_or_path "
-            "openai/clip-vit-base-patch32."
-        ) from error
+    config = open_config(name_or_path, "--model_name_or_path", revision)
     family = FAMILIES.get(config.model_type)
     if family is None:
         reason = f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""
@@ -91,7 +98,7 @@ def load_model(
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model {name_or_path!r}: expected model.safetensors, a tokenizer and a preprocessor_config.json next to "
-            f"config.json; {_first_line(error)}"
+            f"config.json; {first_line(error)}"
         ) from error
     except Exception as error:  # a missing package, or content that one of many constructors cannot use
         raise UserError(
@@ -118,6 +125,47 @@ def load_model(
     _check_towers(name_or_path, model, processor)
     freeze_unused(model)
     return model, processor
+
+
+def open_config(name: str, flag: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        flag: the setting that names the model.
+
+    Raises:
+        UserError: it is not found, or is of a kind that transformers does not know.
+    """
+    refuse_pointers(*model_files(builtin(name)))
+    try:
+        return AutoConfig.from_pretrained(builtin(name), revision=revision, trust_remote_code=False)
+    except Exception as error:  # missing, or content for which each config class has errors of its own
+        if unknown := _unknown_types(name, revision):
+            place, kind = unknown
+            raise UserError(
+                f"model {name!r}, config.json, {place}: expected a model_type that transformers {transformers.__version__} knows, "
+                f"found {shown(kind)}.{nearest(kind, CONFIG_MAPPING)} A class of your own works from Python, where it is registered "
+                "first: AutoConfig.register(…), AutoModel.register(…)."
+            ) from error
+        raise UserError(
+            f"model {name!r}: expected a Hub id or a folder with a config.json of a model; it could not be loaded "
+            f"({first_line(error)}). For example, type {flag} {EXAMPLES[flag]}."
+        ) from error
+
+
+def _unknown_types(name: str, revision: str | None) -> tuple[str, str] | None:
+    """The place and the value of the first `model_type` in a `config.json` that transformers does not know."""
+    with contextlib.suppress(UserError):
+        text = read_text_file(name, "config.json", revision, "model")
+        config = parse_json(text, "config.json") if text else {}
+        for place, part in (
+            ("model_type", config),
+            *((f"{t}_config.model_type", config.get(f"{t}_config")) for t in ("vision", "text")),
+        ):
+            kind = part.get("model_type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+                return place, kind
+    return None
 
 
 def _check_pooling(config: PreTrainedConfig, name: str) -> None:
@@ -173,7 +221,7 @@ def _check_towers(name: str, model: PreTrainedModel, processor: ProcessorMixin) 
         other = [pooling for pooling in POOLINGS if pooling != "mean"]
         raise UserError(
             f"model {name!r}: expected two towers with a pooled output each, such as ViTModel and BertModel, found {towers}, "
-            f"which fail at a first picture and text ({_first_line(error)}). If the text tower has none, add a line "
+            f"which fail at a first picture and text ({first_line(error)}). If the text tower has none, add a line "
             f'"text_pooling": "mean" to config.json (or {", ".join(other)}).'
         ) from error
 
@@ -198,7 +246,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     except Exception as error:  # as in `load_model`
         raise UserError(
             f"model {name_or_path!r}: expected the tokenizer of a dual encoder; it could not be loaded "
-            f"({_first_line(error)}). Type --model_name_or_path NAME."
+            f"({first_line(error)}). Type --model_name_or_path NAME."
         ) from error
     check_tokenizer(tokenizer, name_or_path)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
@@ -216,13 +264,23 @@ def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseI
         UserError: it resizes to a size that no model sees, or holds numbers that are not finite.
     """
     pillow = {"backend": "pil"} if Version(transformers.__version__) >= Version("5.4") else {"use_fast": False}
-    processor = AutoImageProcessor.from_pretrained(path, revision=revision, **pillow, **hub)
+    try:
+        processor, found = AutoImageProcessor.from_pretrained(path, revision=revision, **pillow, **hub), ""
+    except TypeError as error:  # settings that its class cannot use
+        processor, found = None, f"settings that it does not take ({first_line(error)})"
+    if not hasattr(processor, "size"):
+        raise UserError(
+            f"model {path!r}, image processor: expected one of transformers' own, with a size, found "
+            f"{found or f'a {type(processor).__name__}'}. {OWN_PROCESSOR}"
+        )
     check_image_processor(processor, path)
     return processor
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or what fits into a message of it."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 1] + "…"
 
 
 def default_device() -> torch.device:
@@ -258,6 +316,7 @@ def embedding_size(model: PreTrainedModel) -> int:
 
 def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     """Unit-norm image embeddings `(B, D)` in float32 of pixels `(B, 3, height, width)`."""
+    pool_outputs(model)
     return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)
 
 
@@ -265,6 +324,6 @@ def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`; SigLIP has no mask."""
     if FAMILIES[model.config.model_type].causal:
         attention_mask = None
-    pool_texts(model)
+    pool_outputs(model)
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     return F.normalize(features.pooler_output.float(), dim=-1)

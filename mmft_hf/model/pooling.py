@@ -61,14 +61,30 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     return torch.einsum("bt,bth->bh", weights, hidden) / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def pool_texts(model: PreTrainedModel) -> None:
-    """Makes the text tower's `pooler_output` what `config.text_pooling` says, for every way to call the model. Idempotent."""
+def pool_outputs(model: PreTrainedModel) -> None:
+    """Makes each tower's `pooler_output` one vector per input, for every way to call the model. Idempotent.
+
+    That of the text tower is what `config.text_pooling` says. Some convolutional image towers (ResNet, RegNet) give a picture
+    of one pixel, which is made a vector.
+    """
+    if model.config.model_type != "vision-text-dual-encoder":
+        return
+    if not getattr(model.vision_model, "_mmft_flat", False):
+        model.vision_model._mmft_flat = True
+        model.vision_model.register_forward_hook(_flat)
     pooling = text_pooling(model.config)
     if pooling and getattr(model.text_model, "_mmft_pooling", None) != pooling:
         if hasattr(model.text_model, "_mmft_pooling"):
             raise UserError(f"model: its {KEY} was changed after it was used. Save it, and load it again.")
         model.text_model._mmft_pooling = pooling
         model.text_model.register_forward_hook(partial(_pooled, pooling), with_kwargs=True)
+
+
+def _flat(tower, args: tuple, output):
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is not None and pooled.ndim > 2:
+        output.pooler_output = pooled.flatten(1)
+    return output
 
 
 def _pooled(pooling: str, tower, args: tuple, kwargs: dict, output) -> BaseModelOutputWithPooling:

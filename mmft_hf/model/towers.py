@@ -49,8 +49,9 @@ def set_towers(
 
     Args:
         lora_rank, lora_alpha, lora_dropout: of the LoRA layers, which add `alpha / rank * B A` to a weight.
-        lora_targets: linear layers that get LoRA, by the ends of their names. Default: all in the tower's blocks, that is
-            in attention and MLP.
+        lora_targets: layers that get LoRA, by the ends of their names. Default: all linear layers in the tower's blocks, that
+            is in attention and MLP. In a convolutional tower without any these are its convolutions, but for depthwise and
+            other grouped ones, whose matrices are small already.
 
     Parameters that do not affect the embeddings stay frozen in any mode (`loading.freeze_unused`).
 
@@ -84,41 +85,52 @@ def set_towers(
     freeze_unused(model)
 
 
-def _linear_layers(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
-    """Full names of the linear layers of `towers` that take part in the embeddings.
+def _linear_layers(model: PreTrainedModel, tower: str) -> list[str]:
+    """Full names of the linear layers of a tower that take part in the embeddings; of its convolutions if its blocks have none.
 
     The one inside `nn.MultiheadAttention` is left out: its weight is used without calling the layer, so LoRA would have no
     effect.
     """
-    prefixes = tuple(prefix for tower in towers for prefix in TOWERS[tower])
-    linear = [
-        f"{name}."
+    unused = unused_parameters(model.config)
+    modules = {
+        name: module
         for name, module in model.named_modules()
+        if f"{name}.".startswith(TOWERS[tower]) and not f"{name}.".startswith(unused)
+    }
+    blocks = _blocks(model)
+    linear = [
+        name
+        for name, module in modules.items()
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
-    unused = unused_parameters(model.config)
-    return [name[:-1] for name in linear if name.startswith(prefixes) and not name.startswith(unused)]
+    if any(name.startswith(blocks) for name in linear):
+        return linear
+    return linear + [name for name, module in modules.items() if isinstance(module, nn.Conv2d) and module.groups == 1]
+
+
+def _blocks(model: PreTrainedModel) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
 def _in_blocks(model: PreTrainedModel, towers: Sequence[str]) -> list[str]:
-    """Full names of the linear layers in the repeated blocks of `towers`, in transformers those of attention and MLP."""
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    """Full names of the `_linear_layers` in the repeated blocks of `towers`, in transformers those of attention and MLP."""
+    blocks = _blocks(model)
     names = []
     for tower in towers:
-        own = [name for name in _linear_layers(model, [tower]) if name.startswith(blocks)]
+        own = [name for name in _linear_layers(model, tower) if name.startswith(blocks)]
         if not own:
             what = type(getattr(model, f"{tower}_model")).__name__
             raise UserError(
-                f"--{tower}_tower lora: expected a tower of transformer blocks, whose linear layers get LoRA; {what} has no "
-                f"linear layers in its blocks. Type --{tower}_tower full or --{tower}_tower frozen."
+                f"--{tower}_tower lora: expected a tower of blocks with linear layers or convolutions, which get LoRA; {what} has "
+                f"none. Type --{tower}_tower full or --{tower}_tower frozen."
             )
         names += own
     return names
 
 
 def _targets(model: PreTrainedModel, towers: Sequence[str], ends: Sequence[str]) -> list[str]:
-    """Full names of the linear layers of `towers` whose names end in one of `ends`."""
-    linear = _linear_layers(model, towers)
+    """Full names of the `_linear_layers` of `towers` whose names end in one of `ends`."""
+    linear = [name for tower in towers for name in _linear_layers(model, tower)]
     names = [name for name in linear if f".{name}".endswith(tuple(f".{end}" for end in ends))]
     unknown = [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in names)]
     without = [tower for tower in towers if not any(f"{name}.".startswith(TOWERS[tower]) for name in names)]
@@ -126,7 +138,7 @@ def _targets(model: PreTrainedModel, towers: Sequence[str], ends: Sequence[str])
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         what = f"no layer is named {', '.join(unknown)}" if unknown else f"the {without[0]} tower has none of them"
         raise UserError(
-            f"--lora_targets: expected linear layers of the {' and the '.join(towers)} tower ({known}), found "
+            f"--lora_targets: expected linear layers (or convolutions) of the {' and the '.join(towers)} tower ({known}), found "
             f"{', '.join(ends)}; {what}."
         )
     return names

@@ -154,6 +154,12 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 f"model: expected float32 weights, found {half[0]}, in which AdamW's steps vanish. Load it with "
                 "mmft_hf.load_model(…) or dtype=torch.float32, and use bf16=True for speed."
             )
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # which releases of transformers differ in
+            if getattr(args, name, False) and not model.supports_gradient_checkpointing:
+                raise UserError(
+                    f"--{name}: expected a model that can, found a {type(model).__name__}. Type --loss_chunk_size 16 instead: the "
+                    "loss is that of the whole batch, and the memory that of 16 images."
+                )
         if args.decode_cache:
             check_short_side(args.decode_cache, input_size(processing_class))
         if args.n_gpu > 1:

@@ -168,8 +168,6 @@ def test_a_temperature_that_stepped_below_zero_is_set_back(_loaded):
 def test_whatever_is_trainable_gets_a_gradient(kind, pair, modes):
     """Else DDP would wait for it. And what is frozen by `load_model` stays so."""
     model, processor = pair
-    if kind == "align" and modes[0] == "lora":
-        modes = ("full", "lora")
     unused = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert unused == {
         "siglip": {"logit_bias"},
@@ -188,8 +186,17 @@ def test_whatever_is_trainable_gets_a_gradient(kind, pair, modes):
 
 def test_lora_goes_into_all_linear_layers_of_the_blocks(kind, pair):
     model = pair[0]
-    set_towers(model, "frozen" if kind == "align" else "lora", "lora")
+    set_towers(model, "lora", "lora")
     found = set(lora_layers(model))
+    if kind == "align":  # an image tower of convolutions; the first block does not expand
+        inside = [
+            ("squeeze_excite.reduce", "squeeze_excite.expand", "projection.project_conv"),
+            ("expansion.expand_conv",),
+        ]
+        names = {(0, name) for name in inside[0]} | {(1, name) for name in (*inside[0], *inside[1])}
+        convolutions = {f"vision_model.encoder.blocks.{i}.{name}" for i, name in names}
+        assert convolutions == {name for name in found if name.startswith("vision_model.")}
+        found -= convolutions
     # Two blocks of a tower with q, k, v, output and the two of the MLP each, by whatever names.
     assert len(found) == (12 if kind == "align" else 24)
     assert parameter_counts(model)["text"][0] == 2 * 8 * (4 * 64 + 2 * (32 + 48))
@@ -202,14 +209,14 @@ def test_lora_goes_into_all_linear_layers_of_the_blocks(kind, pair):
 def test_two_steps_change_what_is_trained_and_the_saved_folder_predicts_the_same(kind, pair, folders, tmp_path, mode):
     model, processor = pair
     torch.manual_seed(0)
-    set_towers(model, "full" if kind == "align" else mode, mode)
+    set_towers(model, mode, mode)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     before = weights(model)
     trainer = make_trainer(pair, tmp_path / "run", evaluate=False, max_steps=2, weight_decay=0.1, learning_rate=1e-2)
     trainer.train()
     moved = changed(before, weights(model))
     assert {n for n in moved if not n.endswith(KEY_BIAS)} == {n for n in trained if not n.endswith(KEY_BIAS)}
-    if kind == "align":  # among what did not change are the statistics of its batch norms
+    if kind == "align" and mode == "full":  # among what did not change are the statistics of its batch norms
         norms = [n for n in before if n.endswith("running_mean")]
         assert norms and {n.replace("running_mean", "weight") for n in norms} <= moved
 
@@ -374,8 +381,15 @@ def test_towers_without_a_pooled_output_are_refused(tmp_path):
 
 
 def test_lora_where_there_is_nothing_for_it_is_refused(_loaded):
-    with pytest.raises(UserError, match=r"AlignVisionModel has no .* Type vision_tower full or vision_tower frozen"):
-        set_towers(copy.deepcopy(_loaded["align"][0]), "lora", "frozen")
+    model = copy.deepcopy(_loaded["vit_bert"][0])
+    model.vision_model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(UserError, match=r"Sequential has none\. Type vision_tower full or vision_tower frozen"):
+        set_towers(model, "lora", "frozen")
+    # Of the grouped convolutions by name: they are none of the layers that get LoRA.
+    with pytest.raises(
+        UserError, match=r"\(convolution, expand, .*\), found depthwise_conv; no layer is named depthwise_conv"
+    ):
+        set_towers(copy.deepcopy(_loaded["align"][0]), "lora", "frozen", lora_targets=["depthwise_conv"])
     # The text pooler's layer is called dense as well, but nothing reads it.
     model = copy.deepcopy(_loaded["align"][0])
     set_towers(model, "frozen", "lora", lora_targets=["dense"])

@@ -29,6 +29,8 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
     base, template = record["sources"]["base_model"], record["identity"]["class_template"]
     family = FAMILIES[record.get("model_type", "clip")]
     embed = "model.vision_model(pixels).pooler_output"
+    if family.model == "VisionTextDualEncoderModel":  # some convolutional towers give a picture of one pixel
+        embed += ".flatten(1)"
     name, base_name = json.dumps(repo_id or "."), json.dumps(base["name"])
     revision = f", revision={json.dumps(base['revision'])}" if base["revision"] else ""
 
