@@ -27,6 +27,7 @@ VERBS = {
     "finetune": "fine-tune a CLIP model on images and captions, and save a classifier",
     "evaluate": "measure a saved classifier and the zero-shot baseline on a labelled split",
     "predict": "classify pictures with a saved classifier",
+    "align": "make a dual encoder of an image tower and a text tower",
     "benchmark": "compare methods on one dataset at several shots and seeds",
     "push": "publish a trained model or a captioned dataset on the Hub",
     "env": "print versions and devices, for bug reports",
