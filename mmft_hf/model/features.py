@@ -372,8 +372,8 @@ def weights_digest(model, tower: str) -> str:
 
 
 def _plain(settings: dict) -> dict:
-    """Settings without names of files, classes and versions, on which no result depends."""
-    names = "id2label label2id transformers_version architectures dtype problem_type processor_class".split()
+    """Settings on which no embedding depends are left out: names of files, classes and versions, and what the Trainer sets."""
+    names = "id2label label2id transformers_version architectures dtype problem_type processor_class use_cache".split()
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in settings.items()

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..core.distributed import gather_shares, share_of
 from ..data.sampling import IGNORED
-from ..model.features import image_embeddings
+from ..model.features import image_embeddings, image_features
 from .classifier import ImageClassifier
 from .metrics import report
 
@@ -53,6 +53,7 @@ def classify(
     name: str = "test",
     progress: bool = True,
     shard: bool = False,
+    cached: bool = False,
 ) -> Predictions:
     """Classifies every image of a dataset.
 
@@ -60,6 +61,7 @@ def classify(
         dataset: with columns `image` and `label`; its labels have the order of the classifier's classes.
         shard: each of several processes encodes its share, and each image once. All of them must call this, and all get
             all predictions.
+        cached: the embeddings are kept on disk (`model.features`), for an image tower that is used again as it is.
 
     Raises:
         UserError: an image that cannot be read, with `on_bad_image="fail"`.
@@ -67,10 +69,14 @@ def classify(
     head = classifier.head
     scores, labels = [torch.zeros(0, len(head.class_names))], [torch.zeros(0, dtype=torch.long)]
     losses = [torch.zeros(0)]
-    rows = share_of(len(dataset)) if shard else None
-    for embeds, batch_labels in image_embeddings(
-        classifier.model, classifier.processor, dataset, batch_size, on_bad_image, workers, progress, name, rows
-    ):
+    encoder = (classifier.model, classifier.processor, dataset, batch_size, on_bad_image)
+    if cached:  # every process gets all of them
+        embeds, known = image_features(*encoder, name, workers=workers, shard=shard, progress=progress)
+        device, shard = classifier.model.device, False
+        batches = ((x.to(device), y) for x, y in zip(embeds.split(batch_size), known.split(batch_size), strict=True))
+    else:
+        batches = image_embeddings(*encoder, workers, progress, name, share_of(len(dataset)) if shard else None)
+    for embeds, batch_labels in batches:
         scores.append(head.scores(embeds).cpu())
         labels.append(batch_labels)
         logits = head.logits(embeds).float().cpu()

@@ -248,6 +248,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         workers=config.dataloader_num_workers,
         progress=is_main() and not config.disable_tqdm,
         shard=True,
+        # Validation is encoded by the training, too, and test for the untuned model.
+        cached=model_args.vision_tower == "frozen" and config.cache_frozen_features,
     )
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
     check_learnable(labels, terms, config, model)

@@ -232,3 +232,32 @@ def test_every_kind_of_dual_encoder(kind, frozen, tmp_path, capsys):
     else:
         assert difference(weights(kept.model), weights(plain.model)) < 1e-6
         assert getattr(count, frozen) == (24 if frozen == "vision" else 27)
+
+
+def test_a_whole_run_encodes_each_picture_once(clip, data_folder, tmp_path, monkeypatch):
+    """The zero-shot baseline, the training, the selection and the test see the same tower."""
+    from mmft_hf.train import workflow
+
+    counts, load = [], workflow.load_model
+
+    def counting(*args):
+        model, processor = load(*args)
+        counts.append(Count(model))
+        return model, processor
+
+    base = tmp_path / "base"
+    for part in clip:
+        part.save_pretrained(base)
+    monkeypatch.setattr(workflow, "load_model", counting)
+    settings = {"vision_tower": "frozen", "crop_min_area": 1.0, "use_cpu": True, "disable_tqdm": True}
+    found = []
+    for on in (True, False):
+        out = tmp_path / str(on)
+        run = workflow.finetune(str(data_folder), base, out, epochs=1, cache_frozen_features=on, **settings)
+        found.append(
+            {k: v for k, v in run.metrics.items() if isinstance(v, float) and "runtime" not in k and "second" not in k}
+        )
+    few, many = sum(count.vision for count in counts[:2]), sum(count.vision for count in counts[2:])
+    assert found[0] == found[1] and "test_accuracy" in found[0]
+    # 24, 12 and 18 pictures, and the two small trials of the memory estimate.
+    assert few == 24 + 12 + 18 + 4 < many
