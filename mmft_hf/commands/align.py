@@ -11,8 +11,7 @@ from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..core.files import MODEL_FILES, atomic_folder, is_weights
 from ..data.texts import DEFAULT_TEMPLATE, check_template
-
-TEXT_POOLINGS = ("mean", "first", "last")
+from ..model.families import POOLINGS
 
 
 @dataclass
@@ -30,7 +29,7 @@ class AlignArguments:
         None,
         "How the tokens of a text become one vector: mean, first ([CLS]) or last. Default: what the files of "
         "sentence-transformers say, else the tower's own pooled output.",
-        choices=TEXT_POOLINGS,
+        choices=tuple(POOLINGS),
     )
     class_rows: bool = setting(
         False,

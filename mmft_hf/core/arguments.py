@@ -125,8 +125,8 @@ class ModelArguments:
     lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.", range=Range(0, 1, open=("high",)))
     lora_targets: list[str] | None = setting(
         None,
-        "Names (or their ends) of the linear layers that get LoRA matrices. Default: all in the tower's blocks; for "
-        "CLIP q_proj k_proj v_proj out_proj fc1 fc2.",
+        "Names (or their ends) of the layers that get LoRA matrices. Default: all linear ones in the tower's blocks, for "
+        "CLIP q_proj k_proj v_proj out_proj fc1 fc2; of a convolutional tower the convolutions.",
     )
 
     def __post_init__(self):

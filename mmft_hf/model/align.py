@@ -137,6 +137,11 @@ def align_towers(
     readable = (labels != IGNORED).nonzero().flatten()
     images, labels = images[readable], labels[readable]
     prompts = [class_prompt(class_template, name) for name in names]
+    if not images.isfinite().all() or not images.any():
+        raise UserError(
+            "--vision_model: expected an image tower whose outputs are finite and not all zero, found others. Copy the model again, or "
+            "type another one."
+        )
     rest, held = hold_out(labels.tolist(), HELD_OUT, seed)
     if len({labels[row].item() for row in held}) < 2:
         raise UserError(

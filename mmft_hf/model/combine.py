@@ -24,9 +24,9 @@ from transformers import (
 from ..core.builtin import builtin
 from ..core.errors import UserError
 from .collator import input_size
-from .families import FAMILIES, token_limit
+from .families import FAMILIES, POOLINGS, token_limit
 from .loading import OWN_PROCESSOR, first_line, freeze_unused, load_image_processor, load_model, open_config
-from .pooling import POOLINGS, pool_outputs
+from .pooling import pool_outputs
 from .sanity import check_tokenizer, check_weights
 from .sentence_encoders import SentenceEncoder, read_sentence_encoder
 from .weights import find_weights
@@ -46,7 +46,7 @@ def combine_towers(
     Args:
         vision_model: Hub id or folder of an image model whose pooled output is one vector per picture, or of a dual encoder.
         text_model: Hub id or folder of a text model, of a sentence encoder or of a dual encoder.
-        text_pooling: one of `pooling.POOLINGS`. Default: what the files of sentence-transformers say, else the tower's own
+        text_pooling: one of `families.POOLINGS`. Default: what the files of sentence-transformers say, else the tower's own
             pooled output.
         projection_dim: size `D` of the common space.
         allow_pickle: as in `load_model`.

@@ -85,6 +85,12 @@ POSITIONS_AFTER_PADDING = (
     *("altclip_text_model", "camembert", "data2vec-text", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+# How the tokens of a text become one vector, where that is not the tower's own pooled output, see `pooling`.
+POOLINGS = {
+    "mean": "the mean of the tokens",
+    "first": "the first token, often called [CLS]",
+    "last": "the last token, as of a language model",
+}
 LONGEST_TEXT = 512  # tokens, where a text tower has no limit of its own
 
 

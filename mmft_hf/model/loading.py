@@ -35,8 +35,8 @@ from ..core.reading import parse_json, refuse_pointers
 from ..core.repositories import read_text_file
 from ..core.schema import shown
 from .collator import input_size, pixels_of
-from .families import FAMILIES, REFUSED, token_limit, unused_parameters
-from .pooling import POOLINGS, pool_outputs, text_pooling
+from .families import FAMILIES, POOLINGS, REFUSED, token_limit, unused_parameters
+from .pooling import pool_outputs, text_pooling
 from .sanity import check_config, check_image_processor, check_tokenizer, check_weights
 from .sentence_encoders import read_sentence_encoder
 from .weights import find_weights, say_once

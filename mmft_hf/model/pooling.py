@@ -18,12 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..core.errors import UserError
+from .families import POOLINGS
 
-POOLINGS = {
-    "mean": "the mean of the tokens",
-    "first": "the first token, often called [CLS]",
-    "last": "the last token, as of a language model",
-}
 KEY = "text_pooling"
 
 

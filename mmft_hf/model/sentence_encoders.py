@@ -40,7 +40,7 @@ class SentenceEncoder:
     """A text tower that sentence-transformers saved.
 
     Args:
-        pooling: one of `pooling.POOLINGS`; None: a kind that is not among them, or none was found.
+        pooling: one of `families.POOLINGS`; None: a kind that is not among them, or none was found.
         theirs: the name that sentence-transformers has for its pooling; empty: none was found.
         max_tokens: of a text; None: as the tokenizer says.
         others: its further layers, which are no part of the tower, apart from normalization.

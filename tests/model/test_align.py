@@ -159,6 +159,12 @@ def test_towers_of_another_kind_and_too_few_pictures_are_refused(towers, clip):
         UserError, match=r"dataset_name: expected two classes or more with at least two training pictures"
     ):
         align_towers(model, processor, colour_dataset(1))
+    for parameter in model.vision_model.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(
+        UserError, match=r"vision_model: expected an image tower whose outputs are finite and not all zero"
+    ):
+        align_towers(model, processor, colour_dataset(4))
 
 
 def test_rows_of_what_is_no_classifier_are_refused(towers, tmp_path):

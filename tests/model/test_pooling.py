@@ -17,8 +17,9 @@ from mmft_hf import ClassPrototypes, load_model, set_towers
 from mmft_hf.core.errors import UserError
 from mmft_hf.hub.publish import folder_files
 from mmft_hf.model.collator import tokenize
+from mmft_hf.model.families import POOLINGS
 from mmft_hf.model.loading import encode_texts
-from mmft_hf.model.pooling import POOLINGS, pool
+from mmft_hf.model.pooling import pool
 from mmft_hf.model.sentence_encoders import read_sentence_encoder
 from mmft_hf.model.towers import Adapter, lora_layers
 from mmft_hf.train.checkpoints import check_same_model
