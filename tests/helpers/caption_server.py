@@ -259,7 +259,10 @@ class Running:
 
     def requests(self) -> list[dict]:
         """What was asked so far."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        if not self.log.exists():
+            return []
+        lines = self.log.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may still be on its way
 
 
 @contextlib.contextmanager
