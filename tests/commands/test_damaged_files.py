@@ -370,6 +370,7 @@ FOUND = [
     ("bench", "results.jsonl", "report", ("truncate", 0.8523432834434165, 69)),
     ("run", "processor_config.json", "predict", ("remove", 0.08529330710496397, 6)),
     ("captioned", "captions.json", "status", ("missing", 0.0, None)),
+    ("captioned", "journal/journal-00000.sqlite", "again", ("empty", 0.0, None)),
     ("adapter", "processor_config.json", "pipeline", ("missing", 0.0, None)),
 ]
 

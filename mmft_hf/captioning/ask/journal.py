@@ -123,6 +123,8 @@ class Journal:
                 f"The journal is on a file system ({kind}) whose locks cannot be trusted, so it is written without a "
                 "write-ahead log. Use one machine at a time."
             )
+        if self.path.is_file() and not self.path.stat().st_size:
+            logger.warning("Note: %s is empty. What it held is asked for again.", self.path)
         try:
             self.path.touch()  # with the permissions that the umask leaves; sqlite would narrow them
             check_regular(self.path)
