@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_assets_are_small():
     total = sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file())
-    assert total <= 15_000_000
+    assert total <= 45_000_000  # 29 of them are builtin/photo; PyPI takes files of up to 100
 
 
 def test_the_wheel_holds_assets_templates_and_licences(tmp_path):

@@ -67,7 +67,7 @@ def load_model(
     do not affect the embeddings are frozen, since they would get no gradient.
 
     Args:
-        name_or_path: Hub id, local folder, or `builtin/tiny-clip`.
+        name_or_path: Hub id, local folder, `builtin/tiny-clip` or `builtin/photo`.
         revision: branch, tag or commit on the Hub.
         allow_pickle: if there are no safetensors, neither there nor in the Hub's own conversion, read a pickle, with
             `weights_only=True`. `model.mmft_weights` (`weights.Weights`) tells where the weights are from.
