@@ -31,7 +31,9 @@ Class text "a photo of a {{class}}.", top-1 with 95 % Wilson intervals.
 
 BODY = """
 The choices of the recipe were made on validation splits and on held-out classes of ImageNet. The test splits and the photographs were
-read for this table, and nothing was chosen by them. The photographs are {photographs} pictures of {packages}; they are not part of this folder.
+read for this table, and nothing was chosen by them. The photographs are {photographs} pictures of animals, flowers, buildings, sports fields, landscapes and
+food, in these Debian packages: {packages}.
+They are not part of this folder.
 
 With the projections trained on 850 of ImageNet's classes, {held:.1f} % of the 150 others were told apart by their names (chance 0.7 %).
 There are no pictures of ImageNet here: a class stands for itself by its row in the image tower's own classifier.
