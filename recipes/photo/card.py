@@ -20,7 +20,8 @@ all-MiniLM-L6-v2, and two linear projections join them. It opens with stock `tra
 ```python
 import mmft_hf
 
-model, processor = mmft_hf.load_model("builtin/photo")  # or VisionTextDualEncoderModel.from_pretrained with the path of this folder
+# Or VisionTextDualEncoderModel.from_pretrained with the path of this folder.
+model, processor = mmft_hf.load_model("builtin/photo")
 ```
 
 ## Zero-shot accuracy
