@@ -17,7 +17,7 @@ import traceback
 from errno import EACCES, EEXIST, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM
 
 from .benchmark.run.processes import work_alone
-from .core.console import PlainFormatter, is_main, plain, said_by_main
+from .core.console import PlainFormatter, is_main, plain
 from .core.errors import PartialResult, UserError, command_line_spelling, nearest
 from .core.files import closed_cache, no_room
 from .version import __version__
@@ -143,8 +143,7 @@ def _fail(code: int, error: object, debug: bool) -> int:
     message = str(error)
     if message.startswith("Caught UserError in DataLoader worker"):  # a traceback comes first, then our message
         message = message.rsplit("UserError: ", 1)[-1].strip()
-    if code != 2 or not said_by_main(message):
-        print(f"mmft-hf: {plain(message)}", file=sys.stderr)
+    print(f"mmft-hf: {plain(message)}", file=sys.stderr)
     return code
 
 

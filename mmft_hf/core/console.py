@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import os
-import tempfile
-import time
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def is_main() -> bool:
     """Whether this is the main process, under any launcher."""
     return os.environ.get("RANK", "0") == "0"
-
-
-PATIENCE = 5  # seconds in which processes that were started together come to the same message
-_MARK = "mmft-hf-said-"
-
-
-def said_by_main(message: str) -> bool:
-    """Whether another process of this launch on this machine, its first one, prints the same message.
-
-    Settings and data that are refused are refused by every process. What only one of them met must not get lost, so each
-    of the others waits for a mark that the first one leaves, at most `PATIENCE` seconds.
-    """
-    rank, launch = os.environ.get("RANK", "0"), [os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT")]
-    first = os.environ.get("LOCAL_RANK", rank) == "0"
-    if os.environ.get("WORLD_SIZE", "1") == "1" or not all(launch):
-        return False
-    folder = Path(tempfile.gettempdir())
-    mark = folder / f"{_MARK}{hashlib.sha256(repr((launch, message)).encode(errors='replace')).hexdigest()[:24]}"
-    end = time.monotonic() + PATIENCE
-    with contextlib.suppress(OSError):
-        if first:
-            for old in folder.glob(f"{_MARK}*"):
-                if time.time() - old.stat().st_mtime > 10 * PATIENCE:
-                    old.unlink()
-            mark.touch()
-    while not first and time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            if time.time() - mark.stat().st_mtime < 2 * PATIENCE:
-                return True
-        time.sleep(0.05)
-    return False
 
 
 def plain(text: object, lines: bool = True) -> str:

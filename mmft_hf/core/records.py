@@ -278,6 +278,7 @@ class CaptionsRecord(TypedDict, total=False):
     complete: bool
     fingerprints: dict[str, str] | None
     digests: dict[str, str]
+    journals: list[str]
     prompt_texts: dict[str, str]
     spent: Spent
     last_run: dict

@@ -371,11 +371,12 @@ FOUND = [
     ("run", "processor_config.json", "predict", ("remove", 0.08529330710496397, 6)),
     ("captioned", "captions.json", "status", ("missing", 0.0, None)),
     ("captioned", "journal/journal-00000.sqlite", "again", ("empty", 0.0, None)),
+    ("captioned", "journal/journal-00000.sqlite", "again", ("missing", 0.0, None)),
     ("adapter", "processor_config.json", "pipeline", ("missing", 0.0, None)),
 ]
 
 
-@pytest.mark.parametrize("found", FOUND, ids=lambda found: "-".join(found[:3]).replace("/", "-"))
+@pytest.mark.parametrize("found", FOUND, ids=lambda found: "-".join((*found[:3], found[3][0])).replace("/", "-"))
 def test_what_was_found_once(left, found):
     check_one(left, *found, expected={})
 

@@ -18,14 +18,12 @@ from launch_tools import (
     free_port,
     launch,
     settings,
-    start,
     weights,
     world_size,
 )
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 
-from mmft_hf.core import console
 from mmft_hf.core import launch as launching
 from mmft_hf.core.errors import UserError
 from mmft_hf.train import sharding
@@ -90,32 +88,6 @@ def start_two_machines(*folders, **more):
         launch(*options, "--machine_rank", str(rank), words=two(folder=folder, use_cpu="true", **more))
         for rank, folder in enumerate(folders)
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_print_a_refusal_once(clip_folder, data_folder, tmp_path):
-    """Before they meet over gloo and after; what only one of them meets, it prints."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").touch()
-    for words, said in ((("--shots", "0"), "--shots: expected 1 or more"), ((), "found files that are not a run")):
-        environment = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        command = ["-m", "mmft_hf", *two(clip_folder, data_folder, tmp_path / "out", use_cpu="true")]
-        command.insert(2, "finetune")
-        first, second = (start([*command, *words], RANK=rank, **environment) for rank in (0, 1))
-        assert said in end(first, 2)[1] and end(second, 2) == ("", "")
-
-
-def test_a_message_of_one_process_alone_is_printed(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(console, "PATIENCE", 0.2)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert not console.said_by_main("only here")
-    monkeypatch.setenv("RANK", "0")
-    assert not console.said_by_main("in both")
-    monkeypatch.setenv("RANK", "1")
-    assert console.said_by_main("in both") and not console.said_by_main("only here")
 
 
 @pytest.mark.slow

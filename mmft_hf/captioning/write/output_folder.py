@@ -90,6 +90,9 @@ class CaptionFolder:
             self._claim_unknown(overwrite, pictures)
             return
         note_if_changed(details, self.path / DETAILS_FILE)
+        for name in details.get("journals", ()):
+            if not (self.path / "journal" / name).is_file():
+                logger.warning("Note: %s is missing. What it held is asked for again.", self.path / "journal" / name)
         before = details.get("made_from", {})
         different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
         if different == ["dataset_name"] and pictures:
@@ -201,7 +204,8 @@ class CaptionFolder:
                 add_files(partial)
             files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
             digests = {name: digest_of(partial / name) for name in files if name.endswith(".parquet")}
-            details = {**details, "mmft_hf": __version__, "files": files, "digests": digests}
+            journals = sorted(path.name for path in self.path.glob("journal/journal-*.sqlite"))
+            details = {**details, "mmft_hf": __version__, "files": files, "digests": digests, "journals": journals}
             old = [name for name in self._data_files(self.details()) if name not in files]
             # Until all new files are in place, `captions.json` names the old and the new ones.
             between = {**details, "files": sorted({*old, *files}), "fingerprints": None, "complete": False}
