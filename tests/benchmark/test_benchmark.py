@@ -284,7 +284,8 @@ def a_grid(every, splits, folder, **more) -> grid.Grid:
     return grid.Grid(every, splits, folder, {}, say=lambda text: None, **more)
 
 
-@pytest.mark.parametrize("shots", [3, pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shots", [3, "full"])
 def test_no_method_can_read_the_test_split_before_it_is_judged(clip_folder, tmp_path, monkeypatch, shots):
     touched, at_judgement = [], []
     splits = some_splits()

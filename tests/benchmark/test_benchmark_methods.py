@@ -69,6 +69,7 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
         assert not any(torch.equal(one, other) for other in different[:i])
 
 
+@pytest.mark.slow
 def test_methods_with_one_training_share_it_and_its_seconds(context, task):
     calls = []
 
@@ -182,6 +183,7 @@ def test_interpolated_weights_are_between_the_two(context, task):
     assert torch.equal(weights(trained.model)["logit_scale"], end["logit_scale"])
 
 
+@pytest.mark.slow
 def test_each_method_compares_with_the_texts_of_its_row(context, task):
     names = ("mmft", "mmft-mixed", "mmft-train-captions", "mmft-no-captions", "mmft-test-captions", "flyp", "flyp-ens")
     rows = [METHODS[name] for name in names]

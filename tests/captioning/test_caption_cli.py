@@ -83,6 +83,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
+@pytest.mark.slow
 def test_bad_pictures_get_a_status_and_the_run_goes_on(server, run, tmp_path):
     tiny = io.BytesIO()
     PILImage.new("RGB", (1, 1), "red").save(tiny, "PNG")

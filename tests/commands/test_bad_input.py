@@ -436,7 +436,7 @@ def test_bad_training_picture_stops_and_is_named(workers, fails, finetune, data_
     assert len(message.splitlines()) == 1
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("split", ["validation", pytest.param("test", marks=pytest.mark.slow)])
 def test_bad_evaluation_picture_stops_and_is_named(split, fails, finetune, data_with):
     data = data_with(**{split: with_bad_picture(4, colour_dataset(3))})
     fails(finetune(data=data), f"{split} image, row 4 cannot be read", "--on_bad_image skip")

@@ -99,6 +99,7 @@ def load(alice, name, revision="", allow=False) -> dict:
     return alice.run(SCALE, f"alice/{name}", revision, allow)
 
 
+@pytest.mark.slow
 def test_safetensors_on_the_main_branch(hub, alice):
     out = load(alice, "plain", allow=True)
     assert out["scale"] == PLAIN and out["said"] == "" and out["name"] == "alice/plain"

@@ -97,7 +97,7 @@ def test_merged_model_and_adapter_on_the_base_compute_the_same(clip, _clip, tmp_
     assert (config["base_model_name_or_path"], config["revision"], config["r"]) == ("somebody/clip", "main", 8)
 
 
-@pytest.mark.parametrize(("vision", "text"), [("lora", "lora"), ("lora", "full")])
+@pytest.mark.parametrize(("vision", "text"), [("lora", "lora"), pytest.param("lora", "full", marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(_clip, tmp_path, caplog, vision, text):
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": None}  # fmt: skip
 

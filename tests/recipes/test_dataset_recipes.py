@@ -237,6 +237,7 @@ def test_methods_are_compared_on_the_same_data(recipe):
         assert model.model_name_or_path == "openai/clip-vit-base-patch32"
 
 
+@pytest.mark.slow
 def test_caption_plan_then_training(tmp_path, clip_folder, capsys):
     data, run = tmp_path / "data", tmp_path / "run"
     write(FAKES["cifar100"], data)

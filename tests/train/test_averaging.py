@@ -120,7 +120,7 @@ def test_without_validation_the_last_average_is_left_of_what_is_trained(clip, tm
 
 
 @pytest.mark.parametrize("kind", ["epochs", "within an epoch"])
-@pytest.mark.parametrize("towers", [("full", "full"), ("lora", "full")])
+@pytest.mark.parametrize("towers", [("full", "full"), pytest.param(("lora", "full"), marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(_clip, tmp_path, kind, towers, caplog):
     """With all that a step may depend on."""
     settings = {"weight_averaging": 0.9, "supcon_weight": 0.6, "supcon_weight_end": 0.0, "caption_dropout": 0.5}

@@ -278,6 +278,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(
 
 
 # -- moved data -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_resume_survives_other_words_for_the_same_places(
     straight, clip_folder, data_folder, tmp_path, at_step, monkeypatch
 ):

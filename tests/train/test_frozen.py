@@ -117,6 +117,7 @@ def test_another_template_is_another_text(clip, tmp_path):
     assert count.text == 2 * 27
 
 
+@pytest.mark.slow
 def test_a_bad_picture_gives_way_to_the_next_as_without(clip, tmp_path):
     data = colour_dataset(8)
     pictures = []
