@@ -129,10 +129,7 @@ def align_towers(
             f"align: expected a model of two towers, found a {type(model).__name__}. Use combine_towers(…)."
         )
     names = train.features["label"].names
-    encode, text_options = (
-        _tower_outputs(model, processor, batch_size),
-        {k: v for k, v in options.items() if k != "on_bad_image"},
-    )
+    encode = _tower_outputs(model, processor, batch_size)
     images, labels = encode(image_features, train, **options)
     readable = (labels != IGNORED).nonzero().flatten()
     images, labels = images[readable], labels[readable]
@@ -148,25 +145,33 @@ def align_towers(
             "--dataset_name: expected two classes or more with at least two training pictures each, to choose the ridge by; found "
             f"{len(held)}. Add pictures."
         )
+    text_options = {name: value for name, value in options.items() if name != "on_bad_image"}
+
+    def vectors_of(lists: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """The vector `(H,)` of each text in the lists, and of each prompt."""
+        distinct = sorted({text for texts in lists for text in texts} | set(prompts))
+        return dict(zip(distinct, encode(text_features, distinct, **text_options), strict=True))
+
+    def mean_of(texts: Sequence[str]) -> Tensor:
+        return torch.stack([vectors[text] for text in texts]).mean(dim=0)
+
     solve: Callable[[list[int], float], Projections]
     if class_rows is None:
         captions = train["captions"][:] if "captions" in train.column_names else [None] * len(train)
         owned = [captions_of(captions[row]) for row in readable.tolist()]
-        distinct = sorted({text for own in owned for text in own} | set(prompts))
-        vectors = dict(zip(distinct, encode(text_features, distinct, **text_options), strict=True))
+        vectors = vectors_of(owned)
         classes = torch.stack([vectors[prompt] for prompt in prompts])
         pairs = classes[labels]
         for i, own in enumerate(owned):
             if own:
-                pairs[i] = (pairs[i] + torch.stack([vectors[text] for text in own]).mean(dim=0)) / 2
+                pairs[i] = (pairs[i] + mean_of(own)) / 2
         solve, targets = (lambda rows, ridge: from_pairs(images[rows], pairs[rows], ridge)), len(pairs)
     else:
         known, weights = class_rows
         synonyms = [[class_prompt(class_template, part) for part in name.split(", ")] for name in known]
-        distinct = sorted({text for own in synonyms for text in own} | set(prompts))
-        vectors = dict(zip(distinct, encode(text_features, distinct, **text_options), strict=True))
+        vectors = vectors_of(synonyms)
         classes = torch.stack([vectors[prompt] for prompt in prompts])
-        texts = torch.stack([torch.stack([vectors[text] for text in own]).mean(dim=0) for own in synonyms])
+        texts = torch.stack([mean_of(own) for own in synonyms])
         solve, targets = (lambda rows, ridge: from_class_rows(weights, texts, ridge)), len(weights)
 
     truth, found = labels[held], {}

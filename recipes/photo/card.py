@@ -44,7 +44,7 @@ There are no pictures of ImageNet here: a class stands for itself by its row in 
 `VisionTextDualEncoderModel` of two stock towers, weights in float16.
 
 - `EfficientNetModel`: EfficientNet-Lite0, pictures of 224 px (short side, then the middle), 1,280 features. Lite has no squeeze-and-excitation: its gates
-  are fixed open here. It gives the values of the original to 1e-5.
+  are fixed open here. Before the rounding to float16 it gives the values of the original to 1e-5.
 - `AlbertModel`: four unshared layers of width 384, {pieces:,} lower-case word pieces in 192 dimensions, 128 tokens at most. Its pooled output is
   a sentence embedding; the mean cosine with the teacher's is {cosine:.3f} on texts that it was not trained on.
 - Projections to {size_joint} dimensions, without biases.

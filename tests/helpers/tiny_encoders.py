@@ -84,20 +84,22 @@ def altclip():
     return hf.AltCLIPModel(config), hf.AltCLIPProcessor(cropped(), tokenizer)
 
 
+# Two stages of EfficientNet.
+EFFICIENT = {
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+    "kernel_sizes": [3, 3],
+    "in_channels": [32, 16],
+    "out_channels": [16, 24],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 2],
+}
+
+
 def align():
     tokenizer = word_pieces()
-    vision = {
-        "image_size": 16,
-        "width_coefficient": 1.0,
-        "depth_coefficient": 1.0,
-        "kernel_sizes": [3, 3],
-        "in_channels": [32, 16],
-        "out_channels": [16, 24],
-        "strides": [1, 2],
-        "num_block_repeats": [1, 1],
-        "expand_ratios": [1, 2],
-        "hidden_dim": 32,
-    }
+    vision = {**EFFICIENT, "image_size": 16, "hidden_dim": 32}
     config = hf.AlignConfig(
         text_config=text(tokenizer), vision_config=vision, projection_dim=24, temperature_init_value=0.1
     )

@@ -14,18 +14,7 @@ from mmft_hf.model.loading import encode_images
 from mmft_hf.model.towers import lora_layers, merge
 
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-EFFICIENT = {
-    "width_coefficient": 1.0,
-    "depth_coefficient": 1.0,
-    "kernel_sizes": [3, 3],
-    "in_channels": [32, 16],
-    "out_channels": [16, 24],
-    "strides": [1, 2],
-    "num_block_repeats": [1, 1],
-    "expand_ratios": [1, 2],
-    "hidden_dim": 1280,
-    "drop_connect_rate": 0.0,
-}
+EFFICIENT = {**tiny_encoders.EFFICIENT, "hidden_dim": 1280, "drop_connect_rate": 0.0}
 # The configuration, the size of the pooled output, and whether LoRA goes into convolutions.
 KINDS = {
     "efficientnet": (hf.EfficientNetConfig(**EFFICIENT), 1280, True),
