@@ -112,7 +112,7 @@ def table(figures: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--figures", type=Path, required=True, help="written by evaluate.py --final")
+    parser.add_argument("--figures", type=Path, required=True, help="written by zero_shot.py --final")
     args = parser.parse_args()
     run = json.loads((args.model / "training.json").read_text())
     figures = json.loads(args.figures.read_text())

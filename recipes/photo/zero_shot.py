@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from mmft_hf.model.loading import encode_images, encode_texts, load_model
+from mmft_hf.predict.metrics import wilson_interval
 
 SPLITS = {
     "emoji_mini": ("validation", "test", "test_new_vendor"),
@@ -17,14 +17,6 @@ SPLITS = {
     "openclipart": ("validation", "test"),
 }
 TEMPLATE = "a photo of a {}."
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share."""
-    share, scale = right / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / scale
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return middle - half, middle + half
 
 
 class ZeroShot:
@@ -59,7 +51,7 @@ def main():
 
     def add(name, split, pictures, labels, names):
         right, n = int((model.classify(pictures, names) == torch.tensor(labels)).sum()), len(labels)
-        low, high = wilson(right, n)
+        low, high = wilson_interval(right, n)
         figures.append(
             {"set": name, "split": split, "classes": len(names), "right": right, "n": n, "low": low, "high": high}
         )
