@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import gc
 import socket
 from pathlib import Path
 
@@ -23,6 +24,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def modules_are_no_garbage():
+    """What was imported stays: every training collects garbage, and would search a million objects of modules for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
