@@ -3,11 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 import mmft_hf
 
@@ -100,10 +99,9 @@ def found(extended, clip_folder, data_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     words = f"benchmark --model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {out}/benchmark"
     settings = "--methods zs mmft-w05 --shots 2 --seeds 0 --num_train_epochs 1 --use_cpu true"
-    command = [sys.executable, "-c", SCRIPT, str(out), str(data_folder), *words.split(), *settings.split()]
-    done = subprocess.run(command, cwd=extended, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {"out": out}
+    command = ["-c", SCRIPT, out, data_folder, *words.split(), *settings.split()]
+    printed, _ = run_python(command, cwd=extended)
+    return json.loads(printed.strip().splitlines()[-1]) | {"out": out}
 
 
 def test_there_is_an_example_for_every_seam():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from benchmark_tools import command, some_splits
 from datasets import Image, List, Value
-from launch_tools import ROOT, end, start
+from launch_tools import ROOT
+from processes import run_python, start
 from tiny_clip import COLOURS, colour_dataset
 
 from mmft_hf.baselines import linear
@@ -96,7 +97,7 @@ def test_a_second_run_changes_nothing_and_an_interrupted_one_ends_with_the_same_
 @pytest.mark.slow
 def test_the_processes_of_a_launcher_share_the_cells(run, clip_folder, data_folder, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "recipes" / "benchmark.py"]
-    printed, _ = end(start([*words, *command(clip_folder, data_folder, tmp_path / "out", *SMALL)[1:]]))
+    printed, _ = run_python([*words, *command(clip_folder, data_folder, tmp_path / "out", *SMALL)[1:]])
     assert numbers(tmp_path / "out") == numbers(run)
     assert "No ± above counts the chance of the test images: with 18 of them" in printed
     assert printed.count("Comparing 7 methods") == printed.count("| method | selection |") == 1
@@ -491,7 +492,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_new_method_is_one_row_of_the_table(clip_folder, data_folder, tmp_path):
     out = tmp_path / "out"
     words = ("--methods", "zs", "nearest-mean", "mmft-no-captions", "--shots", 2, "--seeds", 0)
-    printed, _ = end(start(["-c", ONE_MORE_ROW, *command(clip_folder, data_folder, out, *words)]))
+    printed, _ = run_python(["-c", ONE_MORE_ROW, *command(clip_folder, data_folder, out, *words)])
     help_text, progress = printed.split("Comparing 3 methods on")
     assert "nearest-mean" in help_text
     assert "nearest-mean 2 shots seed 0" in " ".join(progress.split()) and "| nearest-mean | last | 1 |" in progress

@@ -2,13 +2,10 @@
 
 import io
 import json
-import os
 import re
 import signal
 import sqlite3
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -26,14 +23,15 @@ from caption_tools import (
     pairs,
     picture,
     prompt,
-    start,
     undecoded,
-    until,
     written,
     wrong,
 )
 from datasets import ClassLabel, DatasetDict, Features, Image
+from forked import start
 from PIL import Image as PILImage
+from processes import end, until
+from processes import start as start_python
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.ask.pictures import sha256
@@ -308,16 +306,14 @@ def test_a_key_in_place_of_its_name_is_refused_and_not_repeated(run, data, tmp_p
 def test_the_installed_command_is_interrupted_and_shows_no_key(server, data, tmp_path):
     server.server.script = {"rules": [{"do": "ok", "delay_ms": 500}]}
     words = caption(server, data, tmp_path / "out", "--api_key_env", "CANARY_KEY", "--concurrency", "4")
-    line = [sys.executable, "-m", "mmft_hf.cli", *map(str, words)]
-    environment = {"CANARY_KEY": CANARY, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | environment}
-    with subprocess.Popen(line, **options) as process:
-        until(lambda: len(server.requests()) >= 3, 120)
-        shown = [Path(f"/proc/{process.pid}/{name}") for name in ("cmdline", "comm", "status")]
-        shown = b"".join(file.read_bytes() for file in shown if file.exists())
-        process.send_signal(signal.SIGINT)
-        text = process.communicate()[0]
-    assert process.returncode == 3 and "To continue, type: mmft-hf caption --captioner openai" in text
+    environment = {"CANARY_KEY": CANARY, "HF_DATASETS_CACHE": tmp_path / "cache"}
+    process = start_python(["-m", "mmft_hf.cli", *words], **environment)
+    until(lambda: len(server.requests()) >= 3)
+    shown = [Path(f"/proc/{process.pid}/{name}") for name in ("cmdline", "comm", "status")]
+    shown = b"".join(file.read_bytes() for file in shown if file.exists())
+    process.send_signal(signal.SIGINT)
+    text = "".join(end(process, 3))
+    assert "To continue, type: mmft-hf caption --captioner openai" in text
     assert CANARY.encode() not in shown and CANARY not in text and not leaks(tmp_path)
 
 

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from processes import run_python
 from tiny_clip import COLOURS, colour_images
 
 from mmft_hf.cli import main
@@ -93,15 +91,14 @@ def test_the_same_model_behind_a_real_server(server, in_process, pictures, vlm, 
 @pytest.mark.distributed
 def test_two_processes_share_the_pictures(in_process, pictures, vlm, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     command += [ROOT / "recipes" / "caption.py", "--captioner", "transformers", "--captioner_model", vlm, *SETTINGS]
     command += ["--dataset_name", pictures, "--output_dir", out]
-    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=180, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    printed, _ = run_python(command)
     assert texts(out) == texts(in_process)
     assert len(list((out / "journal").glob("journal-*.sqlite"))) == 2
     assert not list((out / "journal").glob("*.done"))
-    assert done.stdout.count("For example") == 1
+    assert printed.count("For example") == 1
 
 
 def test_captions_that_are_made_are_trained_on(in_process, clip_folder, tmp_path, capsys):

@@ -1,13 +1,10 @@
 """Captioning runs that are killed, interrupted, turned away and misled: nothing is lost, mispaired or bought twice."""
 
 import asyncio
-import os
 import random
 import shlex
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -27,12 +24,13 @@ from caption_tools import (
     pairs,
     picture,
     prompt,
-    start,
     undecoded,
-    until,
     written,
     wrong,
 )
+from forked import start
+from processes import end, until
+from processes import start as start_python
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.ask.journal import Journal, settled_slots
@@ -92,14 +90,12 @@ def test_kills_at_random_moments(tmp_path):
             return [*caption(server, data, tmp_path / model), *more]
 
         def kill_one(model, seconds):
-            line, mark = [sys.executable, "-m", "mmft_hf.cli", *map(str, words(model))], f'"{model}"'.encode()
-            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | cache}
-            with subprocess.Popen(line, **options) as process:
-                until(lambda: server.log.exists() and mark in server.log.read_bytes(), 120, every=0.1)
-                time.sleep(seconds)
-                process.kill()
-                kills[model].append(time.time())
-            assert process.returncode == -signal.SIGKILL
+            process, mark = start_python(["-m", "mmft_hf.cli", *words(model)], **cache), f'"{model}"'.encode()
+            until(lambda: server.log.exists() and mark in server.log.read_bytes(), every=0.1)
+            time.sleep(seconds)
+            process.kill()
+            kills[model].append(time.time())
+            end(process, -signal.SIGKILL)
 
         threads = [threading.Thread(target=kill_one, args=(f"own-{i}", rng.uniform(0, 0.8))) for i in range(3)]
         for thread in threads:
@@ -170,10 +166,7 @@ def test_a_second_ctrl_c_ends_at_once(server, command, tmp_path):
     running.kill(signal.SIGINT)
     until(lambda: "Press Ctrl-C again" in running.text)
     running.kill(signal.SIGINT)
-    overdue = threading.Timer(60, running.kill)  # half of the time after which the calls would be given up
-    overdue.start()
-    assert running.wait() == 3
-    overdue.cancel()
+    assert running.wait(60) == 3  # half of the time after which the calls would be given up
     assert len(journal_of(tmp_path / "out")) == 10 and "Traceback" not in running.text
 
 

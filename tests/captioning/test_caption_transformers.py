@@ -4,10 +4,7 @@ import asyncio
 import gc
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -15,6 +12,7 @@ import weakref
 import pytest
 import torch
 from PIL import Image
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from tiny_vlm import CHAT_TEMPLATE
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
@@ -284,10 +282,8 @@ def test_identity_is_the_same_in_another_process_and_a_commit_for_a_hub_model(vl
         hub = TransformersBackend("someone/tiny-vlm", sampling=GREEDY)
         answer = asyncio.run(hub.generate(MIXED[:1]))[0]
         print(json.dumps([TransformersBackend({str(vlm)!r}).identity(), hub.identity(), answer.text]))"""
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    local, hub, text = json.loads(result.stdout)
+    out, _ = run_python(["-c", code], HF_HOME=tmp_path, HF_HUB_CACHE=tmp_path / "hub", HF_HUB_OFFLINE=1)
+    local, hub, text = json.loads(out)
     backend = TransformersBackend(str(vlm), sampling=GREEDY)
     assert local == backend.identity()
     assert hub == {**local, "model": "someone/tiny-vlm", "revision": commit}

@@ -14,6 +14,7 @@ import torch
 from data_tools import png_of_size, save_pictures, with_bad_picture, with_column, write_csv, write_jsonl
 from datasets import ClassLabel, Features, Image
 from huggingface_hub import constants
+from processes import run_python
 from tiny_clip import COLOURS, colour_dataset, colour_images
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
@@ -445,11 +446,9 @@ def test_bad_evaluation_picture_stops_and_is_named(split, fails, finetune, data_
 @pytest.mark.slow
 def test_the_message_is_all_that_a_process_leaves_on_stderr(finetune, data_with):
     data = data_with(train=with_bad_picture(4, colour_dataset(3)))
-    command = [sys.executable, "-m", "mmft_hf", *map(str, finetune("--eval_on_start", "false", data=data))]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("mmft-hf: training image, row 4 cannot be read: expected a picture")
+    _, err = run_python(["-m", "mmft_hf", *finetune("--eval_on_start", "false", data=data)], 2)
+    assert len(err.splitlines()) == 1
+    assert err.startswith("mmft-hf: training image, row 4 cannot be read: expected a picture")
 
 
 def test_missing_file_is_named(fails, finetune, tmp_path):

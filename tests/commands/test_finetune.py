@@ -5,15 +5,14 @@ import hashlib
 import io
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from caption_tools import start, until
 from datasets import Dataset, load_dataset
+from forked import start
 from PIL import Image
+from processes import run_python, until
 from safetensors.torch import load_file
 from tiny_clip import COLOURS
 from transformers import CLIPModel, pipeline
@@ -138,8 +137,7 @@ def test_pipeline_with_evaluate(run, data_folder):
 @pytest.mark.parametrize("order", ["import mmft_hf, transformers.pipelines", "import transformers.pipelines, mmft_hf"])
 def test_importing_the_package_registers_the_pipeline(order):
     code = f"{order}\nfrom transformers.pipelines import PIPELINE_REGISTRY as r\nprint(r.check_task('mmft-image-classification')[0])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "mmft-image-classification", done.stderr
+    assert run_python(["-c", code])[0].strip() == "mmft-image-classification"
 
 
 def test_stock_transformers_open_the_folder(run, pictures):
@@ -343,7 +341,7 @@ def test_killed_and_resumed_gives_the_same_weights(run, clip_folder, data_folder
     output = tmp_path / "out"
     words = arguments(clip_folder, data_folder, output)
     process = start(words, tmp_path / "killed.txt")
-    until((output / sign).exists, seconds=90, every=0.001)
+    until((output / sign).exists, every=0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL, process.text
     resumed = start([*words, "--resume_from_checkpoint", "true"], tmp_path / "resumed.txt")

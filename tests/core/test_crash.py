@@ -7,7 +7,8 @@ import time
 
 import pyarrow
 import pytest
-from launch_tools import YAMLS, difference, end, free_port, launch, settings, start, weights
+from launch_tools import YAMLS, difference, free_port, launch, settings, weights
+from processes import end, kill, start
 from pyarrow import parquet
 
 # Process 1 sends itself a signal after a step. No launcher is there to end process 0.
@@ -52,7 +53,7 @@ def ranks(tmp_path, clip_folder, data_folder):
 
     yield run
     for process in started:
-        process.kill()
+        kill(process)
         process.wait()
 
 
@@ -62,9 +63,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, tmp_path):
     for process in ranks("straight"):
         end(process)
     survivor, killed = ranks("cut", die=signal.SIGKILL)
-    killed.wait(60)
-    _, err = end(survivor, 3, timeout=30)  # a process that waits for another would wait half an hour
-    assert killed.returncode == -signal.SIGKILL
+    end(killed, -signal.SIGKILL)
+    _, err = end(survivor, 3)  # a process that waits for another would wait half an hour
     message = err[err.index("mmft-hf: ") :]
     assert "process 0 of 2: another process has ended or does not answer (" in message
     assert f"The last complete checkpoint is {tmp_path / 'cut' / 'checkpoint-3'}." in message
@@ -78,7 +78,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(ranks, tmp_path):
 @pytest.mark.slow
 def test_a_silent_process_ends_the_other_after_the_timeout(ranks):
     survivor, _ = ranks("out", die=signal.SIGSTOP, ddp_timeout=4)
-    _, err = end(survivor, 3, timeout=60)
+    _, err = end(survivor, 3)
     assert "does not answer (Timed out" in err and "checkpoint-3." in err
 
 
@@ -92,7 +92,7 @@ def test_a_launcher_can_end_a_process_that_waits_for_another(ranks, tmp_path):
     time.sleep(3)  # until it waits
     assert survivor.poll() is None
     survivor.terminate()
-    _, err = end(survivor, 3, timeout=20)
+    _, err = end(survivor, 3)
     assert "stopped by SIGTERM, which a launcher sends when another process has ended" in err
     assert "checkpoint-3." in err
 
@@ -113,7 +113,7 @@ def test_an_error_of_one_process_ends_the_other_under_a_launcher(clip_folder, da
         per_device_train_batch_size=4,
         use_cpu="true",
     )
-    _, err = end(launch("--config_file", YAMLS / "multi_cpu.yaml", words=words), 1, timeout=60)
+    _, err = end(launch("--config_file", YAMLS / "multi_cpu.yaml", words=words), 1)
     assert err.count("mmft-hf: ") == 2
     assert "row 11" in err
     assert "another process has ended" in err

@@ -14,13 +14,13 @@ from launch_tools import (
     YAMLS,
     cut,
     difference,
-    end,
     free_port,
     launch,
     settings,
     weights,
     world_size,
 )
+from processes import end
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 

@@ -1,22 +1,13 @@
-"""For tests of captioning runs: pictures, their expected captions, and commands as real processes that can be killed.
+"""For tests of captioning runs: pictures, their expected captions, and their command lines.
 
 An expected caption is computed from the bytes of the picture and from a prompt written here, never from what the library
 recorded.
 """
 
-import atexit
-import functools
 import hashlib
 import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from caption_server import caption_of
@@ -97,99 +88,7 @@ def undecoded(captioned) -> list[dict]:
     return list(captioned.cast_column("image", Image(decode=False)))
 
 
-# -- processes --------------------------------------------------------------------------------------------------------
-class Command:
-    """`mmft-hf …` as a process, forked from one that has imported everything, which takes 10 ms in place of 4 s."""
-
-    def __init__(self, pid: int, output: Path):
-        self.pid, self.output = pid, output
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self) -> int:
-        """The exit code, negative if a signal ended the process."""
-        return _launcher().ask({"wait": self.pid})
-
-    @property
-    def text(self) -> str:
-        return self.output.read_text()
-
-
-class Launcher:
-    def __init__(self):
-        command = [sys.executable, __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        atexit.register(self.close)
-
-    def ask(self, message) -> int:
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@functools.cache
-def _launcher() -> Launcher:
-    return Launcher()
-
-
-def start(words, output: Path, before: str = "", **environment) -> Command:
-    """Starts a command. `before`: Python code that its process runs first; `environment`: additional variables."""
-    message = {"words": [str(word) for word in words], "output": str(output), "before": before, "env": environment}
-    return Command(_launcher().ask(message), output)
-
-
 def caption(server, data: Path, output: Path, *more) -> list:
     """The command line of a captioning run."""
     words = ["caption", "--captioner", "openai", "--captioner_model", "m", "--base_url", f"{server.url}/v1"]
     return [*words, "--dataset_name", data, "--output_dir", output, *more]
-
-
-def until(condition, seconds: float = 30.0, every: float = 0.005) -> None:
-    """Waits until the condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(every)
-
-
-def _serve() -> None:
-    import mmft_hf.captioning.ask.backends.openai
-    import mmft_hf.commands.caption.actions
-    from mmft_hf.cli import main, quiet_libraries
-    from mmft_hf.model.loading import load_tokenizer
-
-    quiet_libraries()
-    load_tokenizer("builtin/tiny-clip")
-    for line in sys.stdin:
-        message = json.loads(line)
-        if "wait" in message:
-            print(os.waitstatus_to_exitcode(os.waitpid(message["wait"], 0)[1]), flush=True)
-            continue
-        if message["words"][0] == "finetune":
-            import mmft_hf.train.workflow  # noqa: F401 - torch, which captioning does without
-        pid = os.fork()
-        if pid:
-            print(pid, flush=True)
-            continue
-        os.setsid()
-        handle = os.open(message["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(handle, 1), os.dup2(handle, 2)
-        os.environ.update(message["env"])
-        if "HF_DATASETS_CACHE" in message["env"]:
-            datasets.config.HF_DATASETS_CACHE = Path(message["env"]["HF_DATASETS_CACHE"])
-        code = 1
-        try:
-            exec(message["before"], {})
-            code = main(message["words"])
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-
-
-if __name__ == "__main__":
-    _serve()

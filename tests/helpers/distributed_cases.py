@@ -1,12 +1,11 @@
 """Losses and trainings that give the same numbers in one process or several.
 
-As a script, under torchrun: `distributed_cases.py FOLDER NAME...` computes the loss of shards of every size in `SIZES` and
-every term of the last of them, trains the named cases, and saves in the first process what came out.
+In each of several processes, `main(folder, *names)` computes the loss of shards of every size in `SIZES` and every term of the
+last of them, trains the named cases, and saves in the first process what came out.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -134,7 +133,8 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     return weights | gradients.first | head, logs | metrics | {"world": world}
 
 
-def main(folder: Path, *names: str) -> None:
+def main(folder: str, *names: str) -> None:
+    folder = Path(folder)
     torch.set_num_threads(1)
     os.environ["MMFT_HF_CACHE"] = str(folder / "cache")  # what is encoded is encoded here, by all processes
     world = int(os.environ["WORLD_SIZE"])
@@ -164,7 +164,3 @@ def main(folder: Path, *names: str) -> None:
             (folder / f"{name}.json").write_text(json.dumps(numbers))
     torch.distributed.destroy_process_group()
     os._exit(0)  # without the end of the interpreter, in which threads of gloo may abort: see mmft_hf/launch.py
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

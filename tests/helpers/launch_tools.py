@@ -1,13 +1,12 @@
 """Starting `mmft-hf finetune` as users do: through accelerate's launcher, or rank by rank without any launcher."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+from processes import start
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -21,25 +20,9 @@ def settings(**given) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
-def start(command: list, **environment) -> subprocess.Popen:
-    command = [sys.executable, *map(str, command)]
-    variables = os.environ | {key: str(value) for key, value in environment.items()}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
-
-
 def launch(*options, script=RECIPE, words=()) -> subprocess.Popen:
     """`accelerate launch OPTIONS recipes/finetune.py WORDS`."""
     return start(["-m", "accelerate.commands.launch", *options, script, *words])
-
-
-def end(process: subprocess.Popen, code: int = 0, timeout: float = 120) -> tuple[str, str]:
-    """Its output and errors, after it ended with this exit code."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == code, out + err
-    return out, err
 
 
 def free_port() -> int:

@@ -46,6 +46,7 @@ from urllib.parse import unquote, urlencode
 from aiohttp import web
 from local_hub_api import Api, Call
 from local_hub_store import Commit, Objects, Problem, Repo
+from processes import HANGS
 
 TOKENS = {
     "hf_alice": {"user": "alice", "orgs": ["team"], "role": "write"},
@@ -147,10 +148,10 @@ class Hub(Api):
     def env(self) -> dict[str, str]:
         return self.environment()
 
-    def python(self, code: str, *args, token=None, home="home", timeout=60, **env) -> subprocess.CompletedProcess:
+    def python(self, code: str, *args, token=None, home="home", **env) -> subprocess.CompletedProcess:
         """Runs Python code in a child process: its output as text; it may have failed."""
         command, env = [sys.executable, "-c", code, *map(str, args)], self.environment(token, home, **env)
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=self.folder)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS, cwd=self.folder)
 
     # --- requests and faults -----------------------------------------------------------------------------------------
 

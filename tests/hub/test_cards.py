@@ -5,11 +5,8 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import types
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +23,7 @@ from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from model_card_pattern import PATTERN
 from PIL import Image
+from processes import run_python
 from tiny_clip import COLOURS, colour_dataset
 from transformers import AutoModel, AutoProcessor, CLIPModel, pipeline
 
@@ -242,11 +240,8 @@ def test_published_snippets_run_from_a_cache_alone(run, tmp_path):
     (repo / "refs" / "main").write_text("0" * 40)
     (tmp_path / "empty").mkdir()
     code = "\n\n".join(snippets(card)[:3])
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "empty", env=environment
-    )
-    assert done.returncode == 0 and done.stdout.count("thing") >= 9, done.stderr
+    out, _ = run_python(["-c", code], cwd=tmp_path / "empty", HF_HUB_CACHE=tmp_path / "hub", HF_HUB_OFFLINE=1)
+    assert out.count("thing") >= 9, out
 
 
 def test_the_hub_reads_the_metadata(run):

@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +11,7 @@ import pytest
 import transformers
 from hub_tools import client, in_one, pictures, training
 from local_hub import local_hub
+from processes import run_python
 from tiny_clip import COLOURS, colour_images
 
 from mmft_hf import ClassPrototypes
@@ -139,12 +138,11 @@ with torch.no_grad():
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "towers"), [("full2", []), ("lora2", LORA)])
 def test_two_processes(hub, published, picture, tmp_path, name, towers):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "recipes" / "finetune.py"), *from_hub(name, tmp_path), *towers]
-    env = hub.environment("hf_alice", "training")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("It is at") == 1, done.stdout
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "recipes" / "finetune.py"]
+    out, _ = run_python(
+        [*command, *from_hub(name, tmp_path), *towers], inherit=False, **hub.environment("hf_alice", "training")
+    )
+    assert out.count("It is at") == 1, out
     (hub.folder / name).mkdir()
     for path, data in hub.files(f"alice/{name}").items():
         (hub.folder / name / path).write_bytes(data)

@@ -4,12 +4,11 @@ import json
 import shlex
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 from hub_tools import client, content, in_one, pictures, printed_command, training
 from local_hub import local_hub
+from processes import kill, start, until
 from tiny_clip import colour_dataset
 
 from mmft_hf.cli import main
@@ -137,12 +136,13 @@ def test_an_upload_that_is_killed_goes_on_where_it_was(hub, alice, run):
     """A process that dies while one file is on its way: the others are not sent again."""
     hub.rules = [{"match": "PUT /cdn/models/alice/killed/", "do": "hang", "from": 3}]
     code = "from mmft_hf.hub.publish import push_model; import sys; push_model(sys.argv[1], 'alice/killed')"
-    command = [sys.executable, "-c", code, str(run)]
-    with subprocess.Popen(command, env=hub.environment(CANARY, "killed"), cwd=hub.folder) as process:
+    process = start(["-c", code, run], cwd=hub.folder, inherit=False, **hub.environment(CANARY, "killed"))
+    try:
         hub.wait_for("PUT /cdn/models/alice/killed/", 3)
-        while len([r for r in hub.requests("PUT /cdn/models/alice/killed/") if r["status"] == 200]) < 2:
-            pass
-        process.kill()
+        until(lambda: len([r for r in hub.requests("PUT /cdn/models/alice/killed/") if r["status"] == 200]) >= 2)
+    finally:
+        kill(process)
+        process.wait()
     there = {r["path"] for r in hub.requests("PUT /cdn/models/alice/killed/") if r["status"] == 200}
     assert len(there) == 2 and set(hub.files("alice/killed")) == {".gitattributes"}
     hub.rules, before = [], len(hub.log)

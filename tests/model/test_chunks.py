@@ -1,13 +1,12 @@
 """Batches encoded in chunks: the same gradient, less memory, and what is said about memory before."""
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from processes import run_python
 from tiny_clip import colour_dataset
 from tiny_encoders import KINDS
 from training import changed, make_trainer, weights
@@ -145,10 +144,8 @@ def in_a_process(tmp_path, code: str, *arguments) -> dict:
     tests = str(__file__).rsplit("/", 1)[0]
     # Large blocks go straight to the system and back, so that what is in use is what is measured.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(script), tests, str(tmp_path), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    out, _ = run_python([script, tests, tmp_path, *arguments], **environment)
+    return json.loads(out.strip().splitlines()[-1])
 
 
 STEP = """

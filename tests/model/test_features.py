@@ -4,8 +4,6 @@ import copy
 import io
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from processes import run_python
 from safetensors import safe_open
 from tiny_clip import colour_dataset
 
@@ -302,16 +301,8 @@ def test_two_processes_share_the_work_and_get_the_bits_of_one(tmp_path, clip):
 
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"MMFT_HF_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*command, script, Path(__file__).parent, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    run_python([*command, Path(__file__).parent, tmp_path], MMFT_HF_CACHE=tmp_path / "cache")
     said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [s["made"] for s in said] == [{"images": 2, "texts": 1}, {"images": 1, "texts": 0}]
     assert [s["hit"] for s in said] == [s["made"] for s in said]

@@ -7,13 +7,12 @@ import itertools
 import json
 import logging
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_python
 from safetensors.torch import load_file
 from training import StopAfter, changed, make_trainer, weights, with_lora
 from transformers import CLIPModel, pipeline
@@ -318,9 +317,7 @@ def test_two_processes_equal_one(clip_folder, data_folder, tmp_path):
     assert main(words) == 0
     words[words.index("--output_dir") + 1] = str(tmp_path / "two")
     words[words.index("--per_device_train_batch_size") + 1] = "4"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mmft_hf"]
-    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+    run_python(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mmft_hf", *words])
     assert json.loads((tmp_path / "two" / "mmft.json").read_text())["identity"]["world_size"] == 2
     for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
         one, two = (load_file(tmp_path / run / name) for run in ("one", "two"))

@@ -1,11 +1,11 @@
 """Every recipe parses, and the scripts do what their verbs do."""
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch_tools import launch
+from processes import end, run_python
 
 from mmft_hf.cli import VERBS
 from mmft_hf.commands.parser import parse
@@ -49,30 +49,17 @@ learning_rate: 1e-3
 per_device_train_batch_size: 8
 """
     (tmp_path / "finetune.yaml").write_text(settings)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(RECIPES / "finetune.py")]
-    done = subprocess.run(
-        [*command, "--config", str(tmp_path / "finetune.yaml")], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Test accuracy on 18 images" in done.stdout
+    options = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    words = ["--config", tmp_path / "finetune.yaml"]
+    out, _ = end(launch(*options, script=RECIPES / "finetune.py", words=words))
+    assert "Test accuracy on 18 images" in out
     assert (tmp_path / "out" / "prototypes.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_the_benchmark_of_speed_prints_its_tables():
     words = "--geometries tiny-clip --batches 4 --rounds 1 --sections steps chunks --chunks 2 6".split()
-    done = subprocess.run([sys.executable, BENCHMARK, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| ours |") == 2 and done.stdout.count("| plain |") == 2
-    assert "- overhead of a step over the floor: " in done.stdout
-    assert "| 6 | 2 | " in done.stdout
+    out, _ = run_python([BENCHMARK, *words])
+    assert out.count("| ours |") == 2 and out.count("| plain |") == 2
+    assert "- overhead of a step over the floor: " in out
+    assert "| 6 | 2 | " in out

@@ -11,7 +11,7 @@ import stat
 
 import pytest
 import torch
-from launch_tools import end, start
+from processes import run_python
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -240,7 +240,7 @@ def test_a_second_process_is_refused_while_the_first_one_trains(clip_folder, dat
 
     def second():
         for more in ([], ["--resume_from_checkpoint", "true"], ["--overwrite_output_dir", "true"]):
-            seen.append(end(start(["-m", "mmft_hf", *first, *more]), 2)[1])
+            seen.append(run_python(["-m", "mmft_hf", *first, *more], 2)[1])
 
     at_step(2, second)
     assert main(first) == 0 and len(seen) == 3

@@ -2,30 +2,36 @@
 
 import functools
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 from distributed_cases import CASES, FAST, SIZES, run
+from forked import fork
+from launch_tools import free_port
+from processes import run_python
 from safetensors.torch import load_file
 
 from mmft_hf.train.terms import TERMS
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_cases.py"
 SLOW = [name for name in CASES if name not in FAST]
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Trains cases on several processes, in one launch; their folder."""
+    """Trains cases on several processes; their folder."""
 
     @functools.cache
     def launch(world: int, names: tuple[str, ...]) -> Path:
         folder = tmp_path_factory.mktemp("several")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        done = subprocess.run([*command, SCRIPT, folder, *names], capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr
+        code = f"from distributed_cases import main; main({str(folder)!r}, *{names!r})"
+        where = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [
+            fork(code, folder / f"{rank}.txt", ["distributed_cases"], RANK=rank, LOCAL_RANK=rank, **where)
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            assert rank.wait() == 0, "".join(rank.text for rank in ranks)
         return folder
 
     return launch
@@ -37,7 +43,7 @@ def alone(tmp_path_factory):
     return functools.cache(lambda name: run(name, tmp_path_factory.mktemp("alone")))
 
 
-# Two processes train some cases, and the others in a slow launch; three processes train all of them in another one.
+# Two processes train some cases; in slow tests, two others train the rest, and three train all of them.
 TWO, THREE = (2, FAST), (3, tuple(CASES))
 
 
@@ -111,12 +117,10 @@ def test_finetune_on_two_processes_equals_one(clip_folder, data_folder, tmp_path
             "load_best_model_at_end": "false",
         }
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", *launcher, "mmft_hf", "finetune", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr
+        out, _ = run_python(["-m", *launcher, "mmft_hf", "finetune", *words])
         record = json.loads((tmp_path / name / "mmft.json").read_text())
         assert record["identity"]["world_size"] == 8 // batch
-        assert done.stdout.count("Test accuracy on 18 images") == 1
+        assert out.count("Test accuracy on 18 images") == 1
         return load_file(tmp_path / name / "model.safetensors")
 
     one = finetune([], "one", 8)
@@ -132,17 +136,15 @@ def test_two_processes_cut_within_an_epoch_go_on_as_if_they_had_not_been_on_two_
     clip_folder, data_folder, tmp_path
 ):
     """Three steps an epoch, saved every two: step 4 lies within the second epoch."""
-    import shutil
 
-    def finetune(name: str, *more: str, processes: int = 2, batch: int = 4, fails: bool = False):
+    def finetune(name: str, *more: str, processes: int = 2, batch: int = 4, code: int = 0):
         settings = f"--model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {tmp_path / name}"
         settings += f" --num_train_epochs 2 --per_device_train_batch_size {batch} --learning_rate 1e-3 --use_cpu true"
         settings += " --save_strategy steps --save_steps 2 --save_total_limit 9 --load_best_model_at_end false"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "mmft_hf", "finetune"]
-        done = subprocess.run([*command, *settings.split(), *more], capture_output=True, text=True, timeout=180)
-        assert (done.returncode != 0) == fails, done.stderr
-        return done.stderr if fails else load_file(tmp_path / name / "model.safetensors")
+        command = [*(launcher if processes > 1 else []), "-m", "mmft_hf", "finetune"]
+        _, err = run_python([*command, *settings.split(), *more], code)
+        return err if code else load_file(tmp_path / name / "model.safetensors")
 
     def cut(name: str) -> None:
         """What an interruption after checkpoint-4 leaves: no later checkpoint, no results, a record that says so."""
@@ -161,6 +163,6 @@ def test_two_processes_cut_within_an_epoch_go_on_as_if_they_had_not_been_on_two_
     converted = finetune("converted", *resume, processes=1, batch=8)
     assert difference({k: v for k, v in converted.items() if "k_proj.bias" not in k}, straight) < 1e-5
     cut("refused")
-    message = finetune("refused", *resume, processes=1, batch=4, fails=True)
+    message = finetune("refused", *resume, processes=1, batch=4, code=2)
     assert "world_size was 2, now 1" in message
     assert "With 1 instead of 2 processes, --per_device_train_batch_size 8 keeps the steps of 8 images" in message
