@@ -20,7 +20,7 @@ from tiny_clip import COLOURS, colour_images
 from mmft_hf.cli import main
 
 WORKER = r"""
-import contextlib, io, json, os, sys, traceback, warnings
+import contextlib, gc, io, json, os, sys, traceback, warnings
 from pathlib import Path
 # The answers go where standard output went; whatever else is printed goes to standard error.
 answers = os.fdopen(os.dup(1), "w")
@@ -42,6 +42,7 @@ for line in sys.stdin:
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": task["token"]} if task["token"] else {})
     names.update(out={}, args=task["args"])
+    gc.freeze()  # as in conftest.py
     try:
         exec(task["code"], names)
     except BaseException:
