@@ -678,8 +678,11 @@ def test_caption_settings_that_cannot_work(fails, clip_folder, tmp_path):
 
 
 def test_captioning_never_deletes_what_is_not_its_own(fails, succeeds, clip_folder, tmp_path):
-    out = tmp_path / "out"
-    command = ["caption", "--text_columns", "text", "--model_name_or_path", clip_folder, "--output_dir", out]
+    out, data = tmp_path / "out", colour_dataset(4, captions=False)
+    (tmp_path / "pictures").mkdir()
+    data.add_column("text", ["a thing"] * len(data)).to_parquet(tmp_path / "pictures" / "train.parquet")
+    command = ["caption", "--text_columns", "text", "--dataset_name", tmp_path / "pictures"]
+    command += ["--model_name_or_path", clip_folder, "--output_dir", out]
     (out / "data").mkdir(parents=True)
     (out / "data" / "precious.parquet").write_text("mine")
     fails([*command, "--overwrite_output_dir", "true"], "did not write")

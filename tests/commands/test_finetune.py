@@ -14,7 +14,7 @@ from forked import start
 from PIL import Image
 from processes import run_python, until
 from safetensors.torch import load_file
-from tiny_clip import COLOURS
+from tiny_clip import COLOURS, colour_dataset
 from transformers import CLIPModel, pipeline
 
 import mmft_hf
@@ -311,16 +311,10 @@ def test_captions_are_made_then_trained_on(clip_folder, tmp_path, capsys):
 
 
 def test_without_captions_it_trains_with_templates_and_says_so(clip_folder, tmp_path, capsys):
-    command = [
-        "finetune",
-        "--model_name_or_path",
-        str(clip_folder),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_steps",
-        "1",
-    ]
-    assert main([*command, "--per_device_train_batch_size", "8", "--use_cpu", "true"]) == 0
+    data = colour_dataset(4, captions=False)
+    (tmp_path / "data").mkdir()
+    data.add_column("text", ["a thing"] * len(data)).to_parquet(tmp_path / "data" / "train.parquet")
+    assert main([*arguments(clip_folder, tmp_path / "data", tmp_path / "out"), "--max_steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert 'none: class template "a photo of a {}." alone' in printed
     assert "type --captions_column text" in printed
