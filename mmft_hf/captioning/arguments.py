@@ -146,9 +146,9 @@ class CaptionArguments:
 def _mapping(name: str, text: str | None) -> dict:
     try:
         value = json.loads(text) if text else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         example = '\'{"key": "value"}\''
-        raise UserError(f"--{name}: expected JSON, such as {example}, found {text!r} ({error}).") from error
+        raise UserError(f"--{name}: expected JSON, such as {example}, found {text[:80]!r} ({error}).") from error
     if not isinstance(value, dict):
-        raise UserError(f"--{name}: expected names with values, found {text!r}.")
+        raise UserError(f"--{name}: expected names with values, found {text[:80]!r}.")
     return value

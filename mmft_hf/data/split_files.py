@@ -35,7 +35,7 @@ def read_split_file(name: str, image_root: str | None = None) -> DatasetDict | N
     file = Path(name)
     try:
         found = json.loads(file.read_text("utf-8"))
-    except ValueError:  # for example JSON lines
+    except (ValueError, RecursionError):  # for example JSON lines
         found = None
     if not isinstance(found, dict) or "train" not in found:
         return None

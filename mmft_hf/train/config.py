@@ -44,11 +44,14 @@ UNSUPPORTED = {
     "train_sampling_strategy": ("random", "it has no meaning for this loss"),
     "neftune_noise_alpha": (None, "CLIP's text tower has no such noise"),
     "dataloader_drop_last": (False, "it would also drop the last images of every evaluation"),
+    "eval_do_concat_batches": (True, "metrics are computed over all images at once"),
 }
 
 
 MOST_EPOCHS = 1_000_000  # an infinite number has no schedule
 MOST_STEPS = 10**12
+# Of stock settings that the Trainer does not check.
+RANGES = {"warmup_steps": Range(high=MOST_STEPS), "eval_accumulation_steps": Range(1)}
 
 
 @dataclass
@@ -267,8 +270,9 @@ class MMFTConfig(TrainingArguments):
                 f"--{name}: expected more than 0 and at most {most:,}, found {getattr(self, name)!r}. To measure, type mmft-hf "
                 "evaluate."
             )
-        if self.warmup_steps not in Range(high=MOST_STEPS):
-            raise UserError(f"--warmup_steps: expected 0 to {MOST_STEPS:,}, found {self.warmup_steps!r}.")
+        for name, allowed in RANGES.items():
+            if (found := getattr(self, name)) is not None and found not in allowed:
+                raise UserError(f"--{name}: expected {allowed}, found {found!r}.")
         for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
             if (found := getattr(self, name)) is not None and not isinstance(found, dict):
                 raise UserError(f"--{name}: expected an object such as '{{\"key\": 1}}', found {found!r}.")

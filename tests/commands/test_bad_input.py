@@ -199,6 +199,8 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
         ("--shots", "0", "1 or more"),
         ("--test_size", "1", "between 0 and 1"),
         ("--dataloader_drop_last", "true", "expected False"),
+        ("--eval_do_concat_batches", "false", "expected True"),
+        ("--eval_accumulation_steps", "0", "1 or more"),
         ("--class_template", "a photo.", "{} once"),
         ("--class_template", "a {} of a {}.", "{} once"),
     ],
@@ -674,6 +676,9 @@ def test_caption_settings_that_cannot_work(fails, clip_folder, tmp_path):
     fails([*command, "--text_columns", "words"], "'words' is missing")
     fails(command, "expected one column", "text, text_source")
     fails([*command, "--text_columns", "text", "--model_name_or_path", tmp_path / "none"], "expected the tokenizer")
+    asked = [*command, "--captioner", "openai", "--captioner_model", "m"]
+    for name in ("own_prompts", "request_options"):
+        fails([*asked, f"--{name}", "[" * 100_000], f"--{name}: expected JSON")
     assert not (tmp_path / "out").exists()
 
 

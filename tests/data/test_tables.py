@@ -408,6 +408,12 @@ def test_json_files_that_are_refused(text, message, tmp_path):
         load_splits(DataArguments(dataset_name=str(tmp_path / "list.jsonl")))
 
 
+def test_deep_json_that_could_be_a_split_file_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"expected a file of type \.json"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "list.json")))
+
+
 # -- which pictures a table may name ------------------------------------------------------------------------------------
 def secret(tmp_path, pictures):
     """A folder with a table, and a picture that is not in it."""
