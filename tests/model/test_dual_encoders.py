@@ -205,7 +205,14 @@ def test_lora_goes_into_all_linear_layers_of_the_blocks(kind, pair):
     assert found == {name for name in inside if kind != "align" or name.startswith("text_model.")}
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+WITH_LORA = ("clip", "siglip", "align", "vit_bert")  # the others consist of the same blocks
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(kind, "full") for kind in KINDS]
+    + [pytest.param(kind, "lora", marks=[pytest.mark.slow] * (kind not in WITH_LORA)) for kind in KINDS],
+)
 def test_two_steps_change_what_is_trained_and_the_saved_folder_predicts_the_same(kind, pair, folders, tmp_path, mode):
     model, processor = pair
     torch.manual_seed(0)
@@ -246,8 +253,15 @@ def test_two_steps_change_what_is_trained_and_the_saved_folder_predicts_the_same
         torch.testing.assert_close(again, scores, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["altclip", "vit_bert"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("altclip", "full"),
+        ("altclip", "lora"),
+        ("vit_bert", "full"),
+        pytest.param("vit_bert", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_gives_back_every_weight(kind, mode, folders, tmp_path):
     """save_pretrained renames some weights of these models, so the stock Trainer reads back only the others."""
 
