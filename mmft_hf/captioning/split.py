@@ -26,7 +26,8 @@ from .ask.captioner import Captioner
 from .ask.cost import CostMeter, price_of
 from .ask.dispatch import Outcome
 from .ask.driver import Driver
-from .ask.journal import Journal, JournalReader, left_out, settled_slots, spent_dollars
+from .ask.journal import Journal
+from .ask.journal_reader import JournalReader, left_out, settled_slots, spent_dollars
 from .ask.limits import Limits
 from .ask.pictures import prepare, sha256
 from .ask.plan import Keys, Plan, WorkItem, make_plan

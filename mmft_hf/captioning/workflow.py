@@ -24,7 +24,8 @@ from .arguments import CaptionArguments
 from .ask.captioner import Captioner
 from .ask.cost import Spending
 from .ask.dispatch import Outcome
-from .ask.journal import journal_files, settled_slots
+from .ask.journal_reader import settled_slots
+from .ask.journal_table import journal_files
 from .ask.limits import Limits
 from .ask.plan import Plan, pictures_of
 from .ask.processes import Processes

@@ -10,8 +10,10 @@ import pytest
 from caption_server import serving
 from caption_tools import image_folder
 
-from mmft_hf.captioning.ask.journal import COLUMNS, Journal, by_slot, read_rows, settled_slots
+from mmft_hf.captioning.ask.journal import Journal
 from mmft_hf.captioning.ask.journal_parquet import export_journal, import_journal
+from mmft_hf.captioning.ask.journal_reader import by_slot, read_rows, settled_slots
+from mmft_hf.captioning.ask.journal_table import COLUMNS
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
 

@@ -33,7 +33,8 @@ from processes import end, until
 from processes import start as start_python
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.journal import Journal, settled_slots
+from mmft_hf.captioning.ask.journal import Journal
+from mmft_hf.captioning.ask.journal_reader import settled_slots
 from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.types import Sampling

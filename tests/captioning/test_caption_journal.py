@@ -11,8 +11,10 @@ from caption_tools import NAMES, asked, dataset, pairs, picture, undecoded, wron
 from datasets import concatenate_datasets
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.journal import Journal, JournalError, by_slot, read_rows, settled_slots
+from mmft_hf.captioning.ask.journal import Journal
 from mmft_hf.captioning.ask.journal_parquet import export_journal, import_journal
+from mmft_hf.captioning.ask.journal_reader import by_slot, read_rows, settled_slots
+from mmft_hf.captioning.ask.journal_table import JournalError
 from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.pictures import PicturePolicy
 from mmft_hf.captioning.judge.checks import CaptionChecker

@@ -17,7 +17,7 @@ from caption_tools import dataset, picture, undecoded, wrong
 from launch_tools import free_port
 
 from mmft_hf.captioning import Captioner, caption_dataset
-from mmft_hf.captioning.ask.journal import left_out, read_rows
+from mmft_hf.captioning.ask.journal_reader import left_out, read_rows
 from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.types import Sampling

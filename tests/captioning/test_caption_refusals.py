@@ -17,7 +17,7 @@ from mmft_hf.captioning.ask.backends.failures import failure
 from mmft_hf.captioning.ask.backends.gemini import GeminiBackend
 from mmft_hf.captioning.ask.backends.openai import OpenAIBackend
 from mmft_hf.captioning.ask.backends.transport import Transport
-from mmft_hf.captioning.ask.journal import left_out
+from mmft_hf.captioning.ask.journal_reader import left_out
 from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.types import Fatal, FieldRefused, Picture, Request, Sampling, Transient, Unanswerable

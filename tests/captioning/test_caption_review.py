@@ -21,7 +21,8 @@ from launch_tools import free_port
 
 from mmft_hf.captioning import Captioner, caption_dataset
 from mmft_hf.captioning.ask.cost import Spending
-from mmft_hf.captioning.ask.journal import Journal, by_slot, settled_slots
+from mmft_hf.captioning.ask.journal import Journal
+from mmft_hf.captioning.ask.journal_reader import by_slot, settled_slots
 from mmft_hf.captioning.ask.limits import Limits, RetryPolicy
 from mmft_hf.captioning.ask.pictures import sha256
 from mmft_hf.captioning.ask.processes import Processes

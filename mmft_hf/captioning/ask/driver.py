@@ -16,7 +16,9 @@ from ..types import Answer, Backend, CallError, FieldRefused, Picture, Request, 
 from .captioner import Captioner
 from .cost import CostMeter
 from .dispatch import Dispatcher, Outcome, Stopped
-from .journal import Journal, JournalError, JournalReader, unsettled_slots
+from .journal import Journal
+from .journal_reader import JournalReader, unsettled_slots
+from .journal_table import JournalError
 from .limits import Limits
 from .pictures import prepare, sha256
 from .plan import Keys, Plan, Slot, WorkItem

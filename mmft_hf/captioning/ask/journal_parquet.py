@@ -14,7 +14,9 @@ from ...core.files import atomic_write
 from ...core.reading import check_regular
 from ...core.schema import shown
 from ..types import TERMINAL
-from .journal import COLUMNS, Journal, by_slot, journal_files, misfit, read_rows
+from .journal import Journal
+from .journal_reader import by_slot, read_rows
+from .journal_table import COLUMNS, journal_files, misfit
 
 KINDS = {"TEXT": pa.string(), "INTEGER": pa.int64(), "REAL": pa.float64()}
 

@@ -18,7 +18,7 @@ from ...data.splits import captions_of
 from ...data.texts import class_prompt
 from ..ask.captioner import Captioner
 from ..ask.cost import Spending
-from ..ask.journal import JournalReader, by_slot
+from ..ask.journal_reader import JournalReader, by_slot
 from ..ask.pictures import sha256
 from ..ask.plan import Keys, Slot, digests
 from ..judge.checks import CaptionChecker, Checked, SharedTexts, duplicate_key, duplicates

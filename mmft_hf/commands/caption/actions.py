@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from ...captioning.arguments import CaptionArguments
 from ...captioning.ask.cost import Spending
-from ...captioning.ask.journal import Journal, by_slot, journal_files, left_out, spent_dollars
+from ...captioning.ask.journal import Journal
 from ...captioning.ask.journal_parquet import export_journal, import_journal
+from ...captioning.ask.journal_reader import by_slot, left_out, spent_dollars
+from ...captioning.ask.journal_table import journal_files
 from ...captioning.ask.limits import Limits
 from ...captioning.ask.plan import Plan, pictures_of
 from ...captioning.ask.refresh import refresh_prices

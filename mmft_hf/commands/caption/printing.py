@@ -13,7 +13,7 @@ from datasets import Image
 
 from ...captioning.ask.cost import Price, estimate_tokens, price_of
 from ...captioning.ask.dispatch import Outcome
-from ...captioning.ask.journal import by_slot
+from ...captioning.ask.journal_reader import by_slot
 from ...captioning.ask.plan import Plan, WorkItem
 from ...captioning.split import SplitCaptioner
 from ...captioning.types import ACCEPTED, STATUSES, TERMINAL
