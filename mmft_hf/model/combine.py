@@ -32,6 +32,11 @@ from .sentence_encoders import SentenceEncoder, read_sentence_encoder
 from .weights import find_weights
 
 SCALE = math.log(100)  # the highest of CLIP
+# What a tower takes, in the words of transformers and in ours, and the flag of the other tower.
+INPUTS = {
+    "--vision_model": ("pixel_values", "pictures", "--text_model"),
+    "--text_model": ("input_ids", "texts", "--vision_model"),
+}
 
 
 def combine_towers(
@@ -83,10 +88,6 @@ def _vision_tower(name: str, allow_pickle: bool, notes: list[str]) -> tuple[PreT
         model, processor = load_model(name, allow_pickle=allow_pickle)
         return model.vision_model, processor.image_processor
     model = _open(name, config, "--vision_model", allow_pickle, notes)
-    if getattr(model, "main_input_name", None) != "pixel_values":
-        raise UserError(
-            f"--vision_model {name}: expected a model of pictures, found a {type(model).__name__}. Is it the --text_model?"
-        )
     try:
         processor = (
             load_image_processor(builtin(name)) if config.model_type != "timm_wrapper" else _timm_processor(config)
@@ -136,10 +137,6 @@ def _text_tower(name: str, allow_pickle: bool, notes: list[str]):
         model, processor = load_model(name, allow_pickle=allow_pickle)
         return model.text_model, processor.tokenizer
     model = _open(name, config, "--text_model", allow_pickle, notes)
-    if getattr(model, "main_input_name", None) != "input_ids":
-        raise UserError(
-            f"--text_model {name}: expected a model of texts, found a {type(model).__name__}. Is it the --vision_model?"
-        )
     model.config.use_cache = False  # of language models, for the next token
     try:
         tokenizer = AutoTokenizer.from_pretrained(builtin(name), trust_remote_code=False)
@@ -170,6 +167,11 @@ def _open(name: str, config, flag: str, allow_pickle: bool, notes: list[str]) ->
         raise UserError(
             f"{flag} {name}: expected a model that transformers {transformers.__version__} opens here; {first_line(error)}"
         ) from error
+    takes, content, other = INPUTS[flag]
+    if getattr(model, "main_input_name", None) != takes:
+        raise UserError(
+            f"{flag} {name}: expected a model of {content}, found a {type(model).__name__}. Is it the {other}?"
+        )
     check_weights(model, name)
     model.name_or_path = model.config._name_or_path = name
     if missing := sorted(found["missing_keys"]):
