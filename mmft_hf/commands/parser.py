@@ -177,7 +177,13 @@ def parse(verb: str, command, argv: list[str]) -> tuple:
         )
     except UserError:
         raise
-    except (ValueError, ImportError, OSError, TypeError) as error:  # how TrainingArguments refuses a setting
+    except (
+        ValueError,
+        ImportError,
+        OSError,
+        TypeError,
+        RecursionError,
+    ) as error:  # how TrainingArguments refuses a setting
         parser.error(" ".join(str(error).split()).rstrip("."))
     extra = filled.pop() if len(filled) > len(command.ARGUMENTS) else None
     for word in rest:

@@ -110,7 +110,7 @@ class PromptSet:
         clean_names: whether class names are cleaned (`saint_bernard` -> `saint bernard`) and put in lower case.
 
     Raises:
-        UserError: no aspect, a repeated aspect, an unknown placeholder, fewer than one word.
+        UserError: no aspect, a repeated aspect, an unknown placeholder, a prompt that is no text, fewer than one word.
     """
 
     aspects: tuple[str, ...] = ("visual", "shape", "texture")
@@ -128,6 +128,9 @@ class PromptSet:
             )
         if self.words < 1:
             raise UserError(f"words: expected 1 or more, found {self.words}.")
+        for aspect, template in self.own_prompts.items():
+            if not isinstance(template, str):
+                raise UserError(f"own_prompts: expected a text for {aspect!r}, found {template!r}.")
         for template in (self.template, *self.own_prompts.values()):
             for name in re.findall(r"\{(\w*)\}", template):
                 if name not in PLACEHOLDERS:

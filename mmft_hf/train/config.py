@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from ..core import launch
 from ..core.arguments import Range, check_settings, setting
 from ..core.errors import UserError
+from ..core.reading import parse_json, read_bytes
 from ..data.texts import DEFAULT_TEMPLATE, check_template
 from .selection import METRICS, metric_name
 
@@ -51,7 +52,7 @@ UNSUPPORTED = {
 MOST_EPOCHS = 1_000_000  # an infinite number has no schedule
 MOST_STEPS = 10**12
 # Of stock settings that the Trainer does not check.
-RANGES = {"warmup_steps": Range(high=MOST_STEPS), "eval_accumulation_steps": Range(1)}
+RANGES = {"warmup_steps": Range(high=MOST_STEPS), "eval_accumulation_steps": Range(1), "data_seed": Range()}
 
 
 @dataclass
@@ -233,6 +234,9 @@ class MMFTConfig(TrainingArguments):
                 f"--weight_averaging: expected 0 under FSDP and DeepSpeed, found {self.weight_averaging}: no process has all "
                 "the weights to average. Leave it out, or start without them."
             )
+        for name in ("accelerator_config", "fsdp_config", "deepspeed"):  # transformers reads them, and checks little
+            if isinstance(found := getattr(self, name), str) and os.path.exists(found):
+                parse_json(read_bytes(found), f"--{name} {found}")
         launch.start(self.use_cpu, self.ddp_timeout)
         with launch.own_words():
             super().__post_init__()

@@ -201,6 +201,7 @@ def test_value_of_the_wrong_kind(flag, value, fails, finetune):
         ("--dataloader_drop_last", "true", "expected False"),
         ("--eval_do_concat_batches", "false", "expected True"),
         ("--eval_accumulation_steps", "0", "1 or more"),
+        ("--data_seed", "-1", "0 or more"),
         ("--class_template", "a photo.", "{} once"),
         ("--class_template", "a {} of a {}.", "{} once"),
     ],
@@ -241,6 +242,15 @@ def test_value_outside_its_range(flag, value, expected, fails, finetune):
 )
 def test_settings_that_would_fail_in_the_middle_of_a_run(settings, words, fails, finetune, tmp_path):
     fails(finetune(*settings, "--dataset_name", tmp_path / "not read"), *words)
+
+
+@pytest.mark.parametrize("flag", ["--accelerator_config", "--fsdp_config", "--deepspeed"])
+@pytest.mark.parametrize(
+    ("text", "found"), [("[" * 100_000, "damaged"), ("[1]", "found a list"), ("{", "damaged"), ("\xff", "damaged")]
+)
+def test_a_file_of_settings_that_holds_none(flag, text, found, fails, finetune, tmp_path):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    fails(finetune(flag, tmp_path / "a.json"), f"{flag} {tmp_path / 'a.json'}: expected", found)
 
 
 def test_endless_training(fails, finetune):
@@ -679,6 +689,7 @@ def test_caption_settings_that_cannot_work(fails, clip_folder, tmp_path):
     asked = [*command, "--captioner", "openai", "--captioner_model", "m"]
     for name in ("own_prompts", "request_options"):
         fails([*asked, f"--{name}", "[" * 100_000], f"--{name}: expected JSON")
+    fails([*asked, "--own_prompts", '{"visual": 1}'], "own_prompts: expected a text for 'visual', found 1")
     assert not (tmp_path / "out").exists()
 
 
