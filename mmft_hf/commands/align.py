@@ -37,7 +37,7 @@ class AlignArguments:
         "pictures and their texts, which then only choose the ridge.",
     )
     class_template: str = setting(DEFAULT_TEMPLATE, "Text of a class, with {} for its name.")
-    seed: int = setting(0, "Seed of the training pictures that choose the ridge.")
+    seed: int = setting(0, "Seed of the training pictures that choose the ridge.", range=Range())
     allow_pickle: bool = setting(False, ALLOW_PICKLE)
     per_device_eval_batch_size: int = setting(256, "Images per batch.", range=Range(1))
     dataloader_num_workers: int = setting(0, "Processes that read images.", range=Range())

@@ -97,6 +97,11 @@ def printable(name: str) -> str:
     return " ".join(kept.split())[:80]
 
 
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold the text: JSON can spell half of a surrogate pair, UTF-8 cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """The prompts of a captioning run, one per aspect.
@@ -131,6 +136,9 @@ class PromptSet:
         for aspect, template in self.own_prompts.items():
             if not isinstance(template, str):
                 raise UserError(f"own_prompts: expected a text for {aspect!r}, found {template!r}.")
+        for text in (*self.aspects, self.domain, self.template, *self.own_prompts.values()):
+            if not encodable(text):
+                raise UserError(f"prompt: expected text in UTF-8, found {text!r}.")
         for template in (self.template, *self.own_prompts.values()):
             for name in re.findall(r"\{(\w*)\}", template):
                 if name not in PLACEHOLDERS:

@@ -690,6 +690,8 @@ def test_caption_settings_that_cannot_work(fails, clip_folder, tmp_path):
     for name in ("own_prompts", "request_options"):
         fails([*asked, f"--{name}", "[" * 100_000], f"--{name}: expected JSON")
     fails([*asked, "--own_prompts", '{"visual": 1}'], "own_prompts: expected a text for 'visual', found 1")
+    for words in (("--aspects", "\udcff"), ("--domain", "\udcff"), ("--own_prompts", '{"visual": "\\udcff"}')):
+        fails([*asked, *words], "prompt: expected text in UTF-8", "\\udcff")
     assert not (tmp_path / "out").exists()
 
 

@@ -218,6 +218,7 @@ def test_from_two_folders_to_a_classifier(towers, data_folder, tmp_path, capsys)
         (["--vision_model", "TEXT", "--text_model", "TEXT"], "expected a model of pictures, found a BertModel"),
         (["--vision_model", "VISION", "--text_model", "VISION"], "expected a model of texts, found a ResNetModel"),
         (["--vision_model", "VISION", "--text_model", "TEXT", "--text_pooling", "max"], "invalid choice: 'max'"),
+        (["--vision_model", "VISION", "--text_model", "TEXT", "--seed", "-1"], "--seed: expected 0 or more, found -1"),
         (
             ["--vision_model", "nowhere/at/all", "--text_model", "TEXT"],
             "type --vision_model facebook/convnext-tiny-224",

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from ...core.console import some
 from ...core.errors import UserError, nearest
-from ...data.texts import clean_class_name
+from ...data.texts import clean_class_name, encodable
 from ..judge.checks import CaptionChecker, duplicate_key, duplicates
 from ..types import ACCEPTED
 from .dataset import CAPTION_FEATURES, RECORD, captions_from, verdict
@@ -293,15 +293,10 @@ def _read_captions(path: Path) -> tuple[dict[str, list[str]], str]:
         listed = (value or [None]) if isinstance(value, list) else [value]
         texts[key] = ["" if text is None else text for text in listed]
         for text in (key, *texts[key]):
-            if not isinstance(text, str) or not _encodable(text):
+            if not isinstance(text, str) or not encodable(text):
                 raise UserError(
                     f"{path}, key {key!r}: expected a text, a list of texts or null, found {json.dumps(value)[:80]}."
                 )
     flat = any(not isinstance(value, list) for value in values.values())
     name = path.stem.lower()
     return texts, (name.removesuffix("caption").rstrip("_- ") or name) if flat else "unknown"
-
-
-def _encodable(text: str) -> bool:
-    """Whether UTF-8 can hold the text: JSON can spell half of a surrogate pair, UTF-8 cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
