@@ -4,6 +4,7 @@ import re
 import textwrap
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -20,7 +21,7 @@ from launch_tools import (
     weights,
     world_size,
 )
-from processes import end
+from processes import end, start, until
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 
@@ -145,6 +146,24 @@ def test_processes_that_do_not_meet_are_an_error_after_the_timeout(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"expected 2 processes to meet at 127.0.0.1:\d+ within 2 seconds"):
         launching.start(True, 2)
+
+
+HANGS = """
+import pathlib, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+pathlib.Path(sys.argv[1]).write_text(f"{worker.pid}\\n")
+time.sleep(600)
+"""
+
+
+def test_a_launcher_that_hangs_is_ended_with_its_workers(tmp_path):
+    """What these tests do themselves: torchrun gives its workers sessions of their own."""
+    process, written = start(["-c", HANGS, tmp_path / "pid"]), tmp_path / "pid"
+    until(lambda: written.exists() and written.read_text().endswith("\n"))
+    worker = psutil.Process(int(written.read_text()))
+    with pytest.raises(AssertionError, match=r"did not end within 0\.1 s"):
+        end(process, seconds=0.1)
+    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 
 
 # -- FSDP2 ------------------------------------------------------------------------------------------------------------
