@@ -25,6 +25,7 @@ from .images import PICTURE_SUFFIXES
 from .web_tar import read_tar
 
 BATCH_BYTES = 32 * 2**20
+MOST_LEVELS = 32  # of lists in lists: libraries recurse over them
 
 
 @dataclass
@@ -87,11 +88,22 @@ def _arrow(path: Path, args: DataArguments) -> TableFile:
     return _typed(path, open_file()[0], lambda columns: (batch.select(columns) for batch in open_file()[1]))
 
 
+def _levels(kind: pa.DataType) -> int:
+    """How deep lists and structures are nested in a type."""
+    count, level = 0, [kind]
+    while level := [part.field(i).type for part in level if pa.types.is_nested(part) for i in range(part.num_fields)]:
+        count += 1
+    return count
+
+
 def _typed(path: Path, schema: pa.Schema, read: Callable[[list[str]], Iterable[pa.RecordBatch]]) -> TableFile:
     """A file whose columns have types, as `datasets`, pandas, polars or Spark write them."""
     _once(path, schema.names)
     fields, dropped = [], []
     for column in schema:
+        if (levels := _levels(column.type)) > MOST_LEVELS:
+            dropped.append(f"{column.name} (nested {levels} levels deep)")
+            continue
         kind = _plain(column.type)
         try:
             generate_from_arrow_type(kind)

@@ -56,8 +56,8 @@ def read_metadata(args: DataArguments, tree: Tree, pictures: Sequence[str]) -> M
         return None
     # The pictures are named by `file_name`, so no column holds paths that have to be checked here.
     no_image = replace(args, image_column=FILE_NAME + "?", image_root=None)
-    opened = open_files(args.dataset_name, {file: [Path(tree.path(file))] for file in found}, no_image).splits
-    opened = {file: rows for file, rows in opened.items() if rows.features.get(FILE_NAME) in _TEXT}
+    read = open_files(args.dataset_name, {file: [Path(tree.path(file))] for file in found}, no_image)
+    opened = {file: rows for file, rows in read.splits.items() if rows.features.get(FILE_NAME) in _TEXT}
     if not opened:
         return None
     there, files, parts, absent = set(pictures), [], [], []
@@ -80,7 +80,7 @@ def read_metadata(args: DataArguments, tree: Tree, pictures: Sequence[str]) -> M
             "Merge them: a picture's captions are a list in one row."
         )
     notes = [f"Metadata rows that name no picture of the folder, left out: {len(absent):,} ({some(absent, 2)})."]
-    return Metadata(concatenate_datasets(parts), files, notes if absent else [])
+    return Metadata(concatenate_datasets(parts), files, read.notes + (notes if absent else []))
 
 
 def with_metadata(

@@ -149,6 +149,18 @@ def test_other_columns_of_any_type_stay_or_are_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("levels", "kept"), [(20, True), (200, False)])
+def test_a_column_that_is_nested_too_deep_is_left_out_and_named(levels, kept, tmp_path):
+    deep = json.loads("[" * levels + "]" * levels)
+    save_lines = [json.dumps({"file_name": f"{i}.png", "label": name, "deep": deep}) for i, name in enumerate(NAMES)]
+    for i, picture in enumerate(BYTES):
+        (tmp_path / f"{i}.png").write_bytes(picture)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(save_lines))
+    splits = load_splits(DataArguments(dataset_name=str(tmp_path)))
+    assert ("deep" in splits.train.column_names) == kept
+    assert any("deep (nested 200 levels deep)" in note for note in splits.notes) != kept
+
+
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "all.parquet"
     pq.write_table(pa.table({"image": BYTES, "label": NAMES}, metadata={"huggingface": "{"}), path)
