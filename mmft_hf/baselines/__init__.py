@@ -12,6 +12,10 @@ These functions need no model and no files.
 | `tip-f` | `tip_adapter.tip_f` | `alpha`, `beta`, by `tip_adapter.choose_f` |
 | `lp++` | `lp_plus_plus.lp_plus_plus` | none |
 | `zs-lp`, `clap` | `clap.zs_lp`, `clap.clap` | none |
+| `proker` | `proker.proker` | `beta`, `ridge`, by `proker.choose` |
+
+`NAME-cap` are the same functions with class averages of the captions for `zero_shot`. What they share with the heads of
+`--head`, in particular the checks of the arrays, is in `predict.fitting`.
 
 Every method takes `train_x`, `train_y`, `test_x` (and `zero_shot` if it needs texts) and returns scores `(N, C)`, a numpy
 array of float64: logits, whose largest is the predicted class. The scores of a test row depend on no other test row.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import Inputs, check, positive, train
+from ..predict.fitting.inputs import Inputs, check
+from ..predict.fitting.probe import probe
 
 
 def zs_lp(train_x, train_y, test_x, zero_shot, **training) -> np.ndarray:
@@ -53,22 +53,6 @@ def multipliers(inputs: Inputs, scale: float) -> Tensor:
     return torch.where(known, means, means[known].mean())
 
 
-def _fit(
-    inputs: Inputs,
-    penalty: Tensor,
-    scale: float = 100.0,
-    epochs: int = 300,
-    learning_rate: float = 1e-3,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> np.ndarray:
-    positive(scale=scale, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
-    start, penalty = inputs.zero_shot.float(), penalty.float()
-    weights = start.clone().requires_grad_()
-
-    def loss(features: Tensor, labels: Tensor) -> Tensor:
-        near = (penalty * (weights - start).square().sum(dim=1)).sum()
-        return F.cross_entropy(scale * features @ F.normalize(weights, dim=1).T, labels) + near
-
-    train(inputs, loss, torch.optim.SGD([weights], learning_rate, momentum=0.9), epochs, batch_size, seed)
-    return (scale * inputs.test_x @ F.normalize(weights.detach().double(), dim=1).T).cpu().numpy()
+def _fit(inputs: Inputs, penalty: Tensor, scale: float = 100.0, **training) -> np.ndarray:
+    weights = probe(inputs, penalty, scale, **training)
+    return (scale * inputs.test_x @ weights.T).cpu().numpy()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .inputs import Choice, Inputs, best, check, positive
+from ..predict.fitting.gda import gaussians
+from ..predict.fitting.inputs import Choice, Inputs, best, check, positive
 
 ALPHAS = tuple(10.0**k for k in range(-4, 3))
 ALPHA = 1.0
@@ -24,7 +24,7 @@ def gda(train_x, train_y, test_x, zero_shot, alpha: float = ALPHA, scale: float 
             two posteriors weighs them equally. `choose` finds a better value on validation.
         scale: `exp(logit_scale)` of the model; 100 is where CLIP's ends.
 
-    Σ⁻¹ is estimated as in `precision`. Computed in float64.
+    Computed in float64.
 
     Raises:
         UserError: see `inputs.check`; a class without example.
@@ -49,26 +49,6 @@ def choose(train_x, train_y, val_x, val_y, zero_shot, scale: float = 100.0) -> C
     )
 
 
-def precision(centred: Tensor) -> Tensor:
-    """Inverse covariance `(D, D)` of examples `(n, D)` minus the means of their classes.
-
-    With S their scatter matrix, the sum of x xᵀ: `D (S + tr(S)/(n-1) I)⁻¹`, the ridge-like estimate of Kubokawa & Srivastava
-    2008 that the method uses.
-
-    If no class has two different examples, S is 0; the identity is returned, and the nearest mean wins.
-    """
-    n, size = centred.shape
-    scatter = centred.T @ centred
-    total = torch.trace(scatter)
-    identity = torch.eye(size, dtype=centred.dtype, device=centred.device)
-    if total <= 1e-20 * n:
-        return identity
-    return size * torch.linalg.pinv(scatter + total / (n - 1) * identity, hermitian=True)
-
-
 def _gaussians(inputs: Inputs) -> Tensor:
-    means = inputs.class_means(inputs.train_x)
-    inverse = precision(inputs.train_x - means[inputs.train_y])
-    weights = means @ inverse
-    bias = -np.log(inputs.classes) - (weights * means).sum(dim=1) / 2
-    return inputs.test_x @ weights.T + bias
+    weight, bias = gaussians(inputs)
+    return inputs.test_x @ weight.T + bias

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from ..core.errors import UserError
-from .inputs import Choice, Inputs, best, check, positive
+from ..predict.fitting.inputs import Choice, Inputs, best, check, positive
 
 # The sweep of the CLIP paper, appendix A.3: 96 values from 1e-6 to 1e6.
 STRENGTHS = tuple(np.logspace(-6, 6, 96).tolist())

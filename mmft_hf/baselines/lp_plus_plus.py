@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import Inputs, check, positive
+from ..predict.fitting.inputs import Inputs, check, positive
 
 
 def lp_plus_plus(train_x, train_y, test_x, zero_shot, scale: float = 100.0, iterations: int = 300) -> np.ndarray:

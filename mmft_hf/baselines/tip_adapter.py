@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import Choice, Inputs, best, check, positive, train
+from ..predict.fitting.inputs import Choice, Inputs, best, check, positive, train
 
 ALPHA, BETA = 1.0, 5.5
 # 13 x 7 pairs, about as many as a linear probe tries strengths.

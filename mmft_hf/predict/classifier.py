@@ -20,7 +20,7 @@ from ..core.seals import is_loaded, note_changed_files
 from ..data.images import BadImage, read_image
 from ..model.collator import pixels_of
 from ..model.loading import encode_images, load_model
-from .heads import Head, load_head
+from .heads import UNKNOWN, Head, load_head
 
 
 class ImageClassifier(nn.Module):
@@ -111,7 +111,8 @@ class ImageClassifier(nn.Module):
 
         Returns:
             For each picture `[{"label", "score"}, …]`, best first; the scores are probabilities over all classes. For a
-            single picture that list alone.
+            single picture that list alone. A picture whose best class is below the head's `reject_below` is answered
+            `unknown` first, with the probability that its best class is wrong.
 
         Raises:
             BadImage: a picture that cannot be read.
@@ -127,9 +128,14 @@ class ImageClassifier(nn.Module):
     def best(self, logits: Tensor, top_k: int) -> list[list[dict]]:
         """The `top_k` classes of each row of logits `(B, C)`, as `predict` returns them."""
         scores, classes = logits.float().softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
-        return [
+        found = [
             [{"label": self.class_names[c], "score": score} for score, c in zip(*row, strict=True)]
             for row in zip(scores.tolist(), classes.tolist(), strict=True)
+        ]
+        least = self.head.reject_below or 0
+        return [
+            row if row[0]["score"] >= least else [{"label": UNKNOWN, "score": 1 - row[0]["score"]}, *row][: len(row)]
+            for row in found
         ]
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from ..core.distributed import gather_shares, share_of
 from ..data.sampling import IGNORED
 from ..model.features import image_embeddings, image_features
+from .calibration import area_under_risk, calibration
 from .classifier import ImageClassifier
 from .metrics import report
 
@@ -37,10 +38,41 @@ class Predictions:
         """Predicted class of each row, `(n,)`."""
         return self.scores.argmax(axis=1)
 
+    def rescale(self, temperature: float) -> None:
+        """Divides the logits by a temperature."""
+        logits = torch.from_numpy(np.log(np.maximum(self.scores, np.finfo(np.float32).tiny))) / temperature
+        self.scores = logits.softmax(dim=1).numpy()
+        labels = torch.from_numpy(self.labels)
+        self.losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").numpy()
+
     def report(self) -> dict:
         """`ClassificationReport` over all readable rows, and their mean cross-entropy as `loss`."""
         found = report(self.scores, self.labels, self.class_names)
         return {**found, "loss": float(self.losses[self.labels >= 0].mean(dtype=np.float64))}
+
+    def answered(self, least: float) -> dict:
+        """The share of readable rows whose best class has at least this probability, and their accuracy (None: no row has)."""
+        known = self.labels >= 0
+        accepted = known & (self.scores.max(axis=1) >= least)
+        right = (self.predicted == self.labels)[accepted]
+        return {
+            "answered": float(accepted.sum() / known.sum()),
+            "answered_accuracy": float(right.mean()) if len(right) else None,
+        }
+
+    def certainty(self) -> dict:
+        """How far the probabilities can be trusted, over all readable rows: see `calibration.Calibration`, and `AURC`."""
+        known = self.labels >= 0
+        scores, labels = self.scores[known], self.labels[known]
+        found = calibration(scores, labels)
+        area, excess = area_under_risk(scores.max(axis=1), scores.argmax(axis=1) == labels)
+        return {
+            "brier_score": found.brier,
+            "calibration_error": found.error,
+            "calibration_error_null": found.null_error,
+            "aurc": area,
+            "aurc_excess": excess,
+        }
 
 
 @torch.no_grad()

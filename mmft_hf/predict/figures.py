@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .calibration import reliability, risk_coverage
+
 WIDTH, DPI = 8.0, 150  # inches; pixels per inch
 INK, GREY, FAINT, BLUE, ORANGE = "#282c34", "#7d828a", "#e2e5e9", "#24589c", "#c85c14"
 STYLE = {"font.size": 8.5, "text.color": INK, "figure.dpi": DPI, "axes.titlesize": 10, "axes.titlelocation": "left"}
@@ -98,6 +100,39 @@ def _pairs(path: Path, counts: np.ndarray, names: list[str]) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_xlabel("share of the images of the true class, %", color=GREY)
+
+
+# -- certainty --------------------------------------------------------------------------------------------------------
+def draw_certainty(path: Path, confidence: np.ndarray, right: np.ndarray, reject_below: float | None = None) -> None:
+    """Draws how often answers are right by their probability, and the error rate if only the most certain ones count.
+
+    Args:
+        path: the PNG file.
+        confidence (`(n,)`): probability of the best class.
+        right (`(n,)`): whether it is the right one, bool.
+        reject_below: the threshold of the classifier, to be marked.
+    """
+    with _figure(path, 2.9) as figure:
+        left, right_axes = figure.subplots(1, 2)
+        left.set_title("Right answers, %, by their probability")
+        means, shares, _ = zip(*reliability(confidence, right), strict=True)
+        left.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
+        left.plot(100 * np.array(means), 100 * np.array(shares), "o-", color=BLUE, markersize=4)
+        left.set_xlabel("probability of the answer, % (each point: a fifteenth of the images)", color=GREY)
+        left.set(xlim=(0, 100), ylim=(0, 100))
+        risk = 100 * risk_coverage(confidence, right)
+        coverage = 100 * np.arange(1, len(risk) + 1) / len(risk)
+        right_axes.set_title("Errors, %, among the most certain answers")
+        right_axes.plot(coverage, risk, color=BLUE)
+        if reject_below is not None:
+            kept = 100 * float((confidence >= reject_below).mean())
+            right_axes.axvline(kept, color=ORANGE, linestyle="--", linewidth=1.2)
+            right_axes.annotate(f"answered: {kept:.0f} %", (kept, 0.95), (4, 0), right_axes.get_xaxis_transform(),
+                                "offset points", color=ORANGE)  # fmt: skip
+        right_axes.set_xlabel("images that get an answer, %", color=GREY)
+        right_axes.set(xlim=(0, 100), ylim=(0, None))
+        for axes in (left, right_axes):
+            axes.grid(axis="y", color=FAINT)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmft_hf
-from mmft_hf.baselines import clap, gda, inputs, linear, lp_plus_plus, tip_adapter
+from mmft_hf.baselines import clap, gda, linear, lp_plus_plus, proker, tip_adapter
 from mmft_hf.core.errors import UserError
+from mmft_hf.predict.fitting import inputs
 
 QUICK = {"epochs": 30}
 # Each method as (train_x, train_y, test_x, zero_shot) -> scores, with whatever it needs of them.
@@ -25,8 +26,9 @@ METHODS = {
     "lp++": lp_plus_plus.lp_plus_plus,
     "zs-lp": lambda x, y, t, w: clap.zs_lp(x, y, t, w, **QUICK),
     "clap": lambda x, y, t, w: clap.clap(x, y, t, w, **QUICK),
+    "proker": lambda x, y, t, w: proker.proker(x, y, t, w, beta=20, ridge=0.1),
 }
-WITH_TEXTS = ("gda", "tip", "tip-f", "lp++", "zs-lp", "clap")
+WITH_TEXTS = ("gda", "tip", "tip-f", "lp++", "zs-lp", "clap", "proker")
 
 
 def unit(x):

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.data.images import BadImage
 from mmft_hf.model.loading import encode_images
 from mmft_hf.predict import heads
-from mmft_hf.predict.heads import LinearHead
+from mmft_hf.predict.heads import Head, KernelHead, LinearHead
 from mmft_hf.train import pushes
 
 NAMES = list(COLOURS)
@@ -123,7 +124,7 @@ class NearestMean(Head):
     means: Tensor
     class_names: list[str]
 
-    def logits(self, image_embeds):
+    def raw_logits(self, image_embeds):
         return -10 * torch.cdist(image_embeds, self.means.to(image_embeds.device)) ** 2
 '''
 
@@ -182,3 +183,40 @@ def test_what_is_no_tensor_of_pixels_names_predict(clip):
     ):
         with pytest.raises(BadImage, match=rf"^{start}. Type the path of a picture"):
             classifier.predict(wrong)
+
+
+# -- as a graph --------------------------------------------------------------------------------------------------------
+def head_of(name: str, clip) -> Head:
+    """A head for the tiny CLIP; `kernel-2` counts the two nearest keys alone."""
+    if name == "prototypes":
+        return ClassPrototypes.from_captions(*clip, colour_dataset(2))
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(3, 32, generator=generator), torch.randn(3, generator=generator)
+    if name == "linear":
+        return LinearHead(weight, NAMES, bias)
+    keys = torch.nn.functional.normalize(torch.randn(9, 32, generator=generator), dim=1)
+    top_k = 2 if name == "kernel-2" else None
+    return KernelHead(keys, torch.randn(9, 3, generator=generator), weight, NAMES, 2.0, bias, top_k)
+
+
+KINDS = ("prototypes", "linear", "kernel", "kernel-2")
+
+
+def test_every_kind_of_head_is_among_these():
+    assert {name.removesuffix("-2") for name in KINDS} == heads.HEADS.keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_traced_and_exported_it_gives_the_same_numbers(clip, pictures, name):
+    """Also for another number of pictures than the one that it was traced with."""
+    classifier = ImageClassifier(*clip, replace(head_of(name, clip), temperature=1.7)).eval()
+    pixels = classifier.preprocess(pictures)
+    expected = classifier(pixels)
+    traced = torch.jit.trace(classifier, (pixels[:2],))
+    exported = torch.export.export(
+        classifier, (pixels[:2],), dynamic_shapes=({0: torch.export.Dim("B", min=1, max=64)},)
+    )
+    for graph in (traced, exported.module()):
+        torch.testing.assert_close(graph(pixels), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(graph(pixels[3:4]), expected[3:4], atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """Heads: one file for every kind, which says what it holds."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_clip import colour_dataset
 from mmft_hf import ClassPrototypes
 from mmft_hf.core.errors import UserError
 from mmft_hf.hub.publish import inference_code
-from mmft_hf.predict.heads import HEADS, LinearHead, load_head
+from mmft_hf.predict.heads import HEADS, KernelHead, LinearHead, load_head
 
 NAMES = ["red thing", "green thing", "blue thing"]
 
@@ -19,6 +20,41 @@ def linear(size=16, bias=True) -> LinearHead:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, size, generator=generator)
     return LinearHead(weight, NAMES, torch.randn(3, generator=generator) if bias else None, temperature=1.7)
+
+
+def kernel(size=16, bias=True, top_k=None) -> KernelHead:
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.nn.functional.normalize(torch.randn(9, size, generator=generator), dim=1)
+    base, values = linear(size, bias), torch.randn(9, 3, generator=generator)
+    return KernelHead(keys, values, base.weight, NAMES, 2.0, base.bias, top_k, temperature=1.3)
+
+
+@pytest.mark.parametrize("top_k", [None, 2, 50])
+def test_a_kernel_head_is_a_sum_over_its_keys(top_k, tmp_path):
+    saved = kernel(top_k=top_k)
+    saved.save_pretrained(tmp_path)
+    read = load_head(tmp_path)
+    images = torch.nn.functional.normalize(torch.randn(5, 16), dim=1)
+    for x, found in zip(images, read.logits(images), strict=True):
+        expected = saved.weight @ x + saved.bias
+        similar = [
+            (math.exp(-2 * (1 - float(k @ x))), v)
+            for k, v in zip(saved.keys.float(), saved.values.float(), strict=True)
+        ]
+        for share, value in sorted(similar, key=lambda pair: -pair[0])[:top_k]:
+            expected = expected + share * value
+        torch.testing.assert_close(found, expected / 1.3)
+
+
+def test_a_kernel_head_that_is_too_large_is_refused():
+    with pytest.raises(UserError, match=r"at most 64 MB .* found 80 MB for 20,000 pictures and 1,000 classes"):
+        KernelHead(
+            torch.zeros(20_000, 1000),
+            torch.zeros(20_000, 1000),
+            torch.zeros(1000, 1000),
+            [str(c) for c in range(1000)],
+            1.0,
+        )
 
 
 def test_a_kind_is_the_name_it_is_listed_by():
@@ -41,11 +77,18 @@ def test_a_linear_head_is_saved_and_read_back(bias, tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_published_formula_gives_the_logits(bias, clip):
     images = torch.nn.functional.normalize(torch.randn(5, clip[0].config.projection_dim), dim=1)
-    for head in (ClassPrototypes.from_templates(*clip, NAMES), linear(images.shape[1], bias)):
+    size = images.shape[1]
+    for head in (
+        ClassPrototypes.from_templates(*clip, NAMES),
+        linear(size, bias),
+        kernel(size, bias),
+        kernel(size, bias, 4),
+    ):
         published: dict = {}
         exec(inference_code(head), published)
         torch.testing.assert_close(published["logits"](images, **vars(head)), head.logits(images))
-        torch.testing.assert_close(eval(head.formula, {"x": images, **vars(head)}), head.logits(images))
+        known = {"x": images, "torch": torch, **vars(head)}
+        torch.testing.assert_close(eval(head.formula, known), head.raw_logits(images))
 
 
 def test_prototypes_are_written_for_the_first_edition_too(clip, tmp_path):
@@ -81,7 +124,7 @@ def edited(folder, **metadata):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"kind": "oracle"}, "expected a head of kind prototypes, linear, found 'oracle'.*newer"),
+        ({"kind": "oracle"}, "expected a head of kind kernel, prototypes, linear, found 'oracle'.*newer"),
         ({"threshold": "0.5"}, "found also threshold.*newer mmft_hf"),
         ({"class_names": None}, "damaged"),
         ({"class_names": "[red]"}, "damaged"),

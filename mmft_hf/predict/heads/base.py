@@ -6,7 +6,8 @@ Shapes: `C` classes, `D` embedding size, `B` images per batch.
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
@@ -27,17 +28,33 @@ from ...model.loading import embedding_size
 FORMAT = "mmft-head-1"
 REMEDY = "Copy the file again, or save the classifier again."
 Positive = Annotated[float, Range(0, open=("low",))]
+UNKNOWN = "unknown"  # the answer to a picture whose best class has a probability below `reject_below`
 
 
-class Head:
+@dataclass(kw_only=True)
+class Answers:
+    """The fields that all heads have.
+
+    Args:
+        temperature: divides the logits; above 1 it makes probabilities less certain.
+        reject_below: a picture whose best class has a lower probability is answered `unknown`; None: each gets a class.
+        fitted: how the head was fitted and calibrated, by name.
+    """
+
+    temperature: Positive = 1.0
+    reject_below: Annotated[float, Range(0, 1)] | None = None
+    fitted: dict = field(default_factory=dict)
+
+
+class Head(Answers):
     """Turns unit-norm image embeddings into class logits.
 
     Each kind of head is a dataclass in its own file, imported in `heads/__init__.py`. It sets `kind`, has a field
-    `class_names` (`C` names, in the order of the logits) and defines `logits`. All of its fields are saved: tensors as
+    `class_names` (`C` names, in the order of the logits) and defines `raw_logits`. All of its fields are saved: tensors as
     tensors, the others as JSON in the file's metadata. When a file is read, each field must have the type that its
     annotation states (see `core.schema`), and each tensor must be finite.
 
-    `formula` gives the logits of embeddings `x` as a Python expression of the fields. It is optional: the code that is
+    `formula` gives the raw logits of embeddings `x` as a Python expression of the fields. It is optional: the code that is
     published for use without this library contains it.
     """
 
@@ -50,9 +67,25 @@ class Head:
         """What the head is, in a few words, for a line that is printed."""
         return f"{self.kind} head"
 
+    def raw_logits(self, image_embeds: Tensor) -> Tensor:
+        """`(B, C)` logits of unit-norm image embeddings `(B, D)`, before the temperature."""
+        raise NotImplementedError
+
     def logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` logits of unit-norm image embeddings `(B, D)`; their softmax gives the probabilities."""
-        raise NotImplementedError
+        return self.raw_logits(image_embeds) / self.temperature
+
+    def rejecting(self, reject_below: float | None) -> Head:
+        """This head with another threshold.
+
+        Raises:
+            UserError: it is not a probability, or a class has the name of the answer to rejected pictures.
+        """
+        if reject_below is not None and reject_below not in Range(0, 1):
+            raise UserError(f"--reject_below: expected a probability from 0 to 1, found {reject_below!r}.")
+        if reject_below is not None:
+            check_unknown(self.class_names)
+        return replace(self, reject_below=reject_below)
 
     def scores(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` probabilities of unit-norm image embeddings `(B, D)`."""
@@ -92,12 +125,12 @@ class Head:
     def to_bytes(self) -> bytes:
         """The content of `head.safetensors`."""
         tensors, metadata = {}, {"format": FORMAT, "kind": self.kind}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for known in fields(self):
+            value = getattr(self, known.name)
             if isinstance(value, Tensor):
-                tensors[field.name] = value.detach().cpu().contiguous()
+                tensors[known.name] = value.detach().cpu().contiguous()
             else:
-                metadata[field.name] = json.dumps(value, ensure_ascii=False)
+                metadata[known.name] = json.dumps(value, ensure_ascii=False)
         return save(tensors, metadata)
 
     @classmethod
@@ -146,6 +179,15 @@ class Head:
                 raise UserError(f"{path}, {name}: expected finite floating-point numbers, found {found}. {REMEDY}")
         conform(parts["class_names"], ClassNames, f"{path}, class_names", REMEDY)
         return cls(**parts)
+
+
+def check_unknown(class_names: Sequence[str]) -> None:
+    """Raises `UserError` if a class has the name of the answer to rejected pictures."""
+    if UNKNOWN in class_names:
+        raise UserError(
+            f"--reject_below: expected classes of other names, found a class named {UNKNOWN!r}, which is the answer to a "
+            "rejected picture. Rename the class, or type neither --reject_below nor --reject_for_accuracy."
+        )
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

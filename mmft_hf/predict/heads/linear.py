@@ -12,38 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Head, Positive
+from .base import Head
 from .prototypes import ClassPrototypes
 
 
 @dataclass
 class LinearHead(Head):
-    """Logits `(weight x + bias) / temperature` of an image embedding x.
+    """Logits `weight x + bias` of an image embedding x.
 
     Args:
         weight (`(C, D)`, float32): rows of any norm; the scale of the logits is part of them.
         class_names: `C` names, in the order of the rows.
         bias (`(C,)`, float32, *optional*).
-        temperature: divides the logits; above 1 it makes probabilities less certain.
     """
 
     kind: ClassVar[str] = "linear"
-    formula: ClassVar[str] = "(x @ weight.T + (0 if bias is None else bias)) / temperature"
+    formula: ClassVar[str] = "x @ weight.T + (0 if bias is None else bias)"
 
     weight: Tensor
     class_names: list[str]
     bias: Tensor | None = None
-    temperature: Positive = 1.0
 
     @classmethod
     def from_prototypes(cls, prototypes: ClassPrototypes) -> LinearHead:
         """The head that gives the logits of class prototypes."""
         return cls(prototypes.logit_scale * prototypes.embeddings.float(), list(prototypes.class_names))
 
-    def logits(self, image_embeds: Tensor) -> Tensor:
-        """`(B, C)` logits of unit-norm image embeddings `(B, D)`."""
+    def raw_logits(self, image_embeds: Tensor) -> Tensor:
+        """`(B, C)` logits of unit-norm image embeddings `(B, D)`, before the temperature."""
         bias = None if self.bias is None else self.bias.to(image_embeds.device)
-        return F.linear(image_embeds.float(), self.weight.to(image_embeds.device), bias) / self.temperature
+        return F.linear(image_embeds.float(), self.weight.to(image_embeds.device), bias)
 
     def interpolated(self, start: LinearHead, alpha: float) -> LinearHead:
         """`(1 - alpha) * start + alpha * self`; a missing bias counts as 0.

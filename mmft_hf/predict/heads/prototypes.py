@@ -37,7 +37,9 @@ SOURCES = {
     "templates": "several class templates",
     "images": "the training images",
 }
-PLAIN_TEXT = ("source", "template")  # in `prototypes.safetensors`; the other settings there are JSON
+# The settings in `prototypes.safetensors`. There these two are plain text, and the others JSON.
+FIRST_EDITION = ("class_names", "logit_scale", "source", "template", "fallback_classes", "template_weight")
+PLAIN_TEXT = ("source", "template")
 
 
 @dataclass
@@ -74,7 +76,7 @@ class ClassPrototypes(Head):
         mixed = f" and, with weight {self.template_weight:g}, the class template" if self.template_weight else ""
         return f"compared with {SOURCES.get(self.source, self.source)}{mixed}"
 
-    def logits(self, image_embeds: Tensor) -> Tensor:
+    def raw_logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` scaled cosines of unit-norm image embeddings `(B, D)`."""
         return self.logit_scale * image_embeds.float() @ self.embeddings.to(image_embeds.device).T
 
@@ -207,7 +209,8 @@ class ClassPrototypes(Head):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `head.safetensors`, and `prototypes.safetensors`, which version 0.1 reads. Returns the first's path."""
         path = super().save_pretrained(folder)
-        settings = {key: value for key, value in vars(self).items() if key != "embeddings"}
+        settings = {key: getattr(self, key) for key in FIRST_EDITION}
+        settings["logit_scale"] /= self.temperature
         metadata = {key: value if key in PLAIN_TEXT else json.dumps(value) for key, value in settings.items()}
         tensors = {"prototypes": self.embeddings.detach().cpu().float().contiguous()}
         with atomic_write(path.with_name(PROTOTYPES_FILE)) as temporary:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.console import some
-from ..core.errors import UserError
+from ...core.console import some
+from ...core.errors import UserError
 
 UNIT_NORM_TOLERANCE = 0.02  # larger than the rounding error of a norm of 1 in half precision
 
