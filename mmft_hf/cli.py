@@ -25,6 +25,7 @@ from .version import __version__
 VERBS = {
     "caption": "add captions to a labelled image dataset",
     "finetune": "fine-tune a CLIP model on images and captions, and save a classifier",
+    "head": "fit another head to a finished run, without training again",
     "evaluate": "measure a saved classifier and the zero-shot baseline on a labelled split",
     "predict": "classify pictures with a saved classifier",
     "align": "make a dual encoder of an image tower and a text tower",

@@ -63,7 +63,9 @@ TRAINED = 1e-4
 # -- the commands -------------------------------------------------------------------------------------------------------
 # All names are relative: a run is resumed with the names that it was started with, wherever its folder lies.
 # Adam's epsilon is large so that gradients that are zero up to rounding do not become whole steps.
-TRAIN = "finetune --model_name_or_path clip --use_cpu true --adam_epsilon 1e-4 --seed 3"
+# What the first edition did, which had no setting for it.
+PLAIN = "--head prototypes --calibrate false"
+TRAIN = f"finetune --model_name_or_path clip --use_cpu true --adam_epsilon 1e-4 --seed 3 {PLAIN}"
 COLOURS = f"{TRAIN} --dataset_name colours --per_device_train_batch_size 6"
 RUNS = {
     "full": f"{COLOURS} --learning_rate 5e-4 --num_train_epochs 5",

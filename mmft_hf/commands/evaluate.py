@@ -32,6 +32,12 @@ class EvaluateArguments:
     per_device_eval_batch_size: int = setting(256, "Images per batch.", range=Range(1))
     dataloader_num_workers: int = setting(0, "Processes that read images.", range=Range(0, 1024))
     on_bad_image: str = setting("fail", "fail: stop at an unreadable image; skip: count it.", choices=("fail", "skip"))
+    reject_below: float | None = setting(
+        None,
+        "Count pictures as unanswered whose best class has a probability below this. Default: what the classifier was saved "
+        "with.",
+        range=Range(0, 1),
+    )
 
 
 ARGUMENTS = (DataArguments, EvaluateArguments)
@@ -53,6 +59,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     source = (args.model_name_or_path, args.model_revision, args.allow_pickle)
     classifier = ImageClassifier.from_pretrained(*source).to(default_device())
+    if args.reject_below is not None:
+        classifier.head = classifier.head.rejecting(args.reject_below)
     names = classifier.class_names
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
@@ -64,9 +72,10 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
 
     def score(classifier):
         workers = args.dataloader_num_workers
-        return classify(classifier, dataset, args.per_device_eval_batch_size, args.on_bad_image, workers).report()
+        return classify(classifier, dataset, args.per_device_eval_batch_size, args.on_bad_image, workers)
 
-    result, zero_shot, missing = score(classifier), None, None
+    predictions = score(classifier)
+    result, zero_shot, missing = predictions.report() | predictions.certainty(), None, None
     if base := identity.get("base_model"):
         try:
             # The commit of the training, if the main branch has moved on.
@@ -76,7 +85,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             head = ClassPrototypes.from_templates(
                 model, processor, names, identity.get("class_template", DEFAULT_TEMPLATE)
             )
-            zero_shot = score(ImageClassifier(model, processor, head))
+            zero_shot = score(ImageClassifier(model, processor, head)).report()
         except UserError as error:
             missing = error
     else:
@@ -91,6 +100,17 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if "top5_accuracy" in result:
         rows["top-5"] = percent(result["top5_accuracy"])
     rows["mean per class"] = percent(result["mean_per_class_accuracy"])
+    rows["calibration"] = (
+        f"error {result['calibration_error']:.3f}; {result['calibration_error_null']:.3f} would be perfect on so many images"
+    )
+    if (least := classifier.head.reject_below) is not None:
+        result |= predictions.answered(least)
+        right = (
+            ""
+            if result["answered_accuracy"] is None
+            else f", of which {percent(result['answered_accuracy'])} are right"
+        )
+        rows["answered"] = f"{percent(result['answered'])} with a probability of {least:.3g} or more{right}"
     if result["skipped"]:
         rows["skipped"] = f"{result['skipped']} images that cannot be read"
     table(rows)

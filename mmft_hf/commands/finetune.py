@@ -37,22 +37,10 @@ class Terminal:
             "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test",
             "captions": _captions(config, splits),
         }
-        w = config.supcon_weight
-        loss = f"{w:g} SupCon + {1 - w:g} CLIP"
-        if config.supcon_weight_end is not None:
-            loss = f"w SupCon + (1 - w) CLIP with w from {w:g} to {config.supcon_weight_end:g}"
-        rows["loss"] = f"{loss}, learning rate {config.learning_rate:g}, seed {config.seed}"
-        rows["trained"] = ", ".join(
-            f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
-            + (f", {layers} layers)" if layers else ")")
-            for tower, (trained, total, layers) in plan.parameters.items()
-        )
-        length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
-        where = f"on each of {config.world_size} processes" if config.world_size > 1 else f"on {config.device}"
-        rows["training"] = f"{length}, batches of {config.per_device_train_batch_size} {where}"
-        if config.weight_averaging:
-            rows["training"] += f", weights averaged with decay {config.weight_averaging:g}"
-        rows["memory"] = memory_line(plan.memory, config)
+        if config.num_train_epochs > 0 or config.max_steps > 0:
+            rows |= _training(plan)
+        else:
+            rows["training"] = "none: a head is fitted to the untuned model"
         zero_shot = percent(plan.zero_shot_accuracy)
         rows["zero-shot"] = f'{zero_shot} on validation, untuned, with "{config.class_template}"'
         rows["output"] = config.output_dir
@@ -74,11 +62,20 @@ class Terminal:
 
         gain = 100 * (result.test_accuracy - result.zero_shot_test_accuracy)
         say(f"\nTest accuracy on {metrics['test_images']} images, with 95 % interval\n")
-        rows = {"zero-shot": accuracy("zero_shot_"), "fine-tuned": f"{accuracy('')}   {gain:+.1f} points"}
+        now = "fine-tuned" if metrics.get("head_alpha", 1) else "new head"  # on untuned weights
+        rows = {"zero-shot": accuracy("zero_shot_"), now: f"{accuracy('')}   {gain:+.1f} points"}
         rows["mean per class"] = percent(metrics["test_mean_per_class_accuracy"])
         if "test_top5_accuracy" in metrics:
             rows["top-5"] = percent(metrics["test_top5_accuracy"])
-        rows["selection"] = metrics["selection"]
+        rows["classifier" if "head_candidates" in metrics else "selection"] = metrics["selection"]
+        if others := _others(metrics):
+            rows["others"] = others
+        error, null = metrics["test_calibration_error"], metrics["test_calibration_error_null"]
+        rows["calibration"] = f"error {error:.3f}; {null:.3f} would be perfect on so many images"
+        if metrics["reject_below"] is not None:
+            rows["unknown"] = (
+                f"the answer to a picture whose best class has less than {percent(metrics['reject_below'])}"
+            )
         metric = metrics["selection_metric"]
         tuned, untuned = metrics[f"test_{metric}"], metrics[f"zero_shot_test_{metric}"]
         if metric != "accuracy":
@@ -92,6 +89,8 @@ class Terminal:
             )
         if metrics["test_skipped_images"]:
             say(f"\n  {metrics['test_skipped_images']} test images could not be read and are not counted.")
+        if result.no_threshold:
+            say(f"\n  {result.no_threshold}")
         if names := result.fallback_classes:
             say(f"\n  {len(names)} classes without captions are classified by the template: {some(names, 8)}")
         say(f"\nEverything is in {folder} ({SHEET_FILE} shows some pictures). Next:")
@@ -104,6 +103,40 @@ class Terminal:
 
     def pushed(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"It is at {result.url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {repo_id}")
+
+
+def _training(plan: FinetunePlan) -> dict[str, str]:
+    """What will be trained, and how."""
+    model_args, config = plan.model_args, plan.config
+    w = config.supcon_weight
+    loss = f"{w:g} SupCon + {1 - w:g} CLIP"
+    if config.supcon_weight_end is not None:
+        loss = f"w SupCon + (1 - w) CLIP with w from {w:g} to {config.supcon_weight_end:g}"
+    rows = {"loss": f"{loss}, learning rate {config.learning_rate:g}, seed {config.seed}"}
+    rows["trained"] = ", ".join(
+        f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
+        + (f", {layers} layers)" if layers else ")")
+        for tower, (trained, total, layers) in plan.parameters.items()
+    )
+    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    where = f"on each of {config.world_size} processes" if config.world_size > 1 else f"on {config.device}"
+    rows["training"] = f"{length}, batches of {config.per_device_train_batch_size} {where}"
+    if config.weight_averaging:
+        rows["training"] += f", weights averaged with decay {config.weight_averaging:g}"
+    rows["memory"] = memory_line(plan.memory, config)
+    return rows
+
+
+def _others(metrics: dict) -> str:
+    """What the other candidates had on validation: the heads on the chosen weights, and the chosen head on other weights."""
+    name, alpha, found = metrics["head"], metrics.get("head_alpha"), metrics.get("head_candidates", ())
+    parts = []
+    for c in found:
+        if (c["head"] == name) != (c["alpha"] == alpha) or c["head"] == "zero-shot" != name:
+            where = f" at {c['alpha']:g}" if c["alpha"] != alpha else ""
+            parts.append((c["validation_loss"], f"{c['head']}{where} {c['validation_loss']:.3f}"))
+    own = [c["validation_loss"] for c in found if (c["head"], c["alpha"]) == (name, alpha)]
+    return f"validation loss {own[0]:.3f}; {', '.join(text for _, text in sorted(parts))}" if own and parts else ""
 
 
 def _captions(config: MMFTConfig, splits) -> str:

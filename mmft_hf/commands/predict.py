@@ -27,6 +27,11 @@ class PredictArguments:
         "A .csv or .jsonl file for the answers. Default: they are printed. In .csv, texts that a spreadsheet would run "
         "get an apostrophe in front; in .jsonl all are exact.",
     )
+    reject_below: float | None = setting(
+        None,
+        "Answer `unknown` if the best class has a probability below this. Default: what the classifier was saved with.",
+        range=Range(0, 1),
+    )
     batch_size: int = setting(64, "Pictures per batch.", range=Range(1))
 
 
@@ -53,6 +58,8 @@ def run(args: PredictArguments, images: list[str]) -> None:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     source = (args.model_name_or_path, args.model_revision, args.allow_pickle)
     classifier = ImageClassifier.from_pretrained(*source).to(default_device())
+    if args.reject_below is not None:
+        classifier.head = classifier.head.rejecting(args.reject_below)
     # Other programs may read the answers on standard output; this line is not one of them.
     name, classes = plain(args.model_name_or_path), len(classifier.class_names)
     print(f"Classifying {len(files):,} pictures with {name} ({classes} classes)", file=sys.stderr)

@@ -107,9 +107,9 @@ class ModelArguments:
     GROUPS: ClassVar = {"model": "*"}
 
     model_name_or_path: str = setting(
-        "builtin/tiny-clip",
+        "builtin/photo",
         "Hub id or folder of a dual encoder: CLIP, MetaCLIP, SigLIP, SigLIP 2 (fixed size), Chinese-CLIP, AltCLIP, "
-        "ALIGN or a VisionTextDualEncoderModel. builtin/tiny-clip comes with this package.",
+        "ALIGN or a VisionTextDualEncoderModel. builtin/photo and builtin/tiny-clip (10 MB, icons) come with this package.",
     )
     model_revision: str | None = setting(None, "Branch, tag or commit on the Hub. Default: the main branch.")
     allow_pickle: bool = setting(False, ALLOW_PICKLE)

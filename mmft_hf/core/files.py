@@ -32,8 +32,9 @@ HEAD_FILE = "head.safetensors"
 PROTOTYPES_FILE = "prototypes.safetensors"  # the head's file in version 0.1
 CARD_FILE = "README.md"
 SHEET_FILE, CONFUSION_FILE, CURVES_FILE = "predictions_test.png", "confusion.png", "curves.png"
+CERTAINTY_FILE = "certainty.png"
 RUN_FILES = {RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PROTOTYPES_FILE, CARD_FILE}
-RUN_FILES |= {SHEET_FILE, CONFUSION_FILE, CURVES_FILE}
+RUN_FILES |= {SHEET_FILE, CONFUSION_FILE, CURVES_FILE, CERTAINTY_FILE}
 ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
 
 # The files that a captioning run writes into its folder, apart from the data and the card.

@@ -34,12 +34,13 @@ def render_card(template: Path, **values: object) -> str:
     """Renders a Markdown template. Values become text on one line (`markdown.md`) unless they are `Markup`.
 
     A value that is None prints nothing. Filters of ours: `one_line`, `thousands` and `percent` as in `render_page`, and
-    `code` and `fenced` of `core.markdown`.
+    `md(limit=120)`, `code` and `fenced` of `core.markdown`.
 
     Raises:
         jinja2.UndefinedError: the template uses a name that `values` lacks.
     """
     filters = {
+        "md": lambda text, limit=120: Markup(md(text, limit)),
         "code": lambda text: Markup(code(text)),
         "fenced": lambda text, language="text": Markup(fenced(text, language)),
     }

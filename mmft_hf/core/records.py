@@ -159,6 +159,7 @@ class CardRecord(_CardRecord, total=False):
     """`mmft.json` of a finished run, as its card tells it."""
 
     base_model_weights: BaseWeights
+    head: str  # its kind; missing: prototypes
 
 
 class _Results(TypedDict):
@@ -179,6 +180,15 @@ class _Results(TypedDict):
     zero_shot_won: bool
 
 
+class HeadCandidate(TypedDict):
+    """A head on one set of weights, on validation."""
+
+    head: str
+    alpha: Share
+    validation_loss: float
+    validation_accuracy: Share
+
+
 class RunResults(_Results, total=False):
     """`all_results.json`."""
 
@@ -196,6 +206,19 @@ class RunResults(_Results, total=False):
     zero_shot_validation_loss: float
     validation_skipped_images: Count
     seed: int
+    head: str
+    head_alpha: Share
+    head_reason: str
+    head_validation_images: Count
+    head_candidates: list[HeadCandidate]
+    refitted: bool  # by `mmft-hf head`
+    temperature: float
+    reject_below: Share | None
+    test_brier_score: float
+    test_calibration_error: Share
+    test_calibration_error_null: Share
+    test_aurc: Share
+    test_aurc_excess: float
 
 
 class ModelConfig(TypedDict):

@@ -59,7 +59,9 @@ def push_model(
     repo_id = check_access(repo_id, token, create_pr)
     files = model_files(folder, repo_id, parts=parts, with_inference_code=with_inference_code, license=license)
     options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
-    return push_files(files, repo_id, "model", "Model, prototypes, results and card", marker=names.RUN_FILE, **options)
+    # A repository may hold the prototypes of an epoch, or of a run before: version 0.1 would read them in place of this head.
+    options["replaces"] = re.compile(re.escape(names.PROTOTYPES_FILE))
+    return push_files(files, repo_id, "model", "Model, head, results and card", marker=names.RUN_FILE, **options)
 
 
 def folder_files(folder: Path) -> dict[str, Path | bytes]:

@@ -12,9 +12,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from ..core import launch
 from ..core.arguments import Range, check_settings, setting
+from ..core.console import some
 from ..core.errors import UserError
 from ..core.reading import parse_json, read_bytes
 from ..data.texts import DEFAULT_TEMPLATE, check_template
+from ..predict.fitting import NAMES
 from .selection import METRICS, metric_name
 
 PROTOTYPE_SOURCES = ("captions", "template", "templates", "images")
@@ -66,9 +68,10 @@ class MMFTConfig(TrainingArguments):
     GROUPS: ClassVar = {
         "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout prototypes template_weight "
         "samples_per_class weight_averaging crop_min_area on_bad_image",
+        "classifier": "head head_alphas calibrate reject_below reject_for_accuracy",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
-        "greater_is_better",
+        "greater_is_better patience",
         "speed and memory": "use_cpu bf16 per_device_eval_batch_size loss_chunk_size auto_find_batch_size *",
         "output": "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_total_limit "
         "logging_strategy logging_nan_inf_filter report_to push_to_hub hub_model_id hub_private_repo",
@@ -147,6 +150,33 @@ class MMFTConfig(TrainingArguments):
         "fail", "fail: stop at an image that cannot be read; skip: leave it out and count it.", choices=("fail", "skip")
     )
 
+    head: str = setting(
+        "auto",
+        "What turns an image embedding into a class. auto: the mean of class prototypes, Gaussians and a kernel regression on "
+        "the training images, or another head if validation shows that it is better; prototypes: the paper's method.",
+        choices=("auto", *NAMES),
+        decides=False,
+    )
+    head_alphas: list[float] = setting(
+        [0.0, 0.5, 1.0],
+        "Weights that are compared for the head: (1 - a) * untuned + a * tuned. 0.5 is kept unless validation shows that "
+        "another one is better. With LoRA 0 and 1 are compared.",
+        decides=False,
+    )
+    calibrate: bool = setting(True, "Fit the temperature of the class probabilities on validation.", decides=False)
+    reject_below: float | None = setting(
+        None,
+        "Answer `unknown` if the best class has a probability below this. Default: each picture gets a class.",
+        range=SHARE,
+        decides=False,
+    )
+    reject_for_accuracy: float | None = setting(
+        None,
+        "Choose reject_below on validation, so that accepted answers have this accuracy (for example 0.95), with 95 %% confidence.",
+        range=Range(0, 1, open=("low", "high")),
+        decides=False,
+    )
+
     cache_frozen_features: bool = setting(
         True,
         "Encode everything with a frozen tower only once, and keep the embeddings on disk (mmft-hf env says where) for "
@@ -187,6 +217,12 @@ class MMFTConfig(TrainingArguments):
     )
     greater_is_better: bool | None = setting(
         None, "Whether a higher value of that metric is better. Default: yes, except for a loss."
+    )
+    patience: int | None = setting(
+        5,
+        "Stop after this many validations in a row that are not better than the best one by metric_for_best_model. Empty: train "
+        "to the end.",
+        range=Range(1),
     )
     logging_strategy: IntervalStrategy | str = setting("epoch", "When the losses are logged.")
     logging_nan_inf_filter: bool = setting(
@@ -269,10 +305,20 @@ class MMFTConfig(TrainingArguments):
                 "--dataloader_num_workers 4."
             )
         name, most = ("max_steps", MOST_STEPS) if self.max_steps >= 0 else ("num_train_epochs", MOST_EPOCHS)
-        if getattr(self, name) not in Range(high=most, open=("low",)):
+        head_alone = name == "num_train_epochs" and self.head != "prototypes"
+        if getattr(self, name) not in Range(high=most, open=() if head_alone else ("low",)):
+            least = "0 (a head on the untuned model) to" if head_alone else "more than 0 and at most"
             raise UserError(
-                f"--{name}: expected more than 0 and at most {most:,}, found {getattr(self, name)!r}. To measure, type mmft-hf "
-                "evaluate."
+                f"--{name}: expected {least} {most:,}, found {getattr(self, name)!r}. To measure, type mmft-hf evaluate."
+            )
+        if not self.head_alphas or any(alpha not in SHARE for alpha in self.head_alphas):
+            raise UserError(
+                f"--head_alphas: expected one or more numbers from 0 to 1, found {some(self.head_alphas)}. Type for example "
+                "--head_alphas 0 0.5 1."
+            )
+        if self.reject_below is not None and self.reject_for_accuracy is not None:
+            raise UserError(
+                "--reject_below and --reject_for_accuracy: expected one of them, found both: the second chooses the first."
             )
         for name, allowed in RANGES.items():
             if (found := getattr(self, name)) is not None and found not in allowed:

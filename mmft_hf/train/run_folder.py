@@ -29,7 +29,9 @@ from ..model.weights import Weights
 from ..predict import figures, sheet
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
+from ..predict.heads import Head
 from ..version import __version__
+from .choice import Kept
 from .config import MMFTConfig
 from .selection import metric_name
 
@@ -183,27 +185,45 @@ class RunFolder:
 
     def results(
         self,
-        test: dict,
+        predictions: Predictions,
         zero_shot_test: dict,
         validation: dict[str, float],
         train_metrics: dict,
         state: TrainerState,
         zero_shot_won: bool,
+        kept: Kept | None,
+        head: Head,
     ) -> dict:
         """The content of `all_results.json`.
 
         Args:
-            test, zero_shot_test: `ClassificationReport` of the chosen classifier and of the untuned model.
+            predictions: of the chosen classifier on the test split.
+            zero_shot_test: `ClassificationReport` of the untuned model.
             validation, train_metrics: further entries.
             state: of the Trainer.
-            zero_shot_won: whether the untuned model was better on validation than every epoch, by the metric that selects.
+            zero_shot_won: whether the untuned model with the class template was better on validation than all else.
+            kept: how weights and head were chosen; None for the prototypes of the best epoch.
+            head: of the chosen classifier.
         """
+        test = predictions.report()
         metric = metric_name(self.config.metric_for_best_model)
         by = "" if metric == "accuracy" else f" by {metric}"
         selected = self.config.load_best_model_at_end
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
-        best_epoch = 0.0 if zero_shot_won else epochs.get(state.best_global_step) if selected else state.epoch
+        untuned = zero_shot_won or (kept is not None and kept.alpha == 0)
+        best_epoch = 0.0 if untuned else epochs.get(state.best_global_step) if selected else state.epoch
         shared = ("accuracy", "accuracy_ci_low", "accuracy_ci_high", metric)
+        selection = (
+            f"the untuned model with the class template: no epoch was better on validation{by}"
+            if zero_shot_won
+            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation{by}; epoch 0 is the untuned model"
+            if selected
+            else f"the last epoch ({state.epoch:g})"
+        )
+        if kept is not None:
+            found = epochs.get(state.best_global_step, 0.0) if selected else state.epoch
+            of = f"; the tuned ones are of epoch {found:g} of {state.epoch:g}" if kept.alpha else ""
+            selection = f"{kept.describe()}{of}; {kept.choice.reason}"
         return {
             **{f"zero_shot_test_{key}": zero_shot_test[key] for key in shared},
             **{f"test_{key}": test[key] for key in shared},
@@ -214,13 +234,13 @@ class RunFolder:
             **validation,
             "selection_policy": "val-full" if selected else "last",
             "selection_metric": metric,
-            "selection": f"the untuned model with the class template: no epoch was better on validation{by}"
-            if zero_shot_won
-            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation{by}; epoch 0 is the untuned model"
-            if selected
-            else f"the last epoch ({state.epoch:g})",
+            "selection": selection,
             "best_epoch": best_epoch,
             "zero_shot_won": zero_shot_won,
+            **({"head": "prototypes"} if kept is None else kept.record()),
+            "temperature": head.temperature,
+            "reject_below": head.reject_below,
+            **{f"test_{name}": value for name, value in predictions.certainty().items()},
             "seed": self.config.seed,
             **train_metrics,
         }
@@ -232,6 +252,7 @@ class RunFolder:
         results: dict,
         state: TrainerState,
         weights: Weights,
+        source: str,
         adapter: Adapter | None = None,
     ) -> None:
         """Writes the classifier, its results and its card: all of them, or none if the disk takes no more.
@@ -241,6 +262,7 @@ class RunFolder:
             results: from `results`.
             state: of the Trainer.
             weights: those of the base model.
+            source: of the prototypes.
             adapter: of a LoRA run.
         """
         record = {
@@ -249,7 +271,8 @@ class RunFolder:
             "base_model_weights": weights.record(),
             "selection": results["selection"],
             "notes": self.splits.notes,
-            "prototypes": classifier.head.source,
+            "prototypes": source,
+            "head": classifier.head.kind,
             "sources": run_sources(self.identity, self.data_settings, self.splits, MMFTConfig),
             "versions": cards.versions(),
         }
@@ -266,6 +289,9 @@ class RunFolder:
             selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
             zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
             figures.draw_curves(folder / files.CURVES_FILE, state.log_history, zero_shot, best)
+            known = predictions.labels >= 0
+            certain, right = predictions.scores.max(axis=1)[known], (predictions.predicted == predictions.labels)[known]
+            figures.draw_certainty(folder / files.CERTAINTY_FILE, certain, right, classifier.head.reject_below)
             files.write_json(folder / files.RESULTS_FILE, results)
             state.save_to_json(str(folder / files.STATE_FILE))
             self._write(folder, completed=True, **record, files=digests_of(folder))

@@ -43,6 +43,18 @@ def is_better(metric: str, one: float, other: float) -> bool:
     return one > other if METRICS[metric] else one < other
 
 
+def stale(values: Sequence[float], greater: bool) -> int:
+    """How many of the last values of a metric are not better than the best one before them.
+
+    Args:
+        greater: whether a greater value is better.
+    """
+    if not values:
+        return 0
+    best = (max if greater else min)(values)
+    return len(values) - 1 - list(values).index(best)
+
+
 def shown(metric: str, value: float) -> str:
     """A value as it is printed: `71.4 %`, or three decimals of a loss or an unknown metric."""
     return percent(value) if METRICS.get(metric) else f"{value:.3f}"

@@ -51,10 +51,11 @@ from datasets import Dataset
 from transformers import CLIPModel, CLIPProcessor, EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..core.console import say
 from ..core.errors import UserError
 from ..data.cache import check_short_side
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
-from ..data.texts import TEMPLATES, class_prompt
+from ..data.texts import class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset
 from ..model.collator import MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters
@@ -70,7 +71,9 @@ from .config import MMFTConfig
 from .frozen import FrozenTowers
 from .learnable import check_learnable, check_weights
 from .progress import EpochLines
+from .prototypes import prototypes_of
 from .pushes import STAY, TrainingPushes
+from .selection import metric_name, stale
 from .sharding import ShardedTraining
 from .terms import LossTerm, terms_of
 
@@ -243,6 +246,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         self._frozen = FrozenTowers(self.model, processing_class, args, self.data_collator)
         self.add_callback(self._frozen)
         self.add_callback(_Beginnings(self))
+        if args.patience and args.load_best_model_at_end:
+            self.add_callback(_Patience())
         # One line per epoch instead of a dictionary.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(EpochLines(self.terms, self.mean_weights, lambda: self.prototypes, bar=not args.disable_tqdm))
@@ -394,25 +399,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             head = term.head(term_parameters(model).get(term.name, {}), self.class_names)
             if head is not None:
                 return head
-        source, template = self.args.prototypes, self.args.class_template
-        options = {
-            "batch_size": self.args.per_device_eval_batch_size,
-            "progress": self.is_world_process_zero() and not self.args.disable_tqdm,
-            "shard": shard,
-        }
-        if source == "captions":
-            options["template_weight"] = self.args.template_weight
-            found = ClassPrototypes.from_captions(model, processor, self.train_dataset, template, **options)
-            if found.fallback_classes and not self._told_fallback:
-                self._told_fallback = True
-                logger.warning("Classes without captions use the template: %s", ", ".join(found.fallback_classes))
-            return found
-        if source == "images":
-            options |= {"on_bad_image": self.args.on_bad_image, "workers": self.args.dataloader_num_workers}
-            return ClassPrototypes.from_images(model, processor, self.train_dataset, **options)
-        # The user's own template comes first among several.
-        templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
-        return ClassPrototypes.from_templates(model, processor, self.class_names, templates, shard)
+        found = prototypes_of(model, processor, self.train_dataset, self.args, shard)
+        if isinstance(found, ClassPrototypes) and found.fallback_classes and not self._told_fallback:
+            self._told_fallback = True
+            logger.warning("Classes without captions use the template: %s", ", ".join(found.fallback_classes))
+        return found
 
     def current_prototypes(self) -> Head:
         """The head of the current weights: that of the last call if its weights are unchanged, else a new one."""
@@ -504,6 +495,20 @@ class _Beginnings(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Patience(TrainerCallback):
+    """Ends a training in which validation has long stopped improving. It looks at the log alone, so a resume changes nothing."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        metric = metric_name(args.metric_for_best_model)
+        values = {log["step"]: log[f"eval_{metric}"] for log in state.log_history if f"eval_{metric}" in log}
+        if (
+            stale(list(values.values()), args.greater_is_better) >= args.patience
+            and state.global_step < state.max_steps
+        ):
+            control.should_training_stop = True
+            say(f"Validation has not improved for {args.patience} times: the training ends here (--patience).")
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from textwrap import shorten
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import Pipeline, pipeline, set_seed
+from transformers import Pipeline, TrainerState, pipeline, set_seed
 
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import is_main
@@ -38,9 +38,12 @@ from ..model.memory import MemoryEstimate, estimate_memory
 from ..model.towers import Adapter, merge, parameter_counts, set_towers
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
+from ..predict.fitting.auto import ZERO_SHOT
 from ..predict.heads import ClassPrototypes
+from ..predict.heads.base import check_unknown
 from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
+from .choice import calibrated, choose_classifier, with_threshold
 from .config import MMFTConfig
 from .learnable import check_learnable
 from .run_folder import RunFolder
@@ -80,6 +83,7 @@ class FinetuneResult:
         output_dir: folder of the classifier, its results and its card.
         metrics: the content of `all_results.json`; accuracies go from 0 to 1.
         fallback_classes: classes without captions, which the class template stands for.
+        no_threshold: why there is no threshold, if `reject_for_accuracy` asked for one.
         repeated: the folder already held this run, complete, and nothing was trained.
         url: the address of the commit, if the run was pushed to the Hub.
     """
@@ -87,6 +91,7 @@ class FinetuneResult:
     output_dir: Path
     metrics: dict
     fallback_classes: tuple[str, ...] = ()
+    no_threshold: str = ""
     repeated: bool = False
     url: str | None = None
 
@@ -124,7 +129,7 @@ class Reporter:
 
 def finetune(
     dataset: str | Dataset | Mapping[str, Dataset] = "builtin/emoji-mini",
-    model: str | Path = "builtin/tiny-clip",
+    model: str | Path = "builtin/photo",
     output_dir: str | Path = "outputs/mmft",
     epochs: float = 50,
     *,
@@ -139,7 +144,7 @@ def finetune(
     Args:
         dataset: Hub id, folder or file, as for `--dataset_name`; or a `Dataset` or several of them by split name, with the
             columns that `image_column`, `label_column` and `captions_column` name.
-        model: Hub id or folder of a dual encoder, or `builtin/tiny-clip`.
+        model: Hub id or folder of a dual encoder, `builtin/photo` or `builtin/tiny-clip`.
         output_dir: folder of the results. A folder that holds another run is not overwritten.
         epochs: epochs of training.
         reporter: receives the events of the run. Default: only the lines of the epochs are printed.
@@ -215,12 +220,17 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         config.hub_model_id = name
     splits = load_splits(data_args, dataset)
     metric = check_metric(config.metric_for_best_model, splits.class_names)
+    if config.reject_below is not None or config.reject_for_accuracy is not None:
+        check_unknown(splits.class_names)
     labels, terms = splits.train["label"][:], terms_of(None, config)
-    check_learnable(labels, terms, config)
+    trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
+    if trains:
+        check_learnable(labels, terms, config)
     folder = RunFolder(config.output_dir, model_args, data_args, config, splits)
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
         metrics = _results_of(folder.path)
+        _check_head(folder.path, metrics, config)
         result = FinetuneResult(folder.path, metrics, repeated=True)
         reporter.finished(result)
         return _pushed(result, config, reporter)
@@ -252,11 +262,11 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         cached=model_args.vision_tower == "frozen" and config.cache_frozen_features,
     )
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
-    check_learnable(labels, terms, config, model)
+    if trains:
+        check_learnable(labels, terms, config, model)
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
-    untuned_validation = score(
-        ImageClassifier(model, processor, zero_shot), splits.validation, name="validation"
-    ).report()
+    untuned_scores = score(ImageClassifier(model, processor, zero_shot), splits.validation, name="validation")
+    untuned_validation = untuned_scores.report()
     parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
     plan = FinetunePlan(model_args, data_args, config, splits, parameters, untuned_validation["accuracy"], memory)
     reporter.started(plan)
@@ -266,32 +276,60 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         make_repo(config.hub_model_id, "model", config.hub_private_repo, config.hub_revision, config.hub_token)
     folder.claim(resume)
     begun.enter_context(keeping(lambda: _kept(config.output_dir)))  # until here, a run in the folder is as it was
-    try:
-        trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
-    except UserError:
-        raise
-    except (ImportError, ValueError) as error:  # the stock Trainer's refusals, e.g. of a tracker that is not installed
-        raise UserError(f"finetune: {str(error).strip()}") from error
-    train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
-    state = trainer.state
-    tuned = trainer.accelerator.unwrap_model(trainer.model)
-    adapter = Adapter.of(tuned)
-    if adapter:  # from here on everything is measured and built with the weights that are saved
-        merge(tuned)
-    chosen = ImageClassifier(tuned, processor, trainer.build_prototypes())
-    validated = score(chosen, splits.validation, name="validation")
-    if np.isnan(validated.scores).any():  # possible in a run of one step
-        trainer.stop_at("the output of the trained model", math.nan, state.global_step)
+    trainer = compared = adapter = None
+    state, train_metrics = TrainerState(epoch=0.0), {}
+    if trains:
+        try:
+            trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
+        except UserError:
+            raise
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # the stock Trainer's refusals, e.g. of a tracker that is not installed
+            raise UserError(f"finetune: {str(error).strip()}") from error
+        train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
+        state = trainer.state
+        tuned = trainer.accelerator.unwrap_model(trainer.model)
+        adapter = Adapter.of(tuned)
+        if adapter:  # from here on everything is measured and built with the weights that are saved
+            merge(tuned)
+        compared = ImageClassifier(tuned, processor, trainer.build_prototypes())
+        validated = score(compared, splits.validation, name="validation")
+        if np.isnan(validated.scores).any():  # possible in a run of one step
+            trainer.stop_at("the output of the trained model", math.nan, state.global_step)
+
+    # -- the classifier: which weights, and which head on them ---------------------------------------------------------
+    untuned = ImageClassifier(load()[0].to(config.device), processor, zero_shot)
+    kept = None
+    if config.head == "prototypes":
+        # The zero-shot classifier wins only if no epoch was as good by the metric that compared the epochs.
+        before, after = untuned_validation[metric], validated.report()[metric]
+        zero_shot_won = config.load_best_model_at_end and is_better(metric, before, after)
+        chosen, validated = (untuned, untuned_scores) if zero_shot_won else (compared, validated)
+        adapter = None if zero_shot_won else adapter
+    else:
+        same = (
+            trains and config.load_best_model_at_end and state.best_global_step == 0
+        )  # the best epoch is the untuned model
+        kept = choose_classifier(untuned, None if same else compared, splits, config, whole=adapter is not None)
+        if same:
+            kept.choice.reason = f"no epoch was better on validation than the untuned model; head: {kept.choice.reason}"
+        chosen, zero_shot_won = kept.classifier, kept.choice.chosen.name == ZERO_SHOT
+        adapter = None if kept.alpha < 1 else adapter
+        validated = score(chosen, splits.validation, name="validation")
+    if config.calibrate:
+        chosen = ImageClassifier(chosen.model, processor, calibrated(chosen.head, validated, kept))
+    rejecting, no_threshold = with_threshold(chosen.head, config, validated, kept)
+    chosen = ImageClassifier(chosen.model, processor, rejecting)
+    splits.notes += [no_threshold] if no_threshold else []
     validation = validated.report()
 
     # -- the sealed test split, once, for the result and the baseline --------------------------------------------------
-    untuned = ImageClassifier(load()[0].to(config.device), processor, zero_shot)
-    zero_shot_test = score(untuned, splits.test, name="test")
-    # The zero-shot classifier wins only if no epoch was as good by the metric that compared the epochs.
-    zero_shot_won = config.load_best_model_at_end and is_better(metric, untuned_validation[metric], validation[metric])
-    if zero_shot_won:
-        chosen, validation, adapter = untuned, untuned_validation, None
-    predictions = zero_shot_test if zero_shot_won else score(chosen, splits.test, name="test")
+    once = config.cache_frozen_features  # for the untuned weights, which may have been chosen
+    zero_shot_test = score(untuned, splits.test, name="test", cached=once)
+    cached = once and (chosen.model is untuned.model or model_args.vision_tower == "frozen")
+    predictions = score(chosen, splits.test, name="test", cached=cached)
 
     # -- files ---------------------------------------------------------------------------------------------------------
     validations = {
@@ -300,13 +338,15 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         "validation_skipped_images": untuned_validation["skipped"],
     }
     metrics = folder.results(
-        predictions.report(), zero_shot_test.report(), validations, train_metrics, state, zero_shot_won
+        predictions, zero_shot_test.report(), validations, train_metrics, state, zero_shot_won, kept, chosen.head
     )
+    fallback = (kept.prototypes if kept else chosen.head).fallback_classes
+    source = (kept.prototypes if kept else chosen.head).source
     if is_main():
-        folder.save(chosen, predictions, metrics, state, untuned.model.mmft_weights, adapter)
-    result = FinetuneResult(folder.path, metrics, chosen.head.fallback_classes)
+        folder.save(chosen, predictions, metrics, state, untuned.model.mmft_weights, source, adapter)
+    result = FinetuneResult(folder.path, metrics, fallback, no_threshold)
     reporter.finished(result)
-    if config.push_to_hub and is_main():
+    if trainer and config.push_to_hub and is_main():
         trainer._finish_current_push()
     return _pushed(result, config, reporter)
 
@@ -322,6 +362,17 @@ def _results_of(folder: Path) -> dict:
         ) from error
     note_changed_files(folder)
     return metrics
+
+
+def _check_head(folder: Path, metrics: dict, config: MMFTConfig) -> None:
+    """Refuses another head for a finished run, where nothing is fitted."""
+    before, least = metrics.get("head", "prototypes"), metrics.get("reject_below")
+    if config.head not in ("auto", before) or config.reject_below not in (None, least):
+        raise UserError(
+            f"--resume_from_checkpoint: expected the head of this finished run, {before} with reject_below {least}, found "
+            f"--head {config.head} with {config.reject_below}. Type mmft-hf head {shlex.quote(str(folder))}, which fits another "
+            "one without training."
+        )
 
 
 def _pushed(result: FinetuneResult, config: MMFTConfig, reporter: Reporter) -> FinetuneResult:

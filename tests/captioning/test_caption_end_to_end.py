@@ -106,4 +106,4 @@ def test_captions_that_are_made_are_trained_on(in_process, clip_folder, tmp_path
     command += ["--per_device_train_batch_size", 4, "--on_bad_image", "skip", "--use_cpu", "true"]
     assert main([str(word) for word in (*command, "--output_dir", tmp_path / "run")]) == 0
     assert "per training image" in capsys.readouterr().out
-    assert (tmp_path / "run" / "prototypes.safetensors").is_file()
+    assert (tmp_path / "run" / "head.safetensors").is_file()

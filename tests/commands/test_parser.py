@@ -31,7 +31,9 @@ def test_stock_settings_are_printed_only_with_all(verb, capsys, monkeypatch):
     assert not any(f"\n  --{action.dest} " in short for action in stock)
     assert all(f"\n  --{action.dest}" in everything for action in stock)
     assert f"{len(stock)} more; mmft-hf {verb} --help all" in short and "--help all prints" not in everything
-    order = [short.index(f"\n{title}:\n") for title in ("model", "data", "method", "training", "output", STOCK)]
+    order = [
+        short.index(f"\n{title}:\n") for title in ("model", "data", "method", "classifier", "training", "output", STOCK)
+    ]
     assert order == sorted(order)
     assert max(map(len, (short + everything).splitlines())) <= 100
     assert "--load_best_model_at_end [true|false]" in short and "None" not in short

@@ -14,7 +14,7 @@ from local_hub import local_hub
 from processes import run_python
 from tiny_clip import COLOURS, colour_images
 
-from mmft_hf import ClassPrototypes
+from mmft_hf.predict.heads import load_head
 
 ROOT = Path(__file__).parents[2]
 LORA = ["--vision_tower", "lora", "--text_tower", "lora"]
@@ -173,10 +173,10 @@ def test_a_benchmark_tells_the_weights_of_a_repository_that_changes(hub, alice, 
 
 REVISIONS = """
 import transformers, mmft_hf
-from mmft_hf import ClassPrototypes
+from mmft_hf.predict.heads import load_head
 for revision in json.loads(args[1]):
     classify = transformers.pipeline("mmft-image-classification", model="alice/two", revision=revision)
-    out[str(revision)] = [classify(args[0]), ClassPrototypes.from_pretrained("alice/two", revision).embeddings.sum().item()]
+    out[str(revision)] = [classify(args[0]), load_head("alice/two", revision).weight.sum().item()]
 """
 WITHOUT_LIBRARY = """
 import json, sys
@@ -196,7 +196,7 @@ print(json.dumps(out))
 
 @pytest.mark.slow
 def test_revisions_inference_code_and_offline(hub, runs, alice, picture):
-    """Prototypes and weights are of one commit, be it named by hash, tag or branch; with and without this library."""
+    """Head and weights are of one commit, be it named by hash, tag or branch; with and without this library."""
     folder = runs
     for name, more in (("full", ()), ("lora", ()), ("full", ("--revision", "dev"))):
         command = ["push", folder / name, "--repo_id", "alice/two", "--with_inference_code", "true", *more]
@@ -207,7 +207,7 @@ def test_revisions_inference_code_and_offline(hub, runs, alice, picture):
     asked, runs_of = [None, "main", old, "v1", "dev"], ["lora", "lora", "full", "full", "full"]
     expected = {}
     for revision, name in zip(asked, runs_of, strict=True):
-        sums = ClassPrototypes.from_pretrained(folder / name).embeddings.sum().item()
+        sums = load_head(folder / name).weight.sum().item()
         expected[str(revision)] = [predictions(folder / name, picture), sums]
     assert expected[old] != expected["main"]
     with client(hub, None, "revisions") as anybody:  # needs no remote code, although some is there
@@ -363,7 +363,7 @@ def test_what_training_publishes(hub, alice, runs, strategy):
     code, said = alice.mmft("finetune", *from_hub(name, folder), *more, token=None)
     assert code == 0, said
     titles = [commit.title for commit in hub.commits(f"alice/{name}")]
-    assert titles[0] == "Model, prototypes, results and card"
+    assert titles[0] == "Model, head, results and card"
     assert any("in progress" in title for title in titles) == (strategy != "end")
     files = hub.files(f"alice/{name}")
     folders = {path.split("/")[0] for path in files if "/" in path}
@@ -376,12 +376,12 @@ def test_what_training_publishes(hub, alice, runs, strategy):
         "model.safetensors",
         "config.json",
         "head.safetensors",
-        "prototypes.safetensors",
         "README.md",
         "mmft.json",
     } <= top
+    assert "prototypes.safetensors" not in top, "those of an epoch are gone: what was kept has another head"
     assert not [path for path in top if path.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    for path in top & {"model.safetensors", "head.safetensors", "prototypes.safetensors"}:
+    for path in top & {"model.safetensors", "head.safetensors"}:
         assert files[path] == (folder / name / path).read_bytes()
     kept = [p for root in (folder / name, hub.folder / "alice") for p in root.rglob("*") if p.is_file()]
     for data in (*files.values(), said.encode(), *(p.read_bytes() for p in kept)):

@@ -304,7 +304,7 @@ def test_pickles_are_not_opened(hub, alice, clip_folder, run, tmp_path):
     make = "import torch, mmft_hf; torch.save(mmft_hf.load_model(args[0])[0].state_dict(), args[1])"
     alice.run(make, clip_folder, tmp_path / "weights.bin")
     files["pytorch_model.bin"] = (tmp_path / "weights.bin").read_bytes()
-    hub.put("alice/pickled", {**files, "prototypes.safetensors": (run / "prototypes.safetensors").read_bytes()})
+    hub.put("alice/pickled", {**files, "head.safetensors": (run / "head.safetensors").read_bytes()})
     code, said = alice.mmft("evaluate", "--model_name_or_path", "alice/pickled", "--dataset_name", clip_folder)
     assert code == 2 and "expected weights as model.safetensors, found only a pickle" in said, said
     code = """

@@ -193,7 +193,7 @@ def test_targets(clip, _clip):
 
 
 def arguments(clip_folder, data_folder, output, *more) -> list[str]:
-    settings = f"--model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {output} --use_cpu true"
+    settings = f"--model_name_or_path {clip_folder} --dataset_name {data_folder} --output_dir {output} --use_cpu true --head prototypes"
     return ["finetune", *settings.split(), "--per_device_train_batch_size", "8", *more]
 
 

@@ -66,6 +66,12 @@ def test_a_setting_of_our_own_decides_unless_it_says_otherwise():
         "overwrite_output_dir",
         "loss_chunk_size",
         "cache_frozen_features",
+        # What is fitted after the training, to the same weights.
+        "head",
+        "head_alphas",
+        "calibrate",
+        "reject_below",
+        "reject_for_accuracy",
     }
 
 

@@ -193,6 +193,7 @@ def run(clip_folder, data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("options") / "out"
     words = ["finetune", "--model_name_or_path", clip_folder, "--dataset_name", data_folder, "--output_dir", folder]
     words += ["--num_train_epochs", 4, "--learning_rate", 5e-3, "--per_device_train_batch_size", 8, "--use_cpu", "true"]
+    words += ["--head", "prototypes"]  # whose card says how they were made
     words += [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -8,15 +8,16 @@ from tiny_clip import COLOURS, colour_dataset
 from training import make_trainer
 
 import mmft_hf
-from mmft_hf import MMFTConfig
+from mmft_hf import MMFTConfig, MMFTTrainer, load_model
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
 from mmft_hf.hub.cards import model_card
 from mmft_hf.predict.evaluation import Predictions, classify
 from mmft_hf.train import workflow
-from mmft_hf.train.selection import METRICS, check_metric, is_better
+from mmft_hf.train.selection import METRICS, check_metric, is_better, stale
 
 FAST = {"epochs": 1, "learning_rate": 1e-6, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+FAST |= {"head": "prototypes", "calibrate": False}  # what is kept is one of the epochs, with its own answers
 
 
 def answers(right_of_each_class, counts, confidence=0.6):
@@ -208,3 +209,32 @@ def test_without_captions_nothing_is_compared_with_captions(clip, tmp_path, caps
     trainer = make_trainer(clip, tmp_path, colour_dataset(4, captions=False), num_train_epochs=1)
     trainer.train()
     assert "untuned model, compared with the class template | validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "greater", "expected"),
+    [
+        ([], True, 0),
+        ([0.5], True, 0),
+        ([0.5, 0.4, 0.5], True, 2),
+        ([0.1, 0.3, 0.2], True, 1),
+        ([2.0, 1.0, 1.0], False, 1),
+    ],
+)
+def test_validations_since_the_best_one_are_counted(values, greater, expected):
+    assert stale(values, greater) == expected
+
+
+def test_a_training_ends_when_validation_stops_improving(clip_folder, tmp_path):
+    """At rates so small that no epoch is better than the untuned model."""
+    train, validation = colour_dataset(2, seed=1), colour_dataset(2, seed=2)
+
+    def epochs(name, **settings):
+        common = {"learning_rate": 1e-12, "use_cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path / name)}
+        model, processor = load_model(str(clip_folder))
+        trainer = MMFTTrainer(model, MMFTConfig(**common, **settings), train, validation, processor)
+        trainer.train()
+        return trainer.state.epoch
+
+    assert epochs("patient", num_train_epochs=9, patience=3) == 3
+    assert epochs("whole", num_train_epochs=4, patience=None) == 4

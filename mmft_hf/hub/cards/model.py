@@ -88,7 +88,7 @@ def model_card(
         images=images,
         family=FAMILIES[record.get("model_type", "clip")],
         class_names=Markup(listed(md(name, 60) for name in shown)),
-        use=Markup(snippets(record, repo_id, parts, inference_code)),
+        use=Markup(snippets(record, repo_id, parts, inference_code, results.get("reject_below"))),
         classes=sorted(tested, key=lambda row: row["right"] / row["images"]),
         untested=Markup(listed(md(row["label"], 60) for row in classes if not row["images"])),
         models=model_authors(captions) if captions else [],
@@ -146,7 +146,7 @@ def card_for_repository(
 
     def published(block: re.Match) -> str:
         fixed = block[0].replace('"."', json.dumps(repo_id))
-        for name in (files.SHEET_FILE, files.PROTOTYPES_FILE):
+        for name in (files.SHEET_FILE, files.PROTOTYPES_FILE, files.HEAD_FILE):
             fixed = re.sub(rf'(?<!, )"{re.escape(name)}"', f'hf_hub_download("{repo_id}", "{name}")', fixed)
         if "hf_hub_download(" not in fixed or "import hf_hub_download" in fixed:
             return fixed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ...core.files import PROTOTYPES_FILE, SHEET_FILE
+from ...core.files import HEAD_FILE, PROTOTYPES_FILE, SHEET_FILE
 from ...core.pages import render_card
 from ...data.texts import class_prompt, clean_class_name
 from ...model.families import FAMILIES
@@ -23,8 +23,12 @@ PROTOTYPES_FROM = {
 }
 
 
-def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: bool) -> str:
-    """How to use what is published (see `model_card`), as Markdown from `templates/model_use.md.j2`."""
+def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: bool, least: float | None = None) -> str:
+    """How to use what is published (see `model_card`), as Markdown from `templates/model_use.md.j2`.
+
+    Args:
+        least: `reject_below` of the head.
+    """
     names = [clean_class_name(name) for name in record["class_names"]]
     base, template = record["sources"]["base_model"], record["identity"]["class_template"]
     family = FAMILIES[record.get("model_type", "clip")]
@@ -41,6 +45,8 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
         "name": name,
         "picture": file(SHEET_FILE),
         "prototypes": file(PROTOTYPES_FILE),
+        "head_file": file(HEAD_FILE),
+        "head": record.get("head", "prototypes"),
         "download": "from huggingface_hub import hf_hub_download\n" if repo_id else "",
         "labels": repr(names if len(names) <= 10 else names[:5]),
         "prompt": repr(template),
@@ -59,6 +65,7 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
         inference_code=inference_code,
         family=family,
         many=len(names) > 10,
+        least=least,
         made_from=PROTOTYPES_FROM[record["prototypes"]],
         template_weight=record["identity"].get("template_weight") if record["prototypes"] == "captions" else 0,
         lora=has_lora(record) and parts in ("adapter", "both"),

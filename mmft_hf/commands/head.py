@@ -1,0 +1,67 @@
+"""Fits another head to the weights of a finished run, without training again."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from ..core.arguments import Range, check_settings, setting
+from ..core.console import percent, say, table
+from ..core.errors import UserError
+from ..train.config import MMFTConfig
+
+SHARED = MMFTConfig.__dataclass_fields__  # whose help texts hold here, too
+
+
+@dataclass
+class HeadArguments:
+    """Which head is fitted, and where the classifier goes."""
+
+    head: str = setting("auto", SHARED["head"].metadata["help"], choices=SHARED["head"].metadata["choices"])
+    output_dir: str | None = setting(
+        None, "A new folder for the classifier. Default: that of the run, then the head's name."
+    )
+    dataset_name: str | None = setting(None, "Where the data of the run are now. Default: where they were.")
+    calibrate: bool = setting(True, SHARED["calibrate"].metadata["help"])
+    reject_below: float | None = setting(None, SHARED["reject_below"].metadata["help"], range=Range(0, 1))
+    reject_for_accuracy: float | None = setting(
+        None, SHARED["reject_for_accuracy"].metadata["help"], range=SHARED["reject_for_accuracy"].metadata["range"]
+    )
+
+
+ARGUMENTS = (HeadArguments,)
+POSITIONAL = ("folder", "the output folder of mmft-hf finetune")
+
+
+def run(args: HeadArguments, folders: list[str]) -> None:
+    """Fits the head, and prints its results beside those of the run."""
+    from ..train.refit import refit
+
+    check_settings(args)
+    if len(folders) != 1:
+        raise UserError(
+            f"head: expected one folder of a finished run, found {len(folders)}. Type mmft-hf head outputs/mmft."
+        )
+    folder = folders[0].rstrip("/")
+    settings = {name: getattr(args, name) for name in ("calibrate", "reject_below", "reject_for_accuracy")}
+    output = args.output_dir or f"{folder}-{args.head}"
+    found = refit(folder, output, args.head, args.dataset_name, **settings)
+
+    def line(metrics: dict) -> str:
+        interval = (metrics["test_accuracy_ci_low"], metrics["test_accuracy_ci_high"])
+        return f"{percent(metrics['test_accuracy'], interval)}, on validation {percent(metrics['validation_accuracy'])}"
+
+    say(f"\nTest accuracy on {found.metrics['test_images']} images, with 95 % interval\n")
+    rows = {
+        "before": f"{line(found.before)}, head {found.before.get('head', 'prototypes')}",
+        "now": f"{line(found.metrics)}, head {found.metrics['head']}",
+        "selection": found.metrics["selection"],
+    }
+    if (least := found.metrics["reject_below"]) is not None:
+        rows["unknown"] = f"the answer to a picture whose best class has less than {percent(least)}"
+    table(rows)
+    if found.no_threshold:
+        say(f"\n  {found.no_threshold}")
+    say("\n  Choose among heads by validation: the test images cannot choose and judge.")
+    say(f"\nEverything is in {found.output_dir}. Next:")
+    say(f"  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {shlex.quote(str(found.output_dir))}")

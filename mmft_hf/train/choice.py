@@ -1,0 +1,152 @@
+"""The classifier that a run keeps: which weights, between untuned and tuned, and which head on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..core.console import is_main
+from ..data.splits import Splits
+from ..model.interpolation import interpolated
+from ..predict.calibration import fit_temperature, threshold_for
+from ..predict.classifier import ImageClassifier
+from ..predict.evaluation import Predictions
+from ..predict.fitting.auto import Choice, State, select
+from ..predict.fitting.data import embeddings, head_data
+from ..predict.fitting.heads import FITTERS
+from ..predict.heads import ClassPrototypes, Head
+from .config import MMFTConfig
+from .prototypes import prototypes_of
+
+
+@dataclass
+class Kept:
+    """What a run keeps.
+
+    Args:
+        classifier: weights and head together; the head is not calibrated yet.
+        prototypes: of the same weights; what an image is compared with, or a part of it.
+        choice: how it was chosen.
+    """
+
+    classifier: ImageClassifier
+    prototypes: ClassPrototypes
+    choice: Choice
+
+    @property
+    def alpha(self) -> float:
+        """The weights are `(1 - alpha) * untuned + alpha * tuned`."""
+        return self.choice.chosen.alpha
+
+    def describe(self, weights: bool = True) -> str:
+        """The head, and the weights if wanted, in a few words."""
+        places = {0.0: "untuned weights", 0.5: "weights halfway to the tuned ones", 1.0: "tuned weights"}
+        place = places.get(self.alpha, f"weights at {self.alpha:g} of the way to the tuned ones")
+        name = self.choice.chosen.name
+        head = f"with {FITTERS[name].about if name in FITTERS else 'the class template'}"
+        return f"{place}, {head}" if weights else head
+
+    def record(self) -> dict:
+        """The choice as JSON: what was chosen, why, and each candidate with its loss and accuracy on validation."""
+        return {
+            "head": self.choice.chosen.name,
+            "head_alpha": self.alpha,
+            "head_reason": self.choice.reason,
+            "head_validation_images": self.choice.images,
+            "head_validation_groups": self.choice.groups,
+            "head_candidates": [
+                {"head": c.name, "alpha": c.alpha, "validation_loss": c.loss, "validation_accuracy": c.accuracy}
+                for c in self.choice.candidates
+                if len(c.losses)
+            ],
+        }
+
+
+def choose_classifier(
+    untuned: ImageClassifier, tuned: ImageClassifier | None, splits: Splits, config: MMFTConfig, whole: bool = False
+) -> Kept:
+    """Fits the heads that `config.head` names on each set of weights, and keeps one of them.
+
+    The test split has no part in it. Pictures of the validation split that are in the training split, too, choose nothing.
+    Every process must call this, and all get the same.
+
+    Args:
+        untuned: the base model with prototypes of the class template.
+        tuned: the trained model, LoRA merged, with its prototypes; None if nothing was trained, or if the untuned model was
+            the best epoch.
+        whole: compares untuned and tuned weights alone, so that a LoRA adapter stays what was trained.
+
+    Raises:
+        UserError: the named head does not fit the data; embeddings that are not finite.
+    """
+    processor = untuned.processor
+    alphas = [0.0] if tuned is None else [0.0, 1.0] if whole else sorted(set(config.head_alphas))
+    shared = {
+        "batch_size": config.per_device_eval_batch_size,
+        "on_bad_image": config.on_bad_image,
+        "workers": config.dataloader_num_workers,
+        "progress": is_main() and not config.disable_tqdm,
+        "shard": True,
+    }
+    prototypes: dict[float, ClassPrototypes] = {}
+
+    def states() -> Iterator[State]:
+        for alpha in alphas:
+            model = _weights(untuned, tuned, alpha)
+            # No later run has the weights of another alpha.
+            how = shared | {"cached": alpha == 0 and config.cache_frozen_features}
+            prototypes[alpha] = prototypes_of(model, processor, splits.train, config)
+            data = head_data(model, processor, splits.train, prototypes[alpha], config.class_template, **how)
+            yield State(alpha, data, *embeddings(model, processor, splits.validation, name="validation", **how))
+
+    choice = select(states(), config.head, untuned.head)
+    model = _weights(untuned, tuned, choice.chosen.alpha)
+    return Kept(ImageClassifier(model, processor, choice.chosen.head), prototypes[choice.chosen.alpha], choice)
+
+
+def _weights(untuned: ImageClassifier, tuned: ImageClassifier | None, alpha: float) -> PreTrainedModel:
+    if alpha == 0 or tuned is None:
+        return untuned.model
+    return tuned.model if alpha == 1 else interpolated(tuned.model, untuned.model, alpha)
+
+
+# -- calibration and abstention -----------------------------------------------------------------------------------------
+def calibrated(head: Head, validated: Predictions, kept: Kept | None) -> Head:
+    """The head with the temperature that fits its answers on validation. They are what `head` gave, and are changed with it.
+
+    Training pictures have no part in it: a head is surer of them than of new ones.
+    """
+    known = _new(validated, kept)
+    if not known.any():
+        return head
+    logits = torch.from_numpy(np.log(np.maximum(validated.scores, np.finfo(np.float32).tiny)))
+    factor = fit_temperature(logits[known], torch.from_numpy(validated.labels[known]))
+    record = {"calibrated_on": "validation", "calibration_images": int(known.sum())}
+    validated.rescale(factor)
+    return replace(head, temperature=head.temperature * factor, fitted=head.fitted | record)
+
+
+def _new(validated: Predictions, kept: Kept | None) -> np.ndarray:
+    """Which rows can be read and are not among the training images, as far as that is known; bool `(n,)`."""
+    known = validated.labels >= 0
+    return known & kept.choice.usable.numpy() if kept else known
+
+
+def with_threshold(head: Head, config: MMFTConfig, validated: Predictions, kept: Kept | None) -> tuple[Head, str]:
+    """The head with the threshold that `reject_below` or `reject_for_accuracy` asks for; and why there is none, if so."""
+    wanted = config.reject_for_accuracy
+    if wanted is None:
+        return head.rejecting(config.reject_below), ""
+    known = _new(validated, kept)
+    right = validated.predicted[known] == validated.labels[known]
+    threshold = threshold_for(validated.scores[known].max(axis=1), right, wanted)
+    if threshold is not None:
+        return head.rejecting(threshold), ""
+    return head, (
+        f"No threshold was found from which on answers are right in {100 * wanted:g} % of all cases, with 95 % confidence, on "
+        f"{known.sum()} validation images: every picture gets a class."
+    )

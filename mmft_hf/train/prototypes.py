@@ -1,0 +1,37 @@
+"""The prototypes of a run: what `--prototypes` names, of any weights."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..core.console import is_main
+from ..data.texts import TEMPLATES
+from ..predict.heads import ClassPrototypes
+from .config import MMFTConfig
+
+
+def prototypes_of(
+    model: PreTrainedModel, processor: ProcessorMixin, train: Dataset, config: MMFTConfig, shard: bool = True
+) -> ClassPrototypes:
+    """Class prototypes from the source that `config.prototypes` names.
+
+    Args:
+        train: the training split.
+        shard: each of several processes encodes its share; all of them must call this.
+    """
+    source, template = config.prototypes, config.class_template
+    options = {
+        "batch_size": config.per_device_eval_batch_size,
+        "progress": is_main() and not config.disable_tqdm,
+        "shard": shard,
+    }
+    if source == "captions":
+        weight = config.template_weight
+        return ClassPrototypes.from_captions(model, processor, train, template, template_weight=weight, **options)
+    if source == "images":
+        options |= {"on_bad_image": config.on_bad_image, "workers": config.dataloader_num_workers}
+        return ClassPrototypes.from_images(model, processor, train, **options)
+    # The user's own template comes first among several.
+    templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
+    return ClassPrototypes.from_templates(model, processor, train.features["label"].names, templates, shard)
