@@ -15,7 +15,7 @@ from mmft_hf.benchmark.run.context import Context, Trained
 from mmft_hf.benchmark.run.inference import FeatureHead
 from mmft_hf.benchmark.run.methods import METHODS, fit
 from mmft_hf.benchmark.run.protocol import Task
-from mmft_hf.benchmark.run.trainings import interpolated, settings_for
+from mmft_hf.benchmark.run.trainings import halfway, none_without_captions, settings_for
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import TEMPLATES, check_template
 from mmft_hf.data.views import TextView, TrainingView
@@ -41,6 +41,7 @@ def weights(model):
 def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone(context, task):
     before, trained = weights(context.model), {}
     first = {method.training: name for name, method in reversed(METHODS.items()) if method.training}
+    del first[none_without_captions]  # which trains nothing
     assert len(first) == 21
     for training, name in first.items():
         found = context.train(training, task, 1e-3)
@@ -175,7 +176,7 @@ def test_few_images_get_min_steps_and_all_images_their_epochs(clip_folder, task,
 
 def test_interpolated_weights_are_between_the_two(context, task):
     trained = context.train(METHODS["mmft"].training, task, 1e-2)
-    model, end, start = interpolated(trained, context.model, 0.25).model, weights(trained.model), weights(context.model)
+    model, end, start = halfway(trained, context.model, 0.25).model, weights(trained.model), weights(context.model)
     for name, value in weights(model).items():
         expected = 0.75 * start[name] + 0.25 * end[name] if value.is_floating_point() else start[name]
         torch.testing.assert_close(value, expected)
@@ -245,3 +246,32 @@ def test_a_linear_probe_of_permuted_labels_falls_to_chance(context, task):
 
     assert accuracy("lp", 0) > 0.9
     assert 0.2 < np.mean([accuracy("lp-permuted-labels", seed) for seed in range(8)]) < 0.47
+
+
+HEADS = ("proker", "proker-cap", "gda-cap", "tip-cap", "tip-f-cap", "zs-lp-cap", "clap-cap", "timo-cap", "zs+mean")
+
+
+@pytest.mark.parametrize("name", [*HEADS, "zs+auto", "zs-no-captions+auto"])
+def test_rows_with_heads_of_captions_and_images(name, context, task):
+    found = fit(METHODS[name], context, task)
+    assert found.classifier(task.validation).shape == (len(task.validation), 3) and found.steps is None
+    if name.endswith("+auto"):
+        assert found.chosen == {"head": "mean", "head_alpha": 0.0}  # nine validation images choose nothing
+    bare = dataclasses.replace(task, train=trainings.without_captions(task))
+    if name == "timo-cap":
+        with pytest.raises(UserError, match="expected captions"):
+            fit(METHODS[name], context, bare)
+        return
+    same = np.array_equal(
+        fit(METHODS[name], context, bare).classifier(task.validation), found.classifier(task.validation)
+    )
+    assert same == (name in ("proker", "zs-no-captions+auto"))
+
+
+def test_auto_takes_weights_between_untuned_and_trained(context, task):
+    found = fit(METHODS["mmft+auto"], context, task)
+    assert found.steps == 2 and found.chosen == {"head": "mean", "head_alpha": 0.5}
+    kernel = fit(METHODS["mmft+kernel"], context, task)
+    assert kernel.steps == 2 and not np.array_equal(
+        found.classifier(task.validation), kernel.classifier(task.validation)
+    )

@@ -22,6 +22,7 @@ from ...model.loading import load_model, logit_scale
 from ...model.memory import give_memory_back
 from ...predict.classifier import ImageClassifier
 from ...predict.evaluation import classify
+from ...predict.fitting.data import HeadData, embeddings, head_data
 from ...predict.heads import ClassPrototypes, LinearHead
 from ...train.config import MMFTConfig
 from .protocol import Classifier, Task, readable_rows
@@ -102,6 +103,23 @@ class Context:
         """`features` and labels of the readable images."""
         embeds, labels = self._encoded(dataset)
         return embeds[labels != IGNORED].double().numpy(), labels[labels != IGNORED].numpy()
+
+    def encoded(self, model: PreTrainedModel, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image embeddings `(n, D)` of a tuned or the untuned model, and labels `(n,)`, -100 for an unreadable image."""
+        if model is self.model:
+            return self._encoded(dataset)
+        return embeddings(model, self.processor, dataset, *self._batches)
+
+    def head_data(self, trained: Trained, prototypes: ClassPrototypes) -> HeadData:
+        """What heads are fitted to: the images and texts of a training, by its weights.
+
+        Args:
+            prototypes: of the same weights.
+        """
+        template, cached = self.config.class_template, trained.model is self.model
+        return head_data(
+            trained.model, self.processor, trained.texts, prototypes, template, *self._batches, cached=cached
+        )
 
     def _encoded(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         return image_features(self.model, self.processor, dataset, *self._batches)

@@ -7,18 +7,21 @@ with `logits(image_embeds (B, D)) -> (B, C)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ...baselines.inputs import Choice
 from ...data.texts import TEMPLATES
-from ...predict.heads import ClassPrototypes, LinearHead
+from ...predict.fitting import auto
+from ...predict.fitting.heads import fit_head
+from ...predict.fitting.inputs import Choice
+from ...predict.heads import ClassPrototypes, Head, LinearHead
 from .context import Context, Trained
 from .protocol import Task
+from .trainings import halfway
 
 
 def template(context: Context, task: Task, trained: Trained) -> ClassPrototypes:
@@ -82,7 +85,7 @@ def on_features(
     method: Callable[..., np.ndarray],
     choose: Callable[..., Choice] | None = None,
     images: Callable[[Task], Dataset] = lambda task: task.train,
-    texts: bool = True,
+    texts: str | None = "templates",
     seeded: bool = False,
 ) -> Callable[[Context, Task, Trained], FeatureHead]:
     """A method of `baselines` on the image features of the untuned model.
@@ -91,14 +94,16 @@ def on_features(
         method: `(train_x, train_y, test_x, **parameters) -> scores`.
         choose: `(train_x, train_y, val_x, val_y, …) -> Choice`: picks parameters of `method` on validation.
         images: the training images.
-        texts: whether the method takes class texts (`zero_shot`) and the model's `scale`.
+        texts: the class texts (`zero_shot`) that the method takes, with the model's `scale`: averages over 80 `templates`, or
+            class averages of the `captions`; None: it takes none.
         seeded: whether it takes a `seed`.
     """
 
     def head(context: Context, task: Task, trained: Trained) -> FeatureHead:
         train, options = context.examples(images(task)), {}
         if texts:
-            zero_shot = context.zero_shot_prototypes(task.class_names).embeddings.double().numpy()
+            by_class = captions if texts == "captions" else lambda *_: context.zero_shot_prototypes(task.class_names)
+            zero_shot = by_class(context, task, trained).embeddings.double().numpy()
             options |= {"zero_shot": zero_shot, "scale": context.scale}
         if seeded:
             options["seed"] = task.seed
@@ -107,3 +112,35 @@ def on_features(
         return FeatureHead(lambda features: method(*train, features, **parameters), choice)
 
     return head
+
+
+def fitted(name: str) -> Callable[[Context, Task, Trained], Head]:
+    """A head of `--head`, fitted to the training images and texts by the weights of a training; see `predict.fitting.heads`."""
+
+    def head(context: Context, task: Task, trained: Trained) -> Head:
+        return fit_head(name, context.head_data(trained, training_texts(context, task, trained)))
+
+    return head
+
+
+def chosen_on_validation(context: Context, task: Task, trained: Trained) -> tuple[Trained, Head, dict]:
+    """Weights and head as `--head auto` chooses them on validation; see `predict.fitting.auto`.
+
+    Returns:
+        The weights, the head on them, and what was chosen by name.
+    """
+    untuned = Trained(context.model, trained.texts)
+    weights = {0.0: untuned}
+    if trained.model is not context.model:
+        weights |= {0.5: halfway(replace(trained, head=None), context.model, 0.5), 1.0: trained}
+    states = (
+        auto.State(
+            alpha,
+            context.head_data(found, training_texts(context, task, found)),
+            *context.encoded(found.model, task.validation),
+        )
+        for alpha, found in weights.items()
+    )
+    choice = auto.select(states, zero_shot=template(context, task, untuned))
+    kept = choice.chosen
+    return weights[kept.alpha], kept.head, {"head": kept.name, "head_alpha": kept.alpha}

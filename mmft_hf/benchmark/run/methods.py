@@ -17,17 +17,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ...baselines import clap, gda, linear, lp_plus_plus, tip_adapter
+from ...baselines import clap, gda, linear, lp_plus_plus, proker, tip_adapter
 from ...core.errors import UserError
 from .context import Context, Trained
-from .inference import FeatureHead, captions, mixed, on_features, template, templates, trained_head, training_texts
+from .inference import (
+    FeatureHead,
+    captions,
+    chosen_on_validation,
+    fitted,
+    mixed,
+    on_features,
+    template,
+    templates,
+    trained_head,
+    training_texts,
+)
 from .protocol import FULL, Classifier, Task
 from .trainings import (
     Training,
     contrastive,
     cross_entropy,
-    interpolated,
+    halfway,
     low_rank,
+    none_without_captions,
     permuted_labels,
     shuffled_captions,
     without_captions,
@@ -56,6 +68,7 @@ class Method:
         needs_captions: it reads captions, and is left out where the training images have none.
         sanity_check: its labels are permuted, so it should fall to chance; it is not a baseline.
         alpha: weights are `(1 - alpha) * untuned + alpha * trained`.
+        auto: weights and head are chosen on validation, as `--head auto` does; `inference` has no part in it.
     """
 
     name: str
@@ -66,6 +79,7 @@ class Method:
     needs_captions: bool = False
     sanity_check: bool = False
     alpha: float = 1.0
+    auto: bool = False
 
 
 MMFT, NO_CAPTIONS = contrastive(), contrastive(without_captions)
@@ -76,7 +90,7 @@ _ROWS = (
     Method("zs-ens", None, templates, "untuned", "The untuned model with the average over 80 templates."),
     Method("zs-cap", None, captions, "untuned", "The untuned model with class averages of the captions.", True),
 
-    Method("lp", None, on_features(linear.logistic_regression, linear.choose, texts=False), "features",
+    Method("lp", None, on_features(linear.logistic_regression, linear.choose, texts=None), "features",
            "Logistic regression on image embeddings, C from validation."),
     Method("gda", None, on_features(gda.gda, gda.choose), "features",
            "Gaussian discriminant analysis, its weight from validation."),
@@ -90,8 +104,30 @@ _ROWS = (
            "A linear probe that starts at the zero-shot weights."),
     Method("clap", None, on_features(clap.clap, seeded=True), "features",
            "CLAP: zs-lp with a penalty that keeps it near the zero-shot weights."),
+    Method("proker", None, on_features(proker.proker, proker.choose), "features",
+           "ProKeR: class texts and a kernel ridge regression, its two parameters from validation."),
+    Method("gda-cap", None, on_features(gda.gda, gda.choose, texts="captions"), "features",
+           "gda with class averages of the captions for class texts.", True),
+    Method("tip-cap", None, on_features(tip_adapter.tip, tip_adapter.choose, texts="captions"), "features",
+           "tip with class averages of the captions for class texts.", True),
+    Method("tip-f-cap", None, on_features(tip_adapter.tip_f, tip_adapter.choose_f, texts="captions", seeded=True), "features",
+           "tip-f with class averages of the captions for class texts.", True),
+    Method("zs-lp-cap", None, on_features(clap.zs_lp, texts="captions", seeded=True), "features",
+           "zs-lp with class averages of the captions for class texts.", True),
+    Method("clap-cap", None, on_features(clap.clap, texts="captions", seeded=True), "features",
+           "clap with class averages of the captions for class texts.", True),
+    Method("proker-cap", None, on_features(proker.proker, proker.choose, texts="captions"), "features",
+           "proker with class averages of the captions for class texts.", True),
+    Method("timo-cap", None, fitted("timo"), "features",
+           "After TIMO: captions weighted by the images they fit, and Gaussians of both.", True),
+    Method("zs+mean", None, fitted("mean"), "features",
+           "The head of --head mean on the untuned model."),
+    Method("zs+auto", None, template, "features",
+           "The head that --head auto chooses on the untuned model.", auto=True),
+    Method("zs-no-captions+auto", none_without_captions, template, "features",
+           "zs+auto without captions: what captions bring with this head and no training.", auto=True),
     Method("lp-permuted-labels", None,
-           on_features(linear.logistic_regression, linear.choose, permuted_labels, texts=False), "features",
+           on_features(linear.logistic_regression, linear.choose, permuted_labels, texts=None), "features",
            "lp with labels shuffled among all images: a control that should fall to chance.", sanity_check=True),
 
     Method("flyp", contrastive(without_captions, supcon_weight=0.0), template, "tuned",
@@ -155,7 +191,22 @@ def _halfway(method: Method) -> Method:
     return replace(method, name=f"{method.name}+wise", about=about, alpha=0.5)
 
 
-METHODS = {row.name: row for row in (*_ROWS, *(_halfway(row) for row in _ROWS if row.training))}
+def _with_auto(method: Method) -> Method:
+    """`NAME+auto`: weights and head as `--head auto` chooses them on validation."""
+    return replace(
+        method, name=f"{method.name}+auto", about=f"Weights and head of --head auto. {method.about}", auto=True
+    )
+
+
+def _with_kernel(method: Method) -> Method:
+    """`NAME+kernel`: the head of `--head kernel` on the trained weights."""
+    about = f"The head of --head kernel. {method.about}"
+    return replace(method, name=f"{method.name}+kernel", about=about, inference=fitted("kernel"))
+
+
+_TRAINED = [row for row in _ROWS if row.training and not row.auto]
+_VARIANTS = [vary(row) for vary in (_halfway, _with_auto, _with_kernel) for row in _TRAINED]
+METHODS = {row.name: row for row in (*_ROWS, *_VARIANTS)}
 
 
 @dataclass
@@ -186,7 +237,8 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
     accurate ones the first is taken.
     """
     best, seconds, failed, untuned = None, 0.0, {}, Trained(context.model, task.train)
-    rates = context.learning_rates if method.training else (0.0,)
+    trains = method.training not in (None, none_without_captions)
+    rates = context.learning_rates if trains else (0.0,)
     for rate in rates:
         start = time.monotonic()
         try:
@@ -197,15 +249,19 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
             continue
         start = time.monotonic()
         if method.alpha < 1:
-            trained = interpolated(trained, context.model, method.alpha)
-        head = method.inference(context, task, trained)
+            trained = halfway(trained, context.model, method.alpha)
+        picked = {}
+        if method.auto:
+            trained, head, picked = chosen_on_validation(context, task, trained)
+        else:
+            head = method.inference(context, task, trained)
         classifier = context.classifier(trained.model, head)
         choice = head.choice if isinstance(head, FeatureHead) else None
         accuracy = choice.accuracy if choice else context.accuracy(classifier, task.validation)
         seconds += trained.seconds + time.monotonic() - start
         if best is None or accuracy > best.validation_accuracy:
             chosen = {"learning_rate": rate} if len(rates) > 1 else {}
-            chosen |= trained.chosen | (choice.parameters if choice else {})
+            chosen |= trained.chosen | (choice.parameters if choice else {}) | picked
             tried = choice.tried if choice else len(rates)
             best = Fitted(classifier, "last", accuracy, chosen, tried, trained.steps)
     if best is None:

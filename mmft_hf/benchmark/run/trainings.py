@@ -21,6 +21,7 @@ from ...baselines.cross_entropy import train_head
 from ...data.sampling import generator
 from ...data.splits import labels_of
 from ...data.texts import TEMPLATES
+from ...model.interpolation import interpolated
 from ...model.towers import merge, set_towers
 from ...predict.heads import LinearHead
 from ...train.config import MMFTConfig
@@ -72,6 +73,7 @@ def settings_for(context: Context, task: Task, learning_rate: float, folder: str
         "seed": task.seed,
         "disable_tqdm": True,
         "learning_rate": learning_rate,
+        "patience": None,  # equal budgets
         "save_only_model": True,  # nothing is resumed here, and Adam's moments are twice the size of the weights
     } | settings
     if task.shots != FULL:  # a few validation images select epochs badly
@@ -167,6 +169,11 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Training:
     return train
 
 
+def none_without_captions(context: Context, task: Task, learning_rate: float) -> Trained:
+    """No training: the untuned model, and the images without their captions."""
+    return Trained(context.model, without_captions(task))
+
+
 def low_rank(context: Context, task: Task, learning_rate: float) -> Trained:
     """CLIP-LoRA, see `baselines.clip_lora`."""
     with set_up(context, task, LORA_FACTOR * learning_rate) as (model, config, validation):
@@ -174,16 +181,7 @@ def low_rank(context: Context, task: Task, learning_rate: float) -> Trained:
     return Trained(model, task.train, steps)
 
 
-def interpolated(trained: Trained, untuned: PreTrainedModel, alpha: float) -> Trained:
-    """The training's result with the weights `(1 - alpha) * untuned + alpha * trained`, logit scale and head included.
-
-    References: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903), equation 1.
-    """
-    model = copy.deepcopy(trained.model)
-    with torch.no_grad():
-        weights = untuned.state_dict()
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(weights[name], 1 - alpha)
+def halfway(trained: Trained, untuned: PreTrainedModel, alpha: float) -> Trained:
+    """The training's result with the weights `(1 - alpha) * untuned + alpha * trained`, logit scale and head included."""
     head = trained.head and trained.head.interpolated(trained.first_head, alpha)
-    return replace(trained, model=model, head=head)
+    return replace(trained, model=interpolated(trained.model, untuned, alpha), head=head)
