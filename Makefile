@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 # Tests use one thread each, so that every core can run a process.
 WORKERS ?= auto
 
-.PHONY: quickstart seeds test test-all docs lint clean
+.PHONY: quickstart table test test-all docs lint clean
 
 quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two predictions on the embedded data
 	$(BIN)/mmft-hf caption --captioner columns --config recipes/quickstart/caption.yaml --overwrite_output_dir true
@@ -22,13 +22,12 @@ quickstart: $(VENV)/.installed ## captions, fine-tuning, evaluation and two pred
 	@echo "Results, model and card: outputs/quickstart/run   Captioned data: outputs/quickstart/captioned"
 	@echo "Your own pictures, one folder per class: $(BIN)/mmft-hf finetune --dataset_name FOLDER --output_dir outputs/mine"
 
-seeds: $(VENV)/.installed ## the table of the README: the quickstart and its control without captions, three seeds each
-	for seed in 0 1 2; do for run in "" control/; do \
-	  $(BIN)/mmft-hf finetune --config recipes/quickstart/$${run}finetune.yaml --seed $$seed \
-	    --output_dir outputs/seeds/$${run}$$seed --overwrite_output_dir true || exit; \
+table: $(VENV)/.installed ## the runs of the table in the README: heads on both embedded models, without and with captions
+	for model in photo tiny-clip; do for captions in none text; do \
+	  $(BIN)/mmft-hf finetune --dataset_name builtin/emoji-mini --model_name_or_path builtin/$$model --num_train_epochs 0 \
+	    $$(test $$captions = none || echo --captions_column $$captions) \
+	    --output_dir outputs/table/$$model-$$captions --overwrite_output_dir true || exit; \
 	done; done
-	$(BIN)/python recipes/quickstart/seed_table.py outputs/seeds/0 outputs/seeds/1 outputs/seeds/2
-	$(BIN)/python recipes/quickstart/seed_table.py outputs/seeds/control/0 outputs/seeds/control/1 outputs/seeds/control/2
 
 test: lint ## ruff and the fast tests, in parallel
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"

@@ -256,7 +256,7 @@ def test_caption_plan_then_training(tmp_path, clip_folder, capsys):
     config[1] = str(RECIPES / "cifar100" / "finetune.yaml")
     assert cli.main(["finetune", *config, *model, str(run), *words]) == 0, capsys.readouterr().err
     assert "Test accuracy on 9 images" in capsys.readouterr().out
-    assert (run / "prototypes.safetensors").is_file()
+    assert (run / "head.safetensors").is_file()
 
     words = (
         "--image_column image --label_column label --methods zs-cap lp mmft --shots 2 --seeds 0 --learning_rates 1e-4"

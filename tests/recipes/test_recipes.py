@@ -53,7 +53,7 @@ per_device_train_batch_size: 8
     words = ["--config", tmp_path / "finetune.yaml"]
     out, _ = end(launch(*options, script=RECIPES / "finetune.py", words=words))
     assert "Test accuracy on 18 images" in out
-    assert (tmp_path / "out" / "prototypes.safetensors").is_file()
+    assert (tmp_path / "out" / "head.safetensors").is_file()
 
 
 @pytest.mark.slow
