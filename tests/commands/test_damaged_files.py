@@ -367,6 +367,7 @@ def check_one(left, name, file, verb, how, expected) -> None:
 
 
 FOUND = [
+    ("run", "model.safetensors", "repeat", ("socket", 0.0, None)),
     ("cut", "checkpoint-3/scheduler.pt", "resume", ("folder", 0.0, None)),
     ("bench", "results.jsonl", "report", ("truncate", 0.8523432834434165, 69)),
     ("run", "processor_config.json", "predict", ("remove", 0.08529330710496397, 6)),
