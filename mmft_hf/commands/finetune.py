@@ -83,10 +83,10 @@ class Terminal:
         table(rows)
         if not is_better(metric, tuned, untuned):
             by = "" if metric == "accuracy" else f" by {metric}"
-            say(
-                f"\n  Fine-tuning did not help here: the untuned model is as good{by}. Try more images, more epochs or another "
-                "learning rate."
-            )
+            cause, advice = "Fine-tuning", "more images, more epochs or another learning rate"
+            if now == "new head":
+                cause, advice = "The new head", "more images, or captions"
+            say(f"\n  {cause} did not help here: the untuned model is as good{by}. Try {advice}.")
         if metrics["test_skipped_images"]:
             say(f"\n  {metrics['test_skipped_images']} test images could not be read and are not counted.")
         if result.no_threshold:
