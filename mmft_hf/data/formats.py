@@ -88,12 +88,15 @@ def _arrow(path: Path, args: DataArguments) -> TableFile:
     return _typed(path, open_file()[0], lambda columns: (batch.select(columns) for batch in open_file()[1]))
 
 
-def _levels(kind: pa.DataType) -> int:
-    """How deep lists and structures are nested in a type."""
+def _unusual(kind: pa.DataType) -> str | None:
+    """Why a type of nested lists and structures cannot be kept, in a few words; None if it can."""
     count, level = 0, [kind]
-    while level := [part.field(i).type for part in level if pa.types.is_nested(part) for i in range(part.num_fields)]:
-        count += 1
-    return count
+    while level:
+        if any(pa.types.is_struct(part) and part.num_fields == 0 for part in level):
+            return "a structure without fields, which parquet cannot hold"
+        level = [part.field(i).type for part in level if pa.types.is_nested(part) for i in range(part.num_fields)]
+        count += bool(level)
+    return f"nested {count} levels deep" if count > MOST_LEVELS else None
 
 
 def _typed(path: Path, schema: pa.Schema, read: Callable[[list[str]], Iterable[pa.RecordBatch]]) -> TableFile:
@@ -101,8 +104,8 @@ def _typed(path: Path, schema: pa.Schema, read: Callable[[list[str]], Iterable[p
     _once(path, schema.names)
     fields, dropped = [], []
     for column in schema:
-        if (levels := _levels(column.type)) > MOST_LEVELS:
-            dropped.append(f"{column.name} (nested {levels} levels deep)")
+        if why := _unusual(column.type):
+            dropped.append(f"{column.name} ({why})")
             continue
         kind = _plain(column.type)
         try:

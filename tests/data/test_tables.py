@@ -149,16 +149,28 @@ def test_other_columns_of_any_type_stay_or_are_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("levels", "kept"), [(20, True), (200, False)])
-def test_a_column_that_is_nested_too_deep_is_left_out_and_named(levels, kept, tmp_path):
-    deep = json.loads("[" * levels + "]" * levels)
+@pytest.mark.parametrize(
+    ("levels", "inside", "why"),
+    [
+        (20, "", None),
+        (200, "", "nested 200 levels deep"),
+        (0, '{"a": 1}', None),
+        (0, "{}", "a structure without fields"),
+        (2, '{"a": {}}', "a structure without fields"),
+    ],
+)
+def test_a_column_that_nothing_can_keep_is_left_out_and_named(levels, inside, why, tmp_path):
+    deep = json.loads("[" * levels + inside + "]" * levels)
     save_lines = [json.dumps({"file_name": f"{i}.png", "label": name, "deep": deep}) for i, name in enumerate(NAMES)]
     for i, picture in enumerate(BYTES):
         (tmp_path / f"{i}.png").write_bytes(picture)
     (tmp_path / "metadata.jsonl").write_text("\n".join(save_lines))
     splits = load_splits(DataArguments(dataset_name=str(tmp_path)))
-    assert ("deep" in splits.train.column_names) == kept
-    assert any("deep (nested 200 levels deep)" in note for note in splits.notes) != kept
+    assert ("deep" in splits.train.column_names) == (why is None)
+    assert any(f"deep ({why}" in note for note in splits.notes) == (why is not None)
+    splits.train.select_columns(["label", *({"deep"} & set(splits.train.column_names))]).to_parquet(
+        tmp_path / "a.parquet"
+    )
 
 
 def test_damaged_files_are_named(tmp_path):
