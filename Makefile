@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # Nothing but the package installs needs a network.
 export HF_HUB_OFFLINE = 1
 
-# Tests use one thread each, so that every core can run a process.
-WORKERS ?= auto
+# Tests use one thread each, so that every core can run a process. Some wait for servers and processes meanwhile: half as many more.
+WORKERS ?= $(shell $(PYTHON) -c "import os; n = os.cpu_count() or 1; print(n + n // 2)")
 
 .PHONY: quickstart table test test-all docs lint clean
 

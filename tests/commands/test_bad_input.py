@@ -466,7 +466,7 @@ def test_the_message_is_all_that_a_process_leaves_on_stderr(finetune, data_with)
 def test_missing_file_is_named(fails, finetune, tmp_path):
     folder = save_pictures(tmp_path / "data", 10)
     (folder / NAMES[0] / "000.png").write_bytes(b"")
-    fails(finetune(data=folder), "cannot be read", "000.png")
+    fails(finetune("--max_steps", 1, data=folder), "cannot be read", "000.png")
 
 
 def test_bad_pictures_are_skipped_and_counted_in_every_split(succeeds, finetune, data_with, tmp_path):

@@ -207,7 +207,9 @@ def test_every_kind_of_head_is_among_these():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(kind, marks=() if kind == "kernel" else pytest.mark.slow) for kind in KINDS]
+)
 def test_traced_and_exported_it_gives_the_same_numbers(clip, pictures, name):
     """Also for another number of pictures than the one that it was traced with."""
     classifier = ImageClassifier(*clip, replace(head_of(name, clip), temperature=1.7)).eval()

@@ -8,7 +8,7 @@ from PIL import Image
 from mmft_hf.predict.figures import draw_confusion, draw_curves, legible, training_curves
 
 
-@pytest.mark.parametrize("classes", [2, 24, 40, 41, 200])
+@pytest.mark.parametrize("classes", [2, 24, pytest.param(40, marks=pytest.mark.slow), 41, 200])
 def test_confusion_of_few_and_many_classes(classes, tmp_path):
     rng = np.random.default_rng(0)
     confusion = np.diag(rng.integers(1, 1500, classes)) + (rng.random((classes, classes)) < 0.1)
