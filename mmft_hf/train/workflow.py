@@ -283,10 +283,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
             trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
         except UserError:
             raise
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # the stock Trainer's refusals, e.g. of a tracker that is not installed
+        except (ImportError, ValueError) as error:
+            # The stock Trainer's refusals, e.g. of a tracker that is not installed.
             raise UserError(f"finetune: {str(error).strip()}") from error
         train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
         state = trainer.state
@@ -309,9 +307,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         chosen, validated = (untuned, untuned_scores) if zero_shot_won else (compared, validated)
         adapter = None if zero_shot_won else adapter
     else:
-        same = (
-            trains and config.load_best_model_at_end and state.best_global_step == 0
-        )  # the best epoch is the untuned model
+        # Whether the best epoch is the untuned model.
+        same = trains and config.load_best_model_at_end and state.best_global_step == 0
         kept = choose_classifier(untuned, None if same else compared, splits, config, whole=adapter is not None)
         if same:
             kept.choice.reason = f"no epoch was better on validation than the untuned model; head: {kept.choice.reason}"

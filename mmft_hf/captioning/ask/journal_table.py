@@ -67,6 +67,7 @@ class JournalError(UserError):
 
 
 def broken(path: Path, error: sqlite3.Error) -> JournalError:
+    """What to tell the user of an error of SQLite at a journal file: a full disk, or a damaged file."""
     what = str(error)
     if "full" in what or "disk I/O" in what:  # the latter also over a quota
         return JournalError(
@@ -95,6 +96,7 @@ def row_digest(*content) -> int:
 
 
 def has_digests(db: sqlite3.Connection) -> bool:
+    """Whether the results have checksums; older journals have none."""
     return db.execute("SELECT 1 FROM pragma_table_info('results') WHERE name = 'digest'").fetchone() is not None
 
 
