@@ -56,6 +56,15 @@ PADDING = -1
 IGNORED = -100
 
 
+def is_example(labels):
+    """Which rows are examples, bool `(n,)`.
+
+    Args:
+        labels: an array or tensor, `(n,)`, or `(n, C)` where a row may have several classes.
+    """
+    return (labels if labels.ndim == 1 else labels[:, 0]) != IGNORED
+
+
 class EpochSampler:
     """Yields shuffled row numbers that carry their epoch: `epoch * length + row`.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.distributed import gather
-from ..data.sampling import IGNORED
+from ..data.sampling import IGNORED, is_example
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Batch:
 
     Args:
         image_embeds (`(N, D)`, float32): with gradient.
-        labels (`(N,)`, int64): class of each image. -100 marks a row that is not an example: neither anchor nor candidate.
+        labels (`(N,)`, int64): class of each image; or `(N, C)`, float32, with 1 for each of its classes and 0 for the others.
+            -100 (in all columns) marks a row that is not an example: neither anchor nor candidate.
         scale (scalar): `exp(logit_scale)`, multiplies cosines.
         text_embeds (`(M, D)`, float32, *optional*): None where no term needs texts.
         owner (`(M,)`, int64, *optional*): which image each text belongs to, -1 for a text without one. Default: text i
@@ -62,7 +63,7 @@ class Batch:
         """The batch of all processes, in rank order and with gradient, from the rows of this one.
 
         Args:
-            image_embeds (`(B, D)`), labels (`(B,)`), text_embeds (`(B, D)`): text i belongs to image i.
+            image_embeds (`(B, D)`), labels (`(B,)` or `(B, C)`), text_embeds (`(B, D)`): text i belongs to image i.
             equal_sizes: whether every process is known to have the same B. Otherwise they exchange the sizes first, which waits for the
                 GPU.
             more: fields that are the same in every process.
@@ -79,12 +80,20 @@ class Batch:
     @cached_property
     def valid(self) -> Tensor:
         """`(N,)` bool: which images are examples."""
-        return self.labels != IGNORED
+        return is_example(self.labels)
 
     @cached_property
     def text_labels(self) -> Tensor:
-        """`(M,)`: class of the image that each text belongs to, -100 for a text without one."""
-        return self.labels if self.one_to_one else self.labels[self.owner].where(self.owner >= 0, IGNORED)
+        """`(M,)` or `(M, C)`: labels of the image that each text belongs to, -100 for a text without one."""
+        if self.one_to_one:
+            return self.labels
+        owned = self.owner >= 0
+        return self.labels[self.owner].where(owned if self.labels.ndim == 1 else owned[:, None], IGNORED)
+
+    @cached_property
+    def text_valid(self) -> Tensor:
+        """`(M,)` bool: which texts belong to an image that is an example."""
+        return is_example(self.text_labels)
 
     @cached_property
     def own(self) -> Tensor:
@@ -92,9 +101,20 @@ class Batch:
         return torch.arange(len(self.labels), device=self.labels.device)[:, None] == self.owner[None, :]
 
     @cached_property
-    def same_class(self) -> Tensor:
-        """`(N, M)` bool: which images and texts are examples of one class."""
-        return (self.labels[:, None] == self.text_labels[None, :]) & (self.text_labels != IGNORED)
+    def overlap(self) -> Tensor:
+        """`(N, M)`: how far the classes of images and of texts (those of their images) are the same.
+
+        With one class per image, bool. With several, the shared classes among all classes of the two, from 0 to 1: the soft
+        Jaccard index `Σ min / Σ max`; without any class, 0.
+        """
+        if self.labels.ndim == 1:
+            return (self.labels[:, None] == self.text_labels[None, :]) & self.text_valid
+        own = self.labels.where(self.valid[:, None], 0.0)
+        texts = self.text_labels.where(self.text_valid[:, None], 0.0)
+        # Σ max - Σ min is the distance, Σ max + Σ min the sum of both.
+        distance, total = torch.cdist(own, texts, p=1), own.sum(dim=1)[:, None] + texts.sum(dim=1)
+        either = (total + distance) / 2
+        return (total - distance) / 2 / either.where(either > 0, 1.0)
 
     @cached_property
     def _logits(self) -> Tensor:
@@ -104,7 +124,7 @@ class Batch:
     def image_logits(self) -> Tensor:
         """`(N, M)` scaled cosines of images with texts. Texts that are not examples get the least finite number, not -inf:
         a batch without any example would be NaN."""
-        return self._logits.masked_fill(self.text_labels == IGNORED, torch.finfo(self._logits.dtype).min)
+        return self._logits.masked_fill(~self.text_valid, torch.finfo(self._logits.dtype).min)
 
     @cached_property
     def text_logits(self) -> Tensor:
@@ -119,7 +139,7 @@ class Batch:
         """
         if self.one_to_one and self.weights is None and self.text_weights is None:
             return (_cross_entropy(self.image_logits, self.valid) + _cross_entropy(self.text_logits, self.valid)) / 2
-        own = self.own & self.same_class
+        own = self.own & self.text_valid
         return (
             contrast(self.image_logits, own, self.weights) + contrast(self.text_logits, own.T, self.text_weights)
         ) / 2
@@ -128,13 +148,16 @@ class Batch:
 def batch_supcon(batch: Batch, include_self: bool = False) -> tuple[Tensor, Tensor]:
     """Supervised contrastive loss between images and texts of a class, in both directions.
 
+    Of images with several classes, texts are positives as far as their classes overlap. This is not MulSupCon, which sums over
+    the classes of an anchor.
+
     Args:
         include_self: whether an image's own text is a positive, too.
 
     Returns:
         The loss, a scalar, which is CLIP's where no image has a positive; and the share of the images that have one.
     """
-    positives = batch.same_class if include_self else batch.same_class & ~batch.own
+    positives = batch.overlap if include_self else batch.overlap.masked_fill(batch.own, 0)
     of_texts = positives.T.contiguous()
     loss = (
         contrast(batch.image_logits, positives, batch.weights)
@@ -156,20 +179,35 @@ def _logits(anchors: Tensor, candidates: Tensor, scale: Tensor | float) -> Tenso
 def contrast(logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
     """The contrastive formula: mean over anchors of the mean negative log-probability of their positives; a scalar.
 
+    The mean over positives is weighted by their shares.
+
     Args:
         logits (`(A, K)`): of anchors against candidates. The softmax of a row runs over all of it.
-        positives (`(A, K)`, bool): a row without any contributes nothing; if none has one, the value is 0 with zero
-            gradient.
+        positives (`(A, K)`): bool, or shares of 0 or more. A row without any contributes nothing; if none has one, the
+            value is 0 with zero gradient.
         weights (`(A,)`, *optional*): of the anchors.
     """
     log_prob = logits.log_softmax(dim=1)
     count = positives.sum(dim=1)
     # where(), not a product: 0 * -inf would be NaN.
-    per_anchor = -torch.where(positives, log_prob, 0.0).sum(dim=1) / count.clamp(min=1)
+    per_anchor = -torch.where(positives > 0, positives * log_prob, 0.0).sum(dim=1) / count.where(count > 0, 1)
     if weights is None:
         return per_anchor.sum() / (count > 0).sum().clamp(min=1)
     total = weights.where(count > 0, 0.0).sum()
     return (weights * per_anchor).sum() / total.where(total > 0, 1.0)
+
+
+def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of class logits `(N, C)`, a scalar. Rows that are not examples are left out.
+
+    Args:
+        labels: `(N,)`, or `(N, C)`, whose rows count as equal shares of their classes; a row without classes contributes nothing.
+
+    References: Mahajan et al. 2018, "Exploring the Limits of Weakly Supervised Pretraining" (arXiv 1805.00932), for shares.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    return contrast(logits, labels.where(is_example(labels)[:, None], 0.0))
 
 
 def _cross_entropy(logits: Tensor, valid: Tensor) -> Tensor:
@@ -181,7 +219,7 @@ def _cross_entropy(logits: Tensor, valid: Tensor) -> Tensor:
 def _check(name: str, embeds: Tensor, labels: Tensor | None = None) -> None:
     if embeds.ndim != 2:
         raise ValueError(f"{name}: expected embeddings of shape (rows, D), found {tuple(embeds.shape)}.")
-    if labels is not None and labels.shape != embeds.shape[:1]:
+    if labels is not None and labels.shape[:1] != embeds.shape[:1]:
         raise ValueError(f"{name}: expected {len(embeds)} labels, one per row, found shape {tuple(labels.shape)}.")
 
 
@@ -255,7 +293,8 @@ class MMFTLoss(nn.Module):
 
     Inputs of the call:
         image_embeds (`(B, D)`), text_embeds (`(B, D)`): Embeddings of this process; row i of both is one example.
-        labels (`(B,)`, integer): Class of each example. A row labelled -100 is left out, as anchor and as candidate.
+        labels (`(B,)`, integer, or `(B, C)`, float): Class or classes of each example, as in `Batch`. A row labelled -100 is
+            left out, as anchor and as candidate.
         scale (scalar): `exp(logit_scale)`.
         equal_sizes (`bool`, defaults to `False`): every process is known to have the same B, so that they need not
             exchange it, which would wait for the GPU.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmft_hf import MMFTLoss, clip_loss, supcon_loss
-from mmft_hf.model.losses import IGNORED, _cross_entropy, contrast
+from mmft_hf.model.losses import IGNORED, Batch, _cross_entropy, batch_supcon, class_cross_entropy, contrast
 
 
 def oracle_supcon(logits: list[list[float]], rows: list[int], columns: list[int], excluded=()) -> float:
@@ -247,3 +247,72 @@ def test_a_batch_of_ignored_rows_alone_gives_zero():
     found.backward()
     assert found.item() == 0
     assert (images.grad == 0).all() and (texts.grad == 0).all()
+
+
+# -- several labels per image -----------------------------------------------------------------------------------------
+def batch_of(labels, owner=None, dtype=torch.float64, **fields):
+    images, texts = pairs(len(labels), dtype=dtype)
+    return Batch(images, labels, torch.tensor(7.0, dtype=dtype), texts, owner, **fields)
+
+
+@pytest.mark.parametrize("owner", [None, [1, 0, 0, -1, 4, 2]])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0, 1.0, 0.0, 1.0]])
+@pytest.mark.parametrize("include_self", [False, True])
+def test_one_hot_rows_give_the_loss_of_class_numbers_bit_for_bit(owner, weights, include_self):
+    classes = torch.tensor([0, 2, IGNORED, 2, 0, 1])
+    rows = torch.nn.functional.one_hot(classes.clamp(min=0), 3).float()
+    rows[2] = IGNORED
+    fields = {} if weights is None else {"weights": torch.tensor(weights), "text_weights": torch.tensor(weights)}
+    owner = None if owner is None else torch.tensor(owner)
+    numbers, several = (batch_of(labels, owner, torch.float32, **fields) for labels in (classes, rows))
+    for one, other in zip(batch_supcon(numbers, include_self), batch_supcon(several, include_self), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(numbers.clip_loss, several.clip_loss)
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        class_cross_entropy(logits, classes), class_cross_entropy(logits, rows), rtol=1e-6, atol=0
+    )
+
+
+def test_supcon_of_several_labels_weighs_texts_by_the_overlap_of_their_classes():
+    """Against loops over sets: shared classes among all classes of the two."""
+    sets = [{0, 1}, {1}, {0, 1, 2}, set(), {2}, {1, 2}]
+    labels = torch.tensor([[float(c in own) for c in range(3)] for own in sets])
+    batch = batch_of(labels)
+    overlap = [[len(a & b) / len(a | b) if a | b else 0.0 for b in sets] for a in sets]
+    assert batch.overlap.tolist() == pytest.approx([pytest.approx(row) for row in overlap])
+    logits = cosines(batch.image_embeds, batch.text_embeds, 7.0)
+    expected = []
+    for matrix in (logits, [list(column) for column in zip(*logits, strict=True)]):
+        values = []
+        for i, row in enumerate(matrix):
+            shares = [0.0 if i == j else overlap[i][j] for j in range(6)]
+            if sum(shares):
+                total = math.log(sum(map(math.exp, row)))
+                values.append(sum(p * (total - x) for p, x in zip(shares, row, strict=True)) / sum(shares))
+        expected.append(sum(values) / len(values))
+    loss, share = batch_supcon(batch)
+    assert loss.item() == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert share.item() == pytest.approx(5 / 6)  # the image without a class has no positive
+    # Its own text is still its pair.
+    assert batch.clip_loss.item() == pytest.approx(
+        (oracle_ce(logits) + oracle_ce([list(column) for column in zip(*logits, strict=True)])) / 2, rel=1e-6
+    )
+
+
+def test_an_image_that_is_no_example_is_left_out_of_several_labels_too():
+    labels = torch.tensor([[1.0, 0, 1], [1, 1, 0], [IGNORED] * 3, [0, 0, 1]])
+    kept = [0, 1, 3]
+    images, texts = pairs(4)
+    whole = Batch(images, labels, 7.0, texts)
+    part = Batch(images[kept], labels[kept], 7.0, texts[kept])
+    torch.testing.assert_close(batch_supcon(whole), batch_supcon(part))
+    torch.testing.assert_close(whole.clip_loss, part.clip_loss)
+
+
+def test_cross_entropy_of_several_labels_shares_the_classes_of_a_row():
+    logits = torch.tensor([[2.0, 1.0, -1.0], [0.5, 0.0, 3.0], [1.0, 1.0, 1.0], [9.0, 9.0, 0.0]])
+    labels = torch.tensor([[1.0, 1, 0], [0, 0, 1], [0, 0, 0], [IGNORED] * 3])
+    logs = [[x - math.log(sum(map(math.exp, row))) for x in row] for row in logits[:2].tolist()]
+    expected = -((logs[0][0] + logs[0][1]) / 2 + logs[1][2]) / 2
+    assert class_cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-6)

@@ -10,8 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import nn
 
-from ...data.sampling import IGNORED
-from ...model.losses import Batch
+from ...model.losses import Batch, class_cross_entropy
 from ...predict.heads import LinearHead
 from .base import LossTerm
 
@@ -47,7 +46,7 @@ class CrossEntropy(LossTerm):
     def __call__(self, batch: Batch):
         own = batch.parameters[self.name]
         logits = self.scale * F.linear(batch.image_embeds, own["weight"], own.get("bias"))
-        return {"loss": F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)}
+        return {"loss": class_cross_entropy(logits, batch.labels)}
 
     def head(self, parameters, class_names):
         values = {name: self.scale * value.detach() for name, value in parameters.items()}
@@ -68,4 +67,4 @@ class ClassTextCrossEntropy(LossTerm):
 
     def __call__(self, batch: Batch):
         logits = batch.scale * batch.image_embeds @ batch.extras["class_embeds"].T
-        return {"loss": F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)}
+        return {"loss": class_cross_entropy(logits, batch.labels)}
