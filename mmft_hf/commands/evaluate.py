@@ -53,6 +53,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
     from ..predict.heads import ClassPrototypes
+    from ..predict.metrics import class_sizes, uneven_note
 
     check_settings(args)
     if args.output_dir:
@@ -94,12 +95,17 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
 
-    rows = {"accuracy": f"{accuracy(result)}   on {result['examples']:,} images"}
+    note = uneven_note(*class_sizes(row["images"] for row in result["per_class"]))
+    mean = percent(result["mean_per_class_accuracy"])
+    if note and zero_shot:
+        mean += f", zero-shot {percent(zero_shot['mean_per_class_accuracy'])}"
+    rows = {"mean per class": mean} if note else {}
+    rows["accuracy"] = f"{accuracy(result)}   on {result['examples']:,} images"
     if zero_shot:
         rows["zero-shot"] = f"{accuracy(zero_shot)}   {base}, untuned"
     if "top5_accuracy" in result:
         rows["top-5"] = percent(result["top5_accuracy"])
-    rows["mean per class"] = percent(result["mean_per_class_accuracy"])
+    rows.setdefault("mean per class", mean)
     rows["calibration"] = (
         f"error {result['calibration_error']:.3f}; {result['calibration_error_null']:.3f} would be perfect on so many images"
     )
@@ -114,6 +120,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if result["skipped"]:
         rows["skipped"] = f"{result['skipped']} images that cannot be read"
     table(rows)
+    if note:
+        say(f"\n  {note}")
     if missing:
         say(f"\n  Note: no zero-shot baseline, because the untuned model is missing. {missing}")
     if uncompared:

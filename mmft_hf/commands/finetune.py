@@ -51,6 +51,8 @@ class Terminal:
         say()
 
     def finished(self, result: FinetuneResult) -> None:
+        from ..predict.metrics import uneven_note
+
         folder, metrics = result.output_dir, result.metrics
         if result.repeated:
             say(f"{folder} already holds this run, complete. Its results are in {folder / RESULTS_FILE}.")
@@ -64,7 +66,14 @@ class Terminal:
         say(f"\nTest accuracy on {metrics['test_images']} images, with 95 % interval\n")
         now = "fine-tuned" if metrics.get("head_alpha", 1) else "new head"  # on untuned weights
         rows = {"zero-shot": accuracy("zero_shot_"), now: f"{accuracy('')}   {gain:+.1f} points"}
-        rows["mean per class"] = percent(metrics["test_mean_per_class_accuracy"])
+        mean, before = (metrics[f"{of}test_mean_per_class_accuracy"] for of in ("", "zero_shot_"))
+        note = uneven_note(metrics["test_images_of_smallest_class"], metrics["test_images_of_largest_class"])
+        if note:
+            rows = {
+                "mean per class": f"{percent(mean)}, zero-shot {percent(before)}   {100 * (mean - before):+.1f} points"
+            } | rows
+        else:
+            rows["mean per class"] = percent(mean)
         if "test_top5_accuracy" in metrics:
             rows["top-5"] = percent(metrics["test_top5_accuracy"])
         rows["classifier" if "head_candidates" in metrics else "selection"] = metrics["selection"]
@@ -81,6 +90,10 @@ class Terminal:
         if metric != "accuracy":
             rows[metric.replace("_", " ")] = f"{shown(metric, tuned)}, zero-shot {shown(metric, untuned)}"
         table(rows)
+        if note:
+            say(f"\n  {note}")
+        if note and metric != "mean_per_class_accuracy":
+            say("  Type --metric_for_best_model mean_per_class_accuracy to have it select, too.")
         if not is_better(metric, tuned, untuned):
             by = "" if metric == "accuracy" else f" by {metric}"
             cause, advice = "Fine-tuning", "more images, more epochs or another learning rate"
@@ -121,6 +134,8 @@ def _training(plan: FinetunePlan) -> dict[str, str]:
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     where = f"on each of {config.world_size} processes" if config.world_size > 1 else f"on {config.device}"
     rows["training"] = f"{length}, batches of {config.per_device_train_batch_size} {where}"
+    if config.class_balance:
+        rows["training"] += ", each class equally often"
     if config.weight_averaging:
         rows["training"] += f", weights averaged with decay {config.weight_averaging:g}"
     rows["memory"] = memory_line(plan.memory, config)

@@ -22,6 +22,9 @@ class HeadArguments:
         None, "A new folder for the classifier. Default: that of the run, then the head's name."
     )
     dataset_name: str | None = setting(None, "Where the data of the run are now. Default: where they were.")
+    logit_adjustment: float = setting(
+        0.0, SHARED["logit_adjustment"].metadata["help"], range=SHARED["logit_adjustment"].metadata["range"]
+    )
     calibrate: bool = setting(True, SHARED["calibrate"].metadata["help"])
     reject_below: float | None = setting(None, SHARED["reject_below"].metadata["help"], range=Range(0, 1))
     reject_for_accuracy: float | None = setting(
@@ -43,7 +46,8 @@ def run(args: HeadArguments, folders: list[str]) -> None:
             f"head: expected one folder of a finished run, found {len(folders)}. Type mmft-hf head outputs/mmft."
         )
     folder = folders[0].rstrip("/")
-    settings = {name: getattr(args, name) for name in ("calibrate", "reject_below", "reject_for_accuracy")}
+    names = ("logit_adjustment", "calibrate", "reject_below", "reject_for_accuracy")
+    settings = {name: getattr(args, name) for name in names}
     output = args.output_dir or f"{folder}-{args.head}"
     found = refit(folder, output, args.head, args.dataset_name, **settings)
 

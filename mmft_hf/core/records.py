@@ -198,6 +198,8 @@ class RunResults(_Results, total=False):
     validation_top5_accuracy: Share
     zero_shot_validation_top5_accuracy: Share
     zero_shot_test_mean_per_class_accuracy: Share
+    test_images_of_smallest_class: Count
+    test_images_of_largest_class: Count
     validation_mean_per_class_accuracy: Share
     zero_shot_validation_mean_per_class_accuracy: Share
     test_loss: float

@@ -114,7 +114,7 @@ class EpochSampler:
 
 
 class ClassBalancedSampler(EpochSampler):
-    """Batches in which every class has the same number of images, so that SupCon has positives.
+    """Batches in which every class has the same number of images: for classes of unequal sizes, and to give SupCon positives.
 
     The classes come in shuffled rounds, each with its next `samples_per_class` images. A class starts over when its images
     are used up, so images of rare classes are seen more often. No image is twice in a batch; a class with fewer images gives
@@ -123,13 +123,13 @@ class ClassBalancedSampler(EpochSampler):
     Args:
         labels: Class of each row (`C` classes), length `n`.
         step_size: images per step in all processes, W * B; a step has about `step_size / samples_per_class` classes.
-        samples_per_class: images of each class in a batch, 2 or more.
+        samples_per_class: images of a class in its turn; with 2 or more, SupCon has positives even with many classes.
         seed, processes, batch_size: as in `EpochSampler`.
 
     Yields `visit * n + row`, where every visit of a row has its own number, and so its own crop and caption.
 
     Raises:
-        ValueError: `samples_per_class` is below 2, or more than a batch holds.
+        ValueError: `samples_per_class` is below 1, or more than a batch holds.
     """
 
     def __init__(
@@ -142,9 +142,9 @@ class ClassBalancedSampler(EpochSampler):
         batch_size: int | None = None,
     ):
         super().__init__(len(labels), seed, processes, batch_size)
-        if not 2 <= samples_per_class <= step_size:
+        if not 1 <= samples_per_class <= step_size:
             raise ValueError(
-                f"samples_per_class: expected 2 to {step_size} (a batch of all processes), found {samples_per_class}."
+                f"samples_per_class: expected 1 to {step_size} (a batch of all processes), found {samples_per_class}."
             )
         self.labels = np.asarray(labels)
         self.step_size = step_size

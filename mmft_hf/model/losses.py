@@ -31,7 +31,8 @@ class Batch:
         owner (`(M,)`, int64, *optional*): which image each text belongs to, -1 for a text without one. Default: text i
             belongs to image i.
         weights (`(N,)`), text_weights (`(M,)`, *optional*): how much a row counts as an anchor. Default: all alike.
-        extras: further tensors, by name. `class_embeds` `(C, D)` are the embeddings of the class texts.
+        extras: further tensors, by name. `class_embeds` `(C, D)` are the embeddings of the class texts; `adjustment` `(C,)`, if
+            there is one, is added to class logits.
         parameters: the parameters of the loss terms themselves, by the name of the term.
     """
 

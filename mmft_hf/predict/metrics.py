@@ -11,6 +11,7 @@ import numpy as np
 from ..core.errors import UserError
 
 Z_95 = 1.959963984540054
+UNEVEN = 5  # times as many images in the largest class as in the smallest
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -24,6 +25,26 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z_95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2)) / (1 + z2 / total)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def class_sizes(counts) -> tuple[int, int]:
+    """Images of the smallest and of the largest class, from the counts `(C,)`; classes without images are left out."""
+    present = [int(count) for count in counts if count]
+    return min(present), max(present)
+
+
+def uneven_note(smallest: int, largest: int) -> str:
+    """Why the mean over the classes comes before accuracy, in a sentence; empty where it does not.
+
+    It does where the largest class of the split that is reported has five times as many images as the smallest: there,
+    accuracy is mostly that of the large classes, however the training images are distributed.
+    """
+    if largest < UNEVEN * smallest:
+        return ""
+    return (
+        f"The largest class has {largest:,} test images and the smallest {smallest:,}, so accuracy says little about small classes: "
+        "the mean over the classes, in which each class counts the same, comes first."
+    )
 
 
 class ClassificationReport(evaluate.Metric):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..core.console import is_main
+from ..core.errors import UserError
 from ..data.splits import Splits
 from ..model.interpolation import interpolated
 from ..predict.calibration import fit_temperature, threshold_for
@@ -21,6 +22,9 @@ from ..predict.fitting.heads import FITTERS
 from ..predict.heads import ClassPrototypes, Head
 from .config import MMFTConfig
 from .prototypes import prototypes_of
+from .terms import LossTerm
+
+ADJUSTED = ("auto", "linear")  # heads on which `logit_adjustment` acts
 
 
 @dataclass
@@ -103,7 +107,7 @@ def choose_classifier(
             data = head_data(model, processor, splits.train, prototypes[alpha], config.class_template, **how)
             yield State(alpha, data, *embeddings(model, processor, splits.validation, name="validation", **how))
 
-    choice = select(states(), config.head, untuned.head)
+    choice = select(states(), config.head, untuned.head, config.logit_adjustment)
     model = _weights(untuned, tuned, choice.chosen.alpha)
     return Kept(ImageClassifier(model, processor, choice.chosen.head), prototypes[choice.chosen.alpha], choice)
 
@@ -112,6 +116,19 @@ def _weights(untuned: ImageClassifier, tuned: ImageClassifier | None, alpha: flo
     if alpha == 0 or tuned is None:
         return untuned.model
     return tuned.model if alpha == 1 else interpolated(tuned.model, untuned.model, alpha)
+
+
+def check_adjustment(config: MMFTConfig, terms: Sequence[LossTerm] = ()) -> None:
+    """Raises `UserError` where `logit_adjustment` changes nothing.
+
+    Args:
+        terms: of the loss that is minimized.
+    """
+    if config.logit_adjustment and config.head not in ADJUSTED and not any(term.over_classes for term in terms):
+        raise UserError(
+            f"--logit_adjustment: expected 0 with --head {config.head}, found {config.logit_adjustment:g}: it acts on the training "
+            "of the linear head, and of a cross-entropy over the classes, and there is none. Leave it out, or type --head linear."
+        )
 
 
 # -- calibration and abstention -----------------------------------------------------------------------------------------

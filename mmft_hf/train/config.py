@@ -67,8 +67,8 @@ class MMFTConfig(TrainingArguments):
 
     GROUPS: ClassVar = {
         "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout prototypes template_weight "
-        "samples_per_class weight_averaging crop_min_area on_bad_image",
-        "classifier": "head head_alphas calibrate reject_below reject_for_accuracy",
+        "samples_per_class class_balance weight_averaging crop_min_area on_bad_image",
+        "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
         "greater_is_better patience",
@@ -114,6 +114,11 @@ class MMFTConfig(TrainingArguments):
         "Class-balanced batches with this many images of each class (2 or more), so that SupCon has positives even with "
         "many classes. Default: plain shuffle.",
         range=Range(2),
+    )
+    class_balance: bool = setting(
+        False,
+        "Draw each class equally often, so that rare classes are seen more often and common ones less; an epoch keeps its "
+        "number of images.",
     )
     loss_chunk_size: int | None = setting(
         None,
@@ -162,6 +167,12 @@ class MMFTConfig(TrainingArguments):
         "Weights that are compared for the head: (1 - a) * untuned + a * tuned. 0.5 is kept unless validation shows that "
         "another one is better. With LoRA 0 and 1 are compared.",
         decides=False,
+    )
+    logit_adjustment: float = setting(
+        0.0,
+        "For classes of unequal sizes: while the linear head, or a cross-entropy over the classes, is trained, this many times "
+        "the logarithm of a class's share of the images is added to its logits, so that rare classes are not neglected. Try 1.",
+        range=Range(0, 10),
     )
     calibrate: bool = setting(True, "Fit the temperature of the class probabilities on validation.", decides=False)
     reject_below: float | None = setting(
@@ -298,6 +309,11 @@ class MMFTConfig(TrainingArguments):
         if self.samples_per_class is not None and self.samples_per_class > step:
             raise UserError(
                 f"--samples_per_class: expected 2 to {step} (a batch of all processes), found {self.samples_per_class}."
+            )
+        if self.logit_adjustment and (self.class_balance or self.samples_per_class):
+            raise UserError(
+                f"--logit_adjustment: expected 0 with {'--class_balance' if self.class_balance else '--samples_per_class'}, found "
+                f"{self.logit_adjustment:g}: each of them makes up for unequal classes, and both do so twice. Leave one out."
             )
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError(

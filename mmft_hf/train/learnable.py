@@ -74,14 +74,14 @@ def check_learnable(
     if model is not None:
         _check_parameters(active, config, model)
     notes = []
-    if contrastive and images % batch == 1 and not config.samples_per_class:
+    if contrastive and images % batch == 1 and not (config.samples_per_class or config.class_balance):
         notes.append(
             f"The last batch of each epoch has a single image, from which the loss learns nothing, since {images} images are "
             f"dealt out in batches of {batch}. For example, type --per_device_train_batch_size {_other_size(images, config)}."
         )
     supcon = next((term for term in active if isinstance(term, SupCon)), None)
     if supcon and not supcon.include_self:
-        share = share_with_positives(counts, batch, config.samples_per_class)
+        share = share_with_positives(counts, batch, config.samples_per_class or int(config.class_balance))
         remedy = "--samples_per_class 2 (batches with two images of each class)"
         if counts.max() < 2:
             share, remedy = 0.0, "--include_self true (an image's own text counts, too), or give more images per class"
@@ -104,15 +104,17 @@ def share_with_positives(counts: Sequence[int], batch: int, samples_per_class: i
     Args:
         counts: images of each class.
         batch: images of a batch, in all processes.
-        samples_per_class: of class-balanced batches, in which every class of two images or more has positives.
+        samples_per_class: of class-balanced batches; None or 0 if they are shuffled.
 
     For a class of c among n images: one minus the hypergeometric probability that none of the c - 1 others is among the
     batch - 1 others that are drawn.
     """
     counts = [int(count) for count in counts]
     images = sum(counts)
-    if samples_per_class:
+    if samples_per_class and (samples_per_class > 1 or batch >= 2 * len(counts)):
         return sum(count for count in counts if count > 1) / images
+    if samples_per_class:  # one image of each class, and of some classes a second one
+        return 2 * max(0, batch - len(counts)) / batch
     drawn = min(batch, images) - 1
 
     def none(count: int) -> float:

@@ -18,7 +18,7 @@ from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
 from ..predict.heads import ClassPrototypes
 from ..predict.heads.base import check_unknown
-from .choice import calibrated, choose_classifier, with_threshold
+from .choice import calibrated, check_adjustment, choose_classifier, with_threshold
 from .config import MMFTConfig
 from .run_folder import RunFolder
 from .selection import metric_name
@@ -105,6 +105,7 @@ def refit(
     if f"zero_shot_test_{metric}" not in before:  # version 0.1 did not measure it on the test split
         known["metric_for_best_model"] = metric = "accuracy"
     config = MMFTConfig(**known | {"output_dir": str(output_dir), "head": head, "report_to": "none"} | settings)
+    check_adjustment(config)
     towers = {key: identity[key] for key in ("vision_tower", "text_tower")} | (identity["lora"] or {})
     model_args = ModelArguments(identity["base_model"], identity["base_model_revision"], **towers)
     run = RunFolder(str(output_dir), model_args, data_args, config, splits)

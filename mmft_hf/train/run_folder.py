@@ -30,6 +30,7 @@ from ..predict import figures, sheet
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
 from ..predict.heads import Head
+from ..predict.metrics import class_sizes
 from ..version import __version__
 from .choice import Kept
 from .config import MMFTConfig
@@ -212,7 +213,8 @@ class RunFolder:
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
         untuned = zero_shot_won or (kept is not None and kept.alpha == 0)
         best_epoch = 0.0 if untuned else epochs.get(state.best_global_step) if selected else state.epoch
-        shared = ("accuracy", "accuracy_ci_low", "accuracy_ci_high", metric)
+        shared = dict.fromkeys(("accuracy", "accuracy_ci_low", "accuracy_ci_high", "mean_per_class_accuracy", metric))
+        smallest, largest = class_sizes(row["images"] for row in test["per_class"])
         selection = (
             f"the untuned model with the class template: no epoch was better on validation{by}"
             if zero_shot_won
@@ -225,11 +227,12 @@ class RunFolder:
             of = f"; the tuned ones are of epoch {found:g} of {state.epoch:g}" if kept.alpha else ""
             selection = f"{kept.describe()}{of}; {kept.choice.reason}"
         return {
-            **{f"zero_shot_test_{key}": zero_shot_test[key] for key in shared},
+            **{f"zero_shot_test_{key}": zero_shot_test[key] for key in shared if key in zero_shot_test},
             **{f"test_{key}": test[key] for key in shared},
-            "test_mean_per_class_accuracy": test["mean_per_class_accuracy"],
             **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
             "test_images": test["examples"],
+            "test_images_of_smallest_class": smallest,
+            "test_images_of_largest_class": largest,
             "test_skipped_images": test["skipped"],
             **validation,
             "selection_policy": "val-full" if selected else "last",

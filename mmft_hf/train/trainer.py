@@ -55,6 +55,7 @@ from ..core.console import say
 from ..core.errors import UserError
 from ..data.cache import check_short_side
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
+from ..data.splits import labels_of
 from ..data.texts import class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset
 from ..model.collator import MMFTDataCollator, PreparedRows, input_size
@@ -63,6 +64,7 @@ from ..model.loading import encode_images, is_dual_encoder, logit_scale
 from ..model.losses import Batch
 from ..model.towers import TOWERS, frozen_batch_norms
 from ..predict.classifier import set_class_names
+from ..predict.fitting.probe import log_priors
 from ..predict.heads import ClassPrototypes, Head
 from ..predict.metrics import report
 from .averaging import WeightAveraging
@@ -198,6 +200,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                     logger.warning(note)
         self.loss_weights: list[float] = []  # of the present step
         self.mean_weights: dict[str, float] = {}  # as of the last log, by the name of the term
+        self._adjustment: torch.Tensor | None = None  # added to class logits, `(C,)`
+        if args.logit_adjustment and train_dataset is not None:
+            labels = labels_of(train_dataset)
+            counts = np.bincount(labels[labels != IGNORED], minlength=len(self.class_names))
+            self._adjustment = args.logit_adjustment * log_priors(torch.from_numpy(counts)).to(args.device)
         add_embedding_forward(model, {term.name: term.parameters for term in self.terms})
         needs = {need for term in self.terms for need in term.needs}
         class_texts = (class_prompt(args.class_template, name) for name in self.class_names or ())
@@ -296,9 +303,9 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         # Only a single process may have a shorter last batch, unless the model is compiled for one shape.
         fill_up = args.world_size > 1 or args.torch_compile
         share = (args.world_size, args.train_batch_size if fill_up else None)
-        if args.samples_per_class:
+        if args.samples_per_class or args.class_balance:
             labels, step_size = self.train_dataset["label"][:], args.world_size * args.train_batch_size
-            self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class, seed, *share)
+            self._sampler = ClassBalancedSampler(labels, step_size, args.samples_per_class or 1, seed, *share)
         else:
             self._sampler = EpochSampler(len(dataset), seed, *share)
         return self._sampler
@@ -316,6 +323,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         # Everything that the loss needs from other processes is gathered here.
         embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs}
         extras = {name: outputs[name] for name in ("class_embeds",) if name in outputs}
+        extras |= {} if self._adjustment is None else {"adjustment": self._adjustment}
         shared = {"parameters": outputs["parameters"], "extras": extras}
         batch = Batch.gathered(labels=inputs["labels"], scale=outputs["scale"], equal_sizes=True, **embeds, **shared)
         loss = 0.0

@@ -43,7 +43,7 @@ from ..predict.heads import ClassPrototypes
 from ..predict.heads.base import check_unknown
 from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
-from .choice import calibrated, choose_classifier, with_threshold
+from .choice import calibrated, check_adjustment, choose_classifier, with_threshold
 from .config import MMFTConfig
 from .learnable import check_learnable
 from .run_folder import RunFolder
@@ -224,6 +224,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         check_unknown(splits.class_names)
     labels, terms = splits.train["label"][:], terms_of(None, config)
     trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
+    check_adjustment(config, terms if trains else ())
     if trains:
         check_learnable(labels, terms, config)
     folder = RunFolder(config.output_dir, model_args, data_args, config, splits)

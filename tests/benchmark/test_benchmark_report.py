@@ -478,6 +478,18 @@ def test_means_intervals_seeds_policies_and_failures_are_in_the_table(whole):
     assert "2 cells failed" in page.text and "mmft-w1 1 shot 0, 1 it <b>broke</b>" in page.text
 
 
+def test_the_mean_over_the_classes_comes_first_where_test_classes_differ_in_size(tmp_path):
+    truth = np.repeat(np.arange(5), (40, 8, 4, 4, 4))
+    rows = [r | {"test_mean_per_class_accuracy": 0.125} for r in some_rows({"lp": 0.5}, shots=[4], seeds=[0, 1, 2])]
+    for labels, first in ((truth, True), (TRUTH, False)):
+        data = DATA | {"labels": {"test": labels.tolist()}, "groups": {}}
+        page = Page(write_report(a_folder(tmp_path / str(first), rows, data)))
+        said = "The largest class has 40 test images and the smallest 4" in page.text
+        assert said == first == ("All images alike" in page.text) != ("Mean accuracy over classes" in page.text)
+        accuracy = np.mean([100 * r["test_accuracy"] for r in rows if r["method"] == "lp"])
+        assert (page.source.index("12.5") < page.source.index(f"{accuracy:.1f}</b>")) == first
+
+
 def test_drawn_twice_it_has_the_same_bytes_and_half_a_line_is_passed_over(whole, tmp_path):
     def content(folder):
         return {p.name: p.read_bytes() for p in [folder / "report.html", *(folder / "report").iterdir()]}

@@ -132,6 +132,22 @@ def test_a_threshold_is_fitted_or_it_is_said_that_none_was_found(run, tmp_path, 
         assert answer[0]["label"] == first and len(answer) == 3
 
 
+def test_the_linear_head_is_fitted_with_adjusted_logits(run, fails, tmp_path):
+    words = ["head", str(run), "--head", "linear", "--logit_adjustment"]
+    for tau in ("0", "1"):
+        assert main([*words, tau, "--output_dir", str(tmp_path / tau)]) == 0
+    plain, adjusted = (load_head(str(tmp_path / tau)) for tau in ("0", "1"))
+    assert adjusted.fitted["adjustment"] == 1 and "adjustment" not in plain.fitted
+    torch.testing.assert_close(plain.weight, adjusted.weight)  # classes of equal sizes: the same number for each
+    fails(
+        "--head",
+        "kernel",
+        "--logit_adjustment",
+        "1",
+        told=("--logit_adjustment", "Leave it out, or type --head linear"),
+    )
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------------
 def test_folders_that_are_no_finished_run(fails, clip_folder, tmp_path):
     fails(folder=tmp_path / "nothing", told=("expected the folder of a finished run", "found no mmft.json"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmft_hf import ClassificationReport
-from mmft_hf.predict.metrics import report, wilson_interval
+from mmft_hf.predict.metrics import class_sizes, report, uneven_note, wilson_interval
 
 
 def test_counts_of_a_small_table():
@@ -25,6 +25,11 @@ def test_counts_of_a_small_table():
 )
 def test_wilson_interval(correct, total, low, high):
     assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_classes_differ_in_size_from_five_times_on():
+    assert class_sizes([0, 7, 3, 12]) == (3, 12)
+    assert uneven_note(3, 14) == "" and "has 15 test images and the smallest 3" in uneven_note(3, 15)
 
 
 def test_top5_and_skipped_images():

@@ -8,9 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 from ...core.errors import UserError
 from ...core.files import atomic_write
 from ...core.pages import render_page
+from ...predict.metrics import class_sizes, uneven_note
 from ...version import __version__
 from ..run.data_summary import class_notes
 from ..run.results import RESULTS_FILE, read_results
@@ -120,6 +123,7 @@ def _values(results: Findings, folder: Path) -> dict:
             *class_notes(results.data, results.shots),
         ],
         "failures": _failures(results),
+        "uneven": _uneven(results),
         "splits": split_facts(results),
         "command": command(results),
         "dates": _dates(results),
@@ -133,6 +137,13 @@ def _failures(results: Findings) -> dict[tuple, list[int]]:
     for row in results.failed:
         groups.setdefault((row["method"], row["shots"], str(row.get("error"))), []).append(row["seed"])
     return groups
+
+
+def _uneven(results: Findings) -> str:
+    """Why the mean over the classes comes first; empty where it does not, or where its figures are unknown."""
+    labels = np.asarray((results.data.get("labels") or {}).get(TEST) or [], dtype=int)
+    known = labels[labels >= 0]
+    return uneven_note(*class_sizes(np.bincount(known))) if len(known) and results.with_accuracy(PER_CLASS) else ""
 
 
 def _dates(results: Findings) -> str:

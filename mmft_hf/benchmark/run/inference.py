@@ -141,6 +141,6 @@ def chosen_on_validation(context: Context, task: Task, trained: Trained) -> tupl
         )
         for alpha, found in weights.items()
     )
-    choice = auto.select(states, zero_shot=template(context, task, untuned))
+    choice = auto.select(states, zero_shot=template(context, task, untuned), adjustment=context.config.logit_adjustment)
     kept = choice.chosen
     return weights[kept.alpha], kept.head, {"head": kept.name, "head_alpha": kept.alpha}

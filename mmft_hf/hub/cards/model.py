@@ -25,7 +25,7 @@ from ...core.records import CardRecord, RunResults
 from ...core.schema import shown
 from ...model.families import FAMILIES
 from ...predict.figures import legible
-from ...predict.metrics import wilson_interval
+from ...predict.metrics import uneven_note, wilson_interval
 from ...version import __version__
 from .sources import has_lora, images_of, model_authors, short
 from .use import snippets
@@ -85,6 +85,7 @@ def model_card(
         record=record,
         results=results,
         metric=_metric(results),
+        uneven=_uneven(results),
         images=images,
         family=FAMILIES[record.get("model_type", "clip")],
         class_names=Markup(listed(md(name, 60) for name in shown)),
@@ -116,6 +117,12 @@ def _metric(results: Mapping) -> str:
     metric = results.get("selection_metric", "accuracy")
     whole = all(f"{of}{split}_{metric}" in results for of in ("", "zero_shot_") for split in ("test", "validation"))
     return metric if whole else "accuracy"
+
+
+def _uneven(results: Mapping) -> str:
+    """Why the mean over the classes comes first; empty where it does not, and for results of versions that had no such rule."""
+    keys = ("test_images_of_smallest_class", "test_images_of_largest_class", "zero_shot_test_mean_per_class_accuracy")
+    return uneven_note(*(results[key] for key in keys[:2])) if all(key in results for key in keys) else ""
 
 
 def write_model_card(folder: str | Path) -> None:
@@ -180,6 +187,7 @@ def _metadata(record: Mapping, results: Mapping, name: str, parts: str, license_
     }
     mean = round(results["test_mean_per_class_accuracy"], 4)
     metrics = [accuracy, {"type": "mean_per_class_accuracy", "value": mean, "name": "Accuracy, mean over the classes"}]
+    metrics = metrics[::-1] if _uneven(results) else metrics
     if "test_top5_accuracy" in results:
         top5 = round(results["test_top5_accuracy"], 4)
         metrics.append({"type": "top_5_accuracy", "value": top5, "name": "Correct class among the top five"})

@@ -98,7 +98,9 @@ class State:
     labels: Tensor
 
 
-def select(states: Iterable[State], head: str = "auto", zero_shot: Head | None = None) -> Choice:
+def select(
+    states: Iterable[State], head: str = "auto", zero_shot: Head | None = None, adjustment: float = 0.0
+) -> Choice:
     """Fits the heads on each set of weights, and chooses one of them.
 
     Pictures of validation that are in the training split, too, choose nothing.
@@ -107,6 +109,7 @@ def select(states: Iterable[State], head: str = "auto", zero_shot: Head | None =
         states: the untuned weights first.
         head: a name in `FITTERS`, for the weights alone to be chosen; `auto` for both.
         zero_shot: of the untuned weights; a further candidate of `auto`.
+        adjustment: of the logits in the training of `linear`, see `probe.probe`.
 
     Raises:
         UserError: the named head does not fit the data; embeddings that are not finite.
@@ -123,7 +126,8 @@ def select(states: Iterable[State], head: str = "auto", zero_shot: Head | None =
             usable = (state.labels != IGNORED) & ~are_among(embeds, data.images)
             groups = groups_of(embeds[usable])
         names = [name for name in CANDIDATES if possible(name, data)] if head == "auto" else [head]
-        heads = {name: fit_head(name, data) for name in names}
+        options = {"linear": {"adjustment": adjustment}} if adjustment else {}
+        heads = {name: fit_head(name, data, **options.get(name, {})) for name in names}
         if head == "auto" and zero_shot and not state.alpha:
             heads[ZERO_SHOT] = zero_shot
         candidates += [

@@ -9,6 +9,11 @@ from torch import Tensor
 from .inputs import Inputs, positive, train
 
 
+def log_priors(counts: Tensor) -> Tensor:
+    """Logarithm `(C,)` of the share of each class among examples, from their numbers `(C,)`; a class without any counts as one."""
+    return (counts.clamp(min=1) / counts.sum()).log()
+
+
 def probe(
     inputs: Inputs,
     penalty: Tensor | float = 0.0,
@@ -39,7 +44,7 @@ def probe(
     start = inputs.zero_shot.float()
     penalty = torch.as_tensor(penalty, dtype=torch.float32, device=start.device)
     weights = start.clone().requires_grad_()
-    priors = adjustment * (inputs.counts.clamp(min=1) / len(inputs.train_y)).log().float()
+    priors = adjustment * log_priors(inputs.counts).float()
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         near = (penalty * (weights - start).square().sum(dim=1)).sum()

@@ -23,6 +23,7 @@ class LossTerm:
         needs: what the batch must hold in addition to the images: `texts` (one drawn for each image) or `class_texts` (one of
             every class, as `batch.extras["class_embeds"]`).
         log_weight: whether `NAME_weight` is logged.
+        over_classes: whether it is a cross-entropy over class logits, to which it adds `batch.extras["adjustment"]`.
         parameters: the trained parameters of the term itself, by name. The Trainer gives it to the optimizer and keeps it in
             checkpoints; `__call__` reads it from `batch.parameters[self.name]`, since only what goes through the forward
             of the wrapped model is averaged over processes.
@@ -32,6 +33,7 @@ class LossTerm:
     needs: ClassVar[tuple[str, ...]] = ("texts",)
     weight: float | Callable[[int, int], float] = 1.0
     log_weight: bool = True
+    over_classes: ClassVar[bool] = False
     parameters: Mapping[str, nn.Parameter] = {}
 
     def __init__(self, weight: float | Callable[[int, int], float] = 1.0):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ...model.losses import Batch, class_cross_entropy
 from ...predict.heads import LinearHead
@@ -30,6 +30,7 @@ class CrossEntropy(LossTerm):
 
     name = "cross_entropy"
     needs = ()
+    over_classes = True
 
     def __init__(self, head: LinearHead, fixed: bool = False, weight=1.0):
         self.weight = weight
@@ -46,7 +47,7 @@ class CrossEntropy(LossTerm):
     def __call__(self, batch: Batch):
         own = batch.parameters[self.name]
         logits = self.scale * F.linear(batch.image_embeds, own["weight"], own.get("bias"))
-        return {"loss": class_cross_entropy(logits, batch.labels)}
+        return {"loss": _cross_entropy(logits, batch)}
 
     def head(self, parameters, class_names):
         values = {name: self.scale * value.detach() for name, value in parameters.items()}
@@ -64,7 +65,16 @@ class ClassTextCrossEntropy(LossTerm):
 
     name = "class_texts"
     needs = ("class_texts",)
+    over_classes = True
 
     def __call__(self, batch: Batch):
-        logits = batch.scale * batch.image_embeds @ batch.extras["class_embeds"].T
-        return {"loss": class_cross_entropy(logits, batch.labels)}
+        return {"loss": _cross_entropy(batch.scale * batch.image_embeds @ batch.extras["class_embeds"].T, batch)}
+
+
+def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean over the images that are examples of the cross-entropy of class logits `(N, C)`, with the adjustment of the batch.
+
+    References: Menon et al. 2021, "Long-tail learning via logit adjustment" (arXiv 2007.07314).
+    """
+    logits = logits + batch.extras["adjustment"] if "adjustment" in batch.extras else logits
+    return class_cross_entropy(logits, batch.labels)
