@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import ClassVar, NamedTuple
 
 from .errors import UserError
 
-TOWER_MODES = ("full", "lora", "frozen")
+
+class _TowerModes(tuple):
+    """The modes of a tower by name. `last:K` stands for any number K of blocks; it is no mode itself."""
+
+    def __contains__(self, mode) -> bool:
+        if isinstance(mode, str) and mode.startswith("last:"):
+            return last_blocks(mode) is not None
+        return super().__contains__(mode)
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+def last_blocks(mode: str) -> int | None:
+    """K of the mode `last:K`; None for another mode."""
+    found = re.fullmatch(r"last:([1-9][0-9]{0,8})", mode, re.ASCII)
+    return int(found[1]) if found else None
+
+
+TOWER_MODES = _TowerModes(("full", "lora", "last:K", "norms", "head", "frozen"))
 ALLOW_PICKLE = (
     "Read weights that exist only as a pickle (pytorch_model.bin), with torch's weights_only=True. Safetensors, also those "
     "that the Hub has made of the pickle, come first."
@@ -116,7 +136,8 @@ class ModelArguments:
     vision_tower: str = setting(
         "full",
         "How the image tower is trained. full: all weights; lora: low-rank matrices, merged into the weights at "
-        "the end (use --learning_rate 1e-4 or more); frozen: not at all.",
+        "the end (use --learning_rate 1e-4 or more); last:K, for example last:4: its last K blocks and what follows them; norms: "
+        "scales and shifts of its norms; head: its projection alone; frozen: not at all.",
         choices=TOWER_MODES,
     )
     text_tower: str = setting("full", "How the text tower is trained.", choices=TOWER_MODES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from .arguments import Range
+from .arguments import TOWER_MODES, Range
 from .schema import ClassNames
 
 Count = Annotated[int, Range(0)]
@@ -128,8 +128,8 @@ class WeightsIndex(TypedDict):
 
 class _CardIdentity(_Identity):
     base_model_revision: str | None
-    vision_tower: Literal["full", "lora", "frozen"]
-    text_tower: Literal["full", "lora", "frozen"]
+    vision_tower: Annotated[str, TOWER_MODES]
+    text_tower: Annotated[str, TOWER_MODES]
     dataset_fingerprint: str
     class_template: str
     per_device_train_batch_size: Count

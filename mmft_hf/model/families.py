@@ -18,7 +18,8 @@ class Family:
         example: a model on the Hub.
         model, processor: classes of transformers.
         scale: parameter that scales the cosines: `logit_scale`, its logarithm, or `temperature`, its inverse.
-        visual_projection: whether the image tower's pooled output still has to be projected.
+        vision_head, text_head: parameters, by the start of their names, of the layer that projects a tower's pooled output into
+            the common space. None: there is none, since the pooled output is the embedding.
         unused: parameters, by the start of their names, that do not affect a softmax over cosines and so get no gradient.
         padded: texts are lower case and always padded to the limit, and the text tower reads the padding: it has no mask.
         causal: tokens do not see later ones, so padding, which comes last, needs no mask. Without a mask attention can use
@@ -32,7 +33,8 @@ class Family:
     model: str
     processor: str
     scale: str = "logit_scale"
-    visual_projection: bool = True
+    vision_head: str | None = "visual_projection."
+    text_head: str | None = "text_projection."
     unused: tuple[str, ...] = ()
     padded: bool = False
     causal: bool = False
@@ -50,7 +52,8 @@ FAMILIES = {
         "google/siglip-base-patch16-224",
         "SiglipModel",
         "SiglipProcessor",
-        visual_projection=False,
+        vision_head=None,
+        text_head="text_model.head.",
         unused=("logit_bias",),  # the same for all pairs, so that it drops out of a softmax
         padded=True,
     ),
@@ -64,7 +67,7 @@ FAMILIES = {
         "AlignModel",
         "AlignProcessor",
         scale="temperature",
-        visual_projection=False,
+        vision_head=None,
         unused=("text_model.pooler.",),  # the first token is used unpooled
         max_tokens=64,  # as its own processor does
     ),

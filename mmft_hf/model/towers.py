@@ -1,4 +1,4 @@
-"""Which parts of a dual encoder are trained: each tower as a whole (`full`), with LoRA (`lora`) or not at all (`frozen`).
+"""Which parts of a dual encoder are trained: each tower as a whole, with LoRA, in part or not at all.
 
 LoRA layers are injected into the model itself, so the code that encodes or trains need not know of them. The logit scale
 (for ALIGN the temperature) is always trained. PEFT neither trains nor saves such a bare parameter; this module does.
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from ..core.arguments import ModelArguments
+from ..core.arguments import ModelArguments, last_blocks
 from ..core.errors import UserError
 from ..core.files import ADAPTER_FILES
-from .families import unused_parameters
+from .families import FAMILIES, unused_parameters
 from .loading import freeze_unused, scale_parameter
 
 if TYPE_CHECKING:
@@ -42,12 +42,21 @@ def set_towers(
     lora_dropout: float = 0.0,
     lora_targets: Sequence[str] | None = None,
 ) -> None:
-    """Sets how each tower is trained: as a whole (`full`), with LoRA (`lora`) or not (`frozen`). The logit scale always is.
+    """Sets how each tower is trained. The logit scale always is.
 
     LoRA's A matrices are random; call `transformers.set_seed(…)` first to reproduce them. Its B matrices are zero, so the
     model's outputs do not change yet.
 
     Args:
+        vision, text: the mode of each tower.
+            `full`: all weights.
+            `lora`: LoRA matrices alone.
+            `last:K`: its last K blocks and what follows them: final norm, pooler, projection; of an EfficientNet the top
+            convolution. A block is an entry of the tower's list of blocks: a layer of a transformer, an MBConv of EfficientNet, a
+            stage of ResNet, ConvNeXt and Swin.
+            `norms`: scales and shifts of all its norms. Batch norms are norms, too; their statistics stay as they are.
+            `head`: the projection of its pooled output into the common space alone.
+            `frozen`: nothing.
         lora_rank, lora_alpha, lora_dropout: of the LoRA layers, which add `alpha / rank * B A` to a weight.
         lora_targets: layers that get LoRA, by the ends of their names. Default: all linear layers in the tower's blocks, that
             is in attention and MLP. In a convolutional tower without any these are its convolutions, but for depthwise and
@@ -56,20 +65,24 @@ def set_towers(
     Parameters that do not affect the embeddings stay frozen in any mode (`loading.freeze_unused`).
 
     Raises:
-        UserError: a mode is unknown, both towers are frozen, or a tower lacks the targets.
+        UserError: a mode is unknown, both towers are frozen, or a tower lacks what its mode trains.
 
-    References: Hu et al. 2022, "LoRA" (arXiv 2106.09685).
+    References: Hu et al. 2022, "LoRA" (arXiv 2106.09685); Fahes et al. 2024, "CLIP's Visual Embedding Projector is a Few-shot
+    Cornucopia" (arXiv 2410.05270), for `head`.
     """
     modes = {"vision": vision, "text": text}
     lora = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     # Raises an error for an unknown mode, or a number out of range.
     ModelArguments(vision_tower=vision, text_tower=text, **(lora if "lora" in modes.values() else {}))
     if set(modes.values()) == {"frozen"}:
-        raise UserError("--vision_tower and --text_tower: expected one of them to be full or lora, found both frozen.")
+        raise UserError(
+            "--vision_tower and --text_tower: expected one of them to be trained, for example full or lora, found both frozen."
+        )
     if lora_layers(model):
         raise UserError(
             "model: expected one without LoRA, found LoRA layers in it. Load it again, then set its towers."
         )
+    trained = {name for tower, mode in modes.items() for name in _trained(model, tower, mode)}
     if "lora" in modes.values():
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -78,11 +91,71 @@ def set_towers(
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names)
         inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
-        for tower, prefixes in TOWERS.items():
-            if name.startswith(prefixes):
-                parameter.requires_grad_(modes[tower] == "full" or ".lora_" in name)
+        if name.startswith((*TOWERS["vision"], *TOWERS["text"])):
+            parameter.requires_grad_(name in trained or ".lora_" in name)
     scale_parameter(model).requires_grad_(True)
     freeze_unused(model)
+
+
+def _trained(model: PreTrainedModel, tower: str, mode: str) -> set[str]:
+    """Full names of the weights of a tower that a mode trains, without LoRA's."""
+    names = [name for name, _ in model.named_parameters() if name.startswith(TOWERS[tower])]
+    if mode in ("lora", "frozen"):
+        return set()
+    if mode == "head":
+        start = head_of(model, tower)
+        found = {name for name in names if start and name.startswith(start)}
+        lacks = "a projection of its pooled output, which is trained alone"
+    elif mode == "norms":
+        found = {
+            f"{name}.{own}"
+            for name, module in model.named_modules()
+            if f"{name}.".startswith(TOWERS[tower]) and "Norm" in type(module).__name__
+            for own, _ in module.named_parameters(recurse=False)
+        }
+        lacks = "norms with a scale"
+    elif count := last_blocks(mode):
+        found, lacks = _last_blocks(model, tower, count, names), "a list of blocks"
+    else:
+        return set(names)
+    if not found:
+        what = type(getattr(model, f"{tower}_model")).__name__
+        raise UserError(
+            f"--{tower}_tower {mode}: expected a tower with {lacks}; {what} has none. Type --{tower}_tower full or --{tower}_tower "
+            "frozen."
+        )
+    return found
+
+
+def _last_blocks(model: PreTrainedModel, tower: str, count: int, names: list[str]) -> set[str]:
+    """Which of the `names` of a tower's weights, in their order, belong to its last `count` blocks or follow them.
+
+    What a tower defines after its blocks also comes after them in its forward, but for embedding tables: those of relative
+    positions are read by every block.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    sizes = {
+        own: sum(p.numel() for p in model.get_submodule(own).parameters())
+        for own in lists
+        if own.startswith(TOWERS[tower]) and not any(own.startswith(f"{other}.") for other in lists)
+    }
+    if not sizes:
+        return set()
+    blocks = max(sizes, key=sizes.get)  # some towers have further lists, of small layers
+    total = len(model.get_submodule(blocks))
+    if count > total:
+        what = type(getattr(model, f"{tower}_model")).__name__
+        raise UserError(f"--{tower}_tower last:{count}: expected at most the {total} blocks of {what}, found {count}.")
+    tables = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    inside = [i for i, name in enumerate(names) if name.startswith(f"{blocks}.")]
+    last = tuple(f"{blocks}.{i}." for i in range(total - count, total))
+    after = (name for name in names[inside[-1] + 1 :] if not name.startswith(tables))
+    return {*(name for name in names if name.startswith(last)), *after}
+
+
+def head_of(model: PreTrainedModel, tower: str) -> str | None:
+    """The start of the names of the projection that ends a tower; None: its pooled output is the embedding."""
+    return getattr(FAMILIES[model.config.model_type], f"{tower}_head")
 
 
 def _linear_layers(model: PreTrainedModel, tower: str) -> list[str]:
@@ -213,7 +286,7 @@ def merge(model: PreTrainedModel) -> None:
 
 @dataclass
 class Adapter:
-    """The difference to the base model in PEFT's format: LoRA weights, the logit scale, and all weights of a `full` tower.
+    """The difference to the base model in PEFT's format: LoRA weights, the logit scale, and what is trained of a tower without.
 
     `peft.PeftModel.from_pretrained(base, folder)` computes the same as the merged model.
     """

@@ -13,18 +13,7 @@ from mmft_hf.model.combine import combine_towers
 from mmft_hf.model.loading import encode_images
 from mmft_hf.model.towers import lora_layers, merge
 
-STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-EFFICIENT = {**tiny_encoders.EFFICIENT, "hidden_dim": 1280, "drop_connect_rate": 0.0}
-# The configuration, the size of the pooled output, and whether LoRA goes into convolutions.
-KINDS = {
-    "efficientnet": (hf.EfficientNetConfig(**EFFICIENT), 1280, True),
-    "resnet": (hf.ResNetConfig(**STAGES), 16, True),
-    "resnet-basic": (hf.ResNetConfig(**STAGES, layer_type="basic"), 16, True),
-    "regnet": (hf.RegNetConfig(**STAGES, groups_width=8), 16, True),
-    "convnext": (hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=4), 16, False),
-    "mobilenet_v2": (hf.MobileNetV2Config(depth_multiplier=0.1, tf_padding=False), 1280, True),
-    "swin": (hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4), 16, False),
-}  # fmt: skip
+KINDS = tiny_encoders.CONVOLUTIONAL
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def test_a_temperature_that_stepped_below_zero_is_set_back(_loaded):
 # -- training ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("modes", [("full", "full"), ("lora", "lora"), ("frozen", "lora"), ("full", "frozen")])
+@pytest.mark.parametrize("modes", [("full", "full"), ("lora", "lora"), ("frozen", "lora"), ("last:1", "norms")])
 def test_whatever_is_trainable_gets_a_gradient(kind, pair, modes):
     """Else DDP would wait for it. And what is frozen by `load_model` stays so."""
     model, processor = pair

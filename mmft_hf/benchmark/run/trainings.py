@@ -115,7 +115,7 @@ def contrastive(
 
     Args:
         texts: gives the training images with their texts.
-        vision_tower, text_tower: `full`, `lora` or `frozen`.
+        vision_tower, text_tower: modes of `set_towers`.
         small_lora: uses the LoRA of `clip_lora` instead of the default one.
         templates: each image is paired with one of 80 class templates, drawn at random in each epoch.
         settings: of `MMFTConfig`, instead of the benchmark's.

@@ -51,7 +51,7 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
         "labels": repr(names if len(names) <= 10 else names[:5]),
         "prompt": repr(template),
         "prompts": repr([class_prompt(template, name) for name in names[:2]]),
-        "embed": f"model.visual_projection({embed})" if family.visual_projection else embed,
+        "embed": f"model.visual_projection({embed})" if family.vision_head else embed,
         "base_model": f"load_model({base_name})[0]"
         if base["kind"] == "builtin"
         else f"{family.model}.from_pretrained({base_name}{revision})",
