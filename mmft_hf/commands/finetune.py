@@ -145,13 +145,17 @@ def _training(plan: FinetunePlan) -> dict[str, str]:
 def _others(metrics: dict) -> str:
     """What the other candidates had on validation: the heads on the chosen weights, and the chosen head on other weights."""
     name, alpha, found = metrics["head"], metrics.get("head_alpha"), metrics.get("head_candidates", ())
+    metric = metrics.get("head_metric", "loss")
+    key = f"validation_{metric}"
     parts = []
     for c in found:
         if (c["head"] == name) != (c["alpha"] == alpha) or c["head"] == "zero-shot" != name:
             where = f" at {c['alpha']:g}" if c["alpha"] != alpha else ""
-            parts.append((c["validation_loss"], f"{c['head']}{where} {c['validation_loss']:.3f}"))
-    own = [c["validation_loss"] for c in found if (c["head"], c["alpha"]) == (name, alpha)]
-    return f"validation loss {own[0]:.3f}; {', '.join(text for _, text in sorted(parts))}" if own and parts else ""
+            parts.append((c[key], f"{c['head']}{where} {shown(metric, c[key])}"))
+    own = [c[key] for c in found if (c["head"], c["alpha"]) == (name, alpha)]
+    best_first = sorted(parts, reverse=metric != "loss")
+    what = f"validation {metric.replace('_', ' ')}"
+    return f"{what} {shown(metric, own[0])}; {', '.join(text for _, text in best_first)}" if own and parts else ""
 
 
 def _captions(config: MMFTConfig, splits) -> str:

@@ -180,13 +180,18 @@ class _Results(TypedDict):
     zero_shot_won: bool
 
 
-class HeadCandidate(TypedDict):
-    """A head on one set of weights, on validation."""
-
+class _HeadCandidate(TypedDict):
     head: str
     alpha: Share
     validation_loss: float
     validation_accuracy: Share
+
+
+class HeadCandidate(_HeadCandidate, total=False):
+    """A head on one set of weights, on validation."""
+
+    validation_mean_per_class_accuracy: Share
+    validation_top5_accuracy: Share
 
 
 class RunResults(_Results, total=False):
@@ -211,6 +216,8 @@ class RunResults(_Results, total=False):
     head: str
     head_alpha: Share
     head_reason: str
+    head_metric: Literal["accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss"]  # missing: loss
+    head_chosen_on_validation: bool
     head_validation_images: Count
     head_candidates: list[HeadCandidate]
     refitted: bool  # by `mmft-hf head`

@@ -22,6 +22,7 @@ from ..predict.fitting.heads import FITTERS
 from ..predict.heads import ClassPrototypes, Head
 from .config import MMFTConfig
 from .prototypes import prototypes_of
+from .selection import metric_name
 from .terms import LossTerm
 
 ADJUSTED = ("auto", "linear")  # heads on which `logit_adjustment` acts
@@ -55,15 +56,20 @@ class Kept:
         return f"{place}, {head}" if weights else head
 
     def record(self) -> dict:
-        """The choice as JSON: what was chosen, why, and each candidate with its loss and accuracy on validation."""
+        """The choice as JSON: what was chosen, why, and each candidate with its loss, accuracy and metric on validation."""
+        metric = self.choice.metric
+        named = {} if metric in ("loss", "accuracy") else {f"validation_{metric}": lambda c: 1 - c.cost}
         return {
             "head": self.choice.chosen.name,
             "head_alpha": self.alpha,
             "head_reason": self.choice.reason,
+            "head_metric": metric,
+            "head_chosen_on_validation": self.choice.by_validation,
             "head_validation_images": self.choice.images,
             "head_validation_groups": self.choice.groups,
             "head_candidates": [
                 {"head": c.name, "alpha": c.alpha, "validation_loss": c.loss, "validation_accuracy": c.accuracy}
+                | {key: value(c) for key, value in named.items()}
                 for c in self.choice.candidates
                 if len(c.losses)
             ],
@@ -97,25 +103,31 @@ def choose_classifier(
         "shard": True,
     }
     prototypes: dict[float, ClassPrototypes] = {}
+    between: dict[float, PreTrainedModel] = {}  # the last one alone
+
+    def weights(alpha: float) -> PreTrainedModel:
+        if alpha == 0 or tuned is None:
+            return untuned.model
+        if alpha == 1:
+            return tuned.model
+        if alpha not in between:
+            between.clear()
+            between[alpha] = interpolated(tuned.model, untuned.model, alpha)
+        return between[alpha]
 
     def states() -> Iterator[State]:
         for alpha in alphas:
-            model = _weights(untuned, tuned, alpha)
+            model = weights(alpha)
             # No later run has the weights of another alpha.
             how = shared | {"cached": alpha == 0 and config.cache_frozen_features}
             prototypes[alpha] = prototypes_of(model, processor, splits.train, config)
             data = head_data(model, processor, splits.train, prototypes[alpha], config.class_template, **how)
             yield State(alpha, data, *embeddings(model, processor, splits.validation, name="validation", **how))
 
-    choice = select(states(), config.head, untuned.head, config.logit_adjustment)
-    model = _weights(untuned, tuned, choice.chosen.alpha)
-    return Kept(ImageClassifier(model, processor, choice.chosen.head), prototypes[choice.chosen.alpha], choice)
-
-
-def _weights(untuned: ImageClassifier, tuned: ImageClassifier | None, alpha: float) -> PreTrainedModel:
-    if alpha == 0 or tuned is None:
-        return untuned.model
-    return tuned.model if alpha == 1 else interpolated(tuned.model, untuned.model, alpha)
+    metric = config.metric_for_best_model and metric_name(config.metric_for_best_model)
+    choice = select(states(), config.head, untuned.head, metric, config.logit_adjustment)
+    alpha = choice.chosen.alpha
+    return Kept(ImageClassifier(weights(alpha), processor, choice.chosen.head), prototypes[alpha], choice)
 
 
 def check_adjustment(config: MMFTConfig, terms: Sequence[LossTerm] = ()) -> None:

@@ -222,9 +222,9 @@ class MMFTConfig(TrainingArguments):
         True, "Keep the weights that are best on validation (metric_for_best_model), not the last ones."
     )
     metric_for_best_model: str | None = setting(
-        "accuracy",
-        "What compares the epochs, and the untuned model with them: accuracy, mean_per_class_accuracy, top5_accuracy, or "
-        "loss, the cross-entropy of the class probabilities.",
+        None,
+        "What chooses epoch, weights and head on validation: accuracy, mean_per_class_accuracy, top5_accuracy, or loss, the "
+        "cross-entropy of the class probabilities. Default: accuracy for the epoch, loss for weights and head.",
     )
     greater_is_better: bool | None = setting(
         None, "Whether a higher value of that metric is better. Default: yes, except for a loss."
@@ -285,9 +285,11 @@ class MMFTConfig(TrainingArguments):
             if isinstance(found := getattr(self, name), str) and os.path.exists(found):
                 parse_json(read_bytes(found), f"--{name} {found}")
         launch.start(self.use_cpu, self.ddp_timeout)
+        named, self.metric_for_best_model = self.metric_for_best_model, metric_name(self.metric_for_best_model)
         with launch.own_words():
             super().__post_init__()
             launch.check(self.world_size)
+        self.metric_for_best_model = named
         # Pinned memory speeds up copies to an accelerator; without one it only warns, at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and accelerated
         if self.dataloader_pin_memory and not self.accelerator_config.non_blocking:

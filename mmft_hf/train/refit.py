@@ -103,7 +103,7 @@ def refit(
     known = {key: value for key, value in {**identity, **identity["other_settings"]}.items() if key in SETTINGS}
     metric = metric_name(known.get("metric_for_best_model"))
     if f"zero_shot_test_{metric}" not in before:  # version 0.1 did not measure it on the test split
-        known["metric_for_best_model"] = metric = "accuracy"
+        known["metric_for_best_model"], metric = None, "accuracy"
     config = MMFTConfig(**known | {"output_dir": str(output_dir), "head": head, "report_to": "none"} | settings)
     check_adjustment(config)
     towers = {key: identity[key] for key in ("vision_tower", "text_tower")} | (identity["lora"] or {})

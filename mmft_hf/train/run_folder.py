@@ -226,6 +226,8 @@ class RunFolder:
             found = epochs.get(state.best_global_step, 0.0) if selected else state.epoch
             of = f"; the tuned ones are of epoch {found:g} of {state.epoch:g}" if kept.alpha else ""
             selection = f"{kept.describe()}{of}; {kept.choice.reason}"
+        trained = state.global_step > 0
+        used = kept.choice.by_validation or (selected and trained) if kept else selected
         return {
             **{f"zero_shot_test_{key}": zero_shot_test[key] for key in shared if key in zero_shot_test},
             **{f"test_{key}": test[key] for key in shared},
@@ -235,7 +237,7 @@ class RunFolder:
             "test_images_of_largest_class": largest,
             "test_skipped_images": test["skipped"],
             **validation,
-            "selection_policy": "val-full" if selected else "last",
+            "selection_policy": "val-full" if used else "last",
             "selection_metric": metric,
             "selection": selection,
             "best_epoch": best_epoch,

@@ -13,7 +13,7 @@ METRICS = {"accuracy": True, "top5_accuracy": True, "mean_per_class_accuracy": T
 
 
 def metric_name(setting: str | None) -> str:
-    """The name in `METRICS` that `--metric_for_best_model` stands for; an unknown name is returned as it is."""
+    """The name in `METRICS` of what selects the epoch by `--metric_for_best_model`; an unknown name is returned as it is."""
     return "accuracy" if setting is None else setting.removeprefix("eval_")
 
 

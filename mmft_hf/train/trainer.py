@@ -172,6 +172,9 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 f"expected one process per GPU, found one process with {args.n_gpu} GPUs. Type accelerate launch "
                 f"--num_processes {args.n_gpu} recipes/finetune.py …, or set CUDA_VISIBLE_DEVICES=0 to use one."
             )
+        if args.metric_for_best_model is None:
+            args = copy.copy(args)
+            args.metric_for_best_model = metric_name(None)
         self.class_names: list[str] | None = None
         if train_dataset is not None:
             train_dataset = check_dataset("train_dataset", train_dataset)

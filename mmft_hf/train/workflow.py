@@ -312,7 +312,10 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         same = trains and config.load_best_model_at_end and state.best_global_step == 0
         kept = choose_classifier(untuned, None if same else compared, splits, config, whole=adapter is not None)
         if same:
-            kept.choice.reason = f"no epoch was better on validation than the untuned model; head: {kept.choice.reason}"
+            by = "" if metric == "accuracy" else f" by {metric}"
+            kept.choice.reason = (
+                f"no epoch was better on validation{by} than the untuned model; head: {kept.choice.reason}"
+            )
         chosen, zero_shot_won = kept.classifier, kept.choice.chosen.name == ZERO_SHOT
         adapter = None if kept.alpha < 1 else adapter
         validated = score(chosen, splits.validation, name="validation")

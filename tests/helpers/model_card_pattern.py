@@ -106,7 +106,7 @@ Images and labels: pictures, with captions in `captioned`\.
 \| split \| images \|  \|
 \| --- \| --- \| --- \|
 \| training \| 24 \| 8 of each class \|
-\| validation \| 12 \| selected what was kept \|
+\| validation \| 12 \| selected the epoch; too few to choose the weights and head by \|
 \| test \| 18 \| read once, for the result above \|
 
 Fingerprint `[0-9a-f]{{16}}` of class names, labels, image files and captions: `mmft-hf finetune` computes the same one from the same data\.

@@ -35,6 +35,7 @@ from mmft_hf.captioning.write.statistics import CaptionStatistics
 from mmft_hf.cli import main
 from mmft_hf.core.markdown import code, fenced, md, public_name, read_front_matter
 from mmft_hf.hub.cards import card_for_repository, model_card
+from mmft_hf.hub.cards.model import _validation_role
 from mmft_hf.hub.publish import inference_code
 
 PLACEHOLDERS = re.compile(r"TODO|FIXME|TBD|\[More|[Mm]ore [Ii]nformation|\bNone\b|\bnan\b|\$\w|FOLDER|YOUR_")
@@ -317,6 +318,27 @@ def test_what_is_on_the_hub_is_named_and_linked(run, tmp_path):
 )
 def test_what_did_not_go_well_is_said(run, tmp_path, results, words):
     assert words in model_card(changed(run, tmp_path / "run", results=lambda found: found.update(results)))
+
+
+BOTH = [{"head": "mean", "alpha": 0.5}, {"head": "kernel", "alpha": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "best_epoch_kept", "candidates", "enough", "expected"),
+    [
+        (3, True, [], None, "selected what was kept"),
+        (3, False, [], None, "observed the training"),
+        (3, True, BOTH, True, "selected what was kept"),
+        (3, True, BOTH, False, "selected the epoch; too few to choose the weights and head by"),
+        (3, False, BOTH, True, "selected the weights and head"),
+        (0, True, BOTH[:1], False, "selected nothing"),
+        (0, True, [BOTH[0], BOTH[0] | {"head": "kernel"}], False, "too few to choose the head by"),
+    ],
+)
+def test_what_validation_selected_is_said_as_it_was(epochs, best_epoch_kept, candidates, enough, expected):
+    identity = {"num_train_epochs": epochs, "max_steps": -1, "load_best_model_at_end": best_epoch_kept}
+    results = {"head_candidates": candidates, "head_chosen_on_validation": enough} if candidates else {}
+    assert _validation_role(identity, results) == expected
 
 
 def test_lora_is_named_only_where_it_was(run, tmp_path):

@@ -1,7 +1,7 @@
 """Heads fitted to embeddings: against loops and closed forms, and the choice among them."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from mmft_hf.predict.fitting import auto
 from mmft_hf.predict.fitting.data import HeadData
 from mmft_hf.predict.fitting.heads import FITTERS, combined, fit_head, possible
 from mmft_hf.predict.heads import KernelHead, LinearHead, load_head
+from mmft_hf.predict.metrics import report
 
 CLASSES, SIZE, SCALE = 4, 12, 20.0
 NAMES = [f"class {c}" for c in range(CLASSES)]
@@ -207,6 +208,79 @@ def test_temperatures_come_from_the_other_half():
     shuffled[halves] = y[halves].flip(0)
     spoilt = auto.candidate(0.0, "mean", fit_head("mean", data), x, shuffled, groups)
     assert spoilt.losses[~halves].mean() > plain.losses[~halves].mean()  # by temperatures of wrong labels
+
+
+# -- a named metric ----------------------------------------------------------------------------------------------------
+def test_what_errors_cost_is_one_minus_the_metric():
+    g = torch.Generator().manual_seed(0)
+    logits, labels = (
+        torch.randn(60, 8, generator=g),
+        torch.randint(0, 7, (60,), generator=g) ** 2 // 7,
+    )  # no image of some classes
+    logits[torch.arange(60), labels] += 1
+    expected = report(logits.numpy(), labels.numpy(), [str(c) for c in range(8)])
+    for metric in ("accuracy", "mean_per_class_accuracy", "top5_accuracy"):
+        errors = auto.errors_of(metric, logits.double(), labels)
+        assert errors.shape == (60,) and errors.mean().item() == pytest.approx(1 - expected[metric]), metric
+    assert auto.errors_of("loss", logits, labels) is None is auto.errors_of(None, logits, labels)
+
+
+@pytest.mark.parametrize(("better", "worse", "groups"), [(9, 4, 1), (9, 5, 1), (12, 6, 2), (3, 0, 1), (1, 0, 1)])
+def test_errors_differ_by_more_than_one_standard_error_as_in_mcnemars_test(better, worse, groups):
+    """z = (b - c) / sqrt(b + c), where b and c images are right with one of two heads alone; copies count as one."""
+    n = 100 * groups
+    errors = torch.zeros(2, n, dtype=torch.float64)
+    errors[1, : better * groups], errors[0, -worse * groups or n :] = 1, 1
+    one, other = (auto.Candidate(0.0, "mean", None, row, 0.0, row) for row in errors)
+    z = (better - worse) / math.sqrt(better + worse) * math.sqrt(99 / 100)
+    assert auto.lower(one, other, torch.arange(n) // groups) == (z > 1)
+
+
+def answers_of(right, counts, sure):
+    """Logits of as many right answers in each class, and wrong ones for the next class."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    said = torch.cat([(torch.arange(n) >= k).long() + c for c, (k, n) in enumerate(zip(right, counts, strict=True))])
+    return sure * F.one_hot(said % len(counts), len(counts)).double(), labels
+
+
+@dataclass
+class Told:
+    """A head that gives these logits."""
+
+    logits: torch.Tensor
+
+    def raw_logits(self, image_embeds):
+        return self.logits
+
+
+# Of 80 images of one class and 12 of each of six others: which candidate is best by which metric.
+COUNTS = (80, *[12] * 6)
+BY_METRIC = {
+    "mean": answers_of((60, *[6] * 6), COUNTS, 2.0),
+    "kernel": answers_of((80, *[4] * 6), COUNTS, 2.0),  # most right answers
+    "linear": answers_of((40, *[8] * 6), COUNTS, 2.0),  # most in the mean over the classes
+}
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("accuracy", "kernel"), ("mean_per_class_accuracy", "linear")])
+def test_weights_and_head_are_chosen_by_the_metric_that_is_named(metric, expected):
+    _, y = BY_METRIC["mean"]
+    groups = torch.arange(len(y))
+
+    def judged(alpha, name, like):
+        return auto.candidate(alpha, name, Told(BY_METRIC[like][0]), torch.zeros(len(y), 2), y, groups, metric)
+
+    heads = [judged(0.0, name, name) for name in BY_METRIC]
+    choice = auto.choose(heads, groups, metric=metric)
+    assert choice.chosen.name == expected and f"this head is better on validation by {metric}" in choice.reason
+    assert choice.metric == metric and choice.by_validation
+    weights = [judged(0.0, "mean", "mean"), judged(0.5, "mean", "mean"), judged(1.0, "mean", expected)]
+    weights[0].errors = weights[0].errors + 0.01
+    choice = auto.choose(weights, groups, metric=metric)
+    assert choice.chosen.alpha == 1.0 and f"the tuned weights are better on validation by {metric}" in choice.reason
+    spoilt = [judged(0.0, "mean", expected), *weights[1:]]
+    choice = auto.choose(spoilt, groups, metric=metric)
+    assert choice.chosen.alpha == 0.0 and f"tuning did not help on validation by {metric}" in choice.reason
 
 
 def test_the_settings_list_every_head():

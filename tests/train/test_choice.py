@@ -24,7 +24,7 @@ from mmft_hf.hub.publish import model_files
 from mmft_hf.predict.fitting.auto import FEWEST
 from mmft_hf.predict.fitting.heads import FITTERS
 from mmft_hf.predict.heads import load_head
-from mmft_hf.train import workflow
+from mmft_hf.train import choice, workflow
 from mmft_hf.train.run_folder import RunFolder
 
 FAST = {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "use_cpu": "true", "disable_tqdm": "true"}
@@ -175,6 +175,38 @@ def test_the_test_split_is_read_after_the_choice(clip_folder, data, tmp_path, mo
     monkeypatch.setattr(workflow, "choose_classifier", choosing)
     finetune(clip_folder, data, tmp_path / "out", num_train_epochs=0, cache_frozen_features="false")
     assert events == ["chosen", *["test image"] * 2 * len(sealed)]
+
+
+def test_weights_between_are_computed_once(clip_folder, data, tmp_path, monkeypatch):
+    made, interpolated = [], choice.interpolated
+    monkeypatch.setattr(choice, "interpolated", lambda *args: made.append(args[-1]) or interpolated(*args))
+    monkeypatch.setattr("mmft_hf.predict.fitting.auto.FEWEST", 1000)  # so that the default is taken
+    results = finetune(clip_folder, data, tmp_path / "out", max_steps=2, load_best_model_at_end="false")
+    assert (results["head_alpha"], made) == (0.5, [0.5])
+    assert not results["head_chosen_on_validation"] and results["selection_policy"] == "last"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| validation | 60 | too few to choose the weights and head by |" in card
+
+
+def test_a_metric_that_is_named_chooses_weights_and_head(clip_folder, data, tmp_path, capsys):
+    named = {"metric_for_best_model": "mean_per_class_accuracy", "num_train_epochs": 0}
+    assert main(words(clip_folder, data, tmp_path / "out", **named)) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["head_metric"] == results["selection_metric"] == "mean_per_class_accuracy"
+    found = {c["head"]: c["validation_mean_per_class_accuracy"] for c in results["head_candidates"]}
+    assert found[results["head"]] == pytest.approx(results["validation_mean_per_class_accuracy"])
+    best = max(found, key=found.get)
+    if best != results["head"]:  # not by more than one standard error
+        assert "no reason to depart by mean_per_class_accuracy" in results["head_reason"]
+    assert f"validation mean per class accuracy {100 * found[results['head']]:.1f} %; " in printed
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "by `mean_per_class_accuracy`, which the run named" in card
+    assert f"| {100 * found['zero-shot']:.1f} % |" in card and "| validation | 60 | selected the head |" in card
+    # The head can be fitted anew, and is chosen by the same metric.
+    assert main(["head", str(tmp_path / "out"), "--output_dir", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "all_results.json").read_text())
+    assert (again["head"], again["head_metric"]) == (results["head"], results["head_metric"])
 
 
 # -- without training --------------------------------------------------------------------------------------------------

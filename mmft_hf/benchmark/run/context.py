@@ -23,7 +23,7 @@ from ...model.memory import give_memory_back
 from ...predict.classifier import ImageClassifier
 from ...predict.evaluation import classify
 from ...predict.fitting.data import HeadData, embeddings, head_data
-from ...predict.heads import ClassPrototypes, LinearHead
+from ...predict.heads import ClassPrototypes, Head, LinearHead
 from ...train.config import MMFTConfig
 from .protocol import Classifier, Task, readable_rows
 
@@ -139,6 +139,11 @@ class Context:
         """Share of the images that are classified correctly; unreadable ones are left out with `on_bad_image="skip"`."""
         right = classifier(dataset).argmax(axis=1) == labels_of(dataset)
         return float(right[readable_rows(dataset)].mean() if self.config.on_bad_image == "skip" else right.mean())
+
+    def report(self, model: PreTrainedModel, head: Head, dataset: Dataset) -> dict:
+        """`Predictions.report` of a head on the image embeddings of a model: every metric that can select."""
+        found = ImageClassifier(model, self.processor, head)
+        return classify(found, dataset, *self._batches, progress=False).report()
 
     def zero_shot_prototypes(self, class_names: list[str]) -> ClassPrototypes:
         """Class embeddings of the untuned model, averaged over the 80 templates."""

@@ -19,6 +19,7 @@ from ...predict.fitting import auto
 from ...predict.fitting.heads import fit_head
 from ...predict.fitting.inputs import Choice
 from ...predict.heads import ClassPrototypes, Head, LinearHead
+from ...train.selection import metric_name
 from .context import Context, Trained
 from .protocol import Task
 from .trainings import halfway
@@ -141,6 +142,7 @@ def chosen_on_validation(context: Context, task: Task, trained: Trained) -> tupl
         )
         for alpha, found in weights.items()
     )
-    choice = auto.select(states, zero_shot=template(context, task, untuned), adjustment=context.config.logit_adjustment)
+    named, adjustment = context.config.metric_for_best_model, context.config.logit_adjustment
+    choice = auto.select(states, "auto", template(context, task, untuned), named and metric_name(named), adjustment)
     kept = choice.chosen
     return weights[kept.alpha], kept.head, {"head": kept.name, "head_alpha": kept.alpha}

@@ -19,6 +19,7 @@ from functools import partial
 
 from ...baselines import clap, gda, linear, lp_plus_plus, proker, tip_adapter
 from ...core.errors import UserError
+from ...train.selection import is_better, metric_name
 from .context import Context, Trained
 from .inference import (
     FeatureHead,
@@ -234,8 +235,10 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
     """Fits a method to a task. Validation chooses among the learning rates of a training, and the parameters of some heads.
 
     A learning rate at which training fails is not chosen; where all of them fail, the first error is raised. Of equally
-    accurate ones the first is taken.
+    good ones the first is taken. `metric_for_best_model` compares them; parameters of heads on frozen features are compared by
+    accuracy.
     """
+    metric, best_value = metric_name(context.config.metric_for_best_model), None
     best, seconds, failed, untuned = None, 0.0, {}, Trained(context.model, task.train)
     trains = method.training not in (None, none_without_captions)
     rates = context.learning_rates if trains else (0.0,)
@@ -257,9 +260,12 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
             head = method.inference(context, task, trained)
         classifier = context.classifier(trained.model, head)
         choice = head.choice if isinstance(head, FeatureHead) else None
-        accuracy = choice.accuracy if choice else context.accuracy(classifier, task.validation)
+        accuracy = value = choice.accuracy if choice else context.accuracy(classifier, task.validation)
+        if len(rates) > 1 and metric != "accuracy":
+            value = context.report(trained.model, head, task.validation)[metric]
         seconds += trained.seconds + time.monotonic() - start
-        if best is None or accuracy > best.validation_accuracy:
+        if best is None or is_better(metric, value, best_value):
+            best_value = value
             chosen = {"learning_rate": rate} if len(rates) > 1 else {}
             chosen |= trained.chosen | (choice.parameters if choice else {}) | picked
             tried = choice.tried if choice else len(rates)

@@ -16,6 +16,7 @@ from ...core.files import keeping
 from ...core.launch import alone_in
 from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
+from ...train.selection import check_metric
 from ..report.page import DRAWN, FIGURES, PAGE, check_packages, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
 from .context import Context
@@ -78,6 +79,7 @@ def run_benchmark(
         )
     check_labels(data_args.whole, args.shift_splits or [])
     splits = load_splits(data_args.whole)
+    check_metric(config.metric_for_best_model, splits.class_names)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)
     shifts = {

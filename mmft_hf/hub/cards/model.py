@@ -86,6 +86,7 @@ def model_card(
         results=results,
         metric=_metric(results),
         uneven=_uneven(results),
+        validation_role=_validation_role(record["identity"], results),
         images=images,
         family=FAMILIES[record.get("model_type", "clip")],
         class_names=Markup(listed(md(name, 60) for name in shown)),
@@ -117,6 +118,20 @@ def _metric(results: Mapping) -> str:
     metric = results.get("selection_metric", "accuracy")
     whole = all(f"{of}{split}_{metric}" in results for of in ("", "zero_shot_") for split in ("test", "validation"))
     return metric if whole else "accuracy"
+
+
+def _validation_role(identity: Mapping, results: Mapping) -> str:
+    """What the validation images were used for."""
+    trained = identity.get("num_train_epochs") != 0 or identity.get("max_steps", 0) > 0
+    epochs = identity.get("load_best_model_at_end") and trained
+    candidates = results.get("head_candidates") or ()
+    differ = [word for key, word in (("alpha", "weights"), ("head", "head")) if len({c[key] for c in candidates}) > 1]
+    choices = "the " + " and ".join(differ)
+    if differ and results.get("head_chosen_on_validation", True):
+        return "selected what was kept" if epochs else f"selected {choices}"
+    if epochs:
+        return f"selected the epoch; too few to choose {choices} by" if differ else "selected what was kept"
+    return f"too few to choose {choices} by" if differ else "observed the training" if trained else "selected nothing"
 
 
 def _uneven(results: Mapping) -> str:

@@ -1,15 +1,16 @@
 """`--head auto`: which weights, and which head on them. Shapes: `n` validation images, `C` classes, `D` embedding size.
 
-The default is the head `mean` on weights halfway between untuned and tuned ones. Validation moves it, by cross-entropy:
+The default is the head `mean` on weights halfway between untuned and tuned ones. Validation moves it, by cross-entropy, or by
+the errors that a named metric counts:
 
 1. Weights: the untuned ones if their loss is not higher (tuning did not help), the tuned ones if their loss is lower by more
    than one standard error.
 2. Head: another head on these weights, or the untuned model with the class template, if its loss is lower by more than one
    standard error than that of `mean`.
 
-With less than 50 validation images nothing moves it. Each candidate's loss is that after calibration, with the temperature of
-one half of the validation images for the other half; images that are nearly alike are in one half, and count as one in the
-standard error.
+With less than 50 validation images nothing moves it. Each candidate's cross-entropy is that after calibration, with the
+temperature of one half of the validation images for the other half; images that are nearly alike are in one half, and count as
+one in the standard error.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Candidate:
         head: fitted, not calibrated.
         losses (`(n,)`): cross-entropy of each validation image, with the other half's temperature.
         accuracy: on validation, from 0 to 1.
+        errors (`(n,)`, *optional*): what is compared instead of the losses, see `errors_of`.
     """
 
     alpha: float
@@ -55,11 +57,17 @@ class Candidate:
     head: Head
     losses: Tensor
     accuracy: float
+    errors: Tensor | None = None
 
     @property
     def loss(self) -> float:
         """Mean of the losses."""
         return self.losses.mean().item()
+
+    @property
+    def cost(self) -> float:
+        """Mean of what is compared: the loss, or one minus the named metric."""
+        return self.loss if self.errors is None else self.errors.mean().item()
 
 
 @dataclass
@@ -72,6 +80,7 @@ class Choice:
         images: validation images that were used.
         groups: number of groups of images that are nearly alike.
         usable (bool, one for each row of validation): which images these are; None: not known.
+        metric: by which they were compared.
     """
 
     chosen: Candidate
@@ -80,6 +89,12 @@ class Choice:
     images: int
     groups: int
     usable: Tensor | None = None
+    metric: str = "loss"
+
+    @property
+    def by_validation(self) -> bool:
+        """Whether validation could have chosen another candidate."""
+        return self.images >= FEWEST and len(self.candidates) > 1
 
 
 @dataclass
@@ -99,7 +114,11 @@ class State:
 
 
 def select(
-    states: Iterable[State], head: str = "auto", zero_shot: Head | None = None, adjustment: float = 0.0
+    states: Iterable[State],
+    head: str = "auto",
+    zero_shot: Head | None = None,
+    metric: str | None = None,
+    adjustment: float = 0.0,
 ) -> Choice:
     """Fits the heads on each set of weights, and chooses one of them.
 
@@ -109,6 +128,7 @@ def select(
         states: the untuned weights first.
         head: a name in `FITTERS`, for the weights alone to be chosen; `auto` for both.
         zero_shot: of the untuned weights; a further candidate of `auto`.
+        metric: `accuracy`, `mean_per_class_accuracy`, `top5_accuracy` or `loss`, the default.
         adjustment: of the logits in the training of `linear`, see `probe.probe`.
 
     Raises:
@@ -131,16 +151,18 @@ def select(
         if head == "auto" and zero_shot and not state.alpha:
             heads[ZERO_SHOT] = zero_shot
         candidates += [
-            candidate(state.alpha, name, found, embeds[usable], state.labels[usable], groups)
+            candidate(state.alpha, name, found, embeds[usable], state.labels[usable], groups, metric)
             for name, found in heads.items()
         ]
-    choice = choose(candidates, groups, DEFAULT_HEAD if head == "auto" else head)
+    choice = choose(candidates, groups, DEFAULT_HEAD if head == "auto" else head, metric)
     left_out = int((state.labels != IGNORED).sum()) - choice.images
     seen = f" ({left_out} of validation are among the training images and choose nothing)" if left_out else ""
     return replace(choice, reason=choice.reason + seen, usable=usable)
 
 
-def candidate(alpha: float, name: str, head: Head, embeds: Tensor, labels: Tensor, groups: Tensor) -> Candidate:
+def candidate(
+    alpha: float, name: str, head: Head, embeds: Tensor, labels: Tensor, groups: Tensor, metric: str | None = None
+) -> Candidate:
     """Judges a head on validation embeddings `(n, D)` with labels `(n,)` and group numbers `(n,)`."""
     logits = head.raw_logits(embeds).double()
     halves = halves_of(groups)
@@ -150,16 +172,36 @@ def candidate(alpha: float, name: str, head: Head, embeds: Tensor, labels: Tenso
             temperature = fit_temperature(logits[other], labels[other]) if other.any() else 1.0
             losses[mine] = F.cross_entropy(logits[mine] / temperature, labels[mine], reduction="none")
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
-    return Candidate(alpha, name, head, losses, accuracy)
+    return Candidate(alpha, name, head, losses, accuracy, errors_of(metric, logits, labels))
 
 
-def choose(candidates: Sequence[Candidate], groups: Tensor, head: str = DEFAULT_HEAD) -> Choice:
+def errors_of(metric: str | None, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """What a wrong answer costs, `(n,)`, so that the mean is one minus the metric; None for `loss`, which counts no errors.
+
+    Args:
+        logits (`(n, C)`), labels (`(n,)`).
+    """
+    if metric in (None, "loss"):
+        return None
+    best = logits.topk(min(5, logits.shape[1]) if metric == "top5_accuracy" else 1, dim=1).indices
+    wrong = (best != labels[:, None]).all(dim=1).double()
+    if metric == "mean_per_class_accuracy":  # an image of a class of k counts 1/k, and so does each class alike
+        counts = torch.bincount(labels)
+        wrong *= len(labels) / ((counts > 0).sum() * counts[labels])
+    return wrong
+
+
+def choose(
+    candidates: Sequence[Candidate], groups: Tensor, head: str = DEFAULT_HEAD, metric: str | None = None
+) -> Choice:
     """Chooses a candidate as the module says.
 
     Args:
         groups (`(n,)`): numbers of the groups of the validation images.
         head: the default; it must be among the heads on each set of weights.
+        metric: by which the candidates were judged, if one was named.
     """
+    by, name = f" by {metric}" if metric else "", metric or "loss"
     by_key: Mapping[tuple[float, str], Candidate] = {(c.alpha, c.name): c for c in candidates}
     alphas = sorted({c.alpha for c in candidates})
     alpha = DEFAULT_ALPHA if DEFAULT_ALPHA in alphas else alphas[-1]
@@ -171,39 +213,53 @@ def choose(candidates: Sequence[Candidate], groups: Tensor, head: str = DEFAULT_
             list(candidates),
             n,
             count,
+            metric=name,
         )
     reasons = []
     default = by_key[alpha, head]
-    if 0.0 in alphas and alpha and by_key[0.0, head].loss <= default.loss:
+    if 0.0 in alphas and alpha and by_key[0.0, head].cost <= default.cost:
         alpha = 0.0
-        reasons.append("tuning did not help on validation")
+        reasons.append(f"tuning did not help on validation{by}")
     elif alphas[-1] > alpha and lower(by_key[alphas[-1], head], default, groups):
         alpha = alphas[-1]
-        reasons.append("the tuned weights are better on validation by more than one standard error")
+        reasons.append(f"the tuned weights are better on validation{by}, by more than one standard error")
     chosen = by_key[alpha, head]
-    best = min((c for c in candidates if c.alpha == alpha or c.name == ZERO_SHOT), key=lambda c: c.loss)
+    best = min((c for c in candidates if c.alpha == alpha or c.name == ZERO_SHOT), key=lambda c: c.cost)
     if best is not chosen and lower(best, chosen, groups):
         chosen = best
-        reasons.append("this head is better on validation by more than one standard error")
+        reasons.append(f"this head is better on validation{by}, by more than one standard error")
     return Choice(
         chosen,
-        "; ".join(reasons) or "the default, from which validation shows no reason to depart",
+        "; ".join(reasons) or f"the default, from which validation shows no reason to depart{by}",
         list(candidates),
         n,
         count,
+        metric=name,
     )
 
 
 def lower(one: Candidate, other: Candidate, groups: Tensor) -> bool:
-    """Whether the loss of one candidate is lower than another's by more than one standard error of their paired difference."""
-    difference = other.losses - one.losses
-    return difference.mean().item() > standard_error(difference, groups)
+    """Whether one candidate costs less than another by more than one standard error of their paired difference.
+
+    Of errors it is the standard error if there were no difference, as in McNemar's test: images on which both are right or both
+    are wrong say nothing, and a rare class is no safer for having a single image.
+    """
+    if one.errors is None or other.errors is None:
+        difference = other.losses - one.losses
+        return difference.mean().item() > standard_error(difference, groups)
+    difference = other.errors - one.errors
+    return difference.mean().item() > standard_error(difference, groups, around=0.0)
 
 
-def standard_error(values: Tensor, groups: Tensor) -> float:
-    """Standard error of the mean of values `(n,)`, whose groups `(n,)` are independent, but not the values within one."""
+def standard_error(values: Tensor, groups: Tensor, around: float | None = None) -> float:
+    """Standard error of the mean of values `(n,)`, whose groups `(n,)` are independent, but not the values within one.
+
+    Args:
+        around: the mean that the values are supposed to have. Default: their own.
+    """
     _, place = groups.unique(return_inverse=True)
-    sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(0, place, values - values.mean())
+    centred = values - (values.mean() if around is None else around)
+    sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(0, place, centred)
     count = len(sums)
     return math.inf if count < 2 else math.sqrt(sums.square().sum().item() * count / (count - 1)) / len(values)
 
