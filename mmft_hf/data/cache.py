@@ -39,9 +39,9 @@ def cache_folder(kind: str = "") -> Path:
 
 
 class Features(NamedTuple):
-    """Embeddings of a frozen tower, see `model.features`.
+    """What a frozen tower, or its trunk, gives, see `model.features`.
 
-    `embeds` `(n, D)`, unit-norm, float32, mapped from the file if there is one; `flags` `(n,)`, bool: which pictures
+    `embeds` `(n, D)`, float32, mapped from the file if there is one: unit-norm embeddings, or pooled outputs of the trunk; `flags` `(n,)`, bool: which pictures
     could be read, or which texts were truncated; `hit`: whether they were on disk already.
     """
 

@@ -99,7 +99,7 @@ def text_rows(dataset: Dataset) -> Iterator[dict]:
 
 
 class ImageView(TorchDataset):
-    """Rows for evaluation: `image` (or `image_embeds`), `label`, `skipped`.
+    """Rows for evaluation: `image` (or `image_embeds`, `image_trunk`), `label`, `skipped`.
 
     Args:
         dataset: with columns `image` and `label`. A column `source_row` names a bad picture by its row in its own split.
@@ -120,6 +120,7 @@ class ImageView(TorchDataset):
         self.short_side = short_side
         self._read = DecodedPictures(short_side).read if short_side else read_image
         self.features: Features | None = None
+        self.key = "image"
         # Rows held out of another split are named by their place there.
         split = str(dataset.split or "")
         self.split_name = "" if split in ("", name, name.removesuffix("ing")) else f" of split {split!r}"
@@ -127,15 +128,11 @@ class ImageView(TorchDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def use_features(self, features: Features) -> None:
-        """From now on a row has `image_embeds` `(D,)` instead of `image`, and no picture is opened."""
-        self.features = features
+    def use_features(self, features: Features, part: str = "embeds") -> None:
+        """From now on a row has `image_embeds` `(D,)` or, with `part="trunk"`, `image_trunk` `(H,)` instead of `image`, and no
+        picture is opened."""
+        self.features, self.key = features, f"image_{part}"
         self.rows = self.rows.remove_columns("image")
-
-    @property
-    def key(self) -> str:
-        """Whether rows have an `image`, or `image_embeds`."""
-        return "image" if self.features is None else "image_embeds"
 
     def read(self, row: int) -> dict:
         """The row with its picture or embedding; None if it cannot be read and `on_bad_image` is `skip`."""
@@ -196,26 +193,28 @@ class TrainingView(ImageView):
         self.texts = texts
         self.crop_min_area = crop_min_area
         self.text_features: tuple[dict[str, int], Features] | None = None
+        self.text_key = "text"
 
-    def use_text_features(self, positions: dict[str, int], features: Features) -> None:
-        """From now on a row has `text_embeds` `(D,)` instead of `text`, and `cut` says whether the text was truncated.
+    def use_text_features(self, positions: dict[str, int], features: Features, part: str = "embeds") -> None:
+        """From now on a row has `text_embeds` `(D,)` or, with `part="trunk"`, `text_trunk` `(H,)` instead of `text`, and `cut`
+        says whether the text was truncated.
 
         Args:
             positions: the row of `features` of every text that can be drawn.
         """
-        self.text_features = positions, features
+        self.text_features, self.text_key = (positions, features), f"text_{part}"
 
     def _text(self, text: str) -> dict:
         if self.text_features is None:
             return {"text": text}
         positions, features = self.text_features
-        return {"text_embeds": features.embeds[positions[text]], "cut": bool(features.flags[positions[text]])}
+        return {self.text_key: features.embeds[positions[text]], "cut": bool(features.flags[positions[text]])}
 
     def _no_text(self) -> dict:
         if self.text_features is None:
             return {"text": ""}
         embeds = self.text_features[1].embeds
-        return {"text_embeds": embeds.new_zeros(embeds.shape[1]), "cut": False}
+        return {self.text_key: embeds.new_zeros(embeds.shape[1]), "cut": False}
 
     def __getitem__(self, key: int) -> dict:
         if key == PADDING:

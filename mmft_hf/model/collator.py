@@ -15,6 +15,9 @@ from ..data.sampling import IGNORED
 from ..data.texts import beginning, class_prompt
 from .families import is_padded
 
+# What rows hold of a frozen tower, or of its trunk.
+KEPT = ("image_embeds", "image_trunk", "text_embeds", "text_trunk")
+
 
 def tokenize(
     processor: ProcessorMixin, texts: Sequence[str], padding: bool | str = True
@@ -89,15 +92,15 @@ class MMFTDataCollator:
     A row has `image` (a PIL image, or None for one that could not be read), or what `prepare` made of it, and `label`. A training row also has `text`, and
     `box` (left, top, right, bottom in pixels): the crop that is resized to the model's input. Without a box the processor's
     own resize and centre crop apply. `skipped` counts the unreadable images that the row stands for. Embeddings of a frozen
-    tower (see `train.frozen`) come as `image_embeds` and `text_embeds` `(D,)` instead of `image` and `text`; `cut` says
-    whether such a text was truncated.
+    tower (see `train.frozen`) come as `image_embeds` and `text_embeds` `(D,)`, pooled outputs of a frozen trunk as `image_trunk`
+    and `text_trunk` `(H,)`, instead of `image` and `text`; `cut` says whether such a text was truncated.
 
     Returns:
         `pixel_values` `(B, 3, height, width)`, `labels` `(B,)` (-100 where the image is None), `skipped` `(B,)`, and in
         training `input_ids`, `attention_mask` `(U, T)` of U texts and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
         of the U texts each image has, `class_rows` `(C,)` which are the class texts; without `text_rows` the first B texts
         are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` instead of pixels and
-        tokens.
+        tokens; those with pooled outputs `image_trunk`, `text_trunk` `(B, H)`.
     """
 
     processor: ProcessorMixin
@@ -107,17 +110,16 @@ class MMFTDataCollator:
     class_texts: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        if "image_embeds" in rows[0]:
-            batch = {"image_embeds": torch.stack([row["image_embeds"] for row in rows])}
-        else:
+        batch = {key: torch.stack([row[key] for row in rows]) for key in KEPT if key in rows[0]}
+        kept_texts = "text_embeds" in batch or "text_trunk" in batch
+        if "image_embeds" not in batch and "image_trunk" not in batch:
             rows = [self.prepare(row) for row in rows]
-            batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+            batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
         labels = torch.tensor([row["label"] for row in rows])
         batch |= {"labels": labels, "skipped": torch.tensor([row.get("skipped", 0) for row in rows])}
-        if "text_embeds" in rows[0]:
-            batch["text_embeds"] = torch.stack([row["text_embeds"] for row in rows])
+        if kept_texts:
             batch["captions_cut"] = torch.tensor([row["cut"] for row in rows])
-        if "text" in rows[0] or "text_embeds" in rows[0]:
+        if "text" in rows[0] or kept_texts:
             batch |= self._texts([row["text"] for row in rows] if self.texts and "text" in rows[0] else [])
         return batch
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .loading import encode_images, encode_texts, logit_scale
+from .loading import encode_images, encode_texts, logit_scale, run_head
 
 
 def add_embedding_forward(
@@ -32,13 +32,14 @@ def add_embedding_forward(
     Inputs of the call:
         pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what the towers
             encode. A tower without inputs has no output.
+        image_trunk, text_trunk (`(B, H)`, *optional*): pooled outputs of a frozen trunk, see `loading.run_trunk`.
         chunk_size (`int`): rows encoded at a time; 0: all at once. Chunks leave only their embeddings behind. They are
             encoded once more, with the same random numbers, when their gradient is computed: the gradient is that of the
             whole batch, and the memory that of one chunk, for one more forward.
 
     Returns:
         `{"image_embeds": (B, D), "text_embeds": (U, D), "scale": (), "parameters": {}}`, embeddings unit-norm in float32,
-        with gradient.
+        with gradient. Where there are pooled outputs of a trunk, their embeddings are in `projected`, by these names.
 
     References: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv
     2101.06983), whose gradient cache this is; here the recomputation is activation checkpointing of whole chunks.
@@ -73,7 +74,13 @@ def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
     texts = [inputs[name] for name in ("input_ids", "attention_mask") if name in inputs]
     if texts:
         found["text_embeds"] = _in_chunks(lambda *x: encode_texts(self, *x), texts, chunk_size)
-    return found
+    trunks = {"image": "vision", "text": "text"}
+    projected = {
+        f"{name}_embeds": run_head(self, tower, inputs[f"{name}_trunk"])
+        for name, tower in trunks.items()
+        if f"{name}_trunk" in inputs
+    }
+    return found | ({"projected": projected} if projected else {})
 
 
 def _in_chunks(encode: Callable[..., Tensor], inputs: list[Tensor], size: int) -> Tensor:

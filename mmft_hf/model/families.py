@@ -18,8 +18,8 @@ class Family:
         example: a model on the Hub.
         model, processor: classes of transformers.
         scale: parameter that scales the cosines: `logit_scale`, its logarithm, or `temperature`, its inverse.
-        vision_head, text_head: parameters, by the start of their names, of the layer that projects a tower's pooled output into
-            the common space. None: there is none, since the pooled output is the embedding.
+        vision_head, text_head: name of the layer that projects a tower's pooled output into the common space. None: there is none,
+            since the pooled output is the embedding.
         unused: parameters, by the start of their names, that do not affect a softmax over cosines and so get no gradient.
         padded: texts are lower case and always padded to the limit, and the text tower reads the padding: it has no mask.
         causal: tokens do not see later ones, so padding, which comes last, needs no mask. Without a mask attention can use
@@ -33,8 +33,8 @@ class Family:
     model: str
     processor: str
     scale: str = "logit_scale"
-    vision_head: str | None = "visual_projection."
-    text_head: str | None = "text_projection."
+    vision_head: str | None = "visual_projection"
+    text_head: str | None = "text_projection"
     unused: tuple[str, ...] = ()
     padded: bool = False
     causal: bool = False
@@ -53,7 +53,7 @@ FAMILIES = {
         "SiglipModel",
         "SiglipProcessor",
         vision_head=None,
-        text_head="text_model.head.",
+        text_head="text_model.head",
         unused=("logit_bias",),  # the same for all pairs, so that it drops out of a softmax
         padded=True,
     ),

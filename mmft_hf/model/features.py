@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import PIL
@@ -35,7 +36,7 @@ from ..data.splits import labels_of
 from ..data.views import ImageView
 from ..version import __version__
 from .collator import MMFTDataCollator, PreparedRows, tokenize
-from .loading import encode_images, encode_texts
+from .loading import encode_images, encode_texts, head_of, run_trunk
 from .towers import TOWERS
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Encoding:
         shard: every process encodes its share of the batches, and all of them must call; otherwise each encodes its own.
         folder: of the files; default `features` of the cache (`cache.cache_folder`).
         progress: whether a bar is shown.
+        trunk: whether pooled outputs of the towers are kept, which their projections read (`loading.run_trunk`), instead of
+            embeddings.
     """
 
     batch_size: int = BATCH_SIZE
@@ -64,6 +67,7 @@ class Encoding:
     shard: bool = False
     folder: Path | None = None
     progress: bool = False
+    trunk: bool = False
 
 
 def image_features(
@@ -129,7 +133,8 @@ def encode_pictures_once(model, processor, view: ImageView, how: Encoding) -> Fe
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
         # A separate generator: a pass must not change the random numbers of the training around it.
         random = torch.Generator()
-        for embeds, labels in encode_image_batches(model, processor, view, mine, how.workers, how.progress, random):
+        options = (how.workers, how.progress, random, how.trunk)
+        for embeds, labels in encode_image_batches(model, processor, view, mine, *options):
             yield embeds, labels != IGNORED
 
     return _once(model, "images", settings, digests, batches, encode, how)
@@ -144,7 +149,7 @@ def encode_texts_once(model, processor, texts: list[str], how: Encoding) -> Feat
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
         own = [text for batch in mine for text in texts[batch.start : batch.stop]]
-        return encode_text_batches(model, processor, own, how.batch_size, how.progress)
+        return encode_text_batches(model, processor, own, how.batch_size, how.progress, trunk=how.trunk)
 
     return _once(model, "texts", settings, digests, batches, encode, how)
 
@@ -159,25 +164,42 @@ def encode_image_batches(
     workers: int = 0,
     progress: bool = False,
     generator: torch.Generator | None = None,
+    trunk: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields unit-norm embeddings `(B, D)` on the model's device, and labels `(B,)` (-100: unreadable), of batches of rows."""
+    """Yields unit-norm embeddings `(B, D)` on the model's device, and labels `(B,)` (-100: unreadable), of batches of rows.
+
+    Args:
+        trunk: yields what the tower's projection reads, `(B, H)`, instead of embeddings.
+    """
+    encode = partial(run_trunk, model, "vision") if trunk else partial(encode_images, model)
     collator = MMFTDataCollator(processor)
     rows = PreparedRows(view, collator)
     loader = DataLoader(rows, batch_sampler=batches, collate_fn=collator, num_workers=workers, generator=generator)
     model.eval()
     for batch in tqdm(loader, desc=f"{view.name.capitalize()} images", disable=not progress, leave=False, delay=1):
-        yield encode_images(model, batch["pixel_values"].to(model.device)), batch["labels"]
+        yield encode(batch["pixel_values"].to(model.device)), batch["labels"]
 
 
 @torch.no_grad()
 def encode_text_batches(
-    model, processor, texts: Sequence[str], batch_size: int = BATCH_SIZE, progress: bool = False, name: str = "Texts"
+    model,
+    processor,
+    texts: Sequence[str],
+    batch_size: int = BATCH_SIZE,
+    progress: bool = False,
+    name: str = "Texts",
+    trunk: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields unit-norm embeddings `(B, D)` on the model's device, and which texts were truncated, bool `(B,)`."""
+    """Yields unit-norm embeddings `(B, D)` on the model's device, and which texts were truncated, bool `(B,)`.
+
+    Args:
+        trunk: as in `encode_image_batches`.
+    """
+    encode = partial(run_trunk, model, "text") if trunk else partial(encode_texts, model)
     model.eval()
     for batch in tqdm(_batches(len(texts), batch_size), desc=name, disable=not progress, leave=False, delay=1):
         tokens, truncated = tokenize(processor, texts[batch.start : batch.stop])
-        yield encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}), truncated
+        yield encode(*(v.to(model.device) for v in tokens.values())), truncated
 
 
 def image_embeddings(
@@ -343,7 +365,8 @@ def _computation(model, tower: str, how: Encoding) -> dict:
     towers = (model.config, *(getattr(model.config, f"{t}_config", None) for t in TOWERS))
     return {
         "format": (FORMAT, __version__),
-        "weights": weights_digest(model, tower),
+        "weights": weights_digest(model, tower, how.trunk),
+        **({"part": "trunk"} if how.trunk else {}),
         "config": _plain(model.config.to_dict()),
         "attention": [getattr(config, "_attn_implementation", None) for config in towers],
         "precision": str(how.autocast or torch.float32),
@@ -361,11 +384,12 @@ def _matmul_precision() -> str | None:
         return None
 
 
-def weights_digest(model, tower: str) -> str:
-    """sha256 of a tower's weights, its projection included: names, types, shapes, bytes."""
+def weights_digest(model, tower: str, trunk: bool = False) -> str:
+    """sha256 of a tower's weights, with its projection unless `trunk`: names, types, shapes, bytes."""
     digest = hashlib.sha256()
+    without = f"{head_of(model, tower)}." if trunk else ()
     for name, value in sorted(model.state_dict().items()):
-        if name.startswith(TOWERS[tower]):
+        if name.startswith(TOWERS[tower]) and not name.startswith(without):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(_bytes(value))
     return digest.hexdigest()

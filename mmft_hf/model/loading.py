@@ -327,3 +327,29 @@ def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     pool_outputs(model)
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
     return F.normalize(features.pooler_output.float(), dim=-1)
+
+
+# -- a tower as trunk and head ---------------------------------------------------------------------------------------
+def head_of(model: PreTrainedModel, tower: str) -> str | None:
+    """The name of the projection that ends a tower (`vision` or `text`); None: its pooled output is the embedding."""
+    return getattr(FAMILIES[model.config.model_type], f"{tower}_head")
+
+
+def run_trunk(model: PreTrainedModel, tower: str, *inputs: Tensor | None) -> Tensor:
+    """What the projection of a tower reads: pooled outputs `(B, H)` in float32.
+
+    Args:
+        inputs: of `encode_images`, or of `encode_texts`.
+    """
+    seen: list[Tensor] = []
+    hook = model.get_submodule(head_of(model, tower)).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        (encode_images if tower == "vision" else encode_texts)(model, *inputs)
+    finally:
+        hook.remove()
+    return seen[0].float()
+
+
+def run_head(model: PreTrainedModel, tower: str, pooled: Tensor) -> Tensor:
+    """Unit-norm embeddings `(B, D)` in float32 of what `run_trunk` gave."""
+    return F.normalize(model.get_submodule(head_of(model, tower))(pooled).float(), dim=-1)

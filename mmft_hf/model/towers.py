@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from ..core.arguments import ModelArguments, last_blocks
 from ..core.errors import UserError
 from ..core.files import ADAPTER_FILES
-from .families import FAMILIES, unused_parameters
-from .loading import freeze_unused, scale_parameter
+from .families import unused_parameters
+from .loading import freeze_unused, head_of, scale_parameter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -103,8 +103,8 @@ def _trained(model: PreTrainedModel, tower: str, mode: str) -> set[str]:
     if mode in ("lora", "frozen"):
         return set()
     if mode == "head":
-        start = head_of(model, tower)
-        found = {name for name in names if start and name.startswith(start)}
+        head = head_of(model, tower)
+        found = {name for name in names if name.startswith(f"{head}.")}
         lacks = "a projection of its pooled output, which is trained alone"
     elif mode == "norms":
         found = {
@@ -151,11 +151,6 @@ def _last_blocks(model: PreTrainedModel, tower: str, count: int, names: list[str
     last = tuple(f"{blocks}.{i}." for i in range(total - count, total))
     after = (name for name in names[inside[-1] + 1 :] if not name.startswith(tables))
     return {*(name for name in names if name.startswith(last)), *after}
-
-
-def head_of(model: PreTrainedModel, tower: str) -> str | None:
-    """The start of the names of the projection that ends a tower; None: its pooled output is the embedding."""
-    return getattr(FAMILIES[model.config.model_type], f"{tower}_head")
 
 
 def _linear_layers(model: PreTrainedModel, tower: str) -> list[str]:

@@ -58,9 +58,9 @@ from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
 from ..data.splits import labels_of
 from ..data.texts import class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset
-from ..model.collator import MMFTDataCollator, PreparedRows, input_size
+from ..model.collator import KEPT, MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters
-from ..model.loading import encode_images, is_dual_encoder, logit_scale
+from ..model.loading import encode_images, is_dual_encoder, logit_scale, run_head
 from ..model.losses import Batch
 from ..model.towers import TOWERS, frozen_batch_norms
 from ..predict.classifier import set_class_names
@@ -270,8 +270,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     # -- data -------------------------------------------------------------------------------------------------------
     def _set_signature_columns_if_needed(self):
         # Rows go to the collator, not to model.forward: nothing is unused.
-        names = "image pixel_values image_embeds label text text_embeds box skipped cut"
-        self._signature_columns = names.split()
+        self._signature_columns = ["image", "pixel_values", "label", "text", "box", "skipped", "cut", *KEPT]
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
@@ -343,7 +342,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
     def _forward(self, model, inputs: dict[str, torch.Tensor]) -> dict:
         """Embeddings of the images of this process, of their texts and of the class texts, and the scale of the logits."""
-        encoded = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in inputs}
+        names = ("pixel_values", "input_ids", "attention_mask", "image_trunk", "text_trunk")
+        encoded = {name: inputs[name] for name in names if name in inputs}
         outputs = dict(model(**encoded, chunk_size=self._chunk_size()))
         texts, rows = outputs.pop("text_embeds", None), inputs.get("text_rows")
         if "class_rows" in inputs:
@@ -351,6 +351,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         if texts is not None and "captions_cut" in inputs:
             own = texts[: len(inputs["labels"])] if "class_rows" in inputs else texts
             outputs["text_embeds"] = own if rows is None else texts[rows]
+        outputs |= outputs.pop("projected", {})
         # The embeddings of a frozen tower come with the batch.
         return outputs | {name: inputs[name] for name in ("image_embeds", "text_embeds") if name in inputs}
 
@@ -457,7 +458,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         with torch.no_grad(), self.accelerator.autocast():
             embeds = inputs.get("image_embeds")
             if embeds is None:
-                embeds = encode_images(self.accelerator.unwrap_model(model), inputs["pixel_values"])
+                plain = self.accelerator.unwrap_model(model)
+                if "image_trunk" in inputs:
+                    embeds = run_head(plain, "vision", inputs["image_trunk"])
+                else:
+                    embeds = encode_images(plain, inputs["pixel_values"])
         logits = self.prototypes.logits(embeds)
         loss = _cross_entropy(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)

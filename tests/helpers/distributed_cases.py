@@ -30,6 +30,7 @@ CASES = {
     "lora": {"towers": ("lora", "lora"), "learning_rate": 0.3},
     "lora and frozen": {"towers": ("lora", "frozen"), "learning_rate": 0.3},
     "kept pictures": {"towers": ("frozen", "lora"), "learning_rate": 0.3, "crop_min_area": 1.0},
+    "kept trunks": {"towers": ("head", "head"), "learning_rate": 0.3, "crop_min_area": 1.0},
     "checkpointing": {"gradient_checkpointing": True},
     "chunks": {"loss_chunk_size": 2},
     "chunks, lora, checkpointing": {

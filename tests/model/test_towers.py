@@ -16,7 +16,7 @@ from training import changed, make_trainer, weights
 from mmft_hf import load_model, set_towers
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
-from mmft_hf.model.loading import encode_images, encode_texts, freeze_unused
+from mmft_hf.model.loading import encode_images, encode_texts, freeze_unused, head_of, run_head, run_trunk
 from mmft_hf.model.towers import TOWERS, parameter_counts
 
 WITHOUT_HEAD = ("siglip", "align")  # images: the pooled output is the embedding
@@ -63,6 +63,18 @@ def trained(model, tower, mode) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad and name.startswith(TOWERS[tower])}
 
 
+def inputs_of(model, tower) -> tuple[torch.Tensor, ...]:
+    """Two pictures, or the tokens of two texts."""
+    if tower == "vision":
+        size = 32 if hasattr(model.config.vision_config, "depths") else 16
+        return (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)),)
+    length = 64 if model.config.model_type == "siglip" else 5
+    return torch.tensor([[5], [7]]).expand(2, length), torch.ones(2, length, dtype=torch.long)
+
+
+ENCODE = {"vision": encode_images, "text": encode_texts}
+
+
 @torch.no_grad()
 def read_from(model, tower, module) -> set[str]:
     """Weights of a tower whose layers are first called with `module` or after it, as a forward shows."""
@@ -75,13 +87,7 @@ def read_from(model, tower, module) -> set[str]:
         return hook
 
     hooks = [layer.register_forward_pre_hook(called(name)) for name, layer in model.named_modules()]
-    if tower == "vision":
-        encode_images(
-            model.eval(), torch.randn(2, 3, *[32 if hasattr(model.config.vision_config, "depths") else 16] * 2)
-        )
-    else:
-        limit = 64 if model.config.model_type == "siglip" else 5
-        encode_texts(model.eval(), torch.full((2, limit), 5), torch.ones(2, limit, dtype=torch.long))
+    ENCODE[tower](model.eval(), *inputs_of(model, tower))
     for hook in hooks:
         hook.remove()
     freeze_unused(model)
@@ -149,6 +155,18 @@ def test_head_trains_the_projection_alone(kind, model):
             set_towers(model, "head", "full")
     else:
         assert trained(model, "vision", "head") == {"visual_projection.weight"}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@torch.no_grad()
+def test_trunk_and_head_are_the_tower_to_the_bit(kind, model, half):
+    for tower in TOWERS:
+        if head_of(model.eval(), tower):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                whole = ENCODE[tower](model, *inputs_of(model, tower))
+                pooled = run_trunk(model, tower, *inputs_of(model, tower))
+                assert torch.equal(run_head(model, tower, pooled), whole) and pooled.dtype == torch.float32
+            assert not model.get_submodule(head_of(model, tower))._forward_pre_hooks  # nothing is left
 
 
 def test_tables_of_relative_positions_are_not_trained_with_the_last_block():

@@ -13,6 +13,7 @@ from training import make_trainer, weights, with_lora
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTTrainer
 from mmft_hf.core.errors import UserError
 from mmft_hf.data import views
+from mmft_hf.model.loading import head_of
 from mmft_hf.train.frozen import has_dropout
 
 SGD = {"optim": "sgd", "learning_rate": 0.3, "save_strategy": "no", "load_best_model_at_end": False}
@@ -23,6 +24,8 @@ CASES = {
     "vision": (("frozen", "lora"), {"crop_min_area": 1.0}),
     "vision, chunks": (("frozen", "full"), {"crop_min_area": 1.0, "loss_chunk_size": 3}),
     "vision, bf16": (("frozen", "full"), {"crop_min_area": 1.0, "bf16": True}),
+    "trunks": (("head", "head"), {"crop_min_area": 1.0}),
+    "trunk, bf16": (("head", "frozen"), {"crop_min_area": 1.0, "bf16": True}),
 }
 
 
@@ -60,7 +63,9 @@ def difference(one, other) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case != "vision")) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("vision", "trunks"))) for case in CASES]
+)
 def test_kept_embeddings_train_the_same_weights_and_give_the_same_numbers(clip, tmp_path, case, capsys):
     towers, settings = CASES[case]
     start = weights(with_lora(copy.deepcopy(clip), *towers)[0])
@@ -79,16 +84,47 @@ def test_kept_embeddings_train_the_same_weights_and_give_the_same_numbers(clip, 
         assert log == pytest.approx(other, abs=3e-2 if "bf16" in case else 1e-5)
     # 24 training pictures and 12 of validation, 30 distinct texts; two epochs, three evaluations.
     texts = 24 + 3
-    if towers[0] == "frozen":
+    name = "trunk of the {} tower" if "head" in towers else "{} tower"
+    if towers[0] in ("frozen", "head"):
         assert encoded.vision == 2 * 24 + 3 * 12
         assert (first.vision, second.vision) == (24 + 12, 0)
-        assert "Frozen vision tower: 24 training images encoded once in " in said
-        assert "Frozen vision tower: 12 validation images encoded once in " in said
-        assert "Frozen vision tower: 24 training images read from the cache in " in capsys.readouterr().out
-    else:
+        own = name.format("vision")
+        assert f"Frozen {own}: 24 training images encoded once in " in said
+        assert f"Frozen {own}: 12 validation images encoded once in " in said
+        assert f"Frozen {own}: 24 training images read from the cache in " in capsys.readouterr().out
+    if towers[1] == "head":
+        # Prototypes of the captions are made for each of three evaluations.
+        assert (first.text, second.text) == (texts + 3 * texts, 3 * texts)
+        assert f"Frozen {name.format('text')}: {texts} training texts encoded once in " in said
+    elif towers[1] == "frozen" and towers[0] == "full":
         # The prototypes of the captions are made once more, by their own batches.
         assert encoded.text > 2 * texts and (first.text, second.text) == (2 * texts, texts)
         assert f"Frozen text tower: {texts} training texts encoded once in " in said
+
+
+def test_a_trunk_that_changes_is_encoded_again_and_a_projection_that_does_is_not(clip, tmp_path, capsys):
+    model, processor = with_lora(clip, "head", "full")
+    count = Count(model)
+    trainer = make_trainer((model, processor), tmp_path, **SGD)
+    losses = [trainer.evaluate()["eval_loss"]]
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(model.visual_projection.weight.flip(0))
+    losses.append(trainer.evaluate()["eval_loss"])
+    assert count.vision == 12
+    with torch.no_grad():
+        model.vision_model.post_layernorm.weight.mul_(torch.linspace(-1, 2, 32))
+    losses.append(trainer.evaluate()["eval_loss"])
+    assert count.vision == 24 and len(set(losses)) == 3
+
+    def fresh():
+        return make_trainer((model, processor), tmp_path, cache_frozen_features=False, **SGD).evaluate()["eval_loss"]
+
+    assert losses[2] == pytest.approx(fresh(), abs=1e-6)
+    # What is kept of a trunk is not taken for embeddings.
+    model.visual_projection.requires_grad_(False)
+    trainer.train()
+    assert "Frozen vision tower: 12 validation images encoded once" in capsys.readouterr().out
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(fresh(), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -216,12 +252,15 @@ def test_what_cannot_be_kept_is_encoded_as_before(clip, tmp_path, folder, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["frozen", "head"])
 @pytest.mark.parametrize("frozen", ["vision", "text"])
 @pytest.mark.parametrize("kind", tiny_encoders.KINDS)
-def test_every_kind_of_dual_encoder(kind, frozen, tmp_path, capsys):
+def test_every_kind_of_dual_encoder(kind, frozen, mode, tmp_path, capsys):
     torch.manual_seed(0)
     pair = tiny_encoders.KINDS[kind]()
-    towers = ("frozen", "full") if frozen == "vision" else ("full", "frozen")
+    if mode == "head" and head_of(pair[0], frozen) is None:
+        return
+    towers = (mode, "full") if frozen == "vision" else ("full", mode)
     settings = {"crop_min_area": 1.0, "max_steps": 2, "learning_rate": 0.1, "evaluate": False}
     start = weights(pair[0])
     plain, _ = train(pair, tmp_path / "plain", towers, cache_frozen_features=False, **settings)
@@ -229,7 +268,8 @@ def test_every_kind_of_dual_encoder(kind, frozen, tmp_path, capsys):
     assert difference(start, weights(plain.model)) > 1e-4
     if has_dropout(pair[0], frozen):
         assert kind in ("altclip", "chinese_clip", "align", "vit_bert", "clip_roberta")
-        assert f"The {frozen} tower is frozen, but has dropout" in capsys.readouterr().out
+        what = f"trunk of the {frozen} tower" if mode == "head" else f"{frozen} tower"
+        assert f"The {what} is frozen, but has dropout" in capsys.readouterr().out
     else:
         assert difference(weights(kept.model), weights(plain.model)) < 1e-6
         assert getattr(count, frozen) == (24 if frozen == "vision" else 27)
