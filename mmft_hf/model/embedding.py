@@ -5,6 +5,7 @@ Shapes: `B` images, `U` distinct texts, `T` tokens, `D` embedding size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -62,6 +63,12 @@ def remove_embedding_forward(model: PreTrainedModel) -> None:
 def term_parameters(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of the loss terms themselves, by the name of the term."""
     return {term: dict(values.items()) for term, values in getattr(model, "loss_terms", {}).items()}
+
+
+def untuned_images(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model with `add_embedding_forward` that encodes images, and no texts."""
+    copied = copy.deepcopy(model, {id(model.text_model): nn.Module()})  # instead of a copy of its text tower
+    return copied.requires_grad_(False).eval()
 
 
 def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):

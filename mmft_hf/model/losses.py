@@ -7,6 +7,7 @@ through log-sum-exp: the plain exponential overflows at logits above 88, which i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,7 +33,7 @@ class Batch:
             belongs to image i.
         weights (`(N,)`), text_weights (`(M,)`, *optional*): how much a row counts as an anchor. Default: all alike.
         extras: further tensors, by name. `class_embeds` `(C, D)` are the embeddings of the class texts; `adjustment` `(C,)`, if
-            there is one, is added to class logits.
+            there is one, is added to class logits; `untuned_image_embeds` `(N, D)` are of the untuned image tower.
         parameters: the parameters of the loss terms themselves, by the name of the term.
     """
 
@@ -59,6 +60,7 @@ class Batch:
         scale: Tensor | float,
         text_embeds: Tensor | None = None,
         equal_sizes: bool = False,
+        image_extras: Mapping[str, Tensor] | None = None,
         **more,
     ) -> Batch:
         """The batch of all processes, in rank order and with gradient, from the rows of this one.
@@ -67,6 +69,7 @@ class Batch:
             image_embeds (`(B, D)`), labels (`(B,)` or `(B, C)`), text_embeds (`(B, D)`): text i belongs to image i.
             equal_sizes: whether every process is known to have the same B. Otherwise they exchange the sizes first, which waits for the
                 GPU.
+            image_extras (`(B, …)`): extras of the images of this process, by name.
             more: fields that are the same in every process.
 
         Every process then computes the same loss, so the mean of the gradients over processes (DDP, FSDP) is exactly
@@ -76,7 +79,9 @@ class Batch:
         # Concatenated, so that one gather is enough.
         both = gather(torch.cat(parts, dim=1) if len(parts) > 1 else image_embeds, equal_sizes)
         embeds = both.split([part.shape[1] for part in parts], dim=1)
-        return cls(embeds[0], gather(labels, equal_sizes), scale, *embeds[1:], **more)
+        own = {name: gather(rows, equal_sizes) for name, rows in (image_extras or {}).items()}
+        extras = {**more.pop("extras", {}), **own}
+        return cls(embeds[0], gather(labels, equal_sizes), scale, *embeds[1:], extras=extras, **more)
 
     @cached_property
     def valid(self) -> Tensor:

@@ -59,7 +59,7 @@ from ..data.splits import labels_of
 from ..data.texts import class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset
 from ..model.collator import KEPT, MMFTDataCollator, PreparedRows, input_size
-from ..model.embedding import add_embedding_forward, term_parameters
+from ..model.embedding import add_embedding_forward, term_parameters, untuned_images
 from ..model.loading import encode_images, is_dual_encoder, logit_scale, run_head
 from ..model.losses import Batch
 from ..model.towers import TOWERS, frozen_batch_norms
@@ -230,6 +230,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             compute_metrics=compute_metrics or self._class_metrics,
             **kwargs,
         )
+        self._untuned = untuned_images(self.model).to(args.device) if "untuned_images" in needs else None
         self.texts = TextView(self.class_names or (), args.class_template, args.caption_dropout, self._data_seed)
         if self.class_names:
             set_class_names(self.model, self.class_names)
@@ -326,8 +327,9 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         embeds = {name: outputs[name] for name in ("image_embeds", "text_embeds") if name in outputs}
         extras = {name: outputs[name] for name in ("class_embeds",) if name in outputs}
         extras |= {} if self._adjustment is None else {"adjustment": self._adjustment}
-        shared = {"parameters": outputs["parameters"], "extras": extras}
-        batch = Batch.gathered(labels=inputs["labels"], scale=outputs["scale"], equal_sizes=True, **embeds, **shared)
+        own = {name: outputs[name] for name in ("untuned_image_embeds",) if name in outputs}
+        shared = {"parameters": outputs["parameters"], "extras": extras, "image_extras": own, "equal_sizes": True}
+        batch = Batch.gathered(labels=inputs["labels"], scale=outputs["scale"], **embeds, **shared)
         loss = 0.0
         with torch.autocast(batch.labels.device.type, enabled=False):
             for term, weight in zip(self.terms, self.loss_weights, strict=True):
@@ -345,6 +347,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         names = ("pixel_values", "input_ids", "attention_mask", "image_trunk", "text_trunk")
         encoded = {name: inputs[name] for name in names if name in inputs}
         outputs = dict(model(**encoded, chunk_size=self._chunk_size()))
+        untuned = {} if self._untuned is None else {"untuned_image_embeds": self._untuned_images(inputs)}
         texts, rows = outputs.pop("text_embeds", None), inputs.get("text_rows")
         if "class_rows" in inputs:
             outputs["class_embeds"] = texts[inputs["class_rows"]]
@@ -353,7 +356,16 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             outputs["text_embeds"] = own if rows is None else texts[rows]
         outputs |= outputs.pop("projected", {})
         # The embeddings of a frozen tower come with the batch.
-        return outputs | {name: inputs[name] for name in ("image_embeds", "text_embeds") if name in inputs}
+        return outputs | untuned | {name: inputs[name] for name in ("image_embeds", "text_embeds") if name in inputs}
+
+    def _untuned_images(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Embeddings `(B, D)` of the images of this process by the image tower as this Trainer got it."""
+        if "image_embeds" in inputs:  # of a frozen tower
+            return inputs["image_embeds"]
+        pictures = {name: inputs[name] for name in ("pixel_values", "image_trunk") if name in inputs}
+        with torch.no_grad(), self.accelerator.autocast():
+            found = self._untuned(**pictures, chunk_size=self._chunk_size())
+        return (found | found.get("projected", {}))["image_embeds"]
 
     def _chunk_size(self) -> int:
         """Rows encoded at a time; 0: all. If memory runs out, `auto_find_batch_size` lowers this and not the batch."""

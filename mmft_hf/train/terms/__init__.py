@@ -9,6 +9,7 @@ from ..config import MMFTConfig
 from .base import LossTerm
 from .clip import Clip
 from .cross_entropy import ClassTextCrossEntropy, CrossEntropy
+from .gram import Gram
 from .supcon import SupCon
 
 TERMS: dict[str, type[LossTerm]] = {term.name: term for term in LossTerm.__subclasses__()}

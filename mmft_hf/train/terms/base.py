@@ -21,7 +21,8 @@ class LossTerm:
         weight: factor in the sum: a number, or a function of the optimizer steps done and of all steps. A term of weight 0
             is computed and logged, and adds nothing.
         needs: what the batch must hold in addition to the images: `texts` (one drawn for each image) or `class_texts` (one of
-            every class, as `batch.extras["class_embeds"]`).
+            every class, as `batch.extras["class_embeds"]`), or `untuned_images` (their embeddings by the image tower as the Trainer got it, as
+            `batch.extras["untuned_image_embeds"]`).
         log_weight: whether `NAME_weight` is logged.
         over_classes: whether it is a cross-entropy over class logits, to which it adds `batch.extras["adjustment"]`.
         parameters: the trained parameters of the term itself, by name. The Trainer gives it to the optimizer and keeps it in
