@@ -103,6 +103,16 @@ def methods_page() -> str:
     lines.append(
         "`NAME+wise`, for methods that train weights: halfway between the untuned weights and those of `NAME`."
     )
+    lines += ["", "## Budgets of the authors", "", "What `--budget authors` trains with.", ""]
+    lines += ["| methods | few shots | all images | source |", "|---|---|---|---|"]
+    recipes: dict = {}
+    for m in methods.METHODS.values():
+        if m.alpha == 1 and "+" not in m.name and m.training and m.training.recipe:
+            recipes.setdefault(m.training.recipe, []).append(f"`{m.name}`")
+    for recipe, names in recipes.items():
+        lines.append(
+            f"| {', '.join(names)} | {recipe.describe(few=True)} | {recipe.describe(few=False)} | {recipe.source} |"
+        )
     return "\n".join(lines)
 
 

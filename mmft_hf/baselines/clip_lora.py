@@ -27,6 +27,7 @@ def clip_lora(
     train: Dataset,
     validation: Dataset | None = None,
     dropout: float = DROPOUT,
+    alpha: float = ALPHA,
 ) -> int:
     """Trains LoRA of rank 2 in the queries, keys and values of all layers of both towers, and merges it into `model`.
 
@@ -34,9 +35,8 @@ def clip_lora(
     `transformers.set_seed(…)` first to reproduce the random A matrices.
 
     The factor of `B A` is `alpha / rank` (0.5), as in the LoRA paper. The authors' code uses `alpha / sqrt(rank)` (0.71),
-    which is similar to a higher learning rate. Batches, steps and crops are those of `config`, as for every other method
-    here; their code trains on batches of 32 for 500 steps per shot at 2e-4, with weight decay 1e-2, and crops of 8 % to
-    100 % with flips.
+    which is similar to a higher learning rate. Batches, steps and crops are those of `config`; what the authors' code
+    trains with is `mmft-hf benchmark --budget authors`.
 
     Args:
         model: trained in place.
@@ -44,6 +44,7 @@ def clip_lora(
         train: columns `image`, `label`; for captions see `cross_entropy.train_head`.
         validation: selects the best epoch, by comparison with the class texts. Without it the last step is kept.
         dropout: on the input of the LoRA matrices.
+        alpha: of the LoRA layers.
 
     Returns:
         The number of optimizer steps taken. `ClassPrototypes.from_templates` gives the classifier.
@@ -53,7 +54,7 @@ def clip_lora(
 
     References: Zanella & Ben Ayed 2024, "Low-Rank Few-Shot Adaptation of Vision-Language Models" (arXiv 2405.18541).
     """
-    set_towers(model, "lora", "lora", RANK, ALPHA, dropout, attention_inputs(model))
+    set_towers(model, "lora", "lora", RANK, alpha, dropout, attention_inputs(model))
     trainer = class_texts_trainer(model, processor, config, train, validation)
     trainer.train()
     remove_embedding_forward(model)

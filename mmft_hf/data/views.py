@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image
+from PIL import ImageOps
 from torch.utils.data import Dataset as TorchDataset
 
 from ..core.console import some
@@ -178,6 +179,7 @@ class TrainingView(ImageView):
     Args:
         texts: which texts the images get. Its seed is that of the crops, too.
         crop_min_area: smallest share of the area that a random crop keeps; 1 means no random crop.
+        horizontal_flip: whether half of the reads, drawn at random, are mirrored.
         on_bad_image, short_side: see `ImageView`.
     """
 
@@ -188,10 +190,12 @@ class TrainingView(ImageView):
         crop_min_area: float = 0.9,
         on_bad_image: str = "fail",
         short_side: int | None = None,
+        horizontal_flip: bool = False,
     ):
         super().__init__(dataset, on_bad_image, "training", short_side)
         self.texts = texts
         self.crop_min_area = crop_min_area
+        self.horizontal_flip = horizontal_flip
         self.text_features: tuple[dict[str, int], Features] | None = None
         self.text_key = "text"
 
@@ -233,6 +237,8 @@ class TrainingView(ImageView):
         if self.crop_min_area < 1:
             crop = functools.partial(random_crop_box, *image.size, self.crop_min_area)
         text, box = self.texts.draw(values, epoch, row, crop)
+        if self.horizontal_flip and generator(self.texts.seed, epoch, row, 8).random() < 0.5:  # 8: a stream of its own
+            image = ImageOps.mirror(image)
         return {self.key: image, "box": box, "label": values["label"], "skipped": skipped} | self._text(text)
 
 

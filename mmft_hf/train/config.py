@@ -67,7 +67,7 @@ class MMFTConfig(TrainingArguments):
 
     GROUPS: ClassVar = {
         "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout prototypes template_weight "
-        "samples_per_class class_balance weight_averaging crop_min_area on_bad_image",
+        "samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
         "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
@@ -150,6 +150,10 @@ class MMFTConfig(TrainingArguments):
         "Random crops keep at least this share of the area, at ratios of 3:4 to 4:3 (a wider image is cropped to 4:3 in "
         "the middle); 1: no random crop.",
         range=Range(0, 1, open=("low",)),
+    )
+    horizontal_flip: bool = setting(
+        False,
+        "Mirror half of the training pictures, drawn anew in each epoch; not where left and right mean something.",
     )
     on_bad_image: str = setting(
         "fail", "fail: stop at an image that cannot be read; skip: leave it out and count it.", choices=("fail", "skip")

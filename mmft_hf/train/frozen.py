@@ -52,10 +52,11 @@ class FrozenTowers(TrainerCallback):
             parts = {tower: self._frozen_part(tower) for tower in self.used}
             self.towers = {tower: part for tower, part in parts.items() if part}
         if part := self.towers.get("vision"):
-            if training and view.crop_min_area < 1:
+            if training and (view.crop_min_area < 1 or view.horizontal_flip):
+                flips = " --horizontal_flip false" if view.horizontal_flip else ""
                 self._say_once(
                     f"The {NAMES[part].format('vision')} is frozen, but random crops differ in every epoch and must be encoded "
-                    "again. To encode each picture once, type --crop_min_area 1."
+                    f"again. To encode each picture once, type --crop_min_area 1{flips}."
                 )
             elif features := self._images(view, dataset):
                 view.use_features(features, part)

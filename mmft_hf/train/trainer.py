@@ -276,7 +276,12 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
             if is_training:
-                options = (self.args.crop_min_area, self.args.on_bad_image, self.args.decode_cache)
+                options = (
+                    self.args.crop_min_area,
+                    self.args.on_bad_image,
+                    self.args.decode_cache,
+                    self.args.horizontal_flip,
+                )
                 view = TrainingView(dataset, self.texts, *options)
                 if isinstance(self.eval_dataset, Dataset):  # now, while one process has all weights
                     self._frozen.attach(

@@ -15,7 +15,7 @@ from mmft_hf.benchmark.run.context import Context, Trained
 from mmft_hf.benchmark.run.inference import FeatureHead
 from mmft_hf.benchmark.run.methods import METHODS, fit
 from mmft_hf.benchmark.run.protocol import Task
-from mmft_hf.benchmark.run.trainings import halfway, none_without_captions, settings_for
+from mmft_hf.benchmark.run.trainings import Training, halfway, none_without_captions, settings_for
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.texts import TEMPLATES, check_template
 from mmft_hf.data.views import TextView, TrainingView
@@ -140,10 +140,32 @@ def test_validation_chooses_among_learning_rates_the_first_of_the_best(clip_fold
 
         return FeatureHead(scores)
 
-    found = fit(dataclasses.replace(METHODS["mmft"], training=train, inference=inference), context, task)
+    found = fit(dataclasses.replace(METHODS["mmft"], training=Training(train), inference=inference), context, task)
     assert seen == [1e-5, 2e-5, 3e-5] and found.tried == 3
     assert found.chosen == {"learning_rate": 2e-5} and found.policy == "val-k" and found.steps == 2
     assert found.validation_accuracy == pytest.approx(7 / 9) and found.seconds >= 3
+
+
+@pytest.mark.parametrize(("metric", "best"), [("mean_per_class_accuracy", 1e-4), ("loss", 1e-3)])
+def test_a_named_metric_chooses_among_learning_rates(clip_folder, task, tmp_path, monkeypatch, metric, best):
+    """By accuracy all are equal, since it is the untuned model each time."""
+    config = MMFTConfig(str(tmp_path), use_cpu=True, metric_for_best_model=metric)
+    context = Context(str(clip_folder), None, config, learning_rates=(1e-3, 1e-4))
+    found = {1e-3: {"mean_per_class_accuracy": 0.2, "loss": 0.5}, 1e-4: {"mean_per_class_accuracy": 0.6, "loss": 0.7}}
+    judged = iter(found.values())
+    monkeypatch.setattr(context, "report", lambda model, head, dataset: next(judged))
+    training = Training(lambda context, task, rate: Trained(context.model, task.train, 1))
+    assert fit(dataclasses.replace(METHODS["flyp"], training=training), context, task).chosen == {"learning_rate": best}
+
+
+def test_every_metric_that_can_select_is_measured(context, task):
+    head = METHODS["zs"].inference(context, task, Trained(context.model, task.train))
+    found = context.report(context.model, head, task.validation)
+    logits = head.logits(context.encoded(context.model, task.validation)[0])
+    labels = torch.tensor(task.validation["label"])
+    assert found["accuracy"] == (logits.argmax(dim=1) == labels).double().mean().item()
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["mean_per_class_accuracy"] == pytest.approx(found["accuracy"])  # three images of each class
 
 
 @pytest.mark.slow

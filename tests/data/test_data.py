@@ -614,6 +614,30 @@ def test_crops_differ_between_epochs_and_whole_images_have_none():
 # -- bad pictures in a view -------------------------------------------------------------------------------------------
 
 
+def test_half_of_the_pictures_are_mirrored_and_no_other_draw_changes():
+    wide = PILImage.new("RGB", (4, 2))
+    wide.putpixel((0, 0), (255, 0, 0))
+    data = many_captions()
+    data = data.remove_columns("image").add_column(
+        "image", [as_stored(wide)] * len(data), feature=data.features["image"]
+    )
+    views = [TrainingView(data, TextView(NAMES, "a {}.", seed=3), 0.5, horizontal_flip=flip) for flip in (False, True)]
+    mirrored = []
+    for key in range(20 * len(data)):  # 20 epochs
+        (one, other), again = (view[key] for view in views), views[1][key]
+        assert (one["box"], one["text"]) == (other["box"], other["text"])
+        assert other["image"].tobytes() == again["image"].tobytes()
+        mirrored.append(other["image"].getpixel((3, 0)) == (255, 0, 0))
+        assert mirrored[-1] != (other["image"].getpixel((0, 0)) == (255, 0, 0))
+    assert 0.3 < np.mean(mirrored) < 0.7 and mirrored[: len(data)] != mirrored[len(data) :]
+
+
+def as_stored(picture) -> dict:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
 def test_a_bad_picture_is_named_by_its_row():
     view = TrainingView(with_bad_picture(3), TextView(NAMES, "a {}."))
     assert view[2]["skipped"] == 0

@@ -15,6 +15,7 @@ from ...core.files import atomic_write
 from ...core.pages import render_page
 from ...predict.metrics import class_sizes, uneven_note
 from ...version import __version__
+from ..run.budgets import AUTHORS, EQUAL, LONG, LONG_STEPS
 from ..run.data_summary import class_notes
 from ..run.results import RESULTS_FILE, read_results
 from ..run.summary import fewer_seeds, image_note, in_order, interval, seeds_text, shots_name
@@ -38,6 +39,13 @@ POLICIES = {
     "last": "the last step, without validation",
     "val-k": "chosen on few validation images, at most four per class",
     "val-full": "chosen on the whole validation split",
+}
+
+
+BUDGET_WORDS = {
+    EQUAL: "Equal budget: the same settings for every training.",
+    AUTHORS: "The authors' budgets: each method is trained with the steps, batches, rate and crops of its authors, without a search.",
+    LONG: f"Long budget: {LONG_STEPS} steps for each image of a class, and two learning rates.",
 }
 
 
@@ -104,11 +112,20 @@ def _values(results: Findings, folder: Path) -> dict:
         "classes": (figures.classes_figure, gains, results.class_names),
     }
     splits = (TEST, PER_CLASS, *results.shift_splits)
+    answer = verdict(results)
+    shown = [*differences.values(), *over_control.values()] + [d for c in answer[2].values() for _, d in c.values()]
+    unequal = (
+        " ≠ not at equal budget (images seen, or learning rates tried): no verdict."
+        if any(not d.equal for d in shown)
+        else ""
+    )
     return {
         "results": results,
         "figures": {name: figures.draw(f, folder / f"{name}.png", *rest) for name, (f, *rest) in drawings.items()},
         "left_out": figures.shots_panels(results)[1],
-        "verdict": verdict(results),
+        "verdict": answer,
+        "unequal_mark": unequal,
+        "budget": (results.identity.get("settings") or {}).get("budget", EQUAL),
         "differences": differences,
         "versus": versus,
         "control": control,
@@ -164,6 +181,7 @@ def seconds(count: float) -> str:
 
 
 CONSTANTS = {"METHOD": METHOD, "TEST": TEST, "PER_CLASS": PER_CLASS, "MARKS": MARKS, "BEST": BEST, "POLICIES": POLICIES}
+CONSTANTS |= {"BUDGET_WORDS": BUDGET_WORDS}
 FILTERS = {
     f.__name__: f
     for f in (by_family, fewer_seeds, in_order, interval, intervals, mean, method_of, seconds, seeds_text,

@@ -24,6 +24,7 @@ from ...core.console import many, some
 from ...core.errors import UserError
 from ...core.reading import read_json
 from ...core.seals import note_if_changed
+from ..run.budgets import equal_budgets
 from ..run.data_summary import DATA_FILE, Summary
 from ..run.methods import FAMILIES, METHODS, Method
 from ..run.protocol import Cell
@@ -266,16 +267,20 @@ class Difference:
         seeds: number of seeds that both methods have.
         over_seeds: 95 % interval over seeds; None for fewer than `FEWEST_SEEDS` seeds, or if all of them give the same.
         over_images: 95 % interval over test images; None without predictions, or with fewer than `FEWEST_GROUPS` groups.
+        equal: whether both had the same budget, see `budgets.equal_budgets`.
     """
 
     points: float
     seeds: int
     over_seeds: tuple[float, float] | None
     over_images: tuple[float, float] | None = None
+    equal: bool = True
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `not distinguishable`, `too few seeds` or `same for every seed`."""
+        """`better`, `worse`, `not distinguishable`, `too few seeds`, `same for every seed` or `not at equal budget`."""
+        if not self.equal:
+            return "not at equal budget"
         known = [pair for pair in (self.over_seeds, self.over_images) if pair]
         if any(low <= 0 <= high for low, high in known):
             return "not distinguishable"
@@ -313,7 +318,8 @@ def compare(results: Findings, method: str, other: str, shots, split: str = TEST
     if all(split in row["predictions"] for pair in found for row in pair) and not results.few_groups(split):
         low, high = bootstrap(*gains(found, results.data["labels"][split], split), results.groups(split))
         images = (100 * float(low), 100 * float(high))
-    return Difference(mean, len(points), None if half is None else (mean - half, mean + half), images)
+    equal = all(equal_budgets(one, other) for one, other in found)
+    return Difference(mean, len(points), None if half is None else (mean - half, mean + half), images, equal)
 
 
 def gains(found: list[tuple[dict, dict]], truth, split: str = TEST) -> tuple[np.ndarray, np.ndarray]:

@@ -108,6 +108,7 @@ def in_words(found: Comparisons, better: str, worse: str, level: str, what: str 
         "not distinguishable": level,
         "too few seeds": f"there are too few seeds to say{what}",
         "same for every seed": f"all seeds give the same, which is too little to say{what}",
+        "not at equal budget": f"the budgets are not equal, which leaves it open{what}",
     }
     groups = {verdict: [n for n, (_, d) in found.items() if d.verdict == verdict] for verdict in words}
     return "; ".join(f"with {shots_list(shots)}, {words[verdict]}" for verdict, shots in groups.items() if shots)
@@ -135,7 +136,14 @@ def signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "−") if f"{abs(points):.1f}" != "0.0" else "0.0"
 
 
-MARKS = {"better": "▲", "worse": "▼", "not distinguishable": "≈", "too few seeds": "?", "same for every seed": "?"}
+MARKS = {
+    "better": "▲",
+    "worse": "▼",
+    "not distinguishable": "≈",
+    "too few seeds": "?",
+    "same for every seed": "?",
+    "not at equal budget": "≠",
+}
 
 
 def intervals(difference: Difference) -> list[str]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ...core.arguments import DataArguments, Range, check_settings, setting
 from ...core.errors import UserError
+from .budgets import BUDGETS, EQUAL, LONG_STEPS
 from .methods import METHODS
 
 
@@ -26,7 +27,13 @@ class BenchmarkArguments:
     learning_rates: list[float] | None = setting(
         None,
         "Fit each fine-tuning method once with each of these rates (ten times as large for LoRA); validation chooses. "
-        "Default: learning_rate alone.",
+        "Default: learning_rate alone; with --budget long that, and ten times that.",
+    )
+    budget: str = setting(
+        EQUAL,
+        "How long methods train. equal: all with the settings given here; authors: each as its authors do, without a search; long: "
+        f"{LONG_STEPS} steps for each image of a class, with two learning rates.",
+        choices=BUDGETS,
     )
     min_steps: int = setting(
         0,

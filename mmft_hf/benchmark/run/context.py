@@ -25,6 +25,7 @@ from ...predict.evaluation import classify
 from ...predict.fitting.data import HeadData, embeddings, head_data
 from ...predict.heads import ClassPrototypes, Head, LinearHead
 from ...train.config import MMFTConfig
+from .budgets import EQUAL, LONG, RATES_APART
 from .protocol import Classifier, Task, readable_rows
 
 
@@ -36,6 +37,7 @@ class Trained:
         model: with LoRA merged into its weights.
         texts: the training images with the texts that the model was trained on.
         steps: optimizer steps; None without training.
+        images: images seen in these steps, each as often as it was seen.
         head: the classification head trained with the model, and `first_head`, the head it started from; None where images
             were compared with texts.
         chosen: what validation chose during the training, by name.
@@ -49,6 +51,7 @@ class Trained:
     first_head: LinearHead | None = None
     chosen: dict = field(default_factory=dict)
     seconds: float = 0.0
+    images: int | None = None
 
 
 class Context:
@@ -57,9 +60,11 @@ class Context:
     Args:
         model_name, revision: the untuned model.
         config: settings of all fine-tuning methods.
-        learning_rates: each training runs once with each of them, and validation chooses. Default: the config's one.
+        learning_rates: each training runs once with each of them, and validation chooses. Default: the config's one, or with the
+            budget `long` that and ten times that.
         min_steps: trainings on few images take at least this many steps.
         allow_pickle: as in `load_model`.
+        budget: see `budgets`.
     """
 
     def __init__(
@@ -70,9 +75,11 @@ class Context:
         learning_rates: Sequence[float] | None = None,
         min_steps: int = 0,
         allow_pickle: bool = False,
+        budget: str = EQUAL,
     ):
-        self.config, self.learning_rates = config, tuple(learning_rates or [config.learning_rate])
-        self.min_steps = min_steps
+        rates = [config.learning_rate, RATES_APART * config.learning_rate][: 2 if budget == LONG else 1]
+        self.config, self.learning_rates = config, tuple(learning_rates or rates)
+        self.min_steps, self.budget = min_steps, budget
         self._batches = config.per_device_eval_batch_size, config.on_bad_image
         self.model, self.processor = load_model(model_name, revision, allow_pickle)
         self.model.to(config.device)

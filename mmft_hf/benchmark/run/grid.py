@@ -173,6 +173,7 @@ def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> di
         "chosen": fitted.chosen,
         "tried": fitted.tried,
         "steps": fitted.steps,
+        "images_seen": fitted.images,
         "validation_accuracy": fitted.validation_accuracy,
         **judged,
         "train_images": len(task.train),

@@ -18,6 +18,7 @@ from ...data.images import content_hash
 from ...data.splits import Splits, labels_of
 from ...version import __version__
 from .arguments import BenchmarkArguments, BenchmarkData
+from .budgets import EQUAL
 
 LIBRARIES = ("torch", "transformers", "peft", "scikit-learn")
 
@@ -38,6 +39,7 @@ def identity_of(
     default = {f.name: f.default for f in fields(config)}
     chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k)}
     chosen.pop("seed", None)  # each cell has its own
+    budget = {} if args.budget == EQUAL else {"budget": args.budget}
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
         "base_model": describe_source(model, revision, "model", offline=True)["name"],
@@ -45,7 +47,7 @@ def identity_of(
         "dataset": describe_source(data_args.dataset_name, data_args.dataset_revision, "dataset", offline=True)["name"],
         "dataset_fingerprint": splits.fingerprint(),
         "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
-        "settings": {**chosen, "learning_rates": args.learning_rates, "min_steps": args.min_steps},
+        "settings": {**chosen, "learning_rates": args.learning_rates, "min_steps": args.min_steps, **budget},
         "versions": {"mmft_hf": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 

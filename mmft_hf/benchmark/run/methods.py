@@ -20,6 +20,7 @@ from functools import partial
 from ...baselines import clap, gda, linear, lp_plus_plus, proker, tip_adapter
 from ...core.errors import UserError
 from ...train.selection import is_better, metric_name
+from .budgets import AUTHORS, FIXED_HEAD_RECIPE, FLYP_RECIPE, WISE_FT_RECIPE, selects_epoch, settings_of
 from .context import Context, Trained
 from .inference import (
     FeatureHead,
@@ -33,7 +34,7 @@ from .inference import (
     trained_head,
     training_texts,
 )
-from .protocol import FULL, Classifier, Task
+from .protocol import Classifier, Task
 from .trainings import (
     Training,
     contrastive,
@@ -131,22 +132,22 @@ _ROWS = (
            on_features(linear.logistic_regression, linear.choose, permuted_labels, texts=None), "features",
            "lp with labels shuffled among all images: a control that should fall to chance.", sanity_check=True),
 
-    Method("flyp", contrastive(without_captions, supcon_weight=0.0), template, "tuned",
+    Method("flyp", contrastive(without_captions, recipe=FLYP_RECIPE, supcon_weight=0.0), template, "tuned",
            "Both towers on class templates with the CLIP loss alone."),
-    Method("ce", cross_entropy(), trained_head, "tuned",
+    Method("ce", cross_entropy(recipe=WISE_FT_RECIPE), trained_head, "tuned",
            "The image tower by cross-entropy, with a trained head that starts at zero-shot weights."),
     Method("clip-lora", low_rank, template, "tuned",
            "LoRA in both towers by cross-entropy over the class templates."),
-    Method("ce-frozen", cross_entropy(fixed=True), trained_head, "tuned",
+    Method("ce-frozen", cross_entropy(fixed=True, recipe=FIXED_HEAD_RECIPE), trained_head, "tuned",
            "The image tower by cross-entropy, with a fixed head of zero-shot weights."),
     Method("lp-ft", cross_entropy("regression"), trained_head, "tuned",
            "The image tower by cross-entropy, with a trained head that starts at the weights of lp."),
-    Method("flyp-ens", contrastive(without_captions, templates=True, supcon_weight=0.0, prototypes="templates"),
-           templates, "tuned", "flyp with 80 class templates: one drawn at each step, their average at inference."),
+    Method("flyp-ens",
+           contrastive(without_captions, templates=True, recipe=FLYP_RECIPE, supcon_weight=0.0, prototypes="templates"), templates, "tuned", "flyp with 80 class templates: one drawn at each step, their average at inference."),
 
     Method("mmft", MMFT, training_texts, "mmft",
            "Both towers on captions with the SupCon and the CLIP loss.", True),
-    Method("mmft-lora", contrastive(vision_tower="lora", text_tower="lora", small_lora=True), training_texts, "mmft",
+    Method("mmft-lora", contrastive(vision_tower="lora", text_tower="lora", small_lora=True, recipe=None), training_texts, "mmft",
            "The LoRA of clip-lora in both towers instead of whole towers.", True),
     Method("mmft-mixed", MMFT, mixed, "mmft",
            "Compared with prototypes halfway between captions and class template.", True),
@@ -158,7 +159,7 @@ _ROWS = (
            "The running average of the weights (decay 0.95) instead of the last ones.", True),
     Method("mmft-dropout", contrastive(caption_dropout=0.5), training_texts, "mmft",
            "Half of the captions dropped in training: do class templates among them help?", True),
-    Method("mmft-lora-all", contrastive(vision_tower="lora", text_tower="lora"), training_texts, "mmft",
+    Method("mmft-lora-all", contrastive(vision_tower="lora", text_tower="lora", recipe=None), training_texts, "mmft",
            "LoRA of rank 8 in all layers of both towers instead of whole towers.", True),
     Method("mmft-frozen-text", contrastive(text_tower="frozen"), training_texts, "mmft",
            "Only the image tower is trained.", True),
@@ -228,6 +229,7 @@ class Fitted:
     chosen: dict = field(default_factory=dict)
     tried: int = 1
     steps: int | None = None
+    images: int | None = None
     seconds: float = 0.0
 
 
@@ -241,7 +243,10 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
     metric, best_value = metric_name(context.config.metric_for_best_model), None
     best, seconds, failed, untuned = None, 0.0, {}, Trained(context.model, task.train)
     trains = method.training not in (None, none_without_captions)
+    recipe = method.training.recipe if trains else None
     rates = context.learning_rates if trains else (0.0,)
+    if trains and context.budget == AUTHORS:
+        rates = (settings_of(AUTHORS, recipe, task.shots)["learning_rate"],)
     for rate in rates:
         start = time.monotonic()
         try:
@@ -250,7 +255,7 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
             failed[rate] = error
             seconds += time.monotonic() - start
             continue
-        start = time.monotonic()
+        start, spent = time.monotonic(), (trained.steps, trained.images)
         if method.alpha < 1:
             trained = halfway(trained, context.model, method.alpha)
         picked = {}
@@ -269,12 +274,12 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
             chosen = {"learning_rate": rate} if len(rates) > 1 else {}
             chosen |= trained.chosen | (choice.parameters if choice else {}) | picked
             tried = choice.tried if choice else len(rates)
-            best = Fitted(classifier, "last", accuracy, chosen, tried, trained.steps)
+            best = Fitted(classifier, "last", accuracy, chosen, tried, *spent)
     if best is None:
         raise next(iter(failed.values()))
     if failed:
         best.chosen["failed_rates"] = " ".join(f"{rate:g}" for rate in failed)
-    if best.chosen or (method.training and task.shots == FULL):
+    if best.chosen or (method.training and selects_epoch(context.budget, recipe, task.shots)):
         best.policy = task.policy
     best.seconds = seconds
     return best

@@ -89,6 +89,8 @@ class DoneRow(_DoneRow, total=False):
 
     chosen: dict
     steps: int | None
+    images_seen: Count | None
+    tried: Count
     validation_accuracy: Share | None
     test_mean_per_class_accuracy: Share | None
     test_images: Count
@@ -201,6 +203,7 @@ def _in_words(name: str, there: object, here: object) -> str:
     if part == "settings":
         from ...train.config import MMFTConfig
 
-        default = {f.name: getattr(f.default, "value", f.default) for f in fields(MMFTConfig)}.get(last)
+        defaults = {f.name: getattr(f.default, "value", f.default) for f in fields(MMFTConfig)}
+        default = (defaults | {"budget": "equal"}).get(last)
         there, here = (default if value is None else value for value in (there, here))
     return f"{last or part} {there} there, {here} here"

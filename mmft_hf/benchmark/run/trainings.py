@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from tempfile import TemporaryDirectory
 
@@ -25,12 +25,38 @@ from ...model.interpolation import interpolated
 from ...model.towers import merge, set_towers
 from ...predict.heads import LinearHead
 from ...train.config import MMFTConfig
+from .budgets import (
+    AUTHORS,
+    CLIP_LORA_RECIPE,
+    EQUAL,
+    LONG,
+    MMFT_RECIPE,
+    Recipe,
+    images_seen,
+    long_settings,
+    selects_epoch,
+    settings_of,
+)
 from .context import Context, Trained
 from .protocol import FULL, Task
 
 LORA_FACTOR = 10  # LoRA needs a learning rate ten times that of full fine-tuning
 
-Training = Callable[[Context, Task, float], Trained]
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """One training, which methods may share.
+
+    Args:
+        run: takes a task and a learning rate.
+        recipe: how its authors train; None: they say nothing, or it is our own.
+    """
+
+    run: Callable[[Context, Task, float], Trained]
+    recipe: Recipe | None = None
+
+    def __call__(self, context: Context, task: Task, learning_rate: float) -> Trained:
+        return self.run(context, task, learning_rate)
 
 
 # -- the training images and their texts -----------------------------------------------------------------------------------
@@ -58,13 +84,16 @@ def permuted_labels(task: Task) -> Dataset:
 
 
 # -- trainings -------------------------------------------------------------------------------------------------------------
-def settings_for(context: Context, task: Task, learning_rate: float, folder: str, **settings) -> MMFTConfig:
-    """The settings of one training: the benchmark's own, so that all methods get the same budget.
+def settings_for(
+    context: Context, task: Task, learning_rate: float, folder: str, recipe: Recipe | None = None, **settings
+) -> MMFTConfig:
+    """The settings of one training: the benchmark's own, as far as `context.budget` does not decide them.
 
     With few images a training takes at least `context.min_steps` steps and its last step is kept. With all images the
     epoch with the best validation accuracy is kept.
 
     Args:
+        recipe: how the authors train.
         settings: of `MMFTConfig`, instead of the benchmark's.
     """
     config = copy.deepcopy(context.config)
@@ -75,14 +104,17 @@ def settings_for(context: Context, task: Task, learning_rate: float, folder: str
         "learning_rate": learning_rate,
         "patience": None,  # equal budgets
         "save_only_model": True,  # nothing is resumed here, and Adam's moments are twice the size of the weights
+        **settings_of(context.budget, recipe, task.shots),
+        **(long_settings(task.shots, len(task.train), len(task.class_names), config) if context.budget == LONG else {}),
     } | settings
-    if task.shots != FULL:  # a few validation images select epochs badly
+    if not selects_epoch(context.budget, recipe, task.shots):  # a few validation images select epochs badly
         settings |= {
             "eval_strategy": "no",
             "eval_on_start": False,
             "save_strategy": "no",
             "load_best_model_at_end": False,
         }
+    if task.shots != FULL and context.budget == EQUAL:
         steps = math.ceil(len(task.train) / config.per_device_train_batch_size) * config.num_train_epochs
         if config.max_steps < 0 and steps < context.min_steps:
             settings["max_steps"] = context.min_steps
@@ -93,14 +125,14 @@ def settings_for(context: Context, task: Task, learning_rate: float, folder: str
 
 @contextmanager
 def set_up(
-    context: Context, task: Task, learning_rate: float, **settings
+    context: Context, task: Task, learning_rate: float, recipe: Recipe | None = None, **settings
 ) -> Iterator[tuple[PreTrainedModel, MMFTConfig, Dataset | None]]:
     """A copy of the untuned model, the settings of `settings_for`, and the images that select the epoch (None: no selection)."""
     set_seed(task.seed)
     model = copy.deepcopy(context.model)
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        config = settings_for(context, task, learning_rate, folder, **settings)
-        yield model, config, task.validation if task.shots == FULL else None
+        config = settings_for(context, task, learning_rate, folder, recipe, **settings)
+        yield model, config, task.validation if selects_epoch(context.budget, recipe, task.shots) else None
 
 
 def contrastive(
@@ -109,6 +141,7 @@ def contrastive(
     text_tower: str = "full",
     small_lora: bool = False,
     templates: bool = False,
+    recipe: Recipe | None = MMFT_RECIPE,
     **settings,
 ) -> Training:
     """A training with `MMFTTrainer`.
@@ -118,6 +151,7 @@ def contrastive(
         vision_tower, text_tower: modes of `set_towers`.
         small_lora: uses the LoRA of `clip_lora` instead of the default one.
         templates: each image is paired with one of 80 class templates, drawn at random in each epoch.
+        recipe: see `Training`. Variants of MMFT train as MMFT does.
         settings: of `MMFTConfig`, instead of the benchmark's.
     """
     if "supcon_weight" in settings:  # a method with a weight of its own ignores the benchmark's schedule of weights
@@ -129,7 +163,7 @@ def contrastive(
         images = texts(task)
         lora = "lora" in (vision_tower, text_tower)
         rate = LORA_FACTOR * learning_rate if lora else learning_rate
-        with set_up(context, task, rate, **settings) as (model, config, validation):
+        with set_up(context, task, rate, recipe, **settings) as (model, config, validation):
             where = (RANK, ALPHA, DROPOUT, attention_inputs(model)) if small_lora else ()
             set_towers(model, vision_tower, text_tower, *where)
             trainer = MMFTTrainer(model, config, images, validation, context.processor)
@@ -139,18 +173,20 @@ def contrastive(
         tuned = trainer.accelerator.unwrap_model(trainer.model)
         if lora:
             merge(tuned)
-        return Trained(tuned, images, trainer.state.global_step)
+        steps = trainer.state.global_step
+        return Trained(tuned, images, steps, images=images_seen(config, len(images), steps))
 
-    return train
+    return Training(train, recipe)
 
 
-def cross_entropy(start: str = "templates", fixed: bool = False) -> Training:
+def cross_entropy(start: str = "templates", fixed: bool = False, recipe: Recipe | None = None) -> Training:
     """A training of the image tower and a linear head, see `baselines.cross_entropy`.
 
     Args:
         start: of the head: the averages over 80 `templates`, or a logistic `regression` on frozen features, with C chosen on
             validation.
         fixed: the head is not trained.
+        recipe: see `Training`.
     """
 
     def train(context: Context, task: Task, learning_rate: float) -> Trained:
@@ -162,23 +198,33 @@ def cross_entropy(start: str = "templates", fixed: bool = False) -> Training:
             first = LinearHead(weight, task.class_names, bias)
         else:
             first = LinearHead.from_prototypes(context.zero_shot_prototypes(task.class_names))
-        with set_up(context, task, learning_rate) as (model, config, validation):
+        with set_up(context, task, learning_rate, recipe) as (model, config, validation):
             head, steps = train_head(model, context.processor, config, task.train, first, validation, fixed)
-        return Trained(model, task.train, steps, head, first, chosen)
+        return Trained(
+            model, task.train, steps, head, first, chosen, images=images_seen(config, len(task.train), steps)
+        )
 
-    return train
+    return Training(train, recipe)
 
 
-def none_without_captions(context: Context, task: Task, learning_rate: float) -> Trained:
-    """No training: the untuned model, and the images without their captions."""
+def _untrained(context: Context, task: Task, learning_rate: float) -> Trained:
     return Trained(context.model, without_captions(task))
 
 
-def low_rank(context: Context, task: Task, learning_rate: float) -> Trained:
-    """CLIP-LoRA, see `baselines.clip_lora`."""
-    with set_up(context, task, LORA_FACTOR * learning_rate) as (model, config, validation):
-        steps = clip_lora(model, context.processor, config, task.train, validation)
-    return Trained(model, task.train, steps)
+none_without_captions = Training(_untrained)
+"""No training: the untuned model, and the images without their captions."""
+
+
+def _clip_lora(context: Context, task: Task, learning_rate: float) -> Trained:
+    # The authors' factor of B A is alpha / sqrt(rank).
+    alpha = ALPHA * math.sqrt(RANK) if context.budget == AUTHORS else ALPHA
+    with set_up(context, task, LORA_FACTOR * learning_rate, CLIP_LORA_RECIPE) as (model, config, validation):
+        steps = clip_lora(model, context.processor, config, task.train, validation, alpha=alpha)
+    return Trained(model, task.train, steps, images=images_seen(config, len(task.train), steps))
+
+
+low_rank = Training(_clip_lora, CLIP_LORA_RECIPE)
+"""CLIP-LoRA, see `baselines.clip_lora`."""
 
 
 def halfway(trained: Trained, untuned: PreTrainedModel, alpha: float) -> Trained:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from ...core.arguments import ModelArguments
-from ...core.console import many, say
+from ...core.console import many, say, some
 from ...core.errors import UserError, nearest
 from ...core.files import keeping
 from ...core.launch import alone_in
-from ...data.splits import load_splits, load_test_split
+from ...data.splits import labels_of, load_splits, load_test_split
 from ...train.config import MMFTConfig
 from ...train.selection import check_metric
 from ..report.page import DRAWN, FIGURES, PAGE, check_packages, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
+from .budgets import AUTHORS, DECIDED, EQUAL
 from .context import Context
 from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, unreadable
 from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
@@ -26,9 +29,10 @@ from .grid import Grid, cells
 from .identity import identity_of
 from .methods import METHODS
 from .processes import Claims, count_of_processes, number_of_process
-from .protocol import make_task, parse_shots
-from .results import CLAIMS, RESULTS_FILE, SUBSETS, Results, read_results
-from .summary import image_note
+from .protocol import Shots, make_task, parse_shots
+from .results import CLAIMS, FULL, RESULTS_FILE, SUBSETS, Results, read_results
+from .summary import image_note, in_order, shots_name
+from .trainings import none_without_captions
 
 OLD_FILES = ("maps.json", f"{FIGURES}/map.png", f"{FIGURES}/cost.png")  # version 0.1 wrote them
 
@@ -82,6 +86,7 @@ def run_benchmark(
     check_metric(config.metric_for_best_model, splits.class_names)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)
+    check_recipes(args.budget, methods, shots, labels_of(splits.train))
     shifts = {
         name: load_test_split(replace(data_args.whole, test_split=name), splits.class_names)
         for name in args.shift_splits or []
@@ -118,6 +123,8 @@ def run_benchmark(
             say(f"  images   {', '.join(f'{len(dataset):,} {name}' for name, dataset in images.items())}")
             seeds = " ".join(map(str, args.seeds))
             say(f"  cells    {len(grid_cells)}: {count}, shots {' '.join(data_args.shots)}, seeds {seeds}")
+            if args.budget != EQUAL:
+                say(f"  budget   {args.budget}")
             say(f"  output   {folder}")
             skipped = {name: unreadable(name, dataset) for name, dataset in judged.items()} if skip and left else {}
             for note in left_out + notes_on(splits, summary, {cell.shots for cell in grid_cells}, skipped):
@@ -128,7 +135,8 @@ def run_benchmark(
         context = None
         if left:
             model, revision = model_args.model_name_or_path, model_args.model_revision
-            context = Context(model, revision, config, args.learning_rates, args.min_steps, model_args.allow_pickle)
+            rates, pickles = args.learning_rates, model_args.allow_pickle
+            context = Context(model, revision, config, rates, args.min_steps, pickles, args.budget)
         rows = grid.run(context)
         page = None
         if first:
@@ -147,6 +155,7 @@ def _kept(folder: Path) -> str | None:
 def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config: MMFTConfig) -> None:
     """Raises `UserError` for an unknown method, a missing package, or a setting that has no effect in a benchmark."""
     check_packages()
+    check_budget(args, config)
     for name in args.methods:
         if name not in METHODS:
             raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
@@ -168,6 +177,53 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
         found = settings[name]
         if found is not None and found is not False and found != expected:
             raise UserError(f"--{name}: expected {expected or 'nothing'}, found {found}. {why}")
+
+
+def check_budget(args: BenchmarkArguments, config: MMFTConfig) -> None:
+    """Raises `UserError` for settings that the budget decides."""
+    if args.budget == EQUAL:
+        return
+    what = f"with --budget {args.budget}, which decides it. Leave it out."
+    if args.min_steps:
+        raise UserError(f"--min_steps: expected 0, found {args.min_steps}, {what}")
+    default = {f.name: f.default for f in fields(MMFTConfig)}
+    for name in DECIDED[args.budget]:
+        if (found := getattr(config, name)) != default[name]:
+            raise UserError(f"--{name}: expected nothing, found {getattr(found, 'value', found)}, {what}")
+    rates = args.learning_rates
+    if rates and args.budget == AUTHORS:
+        raise UserError(f"--learning_rates: expected nothing, found {some(rates)}, {what}")
+    if rates and len(set(rates)) != 2:
+        raise UserError(
+            f"--learning_rates: expected two numbers with --budget long, found {some(rates)}. Type two of them."
+        )
+
+
+def check_recipes(budget: str, methods: Sequence[str], shots: Sequence[Shots], labels: np.ndarray) -> None:
+    """Raises `UserError` where `authors` is asked of methods whose authors say nothing.
+
+    Args:
+        labels (`(n,)`): of the training images.
+    """
+    if budget != AUTHORS:
+        return
+    counts, refused = np.bincount(labels), []
+    for name in methods:
+        training = METHODS[name].training
+        if training in (None, none_without_captions):
+            continue
+        if training.recipe is None:
+            refused.append(f"{name} (a variant of our own, or one whose authors' numbers are not known)")
+            continue
+        for n in in_order(n for n in shots if n != 0):
+            images = len(labels) if n == FULL else int(np.minimum(counts, n).sum())
+            if why := training.recipe.refusal(n, images):
+                refused.append(f"{name} with {shots_name(n)} ({why})")
+    if refused:
+        raise UserError(
+            f"--budget authors: expected methods whose authors say how they train, found others: {'; '.join(refused)}. Leave them out "
+            "of --methods or --shots, or type --budget equal or long."
+        )
 
 
 def delete_benchmark(folder: Path) -> None:
