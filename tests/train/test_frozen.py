@@ -102,6 +102,13 @@ def test_kept_embeddings_train_the_same_weights_and_give_the_same_numbers(clip, 
         assert f"Frozen text tower: {texts} training texts encoded once in " in said
 
 
+def test_pictures_that_are_mirrored_are_not_kept(clip, tmp_path, capsys):
+    trainer = make_trainer(with_lora(clip, "frozen", "full"), tmp_path, crop_min_area=1, horizontal_flip=True)
+    trainer.get_train_dataloader()
+    said = capsys.readouterr().out
+    assert "type --crop_min_area 1 --horizontal_flip false." in said and "training images encoded once" not in said
+
+
 def test_a_trunk_that_changes_is_encoded_again_and_a_projection_that_does_is_not(clip, tmp_path, capsys):
     model, processor = with_lora(clip, "head", "full")
     count = Count(model)

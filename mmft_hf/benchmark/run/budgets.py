@@ -129,6 +129,14 @@ CLIP_LORA_RECIPE = Recipe(
     steps_per_shot=500,
     validation=False,
 )  # fmt: skip
+TWO_STAGE_RECIPE = Recipe(  # of 2SFS; in each of its two stages the rate falls anew
+    few={"per_device_train_batch_size": 32, "learning_rate": 2e-4, "weight_decay": 1e-2,
+         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+    full=None,
+    source="the authors' code; crops are the benchmark's",
+    steps_per_shot=300,
+    validation=False,
+)  # fmt: skip
 
 
 def settings_of(budget: str, recipe: Recipe | None, shots: int | str) -> dict[str, object]:
