@@ -6,6 +6,8 @@ the same pictures in the same steps as MMFT does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -15,7 +17,7 @@ from ..model.loading import embedding_size, scale_parameter
 from ..model.towers import TOWERS
 from ..predict.heads import LinearHead
 from ..train.config import MMFTConfig
-from ..train.terms import CrossEntropy
+from ..train.terms import CrossEntropy, LossTerm
 from ..train.trainer import MMFTTrainer
 
 
@@ -27,21 +29,25 @@ def train_head(
     head: LinearHead,
     validation: Dataset | None = None,
     fixed: bool = False,
+    cosine: bool = False,
+    more: Sequence[LossTerm] = (),
 ) -> tuple[LinearHead, int]:
     """Fine-tunes the image tower, and a linear head on its unit-norm embeddings, by cross-entropy.
 
-    The benchmark's `ce` starts from a zero-shot head, `ce-frozen` keeps that head fixed, and `lp-ft` starts from a logistic
-    regression on frozen features (`linear.head`).
+    The benchmark's `ce` starts from a zero-shot head, `ce-frozen` keeps that head fixed, `lp-ft` starts from a logistic
+    regression on frozen features (`linear.head`), and `ce-last4` trains the last blocks of the tower.
 
     Args:
-        model: trained in place. The text tower and the logit scale are frozen, and no text is encoded.
+        model: trained in place, as far as its image tower is not frozen. The text tower and the logit scale are frozen, and no
+            text is encoded.
         config: as for `MMFTTrainer`; its settings of the loss, of texts and of prototypes have no effect.
         train: columns `image`, `label`. Captions are not used, but if there are any, each image gets the crops that
             MMFT gives it.
         head: where the head starts.
         validation: columns `image`, `label`; it selects the best epoch, tower and head together. Without it the last step
             is kept.
-        fixed: whether the head stays as it is.
+        fixed, cosine: of the head, as for `CrossEntropy`.
+        more: further loss terms.
 
     Returns:
         The trained head, and the number of optimizer steps taken.
@@ -58,17 +64,21 @@ def train_head(
             f"head: expected weights of shape {(len(names), shape[1])} for the classes of the training images, in their order, "
             f"found {tuple(head.weight.shape)} for {len(head.class_names)} classes."
         )
-    trainer = head_trainer(model, processor, config, train, head, validation, fixed)
+    trainer = head_trainer(model, processor, config, train, head, validation, fixed, cosine, more)
     trainer.train()
     found = trainer.current_prototypes()
     remove_embedding_forward(model)
     return found, trainer.state.global_step
 
 
-def head_trainer(model, processor, config, train, head, validation=None, fixed=False) -> MMFTTrainer:
+def head_trainer(
+    model, processor, config, train, head, validation=None, fixed=False, cosine=False, more=()
+) -> MMFTTrainer:
     """The Trainer of `train_head`."""
     for name, parameter in model.named_parameters():
         if name.startswith(TOWERS["text"]):
             parameter.requires_grad_(False)
     scale_parameter(model).requires_grad_(False)
-    return MMFTTrainer(model, config, train, validation, processor, loss=CrossEntropy(head, fixed))
+    return MMFTTrainer(
+        model, config, train, validation, processor, loss=[CrossEntropy(head, fixed, cosine=cosine), *more]
+    )

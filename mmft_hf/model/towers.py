@@ -133,16 +133,9 @@ def _last_blocks(model: PreTrainedModel, tower: str, count: int, names: list[str
     What a tower defines after its blocks also comes after them in its forward, but for embedding tables: those of relative
     positions are read by every block.
     """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    sizes = {
-        own: sum(p.numel() for p in model.get_submodule(own).parameters())
-        for own in lists
-        if own.startswith(TOWERS[tower]) and not any(own.startswith(f"{other}.") for other in lists)
-    }
-    if not sizes:
+    blocks, total = _block_list(model, tower), block_count(model, tower)
+    if blocks is None:
         return set()
-    blocks = max(sizes, key=sizes.get)  # some towers have further lists, of small layers
-    total = len(model.get_submodule(blocks))
     if count > total:
         what = type(getattr(model, f"{tower}_model")).__name__
         raise UserError(f"--{tower}_tower last:{count}: expected at most the {total} blocks of {what}, found {count}.")
@@ -151,6 +144,23 @@ def _last_blocks(model: PreTrainedModel, tower: str, count: int, names: list[str
     last = tuple(f"{blocks}.{i}." for i in range(total - count, total))
     after = (name for name in names[inside[-1] + 1 :] if not name.startswith(tables))
     return {*(name for name in names if name.startswith(last)), *after}
+
+
+def block_count(model: PreTrainedModel, tower: str) -> int:
+    """How many blocks a tower has, of which `last:K` trains the last ones; 0 for one without a list of blocks."""
+    blocks = _block_list(model, tower)
+    return len(model.get_submodule(blocks)) if blocks else 0
+
+
+def _block_list(model: PreTrainedModel, tower: str) -> str | None:
+    """The name of a tower's list of blocks."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    sizes = {
+        own: sum(p.numel() for p in model.get_submodule(own).parameters())
+        for own in lists
+        if own.startswith(TOWERS[tower]) and not any(own.startswith(f"{other}.") for other in lists)
+    }
+    return max(sizes, key=sizes.get, default=None)  # some towers have further lists, of small layers
 
 
 def _linear_layers(model: PreTrainedModel, tower: str) -> list[str]:

@@ -64,6 +64,8 @@ NAMES = "max_steps num_train_epochs per_device_train_batch_size learning_rate we
         ("ce-frozen", "full", (4000, 1, 32, 1e-5, 0.0, 0, 0.9), False),
         ("clip-lora", 4, (2000, 1, 32, 2e-4, 1e-2, 0, 0.08), False),
         ("clip-lora", 16, (8000, 1, 32, 2e-4, 1e-2, 0, 0.08), False),
+        ("2sfs", 4, (1200, 1, 32, 2e-4, 1e-2, 0, 0.9), False),
+        ("2sfs-cap", 16, (4800, 1, 32, 2e-4, 1e-2, 0, 0.9), False),
     ],
 )
 def test_under_their_own_budgets_methods_train_as_their_authors_do(context, task, name, shots, expected, validated):
@@ -102,8 +104,8 @@ def test_the_low_rank_matrices_of_the_authors_have_their_factor_and_their_rate(c
     assert seen[1] == (pytest.approx(1 / np.sqrt(2)), 2e-4, 2000, None)
 
 
-def test_the_rate_of_clip_lora_falls_to_that_of_its_authors(context, task, monkeypatch):
-    monkeypatch.setattr(trainings, "CLIP_LORA_RECIPE", dataclasses.replace(budgets.CLIP_LORA_RECIPE, steps_per_shot=2))
+def watched_rates(monkeypatch) -> list[float]:
+    """The rates of the steps to come."""
     rates, compute_loss = [], MMFTTrainer.compute_loss
 
     def watched(self, *args, **kwargs):
@@ -111,6 +113,26 @@ def test_the_rate_of_clip_lora_falls_to_that_of_its_authors(context, task, monke
         return compute_loss(self, *args, **kwargs)
 
     monkeypatch.setattr(MMFTTrainer, "compute_loss", watched)
+    return rates
+
+
+def test_the_rate_of_2sfs_falls_in_each_of_its_stages(context, task, monkeypatch):
+    monkeypatch.setattr(trainings, "TWO_STAGE_RECIPE", dataclasses.replace(budgets.TWO_STAGE_RECIPE, steps_per_shot=2))
+    rates = watched_rates(monkeypatch)
+    context.budget = "authors"
+    found = fit(METHODS["2sfs"], context, task)
+    assert (found.steps, found.images, found.tried, found.policy) == (8, 8 * 12, 1, "last")
+    expected = [1e-6 + (2e-4 - 1e-6) * (1 + np.cos(np.pi * step / n)) / 2 for n in (5, 3) for step in range(n)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+    rates.clear()
+    context.budget, context.config.max_steps = "equal", 5
+    fit(METHODS["2sfs"], context, task)
+    assert [rates[0], rates[3]] == pytest.approx([1e-4, 1e-4])  # ten times the rate of the benchmark
+
+
+def test_the_rate_of_clip_lora_falls_to_that_of_its_authors(context, task, monkeypatch):
+    monkeypatch.setattr(trainings, "CLIP_LORA_RECIPE", dataclasses.replace(budgets.CLIP_LORA_RECIPE, steps_per_shot=2))
+    rates = watched_rates(monkeypatch)
     context.budget = "authors"
     found = fit(METHODS["clip-lora"], context, task)
     assert (found.steps, found.images, found.tried, found.policy) == (8, 8 * 12, 1, "last")

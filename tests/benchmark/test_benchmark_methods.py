@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_clip import colour_dataset
 
-from mmft_hf import MMFTConfig
+from mmft_hf import ClassPrototypes, MMFTConfig
 from mmft_hf.benchmark.run import trainings
 from mmft_hf.benchmark.run.context import Context, Trained
 from mmft_hf.benchmark.run.inference import FeatureHead
@@ -42,7 +42,7 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
     before, trained = weights(context.model), {}
     first = {method.training: name for name, method in reversed(METHODS.items()) if method.training}
     del first[none_without_captions]  # which trains nothing
-    assert len(first) == 21
+    assert len(first) == 25
     for training, name in first.items():
         found = context.train(training, task, 1e-3)
         assert found.steps == 2 and found.seconds > 0
@@ -51,7 +51,11 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
             key.split(".")[0] for key, value in weights(found.model).items() if not torch.equal(value, before[key])
         }
         of_images = {"vision_model", "visual_projection"}
-        if name in ("ce", "ce-frozen", "lp-ft"):
+        if name.startswith("2sfs"):
+            assert moved == {"vision_model", "text_model"} and not torch.equal(
+                found.head.weight, found.first_head.weight
+            )
+        elif name in ("ce", "ce-frozen", "lp-ft", "ce-last4", "ce-last4-gram"):
             assert moved == of_images, name
             assert torch.equal(found.head.weight, found.first_head.weight) == (name == "ce-frozen")
         else:
@@ -64,7 +68,8 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
     different = [
         v
         for k, v in trained.items()
-        if k not in ("mmft-lora", "mmft-lora-all", "clip-lora", "ce", "ce-frozen", "mmft-shuffle-within")
+        if k
+        not in ("mmft-lora", "mmft-lora-all", "clip-lora", "2sfs", "2sfs-cap", "ce", "ce-frozen", "mmft-shuffle-within")
     ]
     for i, one in enumerate(different):
         assert not any(torch.equal(one, other) for other in different[:i])
@@ -80,8 +85,9 @@ def test_methods_with_one_training_share_it_and_its_seconds(context, task):
         calls.append(learning_rate)
         return dataclasses.replace(own(context, task, learning_rate), seconds=100.0)
 
+    other = Training(train)
     sharing = {
-        name: dataclasses.replace(method, training=train) for name, method in METHODS.items() if method.training is own
+        name: dataclasses.replace(method, training=other) for name, method in METHODS.items() if method.training is own
     }
     assert {"mmft", "mmft+wise", "mmft-train-captions", "mmft-mixed"} <= set(sharing)
     found = [fit(method, context, task) for method in sharing.values()]
@@ -289,6 +295,59 @@ def test_rows_with_heads_of_captions_and_images(name, context, task):
         fit(METHODS[name], context, bare).classifier(task.validation), found.classifier(task.validation)
     )
     assert same == (name in ("proker", "zs-no-captions+auto"))
+
+
+def rows(embeddings) -> torch.Tensor:
+    return torch.nn.functional.normalize(embeddings, dim=1)
+
+
+def test_ce_last4_trains_the_last_blocks_from_captions_and_templates(context, task):
+    """The model of the tests has two blocks: all of them, and not what comes before."""
+    found = context.train(METHODS["ce-last4"].training, task, 1e-3)
+    before, after = weights(context.model), weights(found.model)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    blocks = "vision_model.encoder.layers."
+    assert {f"{blocks}{i}" for i in (0, 1)} == {key[: len(blocks) + 1] for key in moved if key.startswith(blocks)}
+    others = {key.rsplit(".", 1)[0] for key in moved if not key.startswith(blocks)}
+    assert others == {"vision_model.post_layernorm", "visual_projection"}
+    captions = ClassPrototypes.from_captions(context.model, context.processor, task.train)
+    templates = context.zero_shot_prototypes(task.class_names)
+    expected = context.scale * rows(captions.embeddings + templates.embeddings)
+    torch.testing.assert_close(found.first_head.weight, expected, atol=1e-4, rtol=0)
+    assert not torch.equal(found.head.weight, found.first_head.weight)
+
+
+def test_the_anchor_keeps_the_embeddings_of_ce_last4_nearer_to_the_untuned_ones(context, task):
+    context.config.max_steps = 8
+    images = [context.encoded(context.model, task.train)[0]]
+    for name in ("ce-last4", "ce-last4-gram"):
+        found = context.train(METHODS[name].training, task, 1e-3)
+        images.append(context.encoded(found.model, task.train)[0])
+    untuned, plain, anchored = (x @ x.T for x in images)
+    assert 0 < (anchored - untuned).abs().mean() < 0.9 * (plain - untuned).abs().mean()
+
+
+def test_2sfs_starts_its_head_at_tuned_class_texts_or_captions(context, task):
+    """Two steps leave the head near its start, and `+wise` goes back to the same texts of the untuned model."""
+    context.config.max_steps = 4
+    heads = {}
+    for name, source in (("2sfs", "template"), ("2sfs-cap", "captions")):
+        found = fit(METHODS[name], context, task)
+        assert found.steps == 4
+        trained = context.train(METHODS[name].training, task, 1e-3)
+        if source == "captions":
+            start = ClassPrototypes.from_captions(trained.model, context.processor, task.train)
+        else:
+            template = context.config.class_template
+            start = ClassPrototypes.from_templates(trained.model, context.processor, task.class_names, template)
+        # Two steps of AdamW at 1e-2 move no number of a row of length one by more than 0.02.
+        distance = (trained.head.weight / context.scale - start.embeddings).abs().max()
+        assert 1e-4 < distance < 0.03
+        untuned = METHODS[f"{name}+wise"]
+        assert torch.equal(halfway(trained, context.model, 0.0).head.weight, trained.first_head.weight)
+        assert fit(untuned, context, task).steps == 4
+        heads[name] = trained.head.weight
+    assert (heads["2sfs"] - heads["2sfs-cap"]).abs().max() > 0.1
 
 
 def test_auto_takes_weights_between_untuned_and_trained(context, task):

@@ -26,7 +26,7 @@ class BenchmarkArguments:
     allow_fewer: bool = setting(False, "Take all images of a class that has fewer images than shots.")
     learning_rates: list[float] | None = setting(
         None,
-        "Fit each fine-tuning method once with each of these rates (ten times as large for LoRA); validation chooses. "
+        "Fit each fine-tuning method once with each of these rates (ten times as large for LoRA and 2SFS); validation chooses. "
         "Default: learning_rate alone; with --budget long that, and ten times that.",
     )
     budget: str = setting(

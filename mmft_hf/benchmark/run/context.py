@@ -152,6 +152,22 @@ class Context:
         found = ImageClassifier(model, self.processor, head)
         return classify(found, dataset, *self._batches, progress=False).report()
 
+    def template_prototypes(self, model: PreTrainedModel, class_names: list[str]) -> ClassPrototypes:
+        """Class embeddings of a tuned or the untuned model: the class names in the class template."""
+        return ClassPrototypes.from_templates(model, self.processor, class_names, self.config.class_template)
+
+    def caption_prototypes(
+        self, model: PreTrainedModel, texts: Dataset, template_weight: float | None = None
+    ) -> ClassPrototypes:
+        """Class embeddings of a tuned or the untuned model: averages of the captions of `texts`.
+
+        Args:
+            template_weight: share of the class template. Default: the config's.
+        """
+        weight = self.config.template_weight if template_weight is None else template_weight
+        template = self.config.class_template
+        return ClassPrototypes.from_captions(model, self.processor, texts, template, template_weight=weight)
+
     def zero_shot_prototypes(self, class_names: list[str]) -> ClassPrototypes:
         """Class embeddings of the untuned model, averaged over the 80 templates."""
         return ClassPrototypes.from_templates(self.model, self.processor, class_names, TEMPLATES)

@@ -6,7 +6,7 @@ with `logits(image_embeds (B, D)) -> (B, C)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,37 +27,27 @@ from .trainings import halfway
 
 def template(context: Context, task: Task, trained: Trained) -> ClassPrototypes:
     """The class names in the class template."""
-    return _templates(context, task, trained, context.config.class_template)
+    return context.template_prototypes(trained.model, task.class_names)
 
 
 def templates(context: Context, task: Task, trained: Trained) -> ClassPrototypes:
     """The class names in 80 templates, averaged."""
-    return _templates(context, task, trained, TEMPLATES)
-
-
-def _templates(context: Context, task: Task, trained: Trained, templates: str | Sequence[str]) -> ClassPrototypes:
-    return ClassPrototypes.from_templates(trained.model, context.processor, task.class_names, templates)
+    return ClassPrototypes.from_templates(trained.model, context.processor, task.class_names, TEMPLATES)
 
 
 def captions(context: Context, task: Task, trained: Trained) -> ClassPrototypes:
     """Class averages of the captions of the training images."""
-    return _captions(context, trained, task.train, context.config.template_weight)
+    return context.caption_prototypes(trained.model, task.train)
 
 
 def training_texts(context: Context, task: Task, trained: Trained) -> ClassPrototypes:
     """Class averages of the texts that the model was trained on."""
-    return _captions(context, trained, trained.texts, context.config.template_weight)
+    return context.caption_prototypes(trained.model, trained.texts)
 
 
 def mixed(context: Context, task: Task, trained: Trained) -> ClassPrototypes:
     """Halfway between `training_texts` and `template`."""
-    return _captions(context, trained, trained.texts, 0.5)
-
-
-def _captions(context: Context, trained: Trained, texts: Dataset, template_weight: float) -> ClassPrototypes:
-    return ClassPrototypes.from_captions(
-        trained.model, context.processor, texts, context.config.class_template, template_weight=template_weight
-    )
+    return context.caption_prototypes(trained.model, trained.texts, template_weight=0.5)
 
 
 def trained_head(context: Context, task: Task, trained: Trained) -> LinearHead:

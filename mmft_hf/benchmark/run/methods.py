@@ -44,6 +44,7 @@ from .trainings import (
     none_without_captions,
     permuted_labels,
     shuffled_captions,
+    two_stage,
     without_captions,
 )
 
@@ -51,7 +52,7 @@ from .trainings import (
 FAMILIES = {
     "untuned": "Untuned model",
     "features": "On frozen features",
-    "tuned": "Fine-tuned without captions",
+    "tuned": "Fine-tuned by other methods",
     "mmft": "MMFT: fine-tuned with captions",
     "ablation": "Ablations of MMFT",
 }
@@ -144,6 +145,14 @@ _ROWS = (
            "The image tower by cross-entropy, with a trained head that starts at the weights of lp."),
     Method("flyp-ens",
            contrastive(without_captions, templates=True, recipe=FLYP_RECIPE, supcon_weight=0.0, prototypes="templates"), templates, "tuned", "flyp with 80 class templates: one drawn at each step, their average at inference."),
+    Method("ce-last4", cross_entropy("captions", in_part=True), trained_head, "tuned",
+           "The last four blocks of the image tower by cross-entropy; the head starts at captions and 80 templates.", True),
+    Method("ce-last4-gram", cross_entropy("captions", in_part=True, anchor=True), trained_head, "tuned",
+           "ce-last4 with an anchor to the cosines between images of the untuned tower, after MPS-Tuning.", True),
+    Method("2sfs", two_stage(), trained_head, "tuned",
+           "2SFS: the norms of both towers by cross-entropy over class texts, then a head that starts at these texts."),
+    Method("2sfs-cap", two_stage(start_at_captions=True), trained_head, "tuned",
+           "2sfs with a head that starts at class averages of the captions.", True),
 
     Method("mmft", MMFT, training_texts, "mmft",
            "Both towers on captions with the SupCon and the CLIP loss.", True),

@@ -7,30 +7,35 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from ...baselines import linear
 from ...baselines.clip_lora import ALPHA, DROPOUT, RANK, attention_inputs, clip_lora
 from ...baselines.cross_entropy import train_head
+from ...baselines.two_stages import two_stages
 from ...data.sampling import generator
 from ...data.splits import labels_of
 from ...data.texts import TEMPLATES
 from ...model.interpolation import interpolated
-from ...model.towers import merge, set_towers
-from ...predict.heads import LinearHead
+from ...model.towers import block_count, merge, set_towers
+from ...predict.heads import ClassPrototypes, LinearHead
 from ...train.config import MMFTConfig
+from ...train.terms import Gram
 from .budgets import (
     AUTHORS,
     CLIP_LORA_RECIPE,
     EQUAL,
     LONG,
     MMFT_RECIPE,
+    TWO_STAGE_RECIPE,
     Recipe,
     images_seen,
     long_settings,
@@ -40,7 +45,8 @@ from .budgets import (
 from .context import Context, Trained
 from .protocol import FULL, Task
 
-LORA_FACTOR = 10  # LoRA needs a learning rate ten times that of full fine-tuning
+LORA_FACTOR = 10  # LoRA needs a learning rate ten times that of full fine-tuning, and so do norms alone
+LAST = 4  # blocks of the image tower that are trained in part
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +185,21 @@ def contrastive(
     return Training(train, recipe)
 
 
-def cross_entropy(start: str = "templates", fixed: bool = False, recipe: Recipe | None = None) -> Training:
+def cross_entropy(
+    start: str = "templates",
+    fixed: bool = False,
+    in_part: bool = False,
+    anchor: bool = False,
+    recipe: Recipe | None = None,
+) -> Training:
     """A training of the image tower and a linear head, see `baselines.cross_entropy`.
 
     Args:
-        start: of the head: the averages over 80 `templates`, or a logistic `regression` on frozen features, with C chosen on
-            validation.
+        start: of the head: the averages over 80 `templates`, their normalized sum with those of the `captions`, or a logistic
+            `regression` on frozen features, with C chosen on validation.
         fixed: the head is not trained.
+        in_part: of the image tower the last four blocks, and what follows them, are trained; all of them if there are fewer.
+        anchor: the term `Gram` is added.
         recipe: see `Training`.
     """
 
@@ -197,9 +211,16 @@ def cross_entropy(start: str = "templates", fixed: bool = False, recipe: Recipe 
             weight, bias = (torch.from_numpy(part).float() for part in linear.head(*features, **chosen))
             first = LinearHead(weight, task.class_names, bias)
         else:
-            first = LinearHead.from_prototypes(context.zero_shot_prototypes(task.class_names))
+            texts = context.zero_shot_prototypes(task.class_names)
+            if start == "captions":
+                sums = texts.embeddings + context.caption_prototypes(context.model, task.train).embeddings
+                texts = replace(texts, embeddings=F.normalize(sums, dim=1))
+            first = LinearHead.from_prototypes(texts)
         with set_up(context, task, learning_rate, recipe) as (model, config, validation):
-            head, steps = train_head(model, context.processor, config, task.train, first, validation, fixed)
+            if in_part:
+                set_towers(model, f"last:{min(LAST, block_count(model, 'vision'))}", "frozen")
+            more = [Gram()] if anchor else []
+            head, steps = train_head(model, context.processor, config, task.train, first, validation, fixed, more=more)
         return Trained(
             model, task.train, steps, head, first, chosen, images=images_seen(config, len(task.train), steps)
         )
@@ -225,6 +246,29 @@ def _clip_lora(context: Context, task: Task, learning_rate: float) -> Trained:
 
 low_rank = Training(_clip_lora, CLIP_LORA_RECIPE)
 """CLIP-LoRA, see `baselines.clip_lora`."""
+
+
+def two_stage(start_at_captions: bool = False) -> Training:
+    """2SFS, see `baselines.two_stages`.
+
+    Args:
+        start_at_captions: the head starts at class averages of the captions instead of the classes' texts.
+    """
+
+    def train(context: Context, task: Task, learning_rate: float) -> Trained:
+        def prototypes(model: PreTrainedModel) -> ClassPrototypes:
+            if start_at_captions:
+                return context.caption_prototypes(model, task.train)
+            return context.template_prototypes(model, task.class_names)
+
+        with set_up(context, task, LORA_FACTOR * learning_rate, TWO_STAGE_RECIPE) as (model, config, validation):
+            start = partial(prototypes, model)
+            head, steps = two_stages(model, context.processor, config, task.train, start, validation)
+        first = LinearHead.from_prototypes(prototypes(context.model))
+        seen = sum(images_seen(config, len(task.train), stage) for stage in steps)
+        return Trained(model, task.train, sum(steps), head, first, images=seen)
+
+    return Training(train, TWO_STAGE_RECIPE)
 
 
 def halfway(trained: Trained, untuned: PreTrainedModel, alpha: float) -> Trained:

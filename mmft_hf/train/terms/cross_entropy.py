@@ -26,17 +26,19 @@ class CrossEntropy(LossTerm):
         head: where training starts; `C` rows of `D` numbers.
         fixed: whether the head stays as it is.
         weight: factor in the sum.
+        cosine: whether all rows keep the mean length that they start with: then logits are cosines times a fixed scale.
     """
 
     name = "cross_entropy"
     needs = ()
     over_classes = True
 
-    def __init__(self, head: LinearHead, fixed: bool = False, weight=1.0):
-        self.weight = weight
+    def __init__(self, head: LinearHead, fixed: bool = False, weight=1.0, cosine: bool = False):
+        self.weight, self.cosine = weight, cosine
         # The mean length of the rows, as a power of two, so that nothing is rounded.
         length = head.weight.norm(dim=1).mean().item()
         self.scale = 2.0 ** round(math.log2(length)) if 0 < length < math.inf else 1.0
+        self.length = length / self.scale
         values = {"weight": head.weight, "bias": head.bias}
         self.parameters = {
             name: nn.Parameter(value.detach().float() / self.scale, requires_grad=not fixed)
@@ -46,12 +48,16 @@ class CrossEntropy(LossTerm):
 
     def __call__(self, batch: Batch):
         own = batch.parameters[self.name]
-        logits = self.scale * F.linear(batch.image_embeds, own["weight"], own.get("bias"))
+        logits = self.scale * F.linear(batch.image_embeds, self._rows(own["weight"]), own.get("bias"))
         return {"loss": _cross_entropy(logits, batch)}
 
+    def _rows(self, weight: Tensor) -> Tensor:
+        return self.length * F.normalize(weight, dim=1) if self.cosine else weight
+
     def head(self, parameters, class_names):
-        values = {name: self.scale * value.detach() for name, value in parameters.items()}
-        return LinearHead(class_names=list(class_names), **values)
+        values = {name: value.detach() for name, value in parameters.items()}
+        values["weight"] = self._rows(values["weight"])
+        return LinearHead(class_names=list(class_names), **{name: self.scale * v for name, v in values.items()})
 
 
 class ClassTextCrossEntropy(LossTerm):
