@@ -19,7 +19,8 @@ from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import CARD_FILE, keeping
 from ..core.markdown import public_name
 from ..data.columns import check_plain
-from ..data.splits import is_text, labels_of, load_captioned_dataset, load_splits, text_columns
+from ..data.labels import labels_of, refuse_several
+from ..data.splits import is_text, load_captioned_dataset, load_splits, text_columns
 from .arguments import CaptionArguments
 from .ask.captioner import Captioner
 from .ask.cost import Spending
@@ -129,6 +130,7 @@ def load_data(data_args: DataArguments) -> tuple[DatasetDict, str]:
     """The dataset that the settings name, and the name of its training split."""
     options = {k: v for k, v in vars(data_args).items() if k not in ("dataset_name", "dataset_config_name")}
     data = load_captioned_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
+    refuse_several(next(iter(data.values())), "caption")
     return data, data_args.train_split or ("train" if "train" in data else next(iter(data)))
 
 

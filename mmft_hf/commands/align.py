@@ -51,6 +51,7 @@ ARGUMENTS = (DataArguments, AlignArguments)
 
 def run(data_args: DataArguments, args: AlignArguments) -> None:
     """Combines the towers, solves for the projections on the training split, and saves a folder that every verb takes."""
+    from ..data.labels import refuse_several
     from ..data.splits import load_splits
     from ..model.align import align_towers, classifier_rows
     from ..model.combine import combine_towers
@@ -69,6 +70,7 @@ def run(data_args: DataArguments, args: AlignArguments) -> None:
             "another one."
         )
     splits = load_splits(data_args)
+    refuse_several(splits.train, "align")
     rows = classifier_rows(args.vision_model, args.allow_pickle) if args.class_rows else None
     model, processor, notes = combine_towers(
         args.vision_model, args.text_model, args.text_pooling, allow_pickle=args.allow_pickle

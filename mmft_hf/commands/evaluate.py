@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,8 @@ class EvaluateArguments:
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     allow_pickle: bool = setting(False, ALLOW_PICKLE)
     output_dir: str | None = setting(
-        None, "Folder for report.json, per_class.csv and confusion_matrix.csv. Default: none."
+        None,
+        "Folder for report.json, per_class.csv and, with one label per picture, confusion_matrix.csv. Default: none.",
     )
     per_device_eval_batch_size: int = setting(256, "Images per batch.", range=Range(1))
     dataloader_num_workers: int = setting(0, "Processes that read images.", range=Range(0, 1024))
@@ -45,8 +46,6 @@ ARGUMENTS = (DataArguments, EvaluateArguments)
 
 def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
-    import numpy as np
-
     from ..data.identical import find_identical
     from ..data.texts import DEFAULT_TEMPLATE
     from ..model.loading import default_device, load_model
@@ -54,6 +53,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..predict.evaluation import classify
     from ..predict.heads import ClassPrototypes
     from ..predict.metrics import class_sizes, uneven_note
+    from .finetune import SEVERAL_LABELS
 
     check_settings(args)
     if args.output_dir:
@@ -62,9 +62,11 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     classifier = ImageClassifier.from_pretrained(*source).to(default_device())
     if args.reject_below is not None:
         classifier.head = classifier.head.rejecting(args.reject_below)
-    names = classifier.class_names
+    names, several = classifier.class_names, classifier.head.several_labels
     record = _record(args.model_name_or_path, args.model_revision)
     identity = record.get("identity", {})
+    if data_args.label_separator is None:  # labels are written as for the training
+        data_args.label_separator = record.get("data", {}).get("label_separator")
     dataset, train, uncompared = _test_split(data_args, names, record)
     say(
         f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, {len(names)} classes, "
@@ -86,7 +88,10 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             head = ClassPrototypes.from_templates(
                 model, processor, names, identity.get("class_template", DEFAULT_TEMPLATE)
             )
+            head = replace(head, several_labels=several)
             zero_shot = score(ImageClassifier(model, processor, head)).report()
+            if several:  # only what needs no decision, which the untuned model lacks
+                zero_shot = {key: zero_shot[key] for key in ("mean_average_precision", "examples", "skipped")}
         except UserError as error:
             missing = error
     else:
@@ -95,20 +100,27 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     def accuracy(result: dict) -> str:
         return percent(result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))
 
-    note = uneven_note(*class_sizes(row["images"] for row in result["per_class"]))
-    mean = percent(result["mean_per_class_accuracy"])
-    if note and zero_shot:
-        mean += f", zero-shot {percent(zero_shot['mean_per_class_accuracy'])}"
-    rows = {"mean per class": mean} if note else {}
-    rows["accuracy"] = f"{accuracy(result)}   on {result['examples']:,} images"
-    if zero_shot:
-        rows["zero-shot"] = f"{accuracy(zero_shot)}   {base}, untuned"
-    if "top5_accuracy" in result:
-        rows["top-5"] = percent(result["top5_accuracy"])
-    rows.setdefault("mean per class", mean)
-    rows["calibration"] = (
-        f"error {result['calibration_error']:.3f}; {result['calibration_error_null']:.3f} would be perfect on so many images"
-    )
+    note = "" if several else uneven_note(*class_sizes(row["images"] for row in result["per_class"]))
+    if several:
+        rows = {"mAP": f"{percent(result['mean_average_precision'])}   on {result['examples']:,} images"}
+        if zero_shot:
+            rows["zero-shot"] = f"{percent(zero_shot['mean_average_precision'])}   {base}, untuned"
+        rows |= {name: percent(result[key]) for key, name in SEVERAL_LABELS.items() if key.endswith("f1")}
+        rows["exact match"] = accuracy(result)
+    else:
+        mean = percent(result["mean_per_class_accuracy"])
+        if note and zero_shot:
+            mean += f", zero-shot {percent(zero_shot['mean_per_class_accuracy'])}"
+        rows = {"mean per class": mean} if note else {}
+        rows["accuracy"] = f"{accuracy(result)}   on {result['examples']:,} images"
+        if zero_shot:
+            rows["zero-shot"] = f"{accuracy(zero_shot)}   {base}, untuned"
+        if "top5_accuracy" in result:
+            rows["top-5"] = percent(result["top5_accuracy"])
+        rows.setdefault("mean per class", mean)
+        rows["calibration"] = (
+            f"error {result['calibration_error']:.3f}; {result['calibration_error_null']:.3f} would be perfect on so many images"
+        )
     if (least := classifier.head.reject_below) is not None:
         result |= predictions.answered(least)
         right = (
@@ -130,6 +142,37 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     for note in find_identical(parts | {data_args.test_split or "test": dataset}).notes():
         say(f"\n  Note: {note}")
     say("\nPer class, weakest first")
+    _print_several(result["per_class"]) if several else _print_classes(result)
+
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        written = ["report.json", "per_class.csv"] + ["confusion_matrix.csv"] * (not several)
+        with keeping(lambda: f"The results are printed above; {folder} may lack some."):
+            write_json(folder / "report.json", {**result, "zero_shot": zero_shot})
+            header = ["class", *list(result["per_class"][0])[1:]]
+            write_csv(folder / "per_class.csv", [header, *map(dict.values, result["per_class"])])
+            if not several:
+                matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
+                write_csv(folder / "confusion_matrix.csv", [["true class", *names], *matrix])
+        say(f"\nWritten to {folder}: {', '.join(written)}")
+
+
+def _print_several(classes: list[dict]) -> None:
+    """A line per class that occurs, of a classifier with several labels per picture."""
+    width = max(len(row["label"]) for row in classes)
+    for row in sorted((row for row in classes if row["images"]), key=lambda row: row["average_precision"]):
+        found = f"precision {percent(row['precision'])}" if row["precision"] is not None else "never predicted"
+        say(
+            f"  {row['label']:<{width}}  {row['images']:>5} images  average precision {percent(row['average_precision']):>8}  "
+            f"{found}, recall {percent(row['recall'])}"
+        )
+
+
+def _print_classes(result: dict) -> None:
+    """A line per class that occurs, with the class that it is most often taken for."""
+    import numpy as np
+
+    names = [row["label"] for row in result["per_class"]]
     wrong = np.array(result["confusion_matrix"])
     np.fill_diagonal(wrong, 0)
     tested = [(row, counts) for row, counts in zip(result["per_class"], wrong, strict=True) if row["images"]]
@@ -137,17 +180,6 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         taken = f"most often taken for {names[counts.argmax()]} ({counts.max()})" if counts.any() else ""
         label = f"{row['label']:<{max(map(len, names))}}"
         say(f"  {label}  {row['images']:>5} images  {percent(row['accuracy']):>8}  {taken}".rstrip())
-
-    if args.output_dir:
-        folder = Path(args.output_dir)
-        matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
-        with keeping(lambda: f"The results are printed above; {folder} may lack some."):
-            write_json(folder / "report.json", {**result, "zero_shot": zero_shot})
-            write_csv(
-                folder / "per_class.csv", [["class", "images", "accuracy"], *map(dict.values, result["per_class"])]
-            )
-            write_csv(folder / "confusion_matrix.csv", [["true class", *names], *matrix])
-        say(f"\nWritten to {folder}: report.json, per_class.csv, confusion_matrix.csv")
 
 
 def _test_split(data_args: DataArguments, class_names: list[str], record: dict) -> tuple[Dataset, Dataset | None, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.arguments import DataArguments, ModelArguments
 from ..core.console import percent, say, some, table
 from ..core.files import RESULTS_FILE, SHEET_FILE
+from ..data.labels import labels_of
 from ..train.config import MMFTConfig
 from ..train.selection import is_better, shown
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from ..train.workflow import FinetunePlan, FinetuneResult
 
 ARGUMENTS = (ModelArguments, DataArguments, MMFTConfig)
+# What the metrics are called where a picture may have several labels; accuracy is then the share of pictures with exactly the
+# right ones.
+SEVERAL_LABELS = {
+    "mean_average_precision": "mAP",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "accuracy": "exact match",
+}
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, config: MMFTConfig) -> None:
@@ -37,11 +46,15 @@ class Terminal:
             "images": f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test",
             "captions": _captions(config, splits),
         }
+        if splits.several_labels:
+            rows["labels"] = f"several per image, {labels_of(splits.train).sum(axis=1).mean():.1f} on average"
         if config.num_train_epochs > 0 or config.max_steps > 0:
             rows |= _training(plan)
         else:
             rows["training"] = "none: a head is fitted to the untuned model"
         zero_shot = percent(plan.zero_shot_accuracy)
+        if splits.several_labels:
+            zero_shot = f"mean average precision {zero_shot}"
         rows["zero-shot"] = f'{zero_shot} on validation, untuned, with "{config.class_template}"'
         rows["output"] = config.output_dir
         say(f"Fine-tuning {model_args.model_name_or_path} on {plan.data_args.dataset_name}\n")
@@ -63,31 +76,38 @@ class Terminal:
             return percent(metrics[f"{prefix}test_accuracy"], interval)
 
         gain = 100 * (result.test_accuracy - result.zero_shot_test_accuracy)
-        say(f"\nTest accuracy on {metrics['test_images']} images, with 95 % interval\n")
+        several, images = metrics.get("several_labels"), metrics["test_images"]
+        heading = f"Results on {images} test images" if several else f"Test accuracy on {images} images"
+        say(f"\n{heading}, with 95 % interval\n")
         now = "fine-tuned" if metrics.get("head_alpha", 1) else "new head"  # on untuned weights
         rows = {"zero-shot": accuracy("zero_shot_"), now: f"{accuracy('')}   {gain:+.1f} points"}
-        mean, before = (metrics[f"{of}test_mean_per_class_accuracy"] for of in ("", "zero_shot_"))
-        note = uneven_note(metrics["test_images_of_smallest_class"], metrics["test_images_of_largest_class"])
-        if note:
-            rows = {
-                "mean per class": f"{percent(mean)}, zero-shot {percent(before)}   {100 * (mean - before):+.1f} points"
-            } | rows
+        note = ""
+        if several:
+            rows = several_labels_rows(metrics, now)
         else:
-            rows["mean per class"] = percent(mean)
+            mean, before = (metrics[f"{of}test_mean_per_class_accuracy"] for of in ("", "zero_shot_"))
+            note = uneven_note(metrics["test_images_of_smallest_class"], metrics["test_images_of_largest_class"])
+            if note:
+                rows = {
+                    "mean per class": f"{percent(mean)}, zero-shot {percent(before)}   {100 * (mean - before):+.1f} points"
+                } | rows
+            else:
+                rows["mean per class"] = percent(mean)
         if "test_top5_accuracy" in metrics:
             rows["top-5"] = percent(metrics["test_top5_accuracy"])
         rows["classifier" if "head_candidates" in metrics else "selection"] = metrics["selection"]
         if others := _others(metrics):
             rows["others"] = others
-        error, null = metrics["test_calibration_error"], metrics["test_calibration_error_null"]
-        rows["calibration"] = f"error {error:.3f}; {null:.3f} would be perfect on so many images"
+        if "test_calibration_error" in metrics:
+            error, null = metrics["test_calibration_error"], metrics["test_calibration_error_null"]
+            rows["calibration"] = f"error {error:.3f}; {null:.3f} would be perfect on so many images"
         if metrics["reject_below"] is not None:
             rows["unknown"] = (
                 f"the answer to a picture whose best class has less than {percent(metrics['reject_below'])}"
             )
         metric = metrics["selection_metric"]
         tuned, untuned = metrics[f"test_{metric}"], metrics[f"zero_shot_test_{metric}"]
-        if metric != "accuracy":
+        if metric != "accuracy" and not several:
             rows[metric.replace("_", " ")] = f"{shown(metric, tuned)}, zero-shot {shown(metric, untuned)}"
         table(rows)
         if note:
@@ -116,6 +136,23 @@ class Terminal:
 
     def pushed(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"It is at {result.url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {repo_id}")
+
+
+def several_labels_rows(metrics: dict, now: str) -> dict[str, str]:
+    """The results on the test images where a picture may have several labels, beside those of the untuned model.
+
+    Args:
+        now: what the classifier is called.
+    """
+    rows = {"figures": f"{now}, in brackets zero-shot"}
+    for metric, name in SEVERAL_LABELS.items():
+        interval = None
+        if metric == "accuracy":
+            interval = (metrics["test_accuracy_ci_low"], metrics["test_accuracy_ci_high"])
+        rows[name] = percent(metrics[f"test_{metric}"], interval)
+        if f"zero_shot_test_{metric}" in metrics:
+            rows[name] += f"   ({percent(metrics[f'zero_shot_test_{metric}'])})"
+    return rows
 
 
 def _training(plan: FinetunePlan) -> dict[str, str]:

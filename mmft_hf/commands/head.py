@@ -9,6 +9,7 @@ from ..core.arguments import Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..train.config import MMFTConfig
+from .finetune import SEVERAL_LABELS
 
 SHARED = MMFTConfig.__dataclass_fields__  # whose help texts hold here, too
 
@@ -52,10 +53,16 @@ def run(args: HeadArguments, folders: list[str]) -> None:
     found = refit(folder, output, args.head, args.dataset_name, **settings)
 
     def line(metrics: dict) -> str:
+        if several:
+            figures = [f"{name} {percent(metrics[f'test_{key}'])}" for key, name in SEVERAL_LABELS.items()]
+            validation = percent(metrics["validation_mean_average_precision"])
+            return f"{', '.join(figures)}, mAP on validation {validation}"
         interval = (metrics["test_accuracy_ci_low"], metrics["test_accuracy_ci_high"])
         return f"{percent(metrics['test_accuracy'], interval)}, on validation {percent(metrics['validation_accuracy'])}"
 
-    say(f"\nTest accuracy on {found.metrics['test_images']} images, with 95 % interval\n")
+    several, images = found.metrics.get("several_labels"), found.metrics["test_images"]
+    heading = f"Results on {images} test images" if several else f"Test accuracy on {images} images, with 95 % interval"
+    say(f"\n{heading}\n")
     rows = {
         "before": f"{line(found.before)}, head {found.before.get('head', 'prototypes')}",
         "now": f"{line(found.metrics)}, head {found.metrics['head']}",

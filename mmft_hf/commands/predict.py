@@ -86,7 +86,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
         print(f"{len(answers)} predictions written to {plain(args.output_file)}")
     else:
         for file, best in answers:
-            said = ", ".join(f"{one['label']} {one['score']:.1%}" for one in best)
+            said = ", ".join(f"{one['label']} {one['score']:.1%}" for one in best) or "none of the classes"
             print(plain(f"{file}: {said}", lines=False))
     if bad:
         raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
@@ -132,6 +132,7 @@ def _write(path: Path, answers: list[tuple[str, list[dict]]]) -> None:
             # File names need not be valid UTF-8: their bytes are written as they are.
             temporary.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
         return
-    classes = len(answers[0][1]) if answers else 0
+    classes = max((len(best) for _, best in answers), default=0)  # with several labels, pictures differ
     header = ["file", *(f"{what}_{k + 1}" for k in range(classes) for what in ("label", "score"))]
-    write_csv(path, [header, *([name, *(value for one in best for value in one.values())] for name, best in answers)])
+    rows = [[name, *(value for one in best for value in one.values())] for name, best in answers]
+    write_csv(path, [header, *(row + [""] * (len(header) - len(row)) for row in rows)])

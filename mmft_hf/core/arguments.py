@@ -202,7 +202,13 @@ class DataArguments:
     )
     test_size: float = setting(0.2, "Share of each class to hold out if there is no test split.", range=SHARE)
     image_column: str = setting("image", "Column with the images or their paths.")
-    label_column: str = setting("label", "Column with the class: ClassLabel, text or number.")
+    label_column: str = setting(
+        "label", "Column with the class: ClassLabel, text or number; or lists of them, for several labels per picture."
+    )
+    label_separator: str | None = setting(
+        None,
+        'What separates the labels of a picture in a column of text, for example ";". Default: a text is one label.',
+    )
     captions_column: str | None = setting(
         None,
         "Column with the captions: a text or a list of texts. Default: captions if that column exists; otherwise "

@@ -169,7 +169,6 @@ class _Results(TypedDict):
     zero_shot_test_accuracy: Share
     zero_shot_test_accuracy_ci_low: Share
     zero_shot_test_accuracy_ci_high: Share
-    test_mean_per_class_accuracy: Share
     test_images: Count
     test_skipped_images: Count
     validation_accuracy: Share
@@ -184,12 +183,13 @@ class _HeadCandidate(TypedDict):
     head: str
     alpha: Share
     validation_loss: float
-    validation_accuracy: Share
 
 
 class HeadCandidate(_HeadCandidate, total=False):
     """A head on one set of weights, on validation."""
 
+    validation_accuracy: Share
+    validation_mean_average_precision: Share  # with several labels per picture
     validation_mean_per_class_accuracy: Share
     validation_top5_accuracy: Share
 
@@ -197,7 +197,17 @@ class HeadCandidate(_HeadCandidate, total=False):
 class RunResults(_Results, total=False):
     """`all_results.json`."""
 
-    selection_metric: Literal["accuracy", "top5_accuracy", "mean_per_class_accuracy", "loss"]
+    selection_metric: Literal["accuracy", "top5_accuracy", "mean_per_class_accuracy", "mean_average_precision", "loss"]
+    several_labels: bool
+    test_mean_per_class_accuracy: Share
+    test_mean_average_precision: Share
+    test_micro_f1: Share
+    test_macro_f1: Share
+    zero_shot_test_mean_average_precision: Share
+    zero_shot_test_micro_f1: Share
+    zero_shot_test_macro_f1: Share
+    validation_mean_average_precision: Share
+    zero_shot_validation_mean_average_precision: Share
     test_top5_accuracy: Share
     zero_shot_test_top5_accuracy: Share
     validation_top5_accuracy: Share

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, IterableDataset, Value
+from datasets import Dataset, Image, IterableDataset, LargeList, List, Value
 
 from ..core.errors import UserError
 
 NULL = Value("null")  # the type of a column in which no row has a value
 TEXT = (Value("string"), Value("large_string"), Value("string_view"))
+LISTS = (List, LargeList)
 CONTENT = (Value("binary"), Value("large_binary"), Value("binary_view"))
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # how `datasets` stores an `Image`
 
@@ -29,6 +31,22 @@ def with_values(dataset: Dataset, column: str, values, feature) -> Dataset:
     order, new = dataset.column_names, f"new {column}"  # added first: a table without columns would have no rows
     changed = dataset.add_column(new, values, feature=feature).remove_columns(column).rename_column(new, column)
     return changed.select_columns(order)
+
+
+def entries_of(values: pa.ChunkedArray) -> tuple[pa.Array, Callable[[pa.Array], pa.Array], np.ndarray]:
+    """The entries of all lists of a column, one after the other.
+
+    Returns:
+        Also a function that puts other values in the places of the entries, and the row of each entry, int64.
+    """
+    whole = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+    lengths = pc.fill_null(pc.list_value_length(whole), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+    def lists(entries: pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, entries, mask=whole.is_null())
+
+    return whole.flatten(), lists, np.repeat(np.arange(len(whole)), lengths)
 
 
 def cast_array(values: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image, NamedSplit, Value
+from datasets.features.features import generate_from_arrow_type
 
 from ..core.arguments import DataArguments
 from ..core.console import many, some
@@ -108,7 +109,7 @@ def _dataset(
     labels = pa.array([value for _, value in rows])
     kinds = {
         "image": Image(decode=False),
-        label: Value("string" if pa.types.is_null(labels.type) else str(labels.type)),
+        label: Value("string") if pa.types.is_null(labels.type) else generate_from_arrow_type(labels.type),
     }
     features = Features(kinds)
     table = pa.table([images, labels.cast(features.arrow_schema.field(label).type)], schema=features.arrow_schema)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, DatasetDict, Features, Image, config
+from datasets import DatasetDict, Features, Image, config
 from huggingface_hub import constants, try_to_load_from_cache
 
 from ..core.arguments import DataArguments
@@ -16,6 +16,7 @@ from ..core.console import some
 from ..core.errors import UserError
 from .columns import TEXT, column_of, is_image, undecoded
 from .image_paths import is_inside
+from .labels import class_label
 
 _FILE = re.compile(r"hf://datasets/(?P<repo_id>[^/]+/[^/@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+\.parquet)")
 
@@ -44,8 +45,8 @@ def _check_classes(features: Features, place: dict[str, str], args: DataArgument
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
         return  # `datasets` has read it without these names
     for column, kind in features.items():
-        there = own.get(column)
-        if isinstance(kind, ClassLabel) and isinstance(there, ClassLabel) and there.names != kind.names:
+        kind, there = class_label(kind), class_label(own.get(column))
+        if kind and there and there.names != kind.names:
             raise UserError(
                 f"dataset {args.dataset_name!r}: expected the same classes in all files, found others in {place['filename']}, column "
                 f"{column!r}: {some(there.names)} instead of {some(kind.names)}. Type hf download {place['repo_id']} --repo-type "

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Image
 
 from ..core.console import many, printable_text
 from .images import content_hash
-from .splits import labels_of
+from .labels import class_names_of, labels_of
 
 
 @dataclass
@@ -83,7 +83,7 @@ def find_identical(splits: Mapping[str, Dataset]) -> Identical:
         for place in places[1:]:
             if place[0] != first[0]:
                 across.append((first, place))
-            one, other = (None if labels[name] is None else int(labels[name][row]) for name, row in (first, place))
+            one, other = (None if labels[name] is None else labels[name][row].tolist() for name, row in (first, place))
             if one is not None and other is not None and one != other:
                 different.append((first, place))
 
@@ -129,7 +129,10 @@ def name_of(dataset: Dataset, row: int) -> str:
 
 
 def _label(dataset: Dataset, row: int) -> str:
-    kind, label = dataset.features["label"], int(np.asarray(dataset.select([row])["label"][:])[0])
+    label = labels_of(dataset.select([row]))[0]
+    if label.ndim:
+        return ", ".join(class_names_of(dataset)[c] for c in np.flatnonzero(label)) or "none"
+    kind, label = dataset.features["label"], int(label)
     return kind.names[label] if isinstance(kind, ClassLabel) and 0 <= label < len(kind.names) else str(label)
 
 

@@ -7,16 +7,16 @@ import hashlib
 from datasets import ClassLabel, Dataset, DatasetDict, List, Value
 
 from ..core.errors import UserError
-from .columns import NULL, TEXT
+from .columns import LISTS, NULL, TEXT
 from .images import BadImage, original_bytes
-from .labels import MISSING, Labels, same_name
+from .labels import MISSING, Labels, class_names_of, same_name
 
 
 def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Dataset, list[str]]:
     """Adds captions to the images whose bytes have their sha256.
 
     Args:
-        images: columns `image` (not decoded) and `label` (`ClassLabel`).
+        images: columns `image` (not decoded) and `label` (`ClassLabel`, or lists of it).
         captions: every split has `captions` and `image_sha256`, and possibly `label`.
         name: of the dataset of captions, for messages.
 
@@ -27,14 +27,15 @@ def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Da
         UserError: a column is missing; no image matches.
     """
     found = _captions_by_digest(captions, name)
-    names = images.features["label"].names
+    names = class_names_of(images)
     joined, matched, without, other_class = [], set(), 0, 0
     for row in images.select_columns(["image", "label"]):
         digest = _digest(row["image"])
         entries = found.get(digest, ())
         # A caption describes its class. It would be wrong for the same image under the name of another class.
-        own = None if row["label"] is None else same_name(names[row["label"]])
-        texts = [text for label, texts in entries if label in (None, own) for text in texts]
+        codes = row["label"] if isinstance(row["label"], list) else [row["label"]]
+        own = {same_name(names[code]) for code in codes if code is not None}
+        texts = [text for classes, texts in entries if not classes or classes & own for text in texts]
         matched |= {digest} if entries else set()
         other_class += bool(entries) and not texts
         without += not texts
@@ -56,9 +57,9 @@ def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Da
     return images.add_column("captions", joined, feature=List(Value("string"))), notes
 
 
-def _captions_by_digest(captions: DatasetDict, name: str) -> dict[str, list[tuple[str | None, list[str]]]]:
-    """The captions of each sha256, with the name of their class if it is known."""
-    found: dict[str, list[tuple[str | None, list[str]]]] = {}
+def _captions_by_digest(captions: DatasetDict, name: str) -> dict[str, list[tuple[set[str], list[str]]]]:
+    """The captions of each sha256, with the names of their classes as far as they are known."""
+    found: dict[str, list[tuple[set[str], list[str]]]] = {}
     for split, rows in captions.items():
         missing = [column for column in ("captions", "image_sha256") if column not in rows.column_names]
         if missing:
@@ -67,12 +68,16 @@ def _captions_by_digest(captions: DatasetDict, name: str) -> dict[str, list[tupl
                 "Type the name of a dataset that mmft-hf push published."
             )
         kinds = rows.features.get("label", NULL)
-        known = Labels.of(rows, f"{name}, split {split!r}") if isinstance(kinds, ClassLabel) or kinds in TEXT else None
-        for number, row in enumerate(rows.select_columns(["captions", "image_sha256"])):
-            code = MISSING if known is None else known.codes[number]
-            label = None if code == MISSING else same_name(known.names[code])
+        inner = kinds.feature if isinstance(kinds, LISTS) else kinds
+        known = Labels.of(rows, f"{name}, split {split!r}") if isinstance(inner, ClassLabel) or inner in TEXT else None
+        classes: list[set[str]] = [set() for _ in range(len(rows))]
+        if known is not None:
+            places = range(len(rows)) if known.row_of is None else known.row_of.tolist()
+            for place, code in zip(places, known.codes.tolist(), strict=True):
+                classes[place] |= set() if code == MISSING else {same_name(known.names[code])}
+        for own, row in zip(classes, rows.select_columns(["captions", "image_sha256"]), strict=True):
             if row["image_sha256"] and row["captions"]:
-                found.setdefault(row["image_sha256"], []).append((label, row["captions"]))
+                found.setdefault(row["image_sha256"], []).append((own, row["captions"]))
     return found
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, List, Value
 
 from ..core.console import some
 from ..core.errors import UserError, nearest
-from .columns import NULL, TEXT, column_of
+from .columns import LISTS, NULL, TEXT, column_of, entries_of
 from .texts import clean_class_name
 
 _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))  # not the joiners, which change letters and emoji
@@ -39,35 +39,114 @@ def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(one_form(name) for names in lists for name in names))
 
 
+def class_label(kind) -> ClassLabel | None:
+    """The classes of a column of classes, or of lists of classes; None for another type."""
+    kind = kind.feature if isinstance(kind, LISTS) else kind
+    return kind if isinstance(kind, ClassLabel) else None
+
+
+def class_names_of(dataset: Dataset) -> list[str]:
+    """The class names of a loaded dataset."""
+    return class_label(dataset.features["label"]).names
+
+
+def has_several(dataset: Dataset) -> bool:
+    """Whether a picture of a loaded dataset may have several labels: its column `label` holds lists."""
+    return isinstance(dataset.features["label"], LISTS)
+
+
+def refuse_several(dataset: Dataset, what: str) -> None:
+    """Raises `UserError` if a picture may have several labels, which `what` cannot use."""
+    if has_several(dataset):
+        raise UserError(
+            f"{what}: expected one class for each picture, found a list of labels. Type --label_column NAME of a column with one "
+            "class; for several labels there is mmft-hf finetune."
+        )
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """The labels: int64 `(rows,)`; or where a picture may have several, float32 `(rows, C)` with 1 for each of its classes.
+
+    No other column is read.
+    """
+    if not has_several(dataset):
+        return np.asarray(dataset["label"][:], dtype=np.int64)
+    codes, _, rows = entries_of(column_of(dataset, "label"))
+    found = np.zeros((len(dataset), len(class_names_of(dataset))), dtype=np.float32)
+    found[rows, codes.to_numpy()] = 1
+    return found
+
+
+def images_per_class(dataset: Dataset) -> np.ndarray:
+    """How many pictures have each class, int64 `(C,)`."""
+    labels = labels_of(dataset)
+    if labels.ndim == 2:
+        return labels.sum(axis=0).astype(np.int64)
+    return np.bincount(labels, minlength=len(class_names_of(dataset)))
+
+
 @dataclass
 class Labels:
     """The labels of one split as numbers, and what the numbers mean.
 
     Args:
-        codes: int64 `(rows,)`; `MISSING` where a row has no class.
+        codes: int64; of each row, `MISSING` where it has no class; or of each entry of all lists.
         names: the name of each code; None if the data have plain numbers.
         ordered: whether the order of the names is the data's own (`ClassLabel`), or only that of sorted texts.
         where: the column and split, for messages.
+        row_of: int64, the row of each entry, where rows have lists of labels; else None.
+        listed: bool `(rows,)`, which rows have a list, be it empty; else None.
     """
 
     codes: np.ndarray
     names: list[str] | None
     ordered: bool
     where: str
+    row_of: np.ndarray | None = None
+    listed: np.ndarray | None = None
 
     @classmethod
-    def of(cls, dataset: Dataset, where: str, typed: Sequence[str] | None = None) -> Labels:
-        """Reads the column `label`: `ClassLabel`, text or whole numbers.
+    def of(
+        cls, dataset: Dataset, where: str, typed: Sequence[str] | None = None, separator: str | None = None
+    ) -> Labels:
+        """Reads the column `label`: `ClassLabel`, text, whole numbers, or lists of them.
 
         Args:
             typed (*optional*): `--class_names`, which may be numbers with fractions.
+            separator (*optional*): what stands between the labels of a text; lists need none.
 
         Raises:
-            UserError: other types, fractions, or a number outside the names.
+            UserError: other types, fractions, or a number outside the names; a list with an entry that is no class.
         """
         kind, values = dataset.features["label"], column_of(dataset, "label")
+        if separator is not None and not isinstance(kind, LISTS):
+            kind, values = List(Value("string")), separated(values, kind, separator, where)
+        if not isinstance(kind, LISTS):
+            return cls._read(kind, values, where, typed)
+        entries, _, row_of = entries_of(values)
+        fractions = isinstance(kind.feature, Value) and kind.feature.dtype.startswith(("float", "decimal"))
+        if fractions or isinstance(kind.feature, LISTS):
+            raise UserError(f"{where}: expected lists of class names or of whole numbers, found {kind}.")
+        found = cls._read(kind.feature, pa.chunked_array([entries]), where, typed, row_of)
+        if (wrong := np.flatnonzero(found.codes == MISSING)).size:
+            raise UserError(
+                f"{where}, row {row_of[wrong[0]]}: expected a class in each entry of the list, found one without (nothing, blank "
+                "text or -1). Take it out of the list; an empty list says that no class holds."
+            )
+        found.row_of, found.listed = row_of, values.is_valid().to_numpy()
+        return found
+
+    @classmethod
+    def _read(
+        cls,
+        kind,
+        values: pa.ChunkedArray,
+        where: str,
+        typed: Sequence[str] | None,
+        row_of: np.ndarray | None = None,
+    ) -> Labels:
         if kind == NULL:
-            return cls(np.full(len(dataset), MISSING), [], False, where)
+            return cls(np.full(len(values), MISSING), [], False, where)
         if kind in TEXT:
             values = pc.fill_null(values.cast(pa.string()), "")
             found = (
@@ -82,7 +161,7 @@ class Labels:
             return cls(codes, names, False, where)
         if isinstance(kind, ClassLabel):
             codes = pc.fill_null(values.cast(pa.int64()), MISSING).to_numpy()
-            refuse_outside(codes, len(kind.names), where, kind.names)
+            refuse_outside(codes, len(kind.names), where, kind.names, row_of=row_of)
             names = joined_names([kind.names])
             return cls(renumbered(codes, kind.names, names), names, True, where)
         number = isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float", "decimal"))
@@ -113,9 +192,29 @@ class Labels:
             ) from error
         return cls(pc.fill_null(values, MISSING).to_numpy(), None, False, where)
 
+    @property
+    def several(self) -> bool:
+        """Whether a row may have several labels."""
+        return self.row_of is not None
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Which rows have a class, or a list of them, bool `(rows,)`. An empty list counts: it says that no class holds."""
+        return self.listed if self.several else self.codes != MISSING
+
     def has_any(self) -> bool:
         """Whether any row has a class."""
-        return bool((self.codes != MISSING).any())
+        return bool(self.labelled.any())
+
+    def column(self, codes: np.ndarray, names: list[str]) -> tuple[pa.Array, ClassLabel | List]:
+        """The column `label` with these codes, as numbers of `names`, and its type. In a list, each class is once, in order."""
+        kind = ClassLabel(names=names)
+        if not self.several:
+            return pa.array(codes, mask=codes == MISSING), kind
+        pairs = np.unique(np.stack([self.row_of, codes]), axis=1)  # sorted by row, then by class
+        offsets = np.searchsorted(pairs[0], np.arange(len(self.listed) + 1)).astype(np.int32)
+        lists = pa.ListArray.from_arrays(offsets, pairs[1], mask=pa.array(~self.listed))
+        return lists, List(kind)
 
     def used(self) -> list[str]:
         """The names that rows have."""
@@ -133,7 +232,7 @@ class Labels:
                     f"{self.where}: expected class names, found plain numbers ({len(np.unique(self.codes))} different ones), which "
                     f"cannot be matched with classes or used in a prompt. Type --class_names NAME_OF_0 NAME_OF_1 …"
                 )
-            refuse_outside(self.codes, len(classes.names), self.where, classes.names, classes.first)
+            refuse_outside(self.codes, len(classes.names), self.where, classes.names, classes.first, self.row_of)
             return np.where(self.codes == MISSING, MISSING, self.codes - classes.first)
         table = np.array([*(classes.number_of.get(name, -2) for name in self.names), MISSING], dtype=np.int64)
         codes = table[self.codes]  # MISSING takes the last entry
@@ -141,7 +240,7 @@ class Labels:
         if len(unknown):
             name = self.names[self.codes[unknown[0]]]
             raise UserError(
-                f"{self.where}, row {unknown[0]}: label {name!r} is outside the class list ({len(classes.names)} classes: "
+                f"{self.where}, row {_row(unknown[0], self.row_of)}: label {name!r} is outside the class list ({len(classes.names)} classes: "
                 f"{some(classes.names)}).{nearest(name, classes.names)} Correct the row, or leave the split out."
             )
         return codes
@@ -242,12 +341,42 @@ def _numbering(values: Sequence[int], names: Sequence[str], first: int) -> str:
     return f"--class_names names the numbers in the data: {some(pairs, 3)}."
 
 
-def refuse_outside(codes: np.ndarray, count: int, where: str, names: Sequence[str] = (), first: int = 0) -> None:
-    """Raises `UserError` with the first row whose number is neither a class nor `MISSING`. Classes count from `first`."""
+def separated(values: pa.ChunkedArray, kind, separator: str, where: str) -> pa.ChunkedArray:
+    """Lists of labels from texts with a separator between them. Blanks around a label, and empty parts, do not count.
+
+    An empty text is no list, but a missing label; the separator alone is an empty list.
+    """
+    if kind not in TEXT and not (isinstance(kind, Value) and kind.dtype.startswith(("int", "uint"))) and kind != NULL:
+        raise UserError(f"--label_separator: expected text, found {kind} in {where}. Leave it out.")
+    texts = values.cast(pa.string()).to_pylist()
+    lists = [
+        None if text is None or not text.strip() else [part.strip() for part in text.split(separator) if part.strip()]
+        for text in texts
+    ]
+    return pa.chunked_array([pa.array(lists, pa.list_(pa.string()))])
+
+
+def _row(entry: int, row_of: np.ndarray | None) -> int:
+    return entry if row_of is None else row_of[entry]
+
+
+def refuse_outside(
+    codes: np.ndarray,
+    count: int,
+    where: str,
+    names: Sequence[str] = (),
+    first: int = 0,
+    row_of: np.ndarray | None = None,
+) -> None:
+    """Raises `UserError` with the first row whose number is neither a class nor `MISSING`. Classes count from `first`.
+
+    Args:
+        row_of: the row of each code, where rows have lists of them.
+    """
     wrong = np.flatnonzero((codes != MISSING) & ((codes < first) | (codes >= first + count)))
     if len(wrong):
         raise UserError(
-            f"{where}, row {wrong[0]}: label {codes[wrong[0]]} is outside the class list ({count} classes: {some(names)}). Correct "
+            f"{where}, row {_row(wrong[0], row_of)}: label {codes[wrong[0]]} is outside the class list ({count} classes: {some(names)}). Correct "
             "the row, or leave the split out."
         )
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets
+from datasets import Dataset, Value, concatenate_datasets
 
 from ..core.arguments import DataArguments
 from ..core.console import some
 from ..core.errors import UserError
+from .columns import LISTS
+from .labels import class_label
 from .tables import open_files
 from .walk import Tree
 
@@ -99,8 +101,13 @@ def with_metadata(
     rows, label = metadata.rows, args.label_column
     kind = rows.features.get(label)
     values = rows[label][:] if kind else []
-    if isinstance(kind, ClassLabel):
-        values = [None if v is None or v < 0 else kind.names[v] for v in values]
+    if named := class_label(kind):
+
+        def name(value: int | None) -> str | None:
+            return None if value is None or value < 0 else named.names[value]
+
+        lists = isinstance(kind, LISTS)
+        values = [(v and list(map(name, v))) if lists else name(v) for v in values]
     columns = [name for name in rows.column_names if name not in (label, "image")]
     pictures, further, left, total = {}, {}, 0, 0
     for split, own in splits.items():

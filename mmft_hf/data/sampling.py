@@ -19,8 +19,11 @@ def generator(*key: int) -> np.random.Generator:
 def few_shot_split(labels: Sequence[int], shots: int, seed: int = 0) -> list[int]:
     """Row numbers of `min(shots, n)` examples of each class, drawn without replacement, in ascending order.
 
+    Where a row may have several classes, the rarest class is drawn first. What is drawn for one class counts for the others,
+    so a common class can have more than `shots`. Rows without any class are drawn as if they were a class.
+
     Args:
-        labels: Class of each row (`C` classes).
+        labels: Class of each row (`C` classes), or `(n, C)`, with 1 for each of its classes.
         shots: Examples per class, at least 1. A class with fewer gives all of them.
         seed: The only source of randomness.
 
@@ -30,6 +33,12 @@ def few_shot_split(labels: Sequence[int], shots: int, seed: int = 0) -> list[int
     if shots < 1:
         raise ValueError(f"shots: expected 1 or more examples per class, found {shots}.")
     labels = np.asarray(labels)
+    if labels.ndim == 2:
+        taken = np.zeros(len(labels), dtype=bool)
+        for c, rows in _rarest_first(labels):
+            wanted = max(0, shots - int(taken[rows].sum()))
+            taken[generator(seed, c).permutation(rows[~taken[rows]])[:wanted]] = True
+        return np.flatnonzero(taken).tolist()
     chosen: list[int] = []
     for c in np.unique(labels):
         rows = np.flatnonzero(labels == c)
@@ -38,10 +47,36 @@ def few_shot_split(labels: Sequence[int], shots: int, seed: int = 0) -> list[int
     return sorted(chosen)
 
 
+def _rarest_first(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each class of rows `(n, C)` with its rows, the smallest first; last, under the number C, the rows without a class."""
+    counts = (labels > 0).sum(axis=0)
+    for c in np.argsort(counts, kind="stable").tolist():
+        yield c, np.flatnonzero(labels[:, c] > 0)
+    yield labels.shape[1], np.flatnonzero((labels > 0).sum(axis=1) == 0)
+
+
 def hold_out(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Splits row numbers into (rest, held out), `fraction` of every class (at least one of a class of two or more)."""
+    """Splits row numbers into (rest, held out), `fraction` of every class (at least one of a class of two or more).
+
+    Where a row may have several classes (labels `(n, C)`), shares are as near to that as the rows allow; of every class at
+    least one row stays.
+
+    References: Sechidis et al. 2011, "On the Stratification of Multi-Label Data", which also begins with the rarest class.
+    """
     labels = np.asarray(labels)
     held: list[int] = []
+    if labels.ndim == 2:
+        left, decided = (labels > 0).sum(axis=0), np.zeros(len(labels), dtype=bool)
+        for c, rows in _rarest_first(labels):
+            wanted = min(len(rows) - 1, max(1, round(fraction * len(rows)))) - len(set(rows.tolist()) & set(held))
+            for row in generator(seed, c).permutation(rows[~decided[rows]]).tolist():
+                own = labels[row] > 0
+                if wanted > 0 and (left[own] > 1).all():
+                    held.append(row)
+                    left[own] -= 1
+                    wanted -= 1
+                decided[row] = True
+        return np.setdiff1d(np.arange(len(labels)), held).tolist(), sorted(held)
     for c in np.unique(labels):
         rows = np.flatnonzero(labels == c)
         n = min(len(rows) - 1, max(1, round(fraction * len(rows))))

@@ -1,6 +1,6 @@
 """Loads datasets under the contract's column names, checks them, and splits them. No image is opened here.
 
-Columns after loading: `image`, `label` (a `ClassLabel` whose names are the class names) and, if there are captions,
+Columns after loading: `image`, `label` (a `ClassLabel` whose names are the class names, or lists of it) and, if there are captions,
 `captions` (a text or a list of texts per image; null and empty are allowed). Other columns stay as they are.
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..core.console import some
 from ..core.errors import UserError, in_python, nearest
 from .columns import NULL, TEXT, check_plain, column_of, undecoded
 from .join import join_captions
-from .labels import MISSING, ClassList, Labels
+from .labels import ClassList, Labels, has_several, images_per_class, labels_of
 from .raw import RawData, empty_split, split_for, split_role
 from .sampling import few_shot_split, hold_out
 from .sources import open_source
@@ -47,6 +47,11 @@ class Splits:
     has_captions: bool
     notes: list[str] = field(default_factory=list)
     unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether a picture may have several labels."""
+        return has_several(self.train)
 
     def captions_per_image(self) -> np.ndarray:
         """Number of captions of each training image, `(rows,)`."""
@@ -90,11 +95,6 @@ def _file_name(path: str | None) -> str:
     """The last part of a path. A `Path` takes long to make, and there is one per picture."""
     name = (path or "").rpartition(os.sep)[2]
     return name if name not in ("", ".") else Path(path or "").name
-
-
-def labels_of(dataset: Dataset) -> np.ndarray:
-    """The labels `(rows,)`. No other column is read."""
-    return np.asarray(dataset["label"][:], dtype=np.int64)
 
 
 def captions_of(value: str | list | None) -> list[str]:
@@ -252,12 +252,14 @@ def _load(
             train = next(iter(raw))
     data, has_captions = _map_columns(raw, args)
     labels = {
-        s: Labels.of(rows, f"column {args.label_column!r}, split {s!r}", args.class_names) for s, rows in data.items()
+        s: Labels.of(rows, f"column {args.label_column!r}, split {s!r}", args.class_names, args.label_separator)
+        for s, rows in data.items()
     }
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
         if not labels[split].has_any():  # for example the test split of a challenge
             del data[split], labels[split]
             notes.append(f"Split {split!r} has no labels and is left out.")
+    _refuse_mixed(labels)
     kept = {split: _rows_with_class(own, args.on_missing_label, notes) for split, own in labels.items()}
     classes = known
     if known is None or args.class_names:
@@ -266,16 +268,25 @@ def _load(
     for split, own in labels.items():
         codes = own.under(classes)
         if known is not None and classes is not known:
-            codes = Labels(codes, classes.names, True, own.where).under(known)
+            codes = replace(own, codes=codes, names=classes.names, ordered=True).under(known)
         names = (known or classes).names
-        if data[split].features["label"] != ClassLabel(names=names) or not np.array_equal(codes, own.codes):
-            values = pa.array(codes, mask=codes == MISSING)
-            data[split] = (
-                data[split].remove_columns("label").add_column("label", values, feature=ClassLabel(names=names))
-            )
+        unchanged = data[split].features["label"] == ClassLabel(names=names) and np.array_equal(codes, own.codes)
+        if not unchanged:
+            values, feature = own.column(codes, names)
+            data[split] = data[split].remove_columns("label").add_column("label", values, feature=feature)
     for split, rows in data.items():
         _refuse_absent(rows, f"column {args.image_column!r}, split {split!r}")
     return _Loaded(data, kept, known or classes, has_captions, notes)
+
+
+def _refuse_mixed(labels: dict[str, Labels]) -> None:
+    """Raises `UserError` if pictures have one label in some splits and lists of labels in others."""
+    kinds = {own.several: own.where for own in reversed(labels.values()) if own.has_any()}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{kinds[False]}: expected lists of labels, as in {kinds[True]}, found one label per picture. Write lists, or one "
+            "label per picture, in all splits."
+        )
 
 
 def _split_columns(dataset: Dataset) -> list[str]:
@@ -308,15 +319,16 @@ def _refuse_absent(dataset: Dataset, where: str) -> None:
 
 def _rows_with_class(labels: Labels, on_missing: str, notes: list[str]) -> np.ndarray:
     """The numbers of the rows that have a class. Adds a note on the others, or raises `UserError`."""
-    kept = np.flatnonzero(labels.codes != MISSING)
-    missing = len(labels.codes) - len(kept)
+    kept = np.flatnonzero(labels.labelled)
+    rows = len(labels.labelled)
+    missing = rows - len(kept)
     if not missing:
         return kept
-    found = f"{missing:,} of {len(labels.codes):,} rows have no class (no label, or -1)"
+    found = f"{missing:,} of {rows:,} rows have no class (no label, or -1)"
     if on_missing == "skip" and len(kept):
         notes.append(f"{labels.where}: {found} and are left out.")
         return kept
-    row = int(np.flatnonzero(labels.codes == MISSING)[0])
+    row = int(np.flatnonzero(~labels.labelled)[0])
     how = (
         "Correct them"
         if on_missing == "skip" or not len(kept)
@@ -407,7 +419,7 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
             f"There is no {role} split{' but the one that is tested on' * tested}: {len(held)} images ({share:.0%} of each "
             f"class, seed {args.shots_seed}) were held out of {train_name!r} for it."
         )
-    counts = np.bincount(labels_of(train), minlength=len(names))
+    counts = images_per_class(train)
     if (counts == 0).any():
         missing = [names[c] for c in np.flatnonzero(counts == 0)]
         raise UserError(
@@ -416,7 +428,8 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
         )
     if args.shots:
         train = train.select(few_shot_split(labels_of(train), args.shots, args.shots_seed))
-        notes.append(f"Few-shot: {len(train)} images, at most {args.shots} of each class (seed {args.shots_seed}).")
+        count = f"{args.shots} or more" if has_several(train) else f"at most {args.shots}"
+        notes.append(f"Few-shot: {len(train)} images, {count} of each class (seed {args.shots_seed}).")
         notes.append("Validation stays at full size (selection policy val-full).")
     if not has_captions:
         text = text_columns(train) or [c for c in ("text", "caption") if is_text(train.features.get(c))]

@@ -17,10 +17,10 @@ from ..core.arguments import DataArguments
 from ..core.builtin import builtin
 from ..core.console import some
 from ..core.errors import UserError
-from .columns import IMAGE, NULL, TEXT, column_of, undecoded, with_values
+from .columns import IMAGE, LISTS, NULL, TEXT, column_of, entries_of, undecoded, with_values
 from .formats import READERS, TableFile, read_table_file
 from .image_paths import resolve_paths
-from .labels import MISSING, joined_names, refuse_outside, renumbered
+from .labels import MISSING, class_label, joined_names, refuse_outside, renumbered
 from .mapped import mapped
 from .raw import SPLIT_NAMES, RawData, split_role
 from .split_files import read_split_file
@@ -115,9 +115,15 @@ def _with_card(rows: Dataset, card: Features | None) -> Dataset:
     """Numbers without names in the file get the names that the card declares."""
     for column, kind in (card or {}).items():
         own = rows.features.get(column)
-        if isinstance(kind, ClassLabel) and isinstance(own, Value) and own.dtype.startswith(("int", "uint")):
+        listed = isinstance(kind, LISTS) and isinstance(own, LISTS)
+        plain = own.feature if listed else own
+        if class_label(kind) and listed == isinstance(kind, LISTS) and _is_whole(plain):
             rows = with_values(rows, column, column_of(rows, column), kind)
     return rows
+
+
+def _is_whole(kind) -> bool:
+    return isinstance(kind, Value) and kind.dtype.startswith(("int", "uint"))
 
 
 # -- text without types ----------------------------------------------------------------------------------------------------
@@ -176,30 +182,37 @@ def _join_classes(parts: Sequence[Dataset], places: Sequence[str]) -> list[Datas
     parts = list(parts)
     for column in dict.fromkeys(name for rows in parts for name in rows.column_names):
         kinds = [rows.features.get(column) for rows in parts]
-        named = [kind for kind in kinds if isinstance(kind, ClassLabel)]
+        named = [kind for kind in kinds if class_label(kind)]
         if not named or all(kind in (named[0], None, NULL) for kind in kinds):
             continue
-        as_text = any(kind in TEXT for kind in kinds)
-        names = joined_names(kind.names for kind in named)
-        for i, (rows, kind, place) in enumerate(zip(parts, kinds, places, strict=True)):
+        inner = [kind.feature if isinstance(kind, LISTS) else kind for kind in kinds]
+        as_text = any(kind in TEXT for kind in inner)
+        names = joined_names(class_label(kind).names for kind in named)
+        for i, (rows, kind, place) in enumerate(zip(parts, inner, places, strict=True)):
             if kind in (None, NULL) or kind in TEXT:
                 continue
-            where, values = f"{place}, column {column!r}", column_of(rows, column)
+            where, values, listed = f"{place}, column {column!r}", column_of(rows, column), isinstance(kinds[i], LISTS)
+            lists = row_of = None
+            if listed:
+                entries, lists, row_of = entries_of(values)
+                values = pa.chunked_array([entries])
             if isinstance(kind, ClassLabel):
                 codes = pc.fill_null(values, MISSING).to_numpy()
-                refuse_outside(codes, len(kind.names), where, kind.names)
+                refuse_outside(codes, len(kind.names), where, kind.names, row_of=row_of)
                 codes = renumbered(codes, kind.names, names)
             elif set(pc.unique(values).to_pylist()) <= {None, MISSING}:
-                codes = np.full(len(rows), MISSING)
+                codes = np.full(len(values), MISSING)
             else:
-                known = next(p for p, other in zip(places, kinds, strict=True) if isinstance(other, ClassLabel))
+                known = next(p for p, other in zip(places, kinds, strict=True) if class_label(other))
                 raise UserError(
-                    f"{where}: expected the names of classes, as {known} has them ({some(names)}), found {kind}. Nothing says which "
-                    "numbers are which classes: write the names into this file."
+                    f"{where}: expected the names of classes, as {known} has them ({some(names)}), found {kinds[i]}. Nothing says "
+                    "which numbers are which classes: write the names into this file."
                 )
             values, feature = pa.array(codes, mask=codes == MISSING), ClassLabel(names=names)
             if as_text:
                 values, feature = pa.array(names, pa.string()).take(values), Value("string")
+            if listed:
+                values, feature = lists(values), List(feature)
             parts[i] = with_values(rows, column, values, feature)
     return parts
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..core.builtin import ASSETS
@@ -21,6 +21,16 @@ TEMPLATES = tuple((ASSETS / "clip_templates" / "templates.txt").read_text(encodi
 def clean_class_name(name: str) -> str:
     """Underscores and hyphens become spaces, runs of spaces one space: `saint_bernard` -> `saint bernard`."""
     return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+NO_CLASS = "something else"  # stands for the class name of a picture with none of several labels
+
+
+def joined_class_names(class_names: Sequence[str], label: int | Sequence[int]) -> str:
+    """The name of a class, or the names of several, as a text has them: `red, round`."""
+    if isinstance(label, int):
+        return class_names[label]
+    return ", ".join(class_names[c] for c in label) or NO_CLASS
 
 
 def check_template(template: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +18,12 @@ from torch.utils.data import Dataset as TorchDataset
 from ..core.console import some
 from ..core.errors import UserError
 from .cache import DecodedPictures, Features
-from .columns import check_plain, column_of, with_values
+from .columns import check_plain, column_of, entries_of, with_values
 from .images import BadImage, random_crop_box, read_image
-from .labels import MISSING, one_form
+from .labels import MISSING, ClassList, Labels, class_label, class_names_of, has_several, one_form
 from .sampling import IGNORED, PADDING, generator
-from .splits import captions_of, labels_of
-from .texts import DEFAULT_TEMPLATE, class_prompt, training_text
+from .splits import captions_of
+from .texts import DEFAULT_TEMPLATE, class_prompt, joined_class_names, training_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class TextView:
         caption_dropout: probability of the class template alone instead of a caption.
         seed: of all draws.
 
-    A row is a mapping with `label` and, perhaps, `captions`.
+    A row is a mapping with `label`, a class or a list of classes, and, perhaps, `captions`. In a text of several classes, their
+    names are joined.
     """
 
     class_names: Sequence[str]
@@ -56,13 +58,14 @@ class TextView:
         object.__setattr__(self, "templates", templates)
         object.__setattr__(self, "class_names", tuple(self.class_names))
 
-    def class_texts(self, label: int) -> list[str]:
-        """The templates with the name of a class."""
-        return [class_prompt(template, self.class_names[label]) for template in self.templates]
+    def class_texts(self, label: int | Sequence[int]) -> list[str]:
+        """The templates with the name of a class, or of several."""
+        name = joined_class_names(self.class_names, label)
+        return [class_prompt(template, name) for template in self.templates]
 
     def caption_texts(self, row: Mapping) -> list[str]:
         """Each caption of a row after each template."""
-        captions, name = captions_of(row.get("captions")), self.class_names[row["label"]]
+        captions, name = captions_of(row.get("captions")), joined_class_names(self.class_names, row["label"])
         return [training_text(template, name, caption) for template in self.templates for caption in captions]
 
     def possible_texts(self, row: Mapping) -> list[str]:
@@ -88,19 +91,30 @@ class TextView:
             caption = None
         drawn = crop(rng) if crop else None
         template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
-        return training_text(template, self.class_names[row["label"]], caption), drawn
+        return training_text(template, joined_class_names(self.class_names, row["label"]), caption), drawn
 
 
 def text_rows(dataset: Dataset) -> Iterator[dict]:
     """The labelled rows of a dataset as `TextView` takes them, without opening a picture."""
     captions = dataset["captions"][:] if "captions" in dataset.column_names else [None] * len(dataset)
-    for label, value in zip(labels_of(dataset).tolist(), captions, strict=True):
+    for label, value in zip(dataset["label"][:], captions, strict=True):
         if label != IGNORED:
             yield {"label": label, "captions": value}
 
 
+def caption_counts(dataset: Dataset, texts: TextView) -> Counter[tuple[int, str]]:
+    """How many rows of each class have each text with a caption. A text counts for all classes of its picture."""
+    counts: Counter[tuple[int, str]] = Counter()
+    for row in text_rows(dataset):
+        for text in texts.caption_texts(row):
+            counts.update((c, text) for c in (row["label"] if isinstance(row["label"], list) else [row["label"]]))
+    return counts
+
+
 class ImageView(TorchDataset):
     """Rows for evaluation: `image` (or `image_embeds`, `image_trunk`), `label`, `skipped`.
+
+    The label is a class; or where pictures may have several, float32 `(C,)`, with 1 for each of them.
 
     Args:
         dataset: with columns `image` and `label`. A column `source_row` names a bad picture by its row in its own split.
@@ -122,6 +136,7 @@ class ImageView(TorchDataset):
         self._read = DecodedPictures(short_side).read if short_side else read_image
         self.features: Features | None = None
         self.key = "image"
+        self.classes = len(class_names_of(dataset)) if has_several(dataset) else None
         # Rows held out of another split are named by their place there.
         split = str(dataset.split or "")
         self.split_name = "" if split in ("", name, name.removesuffix("ing")) else f" of split {split!r}"
@@ -160,13 +175,21 @@ class ImageView(TorchDataset):
     def no_example(self) -> dict:
         """A row that stands for no image."""
         image = None if self.features is None else self.features.embeds.new_zeros(self.features.embeds.shape[1])
-        return {self.key: image, "label": IGNORED}
+        return {self.key: image, "label": self._label(IGNORED)}
+
+    def _label(self, label: int | list[int]) -> int | np.ndarray:
+        """The class of a row; or where it may have several, float32 `(C,)` with 1 for each of them."""
+        if self.classes is None:
+            return label
+        row = np.zeros(self.classes, dtype=np.float32)
+        row[... if label == IGNORED else label] = IGNORED if label == IGNORED else 1
+        return row
 
     def __getitem__(self, row: int) -> dict:
         values = self.read(row)
         if values[self.key] is None:
             return self.no_example() | {"skipped": 1}
-        return {self.key: values[self.key], "label": values["label"], "skipped": 0}
+        return {self.key: values[self.key], "label": self._label(values["label"]), "skipped": 0}
 
 
 class TrainingView(ImageView):
@@ -239,7 +262,8 @@ class TrainingView(ImageView):
         text, box = self.texts.draw(values, epoch, row, crop)
         if self.horizontal_flip and generator(self.texts.seed, epoch, row, 8).random() < 0.5:  # 8: a stream of its own
             image = ImageOps.mirror(image)
-        return {self.key: image, "box": box, "label": values["label"], "skipped": skipped} | self._text(text)
+        label = self._label(values["label"])
+        return {self.key: image, "box": box, "label": label, "skipped": skipped} | self._text(text)
 
 
 def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> Dataset:
@@ -260,12 +284,14 @@ def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = N
                 f"{name}: expected columns image and label, found {', '.join(dataset.column_names)}. Use "
                 "mmft_hf.load_captioned_dataset(…), or dataset.rename_columns({…})."
             )
-    kind = dataset.features["label"]
-    if not isinstance(kind, ClassLabel):
+    kind = class_label(dataset.features["label"])
+    if kind is None:
         raise UserError(
-            f"{name}: expected labels with class names (ClassLabel), found {kind}. Use "
+            f"{name}: expected labels with class names (ClassLabel), found {dataset.features['label']}. Use "
             "mmft_hf.load_captioned_dataset(…), or dataset.class_encode_column('label')."
         )
+    if has_several(dataset):
+        return _check_lists(name, dataset, kind.names, class_names)
     codes = pc.fill_null(column_of(dataset, "label"), MISSING).to_numpy()
     wrong = np.flatnonzero(((codes < 0) & (codes != IGNORED)) | (codes >= len(kind.names)))
     if len(wrong):
@@ -287,3 +313,21 @@ def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = N
         )
     codes = np.where(codes == IGNORED, IGNORED, table[codes])
     return with_values(dataset, "label", pa.array(codes), ClassLabel(names=class_names))
+
+
+def _check_lists(name: str, dataset: Dataset, own: list[str], class_names: list[str] | None) -> Dataset:
+    """`check_dataset` of pictures that may have several labels."""
+    entries, _, row_of = entries_of(column_of(dataset, "label"))
+    codes, missing = pc.fill_null(entries, MISSING).to_numpy(), np.flatnonzero(column_of(dataset, "label").is_null())
+    wrong = np.flatnonzero((codes < 0) | (codes >= len(own)))
+    if len(missing) or len(wrong):
+        row, found = (missing[0], "no list") if len(missing) else (row_of[wrong[0]], f"the label {codes[wrong[0]]}")
+        raise UserError(
+            f"{name}, row {row}: expected a list of classes from 0 to {len(own) - 1}, found {found}. Correct the row, or leave it "
+            "out; an empty list says that no class holds."
+        )
+    if class_names is None or own == class_names:
+        return dataset
+    labels = Labels(codes, own, True, name, row_of, np.ones(len(dataset), dtype=bool))
+    values, kind = labels.column(labels.under(ClassList.of_names(class_names)), class_names)
+    return with_values(dataset, "label", values, kind)

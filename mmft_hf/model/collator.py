@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -96,7 +97,7 @@ class MMFTDataCollator:
     and `text_trunk` `(H,)`, instead of `image` and `text`; `cut` says whether such a text was truncated.
 
     Returns:
-        `pixel_values` `(B, 3, height, width)`, `labels` `(B,)` (-100 where the image is None), `skipped` `(B,)`, and in
+        `pixel_values` `(B, 3, height, width)`, `labels` `(B,)`, or `(B, C)` where the rows have several (-100 where the image is None), `skipped` `(B,)`, and in
         training `input_ids`, `attention_mask` `(U, T)` of U texts and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
         of the U texts each image has, `class_rows` `(C,)` which are the class texts; without `text_rows` the first B texts
         are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` instead of pixels and
@@ -115,7 +116,7 @@ class MMFTDataCollator:
         if "image_embeds" not in batch and "image_trunk" not in batch:
             rows = [self.prepare(row) for row in rows]
             batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
-        labels = torch.tensor([row["label"] for row in rows])
+        labels = torch.as_tensor(np.array([row["label"] for row in rows]))
         batch |= {"labels": labels, "skipped": torch.tensor([row.get("skipped", 0) for row in rows])}
         if kept_texts:
             batch["captions_cut"] = torch.tensor([row["cut"] for row in rows])
@@ -131,7 +132,7 @@ class MMFTDataCollator:
         image, box = row.pop("image"), row.pop("box", None)
         image_processor, size = self.processor.image_processor, input_size(self.processor)
         if image is None:
-            row["label"] = IGNORED
+            row["label"] = np.full_like(row["label"], IGNORED)
             image = Image.new("RGB", size)
         if box is None:
             return row | {"pixel_values": pixels_of(image_processor, image)}

@@ -31,8 +31,8 @@ from ..core.distributed import communication_device, process_index, world_size
 from ..core.errors import UserError
 from ..data.cache import Features, cache_folder, keep
 from ..data.images import content_hash
-from ..data.sampling import IGNORED
-from ..data.splits import labels_of
+from ..data.labels import labels_of
+from ..data.sampling import IGNORED, is_example
 from ..data.views import ImageView
 from ..version import __version__
 from .collator import MMFTDataCollator, PreparedRows, tokenize
@@ -79,7 +79,7 @@ def image_features(
     name: str = "evaluation",
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` (-100: unreadable), in row order, on the CPU.
+    """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` or `(n, C)` (-100: unreadable), in row order, on the CPU.
 
     They are read from the cache where it has them, and are then bit for bit what was encoded: the key covers the image
     tower's weights, the model's configuration, the image processor, precision, batch size, every picture's bytes, and the
@@ -94,8 +94,9 @@ def image_features(
     """
     view = ImageView(dataset, on_bad_image, name)
     features = encode_pictures_once(model, processor, view, Encoding(batch_size, **options))
-    labels = torch.from_numpy(labels_of(dataset)).long()
-    return features.embeds, torch.where(features.flags, labels, IGNORED)
+    labels = torch.from_numpy(labels_of(dataset))
+    labels[~features.flags] = IGNORED
+    return features.embeds, labels
 
 
 def text_features(model, processor, texts: Sequence[str], batch_size: int = BATCH_SIZE, **options) -> Tensor:
@@ -135,7 +136,7 @@ def encode_pictures_once(model, processor, view: ImageView, how: Encoding) -> Fe
         random = torch.Generator()
         options = (how.workers, how.progress, random, how.trunk)
         for embeds, labels in encode_image_batches(model, processor, view, mine, *options):
-            yield embeds, labels != IGNORED
+            yield embeds, is_example(labels)
 
     return _once(model, "images", settings, digests, batches, encode, how)
 
@@ -166,7 +167,7 @@ def encode_image_batches(
     generator: torch.Generator | None = None,
     trunk: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields unit-norm embeddings `(B, D)` on the model's device, and labels `(B,)` (-100: unreadable), of batches of rows.
+    """Yields unit-norm embeddings `(B, D)` on the model's device, and labels `(B,)` or `(B, C)` (-100: unreadable), of batches.
 
     Args:
         trunk: yields what the tower's projection reads, `(B, H)`, instead of embeddings.

@@ -9,8 +9,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..data.sampling import IGNORED, is_example
 
 BOUNDS = math.log(0.05), math.log(20.0)  # of the logarithm of a temperature
 BINS = 15
@@ -47,6 +50,55 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             two = low + golden * (high - low)
             at_two = loss(two)
     return math.exp((low + high) / 2)
+
+
+def fit_decisions(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """What turns raw logits into decisions about several labels: `sigmoid(logits / T + offsets)`, a class holds from .5 on.
+
+    Least sum of the binary cross-entropies + τ²/2 + Σ_c (offset_c - their mean)²/2, with T = exp τ in 0.05 to 20. The second
+    term keeps T near 1, the third the offsets of classes with few positives, or with none, near the others.
+
+    Args:
+        logits (`(n, C)`): of examples that the classifier was not fitted to.
+        labels (`(n, C)`): 1 where a class holds, else 0.
+
+    Returns:
+        T and the offsets, float64 `(C,)`.
+
+    References: Platt 1999, "Probabilistic outputs for support vector machines"; the two further terms are our own.
+    """
+    logits, labels = logits.double(), labels.double()
+    centre = (
+        logits.mean() if len(logits) else logits.new_zeros(())
+    )  # so that the two parts are fitted independently, more or less
+    tau, offsets = torch.zeros(1, dtype=torch.float64), torch.zeros(logits.shape[1], dtype=torch.float64)
+    parameters = [tau.requires_grad_(), offsets.requires_grad_()]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        answers = (logits - centre) * torch.exp(-tau.clamp(*BOUNDS)) + offsets
+        value = F.binary_cross_entropy_with_logits(answers, labels, reduction="sum")
+        value = value + (tau.square().sum() + (offsets - offsets.mean()).square().sum()) / 2
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    temperature = math.exp(min(max(tau.item(), BOUNDS[0]), BOUNDS[1]))
+    return temperature, offsets.detach() - centre / temperature
+
+
+def image_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each image, `(n,)`: cross-entropy, or with several labels the mean binary cross-entropy; 0 for no example.
+
+    Args:
+        logits (`(n, C)`), labels (`(n,)` or `(n, C)`).
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=1)
+    return losses.where(is_example(labels), 0.0)
 
 
 class Calibration(NamedTuple):

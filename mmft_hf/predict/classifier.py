@@ -21,6 +21,7 @@ from ..data.images import BadImage, read_image
 from ..model.collator import pixels_of
 from ..model.loading import encode_images, load_model
 from .heads import UNKNOWN, Head, load_head
+from .metrics import DECISION
 
 
 class ImageClassifier(nn.Module):
@@ -31,7 +32,7 @@ class ImageClassifier(nn.Module):
         processor: that of the model, or its image processor alone.
         head: `ClassPrototypes` or another head.
 
-    The softmax of the logits gives the class probabilities.
+    The softmax of the logits gives the class probabilities; where a picture may have several labels, their sigmoid.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | BaseImageProcessor, head: Head):
@@ -112,7 +113,8 @@ class ImageClassifier(nn.Module):
         Returns:
             For each picture `[{"label", "score"}, …]`, best first; the scores are probabilities over all classes. For a
             single picture that list alone. A picture whose best class is below the head's `reject_below` is answered
-            `unknown` first, with the probability that its best class is wrong.
+            `unknown` first, with the probability that its best class is wrong. With several labels: all classes with a score
+            of 0.5 or more, whatever `top_k`, best first; an empty list says that none holds.
 
         Raises:
             BadImage: a picture that cannot be read.
@@ -127,11 +129,15 @@ class ImageClassifier(nn.Module):
 
     def best(self, logits: Tensor, top_k: int) -> list[list[dict]]:
         """The `top_k` classes of each row of logits `(B, C)`, as `predict` returns them."""
-        scores, classes = logits.float().softmax(dim=1).topk(min(top_k, len(self.class_names)), dim=1)
+        several = self.head.several_labels
+        count = len(self.class_names) if several else min(top_k, len(self.class_names))
+        scores, classes = self.head.probabilities(logits).topk(count, dim=1)
         found = [
             [{"label": self.class_names[c], "score": score} for score, c in zip(*row, strict=True)]
             for row in zip(scores.tolist(), classes.tolist(), strict=True)
         ]
+        if several:
+            return [[one for one in row if one["score"] >= DECISION] for row in found]
         least = self.head.reject_below or 0
         return [
             row if row[0]["score"] >= least else [{"label": UNKNOWN, "score": 1 - row[0]["score"]}, *row][: len(row)]

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from ..core.distributed import gather_shares, share_of
-from ..data.sampling import IGNORED
+from ..core.errors import UserError
+from ..data.labels import has_several
+from ..data.sampling import is_example
 from ..model.features import image_embeddings, image_features
-from .calibration import area_under_risk, calibration
+from .calibration import area_under_risk, calibration, image_losses
 from .classifier import ImageClassifier
-from .metrics import report
+from .metrics import DECISION, report, several_report
 
 
 @dataclass
@@ -22,33 +23,51 @@ class Predictions:
     """The answers to `n` pictures.
 
     Args:
-        scores (`(n, C)`): softmax of the logits.
-        labels (`(n,)`): -100 for an unreadable image.
-        losses (`(n,)`): cross-entropy of the logits, in nats; 0 for an unreadable image.
+        scores (`(n, C)`): softmax of the logits; with several labels their sigmoid.
+        labels (`(n,)`): -100 for an unreadable image; with several labels `(n, C)`, of 1 and 0.
+        losses (`(n,)`): cross-entropy of the logits, in nats, with several labels the mean binary one; 0 for an unreadable image.
         class_names: `C` names, in the order of the scores.
+        logits (`(n, C)`): with several labels; their sigmoid may be rounded to 0 or 1.
     """
 
     scores: np.ndarray
     labels: np.ndarray
     losses: np.ndarray
     class_names: list[str]
+    logits: np.ndarray | None = None
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.labels.ndim == 2
+
+    @property
+    def known(self) -> np.ndarray:
+        """Which images can be read, bool `(n,)`."""
+        return is_example(self.labels)
 
     @property
     def predicted(self) -> np.ndarray:
-        """Predicted class of each row, `(n,)`."""
-        return self.scores.argmax(axis=1)
+        """Predicted class of each row, `(n,)`; with several labels bool `(n, C)`."""
+        return self.scores >= DECISION if self.several_labels else self.scores.argmax(axis=1)
 
-    def rescale(self, temperature: float) -> None:
-        """Divides the logits by a temperature."""
-        logits = torch.from_numpy(np.log(np.maximum(self.scores, np.finfo(np.float32).tiny))) / temperature
-        self.scores = logits.softmax(dim=1).numpy()
+    def rescale(self, temperature: float, offsets: np.ndarray | None = None) -> None:
+        """Divides the logits by a temperature. With several labels offsets `(C,)` are added."""
         labels = torch.from_numpy(self.labels)
-        self.losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").numpy()
+        if self.several_labels:
+            self.logits = (self.logits / temperature + offsets).astype(np.float32)
+            logits = torch.from_numpy(self.logits)
+            self.scores = logits.sigmoid().numpy()
+        else:
+            logits = torch.from_numpy(np.log(np.maximum(self.scores, np.finfo(np.float32).tiny))) / temperature
+            self.scores = logits.softmax(dim=1).numpy()
+        self.losses = image_losses(logits, labels).numpy()
 
     def report(self) -> dict:
-        """`ClassificationReport` over all readable rows, and their mean cross-entropy as `loss`."""
-        found = report(self.scores, self.labels, self.class_names)
-        return {**found, "loss": float(self.losses[self.labels >= 0].mean(dtype=np.float64))}
+        """`ClassificationReport` over all readable rows, and their mean cross-entropy as `loss`; with several labels
+        `metrics.several_report`."""
+        found = (several_report if self.several_labels else report)(self.scores, self.labels, self.class_names)
+        return {**found, "loss": float(self.losses[self.known].mean(dtype=np.float64))}
 
     def answered(self, least: float) -> dict:
         """The share of readable rows whose best class has at least this probability, and their accuracy (None: no row has)."""
@@ -61,7 +80,10 @@ class Predictions:
         }
 
     def certainty(self) -> dict:
-        """How far the probabilities can be trusted, over all readable rows: see `calibration.Calibration`, and `AURC`."""
+        """How far the probabilities can be trusted, over all readable rows: see `calibration.Calibration`, and `AURC`. Nothing with
+        several labels."""
+        if self.several_labels:
+            return {}
         known = self.labels >= 0
         scores, labels = self.scores[known], self.labels[known]
         found = calibration(scores, labels)
@@ -90,17 +112,27 @@ def classify(
     """Classifies every image of a dataset.
 
     Args:
-        dataset: with columns `image` and `label`; its labels have the order of the classifier's classes.
+        dataset: with columns `image` and `label`; its labels have the order of the classifier's classes. They are lists if the
+            head is for several labels.
         shard: each of several processes encodes its share, and each image once. All of them must call this, and all get
             all predictions.
         cached: the embeddings are kept on disk (`model.features`), for an image tower that is used again as it is.
 
     Raises:
-        UserError: an image that cannot be read, with `on_bad_image="fail"`.
+        UserError: an image that cannot be read, with `on_bad_image="fail"`; lists of labels for a head with one, or the other
+            way round.
     """
     head = classifier.head
-    scores, labels = [torch.zeros(0, len(head.class_names))], [torch.zeros(0, dtype=torch.long)]
-    losses = [torch.zeros(0)]
+    several = has_several(dataset)
+    if several != head.several_labels:
+        kinds = ("one class for each picture", "a list of labels for each picture")
+        raise UserError(
+            f"{name} data: expected {kinds[head.several_labels]}, as the classifier was trained on, found {kinds[several]}. Type "
+            "--label_column NAME of a column of that kind."
+        )
+    scores = [torch.zeros(0, len(head.class_names))]
+    labels = [scores[0] if several else torch.zeros(0, dtype=torch.long)]
+    losses, answers = [torch.zeros(0)], list(scores)
     encoder = (classifier.model, classifier.processor, dataset, batch_size, on_bad_image)
     if cached:  # every process gets all of them
         embeds, known = image_features(*encoder, name, workers=workers, shard=shard, progress=progress)
@@ -112,6 +144,13 @@ def classify(
         scores.append(head.scores(embeds).cpu())
         labels.append(batch_labels)
         logits = head.logits(embeds).float().cpu()
-        losses.append(F.cross_entropy(logits, batch_labels, ignore_index=IGNORED, reduction="none"))
-    parts = [torch.cat(part) for part in (scores, labels, losses)]
-    return Predictions(*((gather_shares(part) if shard else part).numpy() for part in parts), head.class_names)
+        losses.append(image_losses(logits, batch_labels))
+        answers += [logits] if several else []
+
+    def whole(parts: list[torch.Tensor]) -> np.ndarray:
+        part = torch.cat(parts)
+        return (gather_shares(part) if shard else part).numpy()
+
+    found = Predictions(whole(scores), whole(labels), whole(losses), head.class_names)
+    found.logits = whole(answers) if several else None
+    return found

@@ -136,7 +136,13 @@ def draw_certainty(path: Path, confidence: np.ndarray, right: np.ndarray, reject
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
-def draw_curves(path: Path, log_history: Iterable[dict], zero_shot: float, best_epoch: float | None = None) -> None:
+def draw_curves(
+    path: Path,
+    log_history: Iterable[dict],
+    zero_shot: float,
+    best_epoch: float | None = None,
+    metric: str = "accuracy",
+) -> None:
     """Draws training loss and validation accuracy by epoch, with the zero-shot accuracy as a line.
 
     Args:
@@ -144,11 +150,13 @@ def draw_curves(path: Path, log_history: Iterable[dict], zero_shot: float, best_
         log_history: of the Trainer's state.
         zero_shot: validation accuracy of the untuned model with the class template, 0 to 1.
         best_epoch (*optional*): the epoch that was kept, to be marked.
+        metric: what is drawn as accuracy.
     """
-    losses, accuracies = training_curves(log_history)
+    losses, accuracies = training_curves(log_history, metric)
+    measured = f"Validation {metric.replace('_', ' ')}, %"
     with _figure(path, 2.9) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
-        for axes, title, points in ((left, "Training loss", losses), (right, "Validation accuracy, %", accuracies)):
+        for axes, title, points in ((left, "Training loss", losses), (right, measured, accuracies)):
             axes.set_title(title)
             if not points:
                 axes.set_axis_off()
@@ -172,8 +180,8 @@ def draw_curves(path: Path, log_history: Iterable[dict], zero_shot: float, best_
         right.margins(y=0.15)
 
 
-def training_curves(log_history: Iterable[dict]) -> tuple[list, list]:
-    """`(epoch, loss)` and `(epoch, validation accuracy in %)`, in order, each step once."""
+def training_curves(log_history: Iterable[dict], metric: str = "accuracy") -> tuple[list, list]:
+    """`(epoch, loss)` and `(epoch, validation accuracy in %)`, or another metric of validation, in order, each step once."""
     losses, accuracies, after = {}, {}, {}
     finished = False
     for log in log_history:
@@ -183,8 +191,8 @@ def training_curves(log_history: Iterable[dict]) -> tuple[list, list]:
             continue
         if "loss" in log:
             losses[epoch] = log["loss"]
-        if "eval_accuracy" in log:
+        if f"eval_{metric}" in log:
             # Figures measured after the training belong to the model that was kept, not to the last epoch.
-            (after if finished else accuracies).setdefault(epoch, 100 * log["eval_accuracy"])
+            (after if finished else accuracies).setdefault(epoch, 100 * log[f"eval_{metric}"])
     curves = (losses, accuracies or after)
     return tuple([(x, y) for x, y in sorted(c.items()) if math.isfinite(y)] for c in curves)

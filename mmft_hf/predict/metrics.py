@@ -9,9 +9,11 @@ import evaluate
 import numpy as np
 
 from ..core.errors import UserError
+from ..data.sampling import is_example
 
 Z_95 = 1.959963984540054
 UNEVEN = 5  # times as many images in the largest class as in the smallest
+DECISION = 0.5  # a class holds from this score on, where a picture may have several labels
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -29,7 +31,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 def class_sizes(counts) -> tuple[int, int]:
     """Images of the smallest and of the largest class, from the counts `(C,)`; classes without images are left out."""
-    present = [int(count) for count in counts if count]
+    present = [int(count) for count in counts if count] or [0]
     return min(present), max(present)
 
 
@@ -116,3 +118,66 @@ def report(scores: np.ndarray, labels: np.ndarray, class_names: list[str]) -> di
         predictions=scores.argmax(axis=1), references=references, class_names=class_names, scores=scores
     )
     return {**result, "skipped": int((~known).sum())}
+
+
+# -- several labels per picture --------------------------------------------------------------------------------------------
+def several_report(scores: np.ndarray, labels: np.ndarray, class_names: list[str]) -> dict:
+    """Metrics of several labels per picture, over the rows that are examples; the others are counted in `skipped`.
+
+    Args:
+        scores (`(n, C)`): a class is predicted from 0.5 on. Average precision depends on their order alone.
+        labels (`(n, C)`): 1 where a class holds, else 0; -100 for no example.
+
+    Returns:
+        `mean_average_precision` and `macro_f1`, means over the classes that occur; `micro_f1` over all decisions; `accuracy`,
+        the share of pictures with exactly the right labels, with its Wilson interval (`accuracy_ci_low`, `accuracy_ci_high`);
+        `per_class` (list of `label`, `images`, `average_precision`, `precision`, `recall`, `f1`; None where it is not
+        defined), `examples`, `skipped`.
+
+    Raises:
+        UserError: no row is left.
+    """
+    known = is_example(labels)
+    if not known.any():
+        raise UserError(f"expected at least one image that can be read, found none among {len(labels)}.")
+    scores, truth = scores[known], labels[known] > 0
+    predicted = scores >= DECISION
+    hits, answered, positives = (predicted & truth).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0)
+    f1 = 2 * hits / np.maximum(answered + positives, 1)
+    occur = positives > 0
+    precision = [average_precision(scores[:, c], truth[:, c]) if occur[c] else None for c in range(len(class_names))]
+    exact = int((predicted == truth).all(axis=1).sum())
+    low, high = wilson_interval(exact, len(truth))
+    return {
+        "mean_average_precision": float(np.mean([p for p in precision if p is not None])) if occur.any() else 0.0,
+        "micro_f1": float(2 * hits.sum() / max(answered.sum() + positives.sum(), 1)),
+        "macro_f1": float(f1[occur].mean()) if occur.any() else 0.0,
+        "accuracy": exact / len(truth),
+        "accuracy_ci_low": low,
+        "accuracy_ci_high": high,
+        "examples": len(truth),
+        "per_class": [
+            {
+                "label": name,
+                "images": int(positives[c]),
+                "average_precision": precision[c],
+                "precision": float(hits[c] / answered[c]) if answered[c] else None,
+                "recall": float(hits[c] / positives[c]) if occur[c] else None,
+                "f1": float(f1[c]) if occur[c] else None,
+            }
+            for c, name in enumerate(class_names)
+        ],
+        "skipped": int((~known).sum()),
+    }
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over the positives of the precision down to each: Σ (recall_k - recall_(k-1)) precision_k over the different scores.
+
+    Args:
+        scores (`(n,)`), truth (`(n,)`, bool): with a positive at least.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores count at once
+    hits = np.cumsum(truth[order])[ends]
+    return float((np.diff(hits, prepend=0) * hits / (ends + 1)).sum() / hits[-1])

@@ -13,7 +13,7 @@ from ..core.console import is_main
 from ..core.errors import UserError
 from ..data.splits import Splits
 from ..model.interpolation import interpolated
-from ..predict.calibration import fit_temperature, threshold_for
+from ..predict.calibration import fit_decisions, fit_temperature, threshold_for
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
 from ..predict.fitting.auto import Choice, State, select
@@ -22,7 +22,7 @@ from ..predict.fitting.heads import FITTERS
 from ..predict.heads import ClassPrototypes, Head
 from .config import MMFTConfig
 from .prototypes import prototypes_of
-from .selection import metric_name
+from .selection import SEVERAL, metric_name
 from .terms import LossTerm
 
 ADJUSTED = ("auto", "linear")  # heads on which `logit_adjustment` acts
@@ -57,8 +57,9 @@ class Kept:
 
     def record(self) -> dict:
         """The choice as JSON: what was chosen, why, and each candidate with its loss, accuracy and metric on validation."""
-        metric = self.choice.metric
+        metric, several = self.choice.metric, self.choice.chosen.head.several_labels
         named = {} if metric in ("loss", "accuracy") else {f"validation_{metric}": lambda c: 1 - c.cost}
+        accuracy = f"validation_{SEVERAL if several else 'accuracy'}"
         return {
             "head": self.choice.chosen.name,
             "head_alpha": self.alpha,
@@ -68,7 +69,7 @@ class Kept:
             "head_validation_images": self.choice.images,
             "head_validation_groups": self.choice.groups,
             "head_candidates": [
-                {"head": c.name, "alpha": c.alpha, "validation_loss": c.loss, "validation_accuracy": c.accuracy}
+                {"head": c.name, "alpha": c.alpha, "validation_loss": c.loss, accuracy: c.accuracy}
                 | {key: value(c) for key, value in named.items()}
                 for c in self.choice.candidates
                 if len(c.losses)
@@ -125,6 +126,7 @@ def choose_classifier(
             yield State(alpha, data, *embeddings(model, processor, splits.validation, name="validation", **how))
 
     metric = config.metric_for_best_model and metric_name(config.metric_for_best_model)
+    metric = None if splits.several_labels else metric  # that of the epochs, of which single images have no part
     choice = select(states(), config.head, untuned.head, metric, config.logit_adjustment)
     alpha = choice.chosen.alpha
     return Kept(ImageClassifier(weights(alpha), processor, choice.chosen.head), prototypes[alpha], choice)
@@ -145,23 +147,31 @@ def check_adjustment(config: MMFTConfig, terms: Sequence[LossTerm] = ()) -> None
 
 # -- calibration and abstention -----------------------------------------------------------------------------------------
 def calibrated(head: Head, validated: Predictions, kept: Kept | None) -> Head:
-    """The head with the temperature that fits its answers on validation. They are what `head` gave, and are changed with it.
+    """The head with the temperature that fits its answers on validation, with several labels also the offsets. The answers
+    are what `head` gave, and are changed with it.
 
     Training pictures have no part in it: a head is surer of them than of new ones.
     """
     known = _new(validated, kept)
+    record = {"calibrated_on": "validation", "calibration_images": int(known.sum())}
     if not known.any():
         return head
+    if validated.several_labels:
+        factor, offsets = fit_decisions(
+            *(torch.from_numpy(part[known]) for part in (validated.logits, validated.labels))
+        )
+        validated.rescale(factor, offsets.numpy())
+        offsets = offsets.float() if head.offsets is None else (head.offsets / factor + offsets).float()
+        return replace(head, temperature=head.temperature * factor, offsets=offsets, fitted=head.fitted | record)
     logits = torch.from_numpy(np.log(np.maximum(validated.scores, np.finfo(np.float32).tiny)))
     factor = fit_temperature(logits[known], torch.from_numpy(validated.labels[known]))
-    record = {"calibrated_on": "validation", "calibration_images": int(known.sum())}
     validated.rescale(factor)
     return replace(head, temperature=head.temperature * factor, fitted=head.fitted | record)
 
 
 def _new(validated: Predictions, kept: Kept | None) -> np.ndarray:
     """Which rows can be read and are not among the training images, as far as that is known; bool `(n,)`."""
-    known = validated.labels >= 0
+    known = validated.known
     return known & kept.choice.usable.numpy() if kept else known
 
 

@@ -228,7 +228,8 @@ class MMFTConfig(TrainingArguments):
     metric_for_best_model: str | None = setting(
         None,
         "What chooses epoch, weights and head on validation: accuracy, mean_per_class_accuracy, top5_accuracy, or loss, the "
-        "cross-entropy of the class probabilities. Default: accuracy for the epoch, loss for weights and head.",
+        "cross-entropy of the class probabilities. Default: accuracy for the epoch, loss for weights and head. With several "
+        "labels per picture: mean_average_precision for the epoch, loss for weights and head.",
     )
     greater_is_better: bool | None = setting(
         None, "Whether a higher value of that metric is better. Default: yes, except for a loss."

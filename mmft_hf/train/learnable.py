@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..core.errors import UserError
-from ..data.sampling import IGNORED
+from ..data.sampling import is_example
 from ..model.towers import TOWERS
 from .config import MMFTConfig
 from .terms import Clip, LossTerm, SupCon
@@ -37,13 +37,23 @@ def check_weights(terms: Sequence[LossTerm], step: int = 0, steps: int = 1) -> l
     return weights
 
 
+def refuse_balance(config: MMFTConfig) -> None:
+    """Raises `UserError` for a setting that balances classes, where an image may have several labels."""
+    for name in ("samples_per_class", "class_balance", "logit_adjustment"):
+        if value := getattr(config, name):
+            raise UserError(
+                f"--{name}: expected one class for each image, found lists of labels and {value}: it balances classes that exclude "
+                "each other. Leave it out."
+            )
+
+
 def check_learnable(
-    labels: Sequence[int], terms: Sequence[LossTerm], config: MMFTConfig, model: PreTrainedModel | None = None
+    labels: np.ndarray, terms: Sequence[LossTerm], config: MMFTConfig, model: PreTrainedModel | None = None
 ) -> list[str]:
     """What keeps a training from learning as much as it could, one sentence each.
 
     Args:
-        labels: of the training images.
+        labels: of the training images, `(n,)`, or `(n, C)` where an image may have several.
         terms: of the loss.
         model: with its towers set; None: not known yet.
 
@@ -51,8 +61,15 @@ def check_learnable(
         UserError: nothing can be learnt at all.
     """
     check_weights([term for term in terms if not callable(term.weight)] or terms)
-    counts = np.unique([label for label in labels if label != IGNORED], return_counts=True)[1]
-    images, batch = int(counts.sum()), config.per_device_train_batch_size * config.world_size
+    labels = np.asarray(labels)
+    known, batch = labels[is_example(labels)], config.per_device_train_batch_size * config.world_size
+    if several := labels.ndim == 2:
+        counts = known.sum(axis=0).astype(int)
+        counts = counts[counts > 0]
+        refuse_balance(config)
+    else:
+        counts = np.unique(known, return_counts=True)[1]
+    images = len(known)
     if len(counts) < 2:
         raise UserError(
             f"expected training images of two classes or more, found {images} of {len(counts)}: there is nothing to tell "
@@ -80,7 +97,7 @@ def check_learnable(
             f"dealt out in batches of {batch}. For example, type --per_device_train_batch_size {_other_size(images, config)}."
         )
     supcon = next((term for term in active if isinstance(term, SupCon)), None)
-    if supcon and not supcon.include_self:
+    if supcon and not supcon.include_self and not several:
         share = share_with_positives(counts, batch, config.samples_per_class or int(config.class_balance))
         remedy = "--samples_per_class 2 (batches with two images of each class)"
         if counts.max() < 2:

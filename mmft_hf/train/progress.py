@@ -9,7 +9,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..core.console import plain
 from ..predict.heads import Head
-from .selection import metric_name, shown
+from .selection import SEVERAL, metric_name, shown
 from .terms import LossTerm
 
 # What the stock Trainer logs: everything else in a log comes from the loss terms, or from the batches.
@@ -86,7 +86,7 @@ class EpochLines(ProgressCallback):
             self.losses = logs
             if args.eval_strategy == "no":
                 self._print(self._line(self.losses, state, None))
-        if "eval_accuracy" in logs:
+        if "eval_accuracy" in logs or f"eval_{SEVERAL}" in logs:
             self._print(self._line(self.losses, state, logs))
             self.losses = {}
 
@@ -111,10 +111,11 @@ class EpochLines(ProgressCallback):
         elif state.global_step == 0:
             parts.append(f"untuned model, {self.head().about}")
         if validation is not None:
-            parts.append(f"validation {validation['eval_accuracy']:.1%}")
+            main = "accuracy" if "eval_accuracy" in validation else SEVERAL
+            parts.append(f"validation {'mAP ' * (main == SEVERAL)}{validation[f'eval_{main}']:.1%}")
             value = validation.get(f"eval_{self.metric}")
             if value is not None:
-                if self.metric != "accuracy":
+                if self.metric != main:
                     parts[-1] += f", {self.metric.replace('_', ' ')} {shown(self.metric, value).replace(' %', '%')}"
                 if self.best is None or (value > self.best if self.higher else value < self.best):
                     parts[-1] += " *"

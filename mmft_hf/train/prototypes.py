@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..core.console import is_main
+from ..data.labels import class_names_of, has_several
 from ..data.texts import TEMPLATES
 from ..predict.heads import ClassPrototypes
 from .config import MMFTConfig
@@ -34,4 +37,5 @@ def prototypes_of(
         return ClassPrototypes.from_images(model, processor, train, **options)
     # The user's own template comes first among several.
     templates = template if source == "template" else [template, *(t for t in TEMPLATES if t != template)]
-    return ClassPrototypes.from_templates(model, processor, train.features["label"].names, templates, shard)
+    found = ClassPrototypes.from_templates(model, processor, class_names_of(train), templates, shard)
+    return replace(found, several_labels=has_several(train))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from transformers import TrainerState
@@ -22,7 +22,7 @@ from .choice import calibrated, check_adjustment, choose_classifier, with_thresh
 from .config import MMFTConfig
 from .run_folder import RunFolder
 from .selection import metric_name
-from .workflow import IN_MEMORY
+from .workflow import IN_MEMORY, check_several_settings
 
 # What heads, and the record of the choice, depend on.
 SETTINGS = (
@@ -106,6 +106,8 @@ def refit(
         known["metric_for_best_model"], metric = None, "accuracy"
     config = MMFTConfig(**known | {"output_dir": str(output_dir), "head": head, "report_to": "none"} | settings)
     check_adjustment(config)
+    if splits.several_labels:
+        check_several_settings(config)
     towers = {key: identity[key] for key in ("vision_tower", "text_tower")} | (identity["lora"] or {})
     model_args = ModelArguments(identity["base_model"], identity["base_model_revision"], **towers)
     run = RunFolder(str(output_dir), model_args, data_args, config, splits)
@@ -113,6 +115,7 @@ def refit(
     found = ImageClassifier.from_pretrained(folder)
     found.model.to(config.device)
     template = ClassPrototypes.from_templates(found.model, found.processor, splits.class_names, config.class_template)
+    template = replace(template, several_labels=splits.several_labels)
     kept = choose_classifier(ImageClassifier(found.model, found.processor, template), None, splits, config)
     chosen = kept.classifier
 

@@ -45,6 +45,10 @@ DECIDING = (
     "weight_averaging"
 ).split()
 
+# Metrics of the test split in the results, beside accuracy and the one that selects.
+SEVERAL_LABELS = ("mean_average_precision", "micro_f1", "macro_f1")
+FURTHER = ("mean_per_class_accuracy", "top5_accuracy", *SEVERAL_LABELS)
+
 # Their product is the number of images in a step.
 STEP = ("per_device_train_batch_size", "world_size")
 
@@ -210,7 +214,7 @@ class RunFolder:
         metric = metric_name(self.config.metric_for_best_model)
         by = "" if metric == "accuracy" else f" by {metric}"
         selected = self.config.load_best_model_at_end
-        epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_accuracy" in log}
+        epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_loss" in log}
         untuned = zero_shot_won or (kept is not None and kept.alpha == 0)
         best_epoch = 0.0 if untuned else epochs.get(state.best_global_step) if selected else state.epoch
         shared = dict.fromkeys(("accuracy", "accuracy_ci_low", "accuracy_ci_high", "mean_per_class_accuracy", metric))
@@ -230,8 +234,9 @@ class RunFolder:
         used = kept.choice.by_validation or (selected and trained) if kept else selected
         return {
             **{f"zero_shot_test_{key}": zero_shot_test[key] for key in shared if key in zero_shot_test},
-            **{f"test_{key}": test[key] for key in shared},
-            **({"test_top5_accuracy": test["top5_accuracy"]} if "top5_accuracy" in test else {}),
+            **{f"test_{key}": test[key] for key in shared if key in test},
+            **{f"test_{key}": test[key] for key in FURTHER if key in test},
+            **{f"zero_shot_test_{key}": zero_shot_test[key] for key in SEVERAL_LABELS if key in zero_shot_test},
             "test_images": test["examples"],
             "test_images_of_smallest_class": smallest,
             "test_images_of_largest_class": largest,
@@ -243,6 +248,7 @@ class RunFolder:
             "best_epoch": best_epoch,
             "zero_shot_won": zero_shot_won,
             **({"head": "prototypes"} if kept is None else kept.record()),
+            "several_labels": head.several_labels,
             "temperature": head.temperature,
             "reject_below": head.reject_below,
             **{f"test_{name}": value for name, value in predictions.certainty().items()},
@@ -289,14 +295,16 @@ class RunFolder:
                 adapter.save_pretrained(folder / files.ADAPTER_FOLDER, cards.public_name(base), revision)
             sheet.predictions_table(predictions).to_parquet(folder / files.PREDICTIONS_FILE)
             sheet.contact_sheet(self.splits.test, predictions).save(folder / files.SHEET_FILE, optimize=True)
-            confusion = predictions.report()["confusion_matrix"]
-            figures.draw_confusion(folder / files.CONFUSION_FILE, confusion, self.splits.class_names)
             selected = self.config.load_best_model_at_end and not results["zero_shot_won"]
-            zero_shot, best = results["zero_shot_validation_accuracy"], results["best_epoch"] if selected else None
-            figures.draw_curves(folder / files.CURVES_FILE, state.log_history, zero_shot, best)
-            known = predictions.labels >= 0
-            certain, right = predictions.scores.max(axis=1)[known], (predictions.predicted == predictions.labels)[known]
-            figures.draw_certainty(folder / files.CERTAINTY_FILE, certain, right, classifier.head.reject_below)
+            drawn = "mean_average_precision" if predictions.several_labels else "accuracy"
+            zero_shot, best = results[f"zero_shot_validation_{drawn}"], results["best_epoch"] if selected else None
+            figures.draw_curves(folder / files.CURVES_FILE, state.log_history, zero_shot, best, drawn)
+            if not predictions.several_labels:
+                confusion = predictions.report()["confusion_matrix"]
+                figures.draw_confusion(folder / files.CONFUSION_FILE, confusion, self.splits.class_names)
+                known, scores = predictions.known, predictions.scores
+                certain, right = scores.max(axis=1)[known], (predictions.predicted == predictions.labels)[known]
+                figures.draw_certainty(folder / files.CERTAINTY_FILE, certain, right, classifier.head.reject_below)
             files.write_json(folder / files.RESULTS_FILE, results)
             state.save_to_json(str(folder / files.STATE_FILE))
             self._write(folder, completed=True, **record, files=digests_of(folder))

@@ -9,7 +9,8 @@ from ..core.console import percent
 from ..core.errors import UserError
 
 # Whether a higher value is better. None of them depends on the batch size; `loss` is the cross-entropy of the class logits.
-METRICS = {"accuracy": True, "top5_accuracy": True, "mean_per_class_accuracy": True, "loss": False}
+SEVERAL = "mean_average_precision"  # the only one with several labels per picture: it needs no threshold
+METRICS = {"accuracy": True, "top5_accuracy": True, "mean_per_class_accuracy": True, "loss": False, SEVERAL: True}
 
 
 def metric_name(setting: str | None) -> str:
@@ -17,8 +18,8 @@ def metric_name(setting: str | None) -> str:
     return "accuracy" if setting is None else setting.removeprefix("eval_")
 
 
-def check_metric(setting: str | None, class_names: Sequence[str]) -> str:
-    """The name of the metric.
+def check_metric(setting: str | None, class_names: Sequence[str], several_labels: bool = False) -> str:
+    """The name of the metric. With several labels per picture it is mean average precision.
 
     Raises:
         UserError: it is none of `METRICS`, or not defined for these classes.
@@ -30,6 +31,14 @@ def check_metric(setting: str | None, class_names: Sequence[str]) -> str:
             "batch size. Type --metric_for_best_model loss, the cross-entropy of the class probabilities."
         )
     choice("metric_for_best_model", metric, METRICS)
+    if several_labels and (setting is None or metric == SEVERAL):
+        return SEVERAL
+    if several_labels or metric == SEVERAL:
+        kinds = ("one label", "several labels")
+        raise UserError(
+            f"--metric_for_best_model {metric}: expected {kinds[not several_labels]} per picture, found {kinds[several_labels]}. Leave "
+            "it out."
+        )
     if metric == "top5_accuracy" and len(class_names) <= 5:
         raise UserError(
             f"--metric_for_best_model top5_accuracy: expected more than five classes, found {len(class_names)}, of which all "

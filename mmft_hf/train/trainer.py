@@ -42,6 +42,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,19 +55,19 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..core.console import say
 from ..core.errors import UserError
 from ..data.cache import check_short_side
-from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler
-from ..data.splits import labels_of
+from ..data.labels import class_names_of, has_several, labels_of
+from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler, is_example
 from ..data.texts import class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset
 from ..model.collator import KEPT, MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters, untuned_images
 from ..model.loading import encode_images, is_dual_encoder, logit_scale, run_head
-from ..model.losses import Batch
+from ..model.losses import Batch, class_cross_entropy
 from ..model.towers import TOWERS, frozen_batch_norms
 from ..predict.classifier import set_class_names
 from ..predict.fitting.probe import log_priors
 from ..predict.heads import ClassPrototypes, Head
-from ..predict.metrics import report
+from ..predict.metrics import report, several_report
 from .averaging import WeightAveraging
 from .checkpoints import TrainingCheckpoints, is_checkpoint
 from .config import MMFTConfig
@@ -75,7 +76,7 @@ from .learnable import check_learnable, check_weights
 from .progress import EpochLines
 from .prototypes import prototypes_of
 from .pushes import STAY, TrainingPushes
-from .selection import metric_name, stale
+from .selection import SEVERAL, check_metric, metric_name, stale
 from .sharding import ShardedTraining
 from .terms import LossTerm, terms_of
 
@@ -111,12 +112,13 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     Args:
         model (`CLIPModel`): as `load_model` returns it, in float32.
         args (`MMFTConfig`): settings of the training and of the method.
-        train_dataset (`datasets.Dataset`): columns `image`, `label` (`ClassLabel`) and, if there are any, `captions`.
+        train_dataset (`datasets.Dataset`): columns `image`, `label` (`ClassLabel`, or lists of it for several labels per
+            picture) and, if there are any, `captions`.
         eval_dataset (`datasets.Dataset`, *optional*): columns `image`, `label`: validation, which selects the best
             epoch. Without it the last step is kept.
         processing_class (`CLIPProcessor`): that of the model.
         compute_metrics (*optional*): gets class logits `(n, C)` and labels `(n,)`; the default gives `accuracy`,
-            `top5_accuracy` and `mean_per_class_accuracy`.
+            `top5_accuracy` and `mean_per_class_accuracy`, with several labels per picture `mean_average_precision`.
         loss (`LossTerm` or a list of them, *optional*): what is minimized, see `train.terms`. Default: MMFT's own two terms,
             with the weights of `args`.
 
@@ -172,15 +174,21 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 f"expected one process per GPU, found one process with {args.n_gpu} GPUs. Type accelerate launch "
                 f"--num_processes {args.n_gpu} recipes/finetune.py …, or set CUDA_VISIBLE_DEVICES=0 to use one."
             )
-        if args.metric_for_best_model is None:
-            args = copy.copy(args)
-            args.metric_for_best_model = metric_name(None)
         self.class_names: list[str] | None = None
         if train_dataset is not None:
             train_dataset = check_dataset("train_dataset", train_dataset)
-            self.class_names = train_dataset.features["label"].names
+            self.class_names = class_names_of(train_dataset)
+        several = train_dataset is not None and has_several(train_dataset)
+        if several or args.metric_for_best_model is None:
+            named, args = args.metric_for_best_model, copy.copy(args)
+            args.metric_for_best_model = check_metric(named, self.class_names, True) if several else metric_name(None)
         if eval_dataset is not None:
             eval_dataset = check_dataset("eval_dataset", eval_dataset, self.class_names)
+            if train_dataset is not None and has_several(eval_dataset) != several:
+                raise UserError(
+                    "eval_dataset: expected labels as in train_dataset, found lists of labels in one of them, and one label per "
+                    "picture in the other. Give lists, or one label per picture, in both."
+                )
         else:
             if args.eval_strategy != "no":
                 logger.warning("There is no eval_dataset: no epoch is selected, the last step is kept.")
@@ -198,7 +206,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         # -- loss and batches --------------------------------------------------------------------------------------
         self.terms = terms_of(loss, args)
         if train_dataset is not None:
-            for note in check_learnable(train_dataset["label"][:], self.terms, args, model):
+            for note in check_learnable(labels_of(train_dataset), self.terms, args, model):
                 if args.process_index == 0:
                     logger.warning(note)
         self.loss_weights: list[float] = []  # of the present step
@@ -324,7 +332,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         for layer in self._batch_norms:  # the stock step has just called model.train()
             layer.eval()
         outputs = self._forward(model, inputs)
-        scalars = {"batches": torch.ones(()), "images": (inputs["labels"] != IGNORED).sum()}
+        scalars = {"batches": torch.ones(()), "images": is_example(inputs["labels"]).sum()}
         scalars["skipped_images"] = inputs["skipped"].sum()
         if "captions_cut" in inputs:
             scalars["captions_cut"] = inputs["captions_cut"].sum()
@@ -427,7 +435,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         for term in self.terms:
             head = term.head(term_parameters(model).get(term.name, {}), self.class_names)
             if head is not None:
-                return head
+                return replace(head, several_labels=has_several(self.train_dataset))
         found = prototypes_of(model, processor, self.train_dataset, self.args, shard)
         if isinstance(found, ClassPrototypes) and found.fallback_classes and not self._told_fallback:
             self._told_fallback = True
@@ -485,7 +493,10 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def _class_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        result = report(prediction.predictions, prediction.label_ids, self.prototypes.class_names)
+        labels, names = prediction.label_ids, self.prototypes.class_names
+        if labels.ndim == 2:  # the decisions of several labels are fitted later
+            return {SEVERAL: several_report(prediction.predictions, labels, names)[SEVERAL]}
+        result = report(prediction.predictions, labels, names)
         keys = ("accuracy", "top5_accuracy", "mean_per_class_accuracy")
         return {key: result[key] for key in keys if key in result}
 
@@ -545,7 +556,9 @@ class _Patience(TrainerCallback):
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over the rows `(B, C)` with a label; 0 if none has one."""
+    """Mean over the rows `(B, C)` with a label; 0 if none has one. Labels are `(B,)` or `(B, C)`."""
+    if labels.ndim == 2:
+        return class_cross_entropy(logits, labels)
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / (labels != IGNORED).sum().clamp(
         min=1
     )

@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
@@ -28,6 +28,7 @@ from ..core.reading import read_json
 from ..core.records import RunResults
 from ..core.seals import note_changed_files
 from ..data.identical import find_identical
+from ..data.labels import labels_of
 from ..data.splits import Splits, load_splits
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
@@ -39,13 +40,14 @@ from ..model.towers import Adapter, merge, parameter_counts, set_towers
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
 from ..predict.fitting.auto import ZERO_SHOT
+from ..predict.fitting.heads import check_several
 from ..predict.heads import ClassPrototypes
 from ..predict.heads.base import check_unknown
 from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
 from .choice import calibrated, check_adjustment, choose_classifier, with_threshold
 from .config import MMFTConfig
-from .learnable import check_learnable
+from .learnable import check_learnable, refuse_balance
 from .run_folder import RunFolder
 from .selection import check_metric, is_better
 from .terms import terms_of
@@ -62,7 +64,8 @@ class FinetunePlan:
         model_args, data_args, config: the settings.
         splits: the data.
         parameters: for each tower its trained parameters, all of its parameters and its layers with LoRA.
-        zero_shot_accuracy: of the untuned model with the class template, on validation, from 0 to 1.
+        zero_shot_accuracy: of the untuned model with the class template, on validation, from 0 to 1; with several labels per
+            picture its mean average precision.
         memory: estimate of a training step in one process.
     """
 
@@ -97,7 +100,8 @@ class FinetuneResult:
 
     @property
     def test_accuracy(self) -> float:
-        """Accuracy of the classifier on the test split, from 0 to 1."""
+        """Accuracy of the classifier on the test split, from 0 to 1; with several labels per picture, the share of pictures with
+        exactly the right ones."""
         return self.metrics["test_accuracy"]
 
     @property
@@ -219,10 +223,14 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         check_name(name, "model", RUN_FILE, config.hub_token)
         config.hub_model_id = name
     splits = load_splits(data_args, dataset)
-    metric = check_metric(config.metric_for_best_model, splits.class_names)
+    several = splits.several_labels
+    metric = check_metric(config.metric_for_best_model, splits.class_names, several)
+    if several:
+        check_several_settings(config)
+        config.metric_for_best_model, config.greater_is_better = metric, True
     if config.reject_below is not None or config.reject_for_accuracy is not None:
         check_unknown(splits.class_names)
-    labels, terms = splits.train["label"][:], terms_of(None, config)
+    labels, terms = labels_of(splits.train), terms_of(None, config)
     trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
     check_adjustment(config, terms if trains else ())
     if trains:
@@ -266,10 +274,15 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     if trains:
         check_learnable(labels, terms, config, model)
     zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
+    zero_shot = replace(zero_shot, several_labels=several)
     untuned_scores = score(ImageClassifier(model, processor, zero_shot), splits.validation, name="validation")
+    if several:  # there is no decision without
+        zero_shot = calibrated(zero_shot, untuned_scores, None)
     untuned_validation = untuned_scores.report()
     parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
-    plan = FinetunePlan(model_args, data_args, config, splits, parameters, untuned_validation["accuracy"], memory)
+    plan = FinetunePlan(
+        model_args, data_args, config, splits, parameters, untuned_validation[metric if several else "accuracy"], memory
+    )
     reporter.started(plan)
 
     # -- training and selection ----------------------------------------------------------------------------------------
@@ -319,7 +332,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         chosen, zero_shot_won = kept.classifier, kept.choice.chosen.name == ZERO_SHOT
         adapter = None if kept.alpha < 1 else adapter
         validated = score(chosen, splits.validation, name="validation")
-    if config.calibrate:
+    if config.calibrate and not (several and chosen.head is zero_shot):
         chosen = ImageClassifier(chosen.model, processor, calibrated(chosen.head, validated, kept))
     rejecting, no_threshold = with_threshold(chosen.head, config, validated, kept)
     chosen = ImageClassifier(chosen.model, processor, rejecting)
@@ -350,6 +363,23 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     if trainer and config.push_to_hub and is_main():
         trainer._finish_current_push()
     return _pushed(result, config, reporter)
+
+
+def check_several_settings(config: MMFTConfig) -> None:
+    """Refuses settings that have no meaning where a picture may have several labels."""
+    if config.head != "auto":
+        check_several(config.head)
+    refuse_balance(config)
+    if not config.calibrate:
+        raise UserError(
+            "--calibrate: expected true with several labels per picture, found false: it is calibration that decides from which "
+            "score on a class holds. Leave it out."
+        )
+    if config.reject_below is not None or config.reject_for_accuracy is not None:
+        raise UserError(
+            "--reject_below and --reject_for_accuracy: expected one class for each picture, found lists of labels: each class is "
+            "decided by itself, and a picture may have none. Leave them out."
+        )
 
 
 def _results_of(folder: Path) -> dict:

@@ -60,3 +60,26 @@ def colour_dataset(per_class: int = 8, seed: int = 0, captions: bool = True) -> 
         ]
         features["captions"] = List(Value("string"))
     return Dataset.from_dict(columns, features=Features(features))
+
+
+def striped_dataset(images: int = 24, seed: int = 0, captions: bool = False) -> Dataset:
+    """Pictures of three stripes, each grey or of a colour of its own: the labels are the colours that are there, also none.
+
+    The stripes stand in any order, so that a colour is known by itself alone.
+    """
+    rng, names = np.random.default_rng(seed), list(COLOURS)
+    pictures, labels = [], []
+    for i in range(images):
+        own = [c for c in range(3) if (i >> c) % 2] if i < 8 else np.flatnonzero(rng.random(3) < 0.45).tolist()
+        stripes = np.full((24, 24, 3), 128)
+        for place, c in enumerate(rng.permutation(3)):
+            if c in own:
+                stripes[:, 8 * place : 8 * place + 8] = list(COLOURS.values())[c]
+        pixels = np.clip(stripes + rng.integers(-20, 20, stripes.shape), 0, 255).astype(np.uint8)
+        pictures.append(PILImage.fromarray(pixels))
+        labels.append(own)
+    columns, features = {"image": pictures, "label": labels}, {"image": Image(), "label": List(ClassLabel(names=names))}
+    if captions:
+        columns["captions"] = [[" and ".join(names[c][:5] for c in own) + f" no {i}"] for i, own in enumerate(labels)]
+        features["captions"] = List(Value("string"))
+    return Dataset.from_dict(columns, features=Features(features))

@@ -66,7 +66,7 @@ def _roles(raw: DatasetDict, args: DataArguments) -> dict[str, str]:
 
 def _has_labels(dataset: Dataset, column: str) -> bool:
     """Whether any row has a label; in test splits of challenges all labels are -1."""
-    return column not in dataset.column_names or not set(dataset[column][:]) <= {None, -1}
+    return column not in dataset.column_names or any(label not in (None, -1) for label in dataset[column][:])
 
 
 # -- captions --------------------------------------------------------------------------------------------------------------

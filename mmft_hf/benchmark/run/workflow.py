@@ -16,7 +16,8 @@ from ...core.console import many, say, some
 from ...core.errors import UserError, nearest
 from ...core.files import keeping
 from ...core.launch import alone_in
-from ...data.splits import labels_of, load_splits, load_test_split
+from ...data.labels import labels_of, refuse_several
+from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
 from ...train.selection import check_metric
 from ..report.page import DRAWN, FIGURES, PAGE, check_packages, write_report
@@ -83,6 +84,7 @@ def run_benchmark(
         )
     check_labels(data_args.whole, args.shift_splits or [])
     splits = load_splits(data_args.whole)
+    refuse_several(splits.train, "benchmark")
     check_metric(config.metric_for_best_model, splits.class_names)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)

@@ -90,7 +90,7 @@ def model_card(
         images=images,
         family=FAMILIES[record.get("model_type", "clip")],
         class_names=Markup(listed(md(name, 60) for name in shown)),
-        use=Markup(snippets(record, repo_id, parts, inference_code, results.get("reject_below"))),
+        use=Markup(snippets(record, repo_id, parts, inference_code, results)),
         classes=sorted(tested, key=lambda row: row["right"] / row["images"]),
         untested=Markup(listed(md(row["label"], 60) for row in classes if not row["images"])),
         models=model_authors(captions) if captions else [],
@@ -194,14 +194,25 @@ def _metadata(record: Mapping, results: Mapping, name: str, parts: str, license_
     if public:
         front["datasets"] = list(dict.fromkeys(public))
     low, high = results["test_accuracy_ci_low"], results["test_accuracy_ci_high"]
+    several = results.get("several_labels")
     accuracy = {
         "type": "accuracy",
         "value": round(results["test_accuracy"], 4),
-        "name": f"Accuracy (95 % interval {100 * low:.1f} to {100 * high:.1f} %)",
+        "name": f"{'Exact match' if several else 'Accuracy'} (95 % interval {100 * low:.1f} to {100 * high:.1f} %)",
         "args": {"interval": 0.95, "low": round(low, 4), "high": round(high, 4), "images": results["test_images"]},
     }
-    mean = round(results["test_mean_per_class_accuracy"], 4)
-    metrics = [accuracy, {"type": "mean_per_class_accuracy", "value": mean, "name": "Accuracy, mean over the classes"}]
+    further = (
+        {
+            "mean_average_precision": "Mean average precision",
+            "micro_f1": "F1 over all decisions",
+            "macro_f1": "F1, mean over the classes",
+        }
+        if several
+        else {"mean_per_class_accuracy": "Accuracy, mean over the classes"}
+    )
+    metrics = [accuracy] + [
+        {"type": key, "value": round(results[f"test_{key}"], 4), "name": name} for key, name in further.items()
+    ]
     metrics = metrics[::-1] if _uneven(results) else metrics
     if "test_top5_accuracy" in results:
         top5 = round(results["test_top5_accuracy"], 4)
@@ -246,7 +257,10 @@ def _licenses(source: Mapping) -> Markup | None:
 
 
 def _per_class(path: Path, names: list[str], training_images: list[int]) -> list[dict]:
-    """One row per class: its test images, the right answers with their 95 % interval, and the most frequent wrong answer."""
+    """One row per class: its test images, the right answers with their 95 % interval, and the most frequent wrong answer.
+
+    With several labels per picture: its test images, how often it was answered, and how often rightly.
+    """
     import pyarrow.parquet as pq
 
     try:
@@ -255,10 +269,30 @@ def _per_class(path: Path, names: list[str], training_images: list[int]) -> list
     except Exception as error:  # missing or damaged: pyarrow has a dozen of errors for it
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: expected the predictions of the run, found: {said}. {REMEDY}") from error
-    if strange := list({*found["label"], *found["prediction"]} - {None, *names}):
+    several = any(isinstance(value, list) for value in found["label"])
+    pairs = list(zip(found["label"], found["prediction"], strict=True))
+    # As lists; None for a picture that could not be read.
+    lists = [pair if several else [[value] for value in pair] for pair in pairs if pair[0] is not None]
+    if strange := list({name for pair in lists for own in pair for name in own or ()} - {None, *names}):
         raise UserError(f"{path}: expected names of the run's classes, found {shown(strange)}. {REMEDY}")
+    if several:
+        images, answered, right = (Counter() for _ in range(3))
+        for truth, answer in lists:
+            images.update(truth)
+            answered.update(answer or ())
+            right.update(set(truth) & set(answer or ()))
+        return [
+            {
+                "label": name,
+                "training_images": n,
+                "images": images[name],
+                "answered": answered[name],
+                "right": right[name],
+            }
+            for name, n in zip(names, training_images, strict=True)
+        ]
     answers: dict[str, Counter] = {name: Counter() for name in names}
-    for label, prediction in zip(found["label"], found["prediction"], strict=True):
+    for label, prediction in pairs:
         if label is not None:
             answers[label][prediction] += 1
     rows = []

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
-import numpy as np
 import torch
 
 from ...captioning.types import ACCEPTED
@@ -20,7 +19,8 @@ from ...core.reading import parse_json
 from ...core.records import CaptionsRecord
 from ...core.repositories import describe_recorded_dataset, describe_source, read_text_file
 from ...core.seals import note_if_changed
-from ...data.splits import Splits, captions_of, labels_of
+from ...data.labels import images_per_class
+from ...data.splits import Splits, captions_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run_sources(identity: dict, data_settings: dict, splits: Splits, training: t
     original = made_from.get("dataset_name")
     if isinstance(original, str) and original:
         data["captions_of"] = describe_recorded_dataset(original)
-    counts = np.bincount(labels_of(splits.train), minlength=len(splits.class_names))
+    counts = images_per_class(splits.train)
     return {
         "base_model": describe_source(identity["base_model"], identity["base_model_revision"], "model"),
         "dataset": data,

@@ -23,11 +23,11 @@ PROTOTYPES_FROM = {
 }
 
 
-def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: bool, least: float | None = None) -> str:
+def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: bool, results: Mapping) -> str:
     """How to use what is published (see `model_card`), as Markdown from `templates/model_use.md.j2`.
 
     Args:
-        least: `reject_below` of the head.
+        results: of the run.
     """
     names = [clean_class_name(name) for name in record["class_names"]]
     base, template = record["sources"]["base_model"], record["identity"]["class_template"]
@@ -65,7 +65,8 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
         inference_code=inference_code,
         family=family,
         many=len(names) > 10,
-        least=least,
+        least=results.get("reject_below"),
+        several=results.get("several_labels", False),
         made_from=PROTOTYPES_FROM[record["prototypes"]],
         template_weight=record["identity"].get("template_weight") if record["prototypes"] == "captions" else 0,
         lora=has_lora(record) and parts in ("adapter", "both"),

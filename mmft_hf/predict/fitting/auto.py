@@ -8,6 +8,8 @@ the errors that a named metric counts:
 2. Head: another head on these weights, or the untuned model with the class template, if its loss is lower by more than one
    standard error than that of `mean`.
 
+With several labels per picture the default head is `linear`, the other one `prototypes`, and the loss is binary cross-entropy.
+
 With less than 50 validation images nothing moves it. Each candidate's cross-entropy is that after calibration, with the
 temperature of one half of the validation images for the other half; images that are nearly alike are in one half, and count as
 one in the standard error.
@@ -20,13 +22,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.errors import UserError
-from ...data.sampling import IGNORED
-from ..calibration import fit_temperature
+from ...data.sampling import is_example
+from ..calibration import fit_decisions, fit_temperature, image_losses
 from ..heads import Head
+from ..metrics import several_report
+from . import SEVERAL_LABELS
 from .data import HeadData
 from .heads import fit_head, possible
 
@@ -48,7 +51,7 @@ class Candidate:
         name: of the head, as in `FITTERS`.
         head: fitted, not calibrated.
         losses (`(n,)`): cross-entropy of each validation image, with the other half's temperature.
-        accuracy: on validation, from 0 to 1.
+        accuracy: on validation, from 0 to 1; with several labels, mean average precision.
         errors (`(n,)`, *optional*): what is compared instead of the losses, see `errors_of`.
     """
 
@@ -104,7 +107,7 @@ class State:
     Args:
         alpha: see `Candidate`.
         data: what heads are fitted to.
-        embeds (`(n, D)`), labels (`(n,)`): of the validation images, -100 for one that cannot be read.
+        embeds (`(n, D)`), labels (`(n,)` or `(n, C)`): of the validation images, -100 for one that cannot be read.
     """
 
     alpha: float
@@ -143,9 +146,10 @@ def select(
                 "to the tuned ones. Type a lower --learning_rate."
             )
         if usable is None:
-            usable = (state.labels != IGNORED) & ~are_among(embeds, data.images)
+            usable = is_example(state.labels) & ~are_among(embeds, data.images)
             groups = groups_of(embeds[usable])
-        names = [name for name in CANDIDATES if possible(name, data)] if head == "auto" else [head]
+        known = SEVERAL_LABELS if data.several_labels else CANDIDATES
+        names = [name for name in known if possible(name, data)] if head == "auto" else [head]
         options = {"linear": {"adjustment": adjustment}} if adjustment else {}
         heads = {name: fit_head(name, data, **options.get(name, {})) for name in names}
         if head == "auto" and zero_shot and not state.alpha:
@@ -154,8 +158,9 @@ def select(
             candidate(state.alpha, name, found, embeds[usable], state.labels[usable], groups, metric)
             for name, found in heads.items()
         ]
-    choice = choose(candidates, groups, DEFAULT_HEAD if head == "auto" else head, metric)
-    left_out = int((state.labels != IGNORED).sum()) - choice.images
+    default = SEVERAL_LABELS[0] if data.several_labels else DEFAULT_HEAD
+    choice = choose(candidates, groups, default if head == "auto" else head, metric)
+    left_out = int(is_example(state.labels).sum()) - choice.images
     seen = f" ({left_out} of validation are among the training images and choose nothing)" if left_out else ""
     return replace(choice, reason=choice.reason + seen, usable=usable)
 
@@ -163,14 +168,22 @@ def select(
 def candidate(
     alpha: float, name: str, head: Head, embeds: Tensor, labels: Tensor, groups: Tensor, metric: str | None = None
 ) -> Candidate:
-    """Judges a head on validation embeddings `(n, D)` with labels `(n,)` and group numbers `(n,)`."""
+    """Judges a head on validation embeddings `(n, D)` with labels `(n,)` or `(n, C)` and group numbers `(n,)`."""
     logits = head.raw_logits(embeds).double()
     halves = halves_of(groups)
     losses = torch.empty(len(labels), dtype=torch.float64)
     for mine, other in ((halves, ~halves), (~halves, halves)):
         if mine.any():
-            temperature = fit_temperature(logits[other], labels[other]) if other.any() else 1.0
-            losses[mine] = F.cross_entropy(logits[mine] / temperature, labels[mine], reduction="none")
+            temperature, offsets = 1.0, torch.zeros(logits.shape[1])
+            if labels.ndim == 2:
+                temperature, offsets = fit_decisions(logits[other], labels[other])
+            elif other.any():
+                temperature = fit_temperature(logits[other], labels[other])
+            losses[mine] = image_losses(logits[mine] / temperature + offsets, labels[mine])
+    if labels.ndim == 2:
+        names = head.class_names
+        found = several_report(logits.numpy(), labels.numpy(), names) if len(labels) else {}
+        return Candidate(alpha, name, head, losses, found.get("mean_average_precision", 0.0))
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     return Candidate(alpha, name, head, losses, accuracy, errors_of(metric, logits, labels))
 

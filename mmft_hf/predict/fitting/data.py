@@ -5,7 +5,6 @@ Shapes: `n` training images, `m` captions, `C` classes, `D` embedding size.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from ...core.distributed import gather_shares, share_of
 from ...core.errors import UserError
-from ...data.sampling import IGNORED
+from ...data.sampling import is_example
 from ...data.texts import DEFAULT_TEMPLATE, TEMPLATES
-from ...data.views import TextView, text_rows
+from ...data.views import TextView, caption_counts
 from ...model.features import (
     BATCH_SIZE,
     encode_text_batches,
@@ -38,7 +37,8 @@ class HeadData:
     Args:
         prototypes: what images are compared with without another head; its embeddings `(C, D)` are P.
         templates (`(C, D)`): E, unit-norm averages over several class templates.
-        images (`(n, D)`), labels (`(n,)`): unit-norm embeddings of the readable training images.
+        images (`(n, D)`), labels (`(n,)`, or `(n, C)` where an image may have several): unit-norm embeddings of the
+            readable training images.
         captions (`(m, D)`), caption_labels (`(m,)`): unit-norm embeddings of the different captions of each class. Without
             captions m is 0.
     """
@@ -73,7 +73,14 @@ class HeadData:
     @property
     def every_class(self) -> bool:
         """Whether each class has an image."""
+        if self.several_labels:
+            return bool((self.labels.sum(dim=0) > 0).all())
         return len(self.labels.unique()) == len(self.class_names)
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.labels.ndim == 2
 
 
 @torch.no_grad()
@@ -106,12 +113,12 @@ def head_data(
     images, labels = embeddings(
         model, processor, train, batch_size, on_bad_image, workers, progress, "training", shard, cached
     )
-    readable = labels != IGNORED
+    readable = is_example(labels)
     images, labels = images[readable], labels[readable]
     if len(labels) < 2:
         raise UserError(f"--head: expected at least two readable training images, found {len(labels)}.")
     view = TextView(names, template)
-    pairs = sorted(Counter((text, row["label"]) for row in text_rows(train) for text in view.caption_texts(row)))
+    pairs = sorted((text, label) for label, text in caption_counts(train, view))
     own_templates = TextView(names, templates_like(template))
     prompts = [text for c in range(len(names)) for text in own_templates.class_texts(c)]
     distinct = sorted_distinct([*(text for text, _ in pairs), *prompts])
@@ -152,7 +159,7 @@ def embeddings(
     shard: bool = False,
     cached: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` (-100: unreadable), in row order, on the CPU."""
+    """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` or `(n, C)` (-100: unreadable), in row order."""
     if cached:
         options = {"workers": workers, "progress": progress, "shard": shard}
         return image_features(model, processor, dataset, batch_size, on_bad_image, name, **options)

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from ...core.errors import UserError
+from ..calibration import fit_decisions
 from ..heads import Head, KernelHead, LinearHead
+from . import SEVERAL_LABELS
 from .data import HeadData
 from .gda import gaussians
 from .inputs import check
 from .kernel import BETA, RIDGE, one_hot, ridge
+from .one_vs_rest import one_vs_rest
 from .probe import probe
 
 MOST_KEYS = 20_000  # of a kernel ridge: its system of equations then takes 1.6 GB
@@ -28,12 +31,21 @@ NOISE = 0.04  # of `text`, per number of a unit-norm embedding
 
 
 def prototypes(data: HeadData) -> Head:
-    """The prototypes themselves."""
+    """The prototypes themselves; with several labels per image, with decisions that fit the training images."""
+    if data.several_labels:
+        temperature, offsets = fit_decisions(data.prototypes.raw_logits(data.images), data.labels)
+        return replace(data.prototypes, temperature=temperature, offsets=offsets.float())
     return data.prototypes
 
 
 def linear(data: HeadData, **training) -> Head:
-    """A linear probe of the images that starts at B, with cosine logits; see `probe.probe`."""
+    """A linear probe of the images that starts at B, with cosine logits; see `probe.probe`.
+
+    With several labels per image, logistic regressions near B; see `one_vs_rest`.
+    """
+    if data.several_labels:
+        weight, bias = one_vs_rest(data.images, data.labels, data.texts, data.scale)
+        return LinearHead(weight.float(), data.class_names, bias.float())
     weight = probe(data.inputs(data.texts), scale=data.scale, **training)
     return LinearHead((data.scale * weight).float(), data.class_names)
 
@@ -215,12 +227,23 @@ def fit_head(name: str, data: HeadData, **options: Any) -> Head:
     """Fits the head of a name in `FITTERS`, and records how.
 
     Raises:
-        UserError: an unknown name; the data lack what it needs.
+        UserError: an unknown name; the data lack what it needs, or have several labels per picture, which it does not know.
     """
     if name not in FITTERS:
         raise UserError(f"--head: expected auto or one of {', '.join(FITTERS)}, found {name!r}.")
+    if data.several_labels:
+        check_several(name)
     fitted = {"head": name, "images": len(data.images), "captions": len(data.captions), **options}
-    return replace(FITTERS[name].fit(data, **options), fitted=fitted)
+    return replace(FITTERS[name].fit(data, **options), fitted=fitted, several_labels=data.several_labels)
+
+
+def check_several(name: str) -> None:
+    """Raises `UserError` for the name of a head that knows one label per picture alone."""
+    if name not in SEVERAL_LABELS:
+        raise UserError(
+            f"--head {name}: expected one class for each picture, found lists of labels. Type --head auto, or one of "
+            f"{', '.join(SEVERAL_LABELS)}."
+        )
 
 
 def _need_captions(name: str, data: HeadData) -> None:

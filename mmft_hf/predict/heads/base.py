@@ -39,11 +39,16 @@ class Answers:
         temperature: divides the logits; above 1 it makes probabilities less certain.
         reject_below: a picture whose best class has a lower probability is answered `unknown`; None: each gets a class.
         fitted: how the head was fitted and calibrated, by name.
+        several_labels: each class is decided by itself, so that a picture may have several, or none.
+        offsets (`(C,)`, *optional*): added to the logits after the temperature. Several labels need them, since a class holds
+            where its logit is 0 or more.
     """
 
     temperature: Positive = 1.0
     reject_below: Annotated[float, Range(0, 1)] | None = None
     fitted: dict = field(default_factory=dict)
+    several_labels: bool = False
+    offsets: Tensor | None = None
 
 
 class Head(Answers):
@@ -72,8 +77,10 @@ class Head(Answers):
         raise NotImplementedError
 
     def logits(self, image_embeds: Tensor) -> Tensor:
-        """`(B, C)` logits of unit-norm image embeddings `(B, D)`; their softmax gives the probabilities."""
-        return self.raw_logits(image_embeds) / self.temperature
+        """`(B, C)` logits of unit-norm image embeddings `(B, D)`; their softmax gives the probabilities, with several labels
+        their sigmoid."""
+        logits = self.raw_logits(image_embeds) / self.temperature
+        return logits if self.offsets is None else logits + self.offsets.to(logits.device)
 
     def rejecting(self, reject_below: float | None) -> Head:
         """This head with another threshold.
@@ -85,11 +92,20 @@ class Head(Answers):
             raise UserError(f"--reject_below: expected a probability from 0 to 1, found {reject_below!r}.")
         if reject_below is not None:
             check_unknown(self.class_names)
+            if self.several_labels:
+                raise UserError(
+                    "--reject_below: expected a classifier with one class for each picture, found one with several labels, in "
+                    "which each class is decided by itself, and a picture may have none. Leave it out."
+                )
         return replace(self, reject_below=reject_below)
 
     def scores(self, image_embeds: Tensor) -> Tensor:
-        """`(B, C)` probabilities of unit-norm image embeddings `(B, D)`."""
-        return self.logits(image_embeds).float().softmax(dim=1)
+        """`(B, C)` probabilities of unit-norm image embeddings `(B, D)`; with several labels, that each class holds."""
+        return self.probabilities(self.logits(image_embeds))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """`(B, C)` probabilities of logits `(B, C)`."""
+        return logits.float().sigmoid() if self.several_labels else logits.float().softmax(dim=1)
 
     def check_model(self, model: PreTrainedModel, name: str) -> None:
         """Raises `UserError` unless this head fits the model: its embedding size, and its classes if it names any."""

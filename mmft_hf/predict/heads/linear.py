@@ -36,7 +36,8 @@ class LinearHead(Head):
     @classmethod
     def from_prototypes(cls, prototypes: ClassPrototypes) -> LinearHead:
         """The head that gives the logits of class prototypes."""
-        return cls(prototypes.logit_scale * prototypes.embeddings.float(), list(prototypes.class_names))
+        weight, several = prototypes.logit_scale * prototypes.embeddings.float(), prototypes.several_labels
+        return cls(weight, list(prototypes.class_names), several_labels=several)
 
     def raw_logits(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` logits of unit-norm image embeddings `(B, D)`, before the temperature."""

@@ -25,9 +25,10 @@ from ...core.distributed import share_of, sum_over_processes
 from ...core.errors import UserError
 from ...core.files import PROTOTYPES_FILE, atomic_write
 from ...core.reading import parse_json
-from ...data.sampling import IGNORED
+from ...data.labels import class_names_of, has_several
+from ...data.sampling import is_example
 from ...data.texts import DEFAULT_TEMPLATE
-from ...data.views import TextView, text_rows
+from ...data.views import TextView, caption_counts
 from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings, sorted_distinct
 from ...model.loading import embedding_size, logit_scale
 from .base import REMEDY, Head, Positive, read
@@ -116,7 +117,7 @@ class ClassPrototypes(Head):
     ) -> ClassPrototypes:
         """Averages the captions of each class: normalize each embedding, mean per class, normalize.
 
-        A caption counts once for each image that has it; equal texts are encoded once. Texts are sorted by length and
+        A caption counts once for each image that has it, and for each class of the image; equal texts are encoded once. Texts are sorted by length and
         encoded in batches of bounded size, whatever the size of a class. A class without captions gets the embedding of
         its class prompt and is listed in `fallback_classes`. If there are no captions at all, the source is `template`.
 
@@ -127,17 +128,18 @@ class ClassPrototypes(Head):
 
         References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
         """
-        names = dataset.features["label"].names
+        names = class_names_of(dataset)
         texts = TextView(names, template)
-        weights = Counter((row["label"], text) for row in text_rows(dataset) for text in texts.caption_texts(row))
+        weights = caption_counts(dataset, texts)
         captioned = {label for label, _ in weights}
         missing = [c for c in range(len(names)) if c not in captioned]
         weights.update((c, text) for c in missing for text in texts.class_texts(c))
         embeddings = _average_texts(model, processor, weights, len(names), batch_size, progress, shard)
         fallback = tuple(names[c] for c in missing)
         if len(missing) == len(names):
-            return cls(embeddings, names, _scale(model), "template", template)
-        found = cls(embeddings, names, _scale(model), "captions", template, fallback)
+            return cls(embeddings, names, _scale(model), "template", template, several_labels=has_several(dataset))
+        several = has_several(dataset)
+        found = cls(embeddings, names, _scale(model), "captions", template, fallback, several_labels=several)
         if not template_weight:
             return found
         return found.interpolate(cls.from_templates(model, processor, names, template, shard), template_weight)
@@ -189,14 +191,18 @@ class ClassPrototypes(Head):
         Raises:
             UserError: a class without a readable image, or a bad image with `on_bad_image="fail"`.
         """
-        names = dataset.features["label"].names
+        names = class_names_of(dataset)
         sums = torch.zeros(len(names), embedding_size(model), dtype=torch.float64)
         counts = torch.zeros(len(names), 1, dtype=torch.float64)
         rows = share_of(len(dataset)) if shard else None
         for embeds, labels in image_embeddings(
             model, processor, dataset, batch_size, on_bad_image, workers, progress, "training", rows
         ):
-            embeds, labels = embeds.cpu().double()[labels != IGNORED], labels[labels != IGNORED]
+            known = is_example(labels)
+            embeds, labels = embeds.cpu().double()[known], labels[known]
+            if labels.ndim == 2:  # an image counts for each of its classes
+                rows_of, labels = labels.nonzero(as_tuple=True)
+                embeds = embeds[rows_of]
             sums.index_add_(0, labels, embeds)
             counts.index_add_(0, labels, torch.ones(len(labels), 1, dtype=torch.float64))
         if shard:
@@ -204,11 +210,17 @@ class ClassPrototypes(Head):
         if (counts == 0).any():
             empty = [names[c] for c in torch.nonzero(counts[:, 0] == 0).flatten().tolist()]
             raise UserError(f"no readable training image of {', '.join(empty)}: no prototype can be made of them.")
-        return cls(F.normalize(sums, dim=1).float(), names, _scale(model), "images")
+        embeddings, several = F.normalize(sums, dim=1).float(), has_several(dataset)
+        return cls(embeddings, names, _scale(model), "images", several_labels=several)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes `head.safetensors`, and `prototypes.safetensors`, which version 0.1 reads. Returns the first's path."""
+        """Writes `head.safetensors`, and `prototypes.safetensors`, which version 0.1 reads. Returns the first's path.
+
+        Version 0.1 knows one label per picture alone: with several there is no such file.
+        """
         path = super().save_pretrained(folder)
+        if self.several_labels:
+            return path
         settings = {key: getattr(self, key) for key in FIRST_EDITION}
         settings["logit_scale"] /= self.temperature
         metadata = {key: value if key in PLAIN_TEXT else json.dumps(value) for key, value in settings.items()}
