@@ -1,0 +1,254 @@
+"""Fine-tuning on pictures with several labels, from the table to the pipeline."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from card_tools import execute, snippets
+from datasets import Dataset, Image
+from sklearn.metrics import average_precision_score, f1_score
+from tiny_clip import COLOURS, colour_dataset, striped_dataset
+from transformers import pipeline
+
+import mmft_hf
+from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
+from mmft_hf.data.labels import labels_of
+from mmft_hf.hub.publish import model_files
+from mmft_hf.train.terms import ClassTextCrossEntropy
+
+FAST = "--learning_rate 3e-3 --per_device_train_batch_size 16 --use_cpu true --disable_tqdm true".split()
+
+
+def run_verb(*words) -> tuple[int, str]:
+    """The exit code of a command in this process, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        code = main([str(word) for word in words])
+    return code, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stripes")
+    for seed, (split, images) in enumerate((("train", 64), ("validation", 72), ("test", 40))):
+        striped_dataset(images, seed, captions=split == "train").to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(clip_folder, data, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a finished run, and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "several"
+    settings = [
+        "--dataset_name",
+        data,
+        "--model_name_or_path",
+        clip_folder,
+        "--output_dir",
+        output,
+        "--num_train_epochs",
+        4,
+    ]
+    code, said = run_verb("finetune", *settings, *FAST)
+    assert code == 0, said
+    return output, said
+
+
+def truth_and_answers(folder: Path) -> tuple[list[set], list[set]]:
+    rows = Dataset.from_parquet(str(folder / "predictions_test.parquet"))
+    return [set(own) for own in rows["label"]], [set(own) for own in rows["prediction"]]
+
+
+def test_a_run_is_selected_and_judged_by_metrics_of_several_labels(run, data):
+    folder, said = run
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["several_labels"] and results["selection_metric"] == "mean_average_precision"
+    assert results["test_mean_average_precision"] > results["zero_shot_test_mean_average_precision"] + 0.1
+    assert results["test_micro_f1"] > 0.9
+    assert {c["head"] for c in results["head_candidates"]} == {"linear", "prototypes", "zero-shot"}
+    state = json.loads((folder / "trainer_state.json").read_text())
+    measured = [
+        log["eval_mean_average_precision"] for log in state["log_history"] if "eval_mean_average_precision" in log
+    ]
+    assert len(measured) == 5 and state["best_metric"] == max(measured)
+    # What was printed and recorded is what the saved answers say.
+    names, (truth, answers) = list(COLOURS), truth_and_answers(folder)
+    stored = labels_of(Dataset.from_parquet(str(data / "test.parquet")))
+    assert [{names[c] for c in row.nonzero()[0]} for row in stored] == truth
+    assert results["test_accuracy"] == pytest.approx(sum(a == b for a, b in zip(truth, answers, strict=True)) / 40)
+    hot = [[[name in own for name in names] for own in sets] for sets in (truth, answers)]
+    assert results["test_micro_f1"] == pytest.approx(f1_score(*hot, average="micro"))
+    assert f"micro F1     {100 * results['test_micro_f1']:.1f} %" in said and "validation mAP" in said
+    assert not (folder / "confusion.png").exists() and not (folder / "prototypes.safetensors").exists()
+
+
+def test_evaluate_predict_pipeline_and_snippet_agree(run, data, tmp_path, monkeypatch):
+    folder, _ = run
+    results = json.loads((folder / "all_results.json").read_text())
+    code, said = run_verb(
+        "evaluate", "--model_name_or_path", folder, "--dataset_name", data, "--output_dir", tmp_path / "report"
+    )
+    assert code == 0 and f"mAP          {100 * results['test_mean_average_precision']:.1f} %" in said
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    for name in ("mean_average_precision", "micro_f1", "macro_f1", "accuracy"):
+        assert report[name] == pytest.approx(results[f"test_{name}"], abs=1e-6)
+    assert report["zero_shot"]["mean_average_precision"] == pytest.approx(
+        results["zero_shot_test_mean_average_precision"], abs=1e-6
+    )
+    assert sorted(os.listdir(tmp_path / "report")) == ["per_class.csv", "report.json"]
+
+    test = Dataset.from_parquet(str(data / "test.parquet"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        test[i]["image"].save(pictures / f"{i:02}.png")
+    answers = truth_and_answers(folder)[1][:12]
+    code, said = run_verb(
+        "predict", pictures, "--model_name_or_path", folder, "--output_file", tmp_path / "answers.csv"
+    )
+    with open(tmp_path / "answers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert code == 0 and all(None not in row and None not in row.values() for row in rows)  # as wide as the header
+    found = [{value for key, value in row.items() if key.startswith("label_") and value} for row in rows]
+    assert found == answers and set() in found
+    code, said = run_verb("predict", pictures / "00.png", "--model_name_or_path", folder)
+    assert code == 0 and "00.png: none of the classes" in said  # the first stripes are grey
+
+    classifier = pipeline("mmft-image-classification", model=str(folder))
+    assert [{one["label"] for one in classifier(str(pictures / f"{i:02}.png"))} for i in range(12)] == answers
+    monkeypatch.chdir(folder)
+    card = Path("README.md").read_text()
+    several = next(i for i, own in enumerate(answers) if len(own) > 1)
+    ours, stock, *_ = (
+        code.replace("predictions_test.png", str(pictures / f"{several:02}.png")) for code in snippets(card)
+    )
+    lines = [line.rsplit(" ", 1) for line in execute(stock).splitlines()]
+    assert {name for name, _ in lines} == answers[several] and all(float(score) >= 0.5 for _, score in lines)
+    assert all(name in execute(ours) for name in answers[several])
+
+
+def test_the_card_tells_the_metrics(run):
+    folder, _ = run
+    results, card = json.loads((folder / "all_results.json").read_text()), (folder / "README.md").read_text()
+    assert "A picture may show several of them, or none." in card and "confusion.png" not in card
+    row = [results[f"test_{name}"] for name in ("mean_average_precision", "micro_f1", "macro_f1", "accuracy")]
+    assert "| " + " | ".join(f"{100 * value:.1f} %" for value in row) in card
+    truth, answers = truth_and_answers(folder)
+    for name in COLOURS:
+        images, right = (
+            sum(name in own for own in truth),
+            sum(name in a & b for a, b in zip(truth, answers, strict=True)),
+        )
+        assert f"| {images} | {right} ({100 * right / images:.1f} %) |" in card
+    files = model_files(folder, "a/b", inference_code=True)
+    assert b"top_k=3" not in files["README.md"] and "mmft_inference.py" in files
+
+
+def test_another_head_is_fitted_to_a_finished_run(run, tmp_path):
+    folder, _ = run
+    code, said = run_verb("head", folder, "--head", "prototypes", "--output_dir", tmp_path / "new")
+    assert code == 0 and "mAP on validation" in said
+    head = mmft_hf.ImageClassifier.from_pretrained(tmp_path / "new").head
+    assert head.kind == "prototypes" and head.several_labels and head.offsets.shape == (3,)
+    results = json.loads((tmp_path / "new" / "all_results.json").read_text())
+    # What is read back gives what was measured.
+    classifier = mmft_hf.ImageClassifier.from_pretrained(tmp_path / "new")
+    truth, answers = truth_and_answers(tmp_path / "new")
+    assert results["test_accuracy"] == pytest.approx(sum(a == b for a, b in zip(truth, answers, strict=True)) / 40)
+    assert classifier.class_names == list(COLOURS)
+
+
+def test_a_head_without_training_and_without_captions(clip_folder, tmp_path):
+    """A table with a separator, a tenth of it held out; the untuned tower alone."""
+    rows, names = striped_dataset(120, 3), list(COLOURS)
+    with open(tmp_path / "rows.csv", "w") as file:
+        file.write("image,label\n")
+        for i, row in enumerate(rows):
+            row["image"].save(tmp_path / f"{i}.png")
+            file.write(f"{i}.png,{' | '.join(names[c] for c in row['label']) or '|'}\n")
+    output = tmp_path / "out"
+    words = ["--dataset_name", tmp_path / "rows.csv", "--label_separator", "|", "--model_name_or_path", clip_folder]
+    code, said = run_verb("finetune", *words, "--output_dir", output, "--num_train_epochs", 0, "--shots", 12, *FAST)
+    assert code == 0, said
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["test_mean_average_precision"] > 0.9 and "too few to choose by" in results["head_reason"]
+    # The held-out images are found again, and their labels read as for the training.
+    code, said = run_verb("evaluate", "--model_name_or_path", output, "--dataset_name", tmp_path / "rows.csv")
+    assert code == 0 and f"{100 * results['test_mean_average_precision']:.1f} %" in said
+    code, said = run_verb("finetune", *words, "--output_dir", output, "--num_train_epochs", 0, "--shots", 12, *FAST,
+                          "--resume_from_checkpoint", "true")  # fmt: skip
+    assert code == 0 and "already holds this run" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--head kernel", "--head kernel: expected one class for each picture, found lists of labels"),
+        ("--calibrate false", "--calibrate: expected true with several labels"),
+        ("--reject_below 0.4", "--reject_below and --reject_for_accuracy: expected one class for each picture"),
+        ("--samples_per_class 2", "--samples_per_class: expected one class for each image"),
+        ("--metric_for_best_model loss", "--metric_for_best_model loss: expected one label per picture, found several"),
+    ],
+)
+def test_settings_for_single_labels_are_refused_before_anything_is_trained(words, message, clip_folder, data, tmp_path):
+    given = ["--dataset_name", data, "--model_name_or_path", clip_folder, "--output_dir", tmp_path / "out"]
+    code, said = run_verb("finetune", *given, *words.split(), *FAST)
+    assert code == 2 and message in said and not (tmp_path / "out").exists()
+
+
+def test_single_labels_and_lists_are_not_mixed_up(run, data_folder, clip_folder, data, tmp_path):
+    folder, _ = run
+    code, said = run_verb("evaluate", "--model_name_or_path", folder, "--dataset_name", data_folder)
+    assert code == 2 and "expected a list of labels for each picture, as the classifier was trained on" in said
+    words = ["--dataset_name", data_folder, "--model_name_or_path", clip_folder, "--output_dir", tmp_path / "out"]
+    code, said = run_verb("finetune", *words, "--metric_for_best_model", "mean_average_precision", *FAST)
+    assert code == 2 and "expected several labels per picture, found one label" in said
+
+
+@pytest.mark.parametrize("loss", [None, [ClassTextCrossEntropy()]])
+def test_the_trainer_learns_several_labels(loss, clip, tmp_path):
+    model, processor = clip
+    args = mmft_hf.MMFTConfig(
+        str(tmp_path), num_train_epochs=3, learning_rate=3e-3, per_device_train_batch_size=16, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", load_best_model_at_end=False,
+    )  # fmt: skip
+    test = striped_dataset(40, 1)
+    trainer = mmft_hf.MMFTTrainer(model, args, striped_dataset(64, captions=True), test, processor, loss=loss)
+    before = trainer.evaluate()["eval_mean_average_precision"]
+    trainer.train()
+    found = trainer.predict(test)
+    assert found.metrics["test_mean_average_precision"] > max(before, 0.8)
+    assert found.metrics["test_mean_average_precision"] == pytest.approx(
+        average_precision_score(labels_of(test), found.predictions, average="macro")
+    )
+    trainer.save_model(tmp_path / "model")
+    assert mmft_hf.ImageClassifier.from_pretrained(tmp_path / "model").head.several_labels
+    with pytest.raises(UserError, match="eval_dataset: expected labels as in train_dataset"):
+        mmft_hf.MMFTTrainer(model, args, striped_dataset(8), colour_dataset(2), processor)
+
+
+def test_an_unreadable_picture_counts_nowhere(clip, tmp_path):
+    from data_tools import with_bad_picture
+
+    model, processor = clip
+    args = mmft_hf.MMFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        on_bad_image="skip",
+        per_device_eval_batch_size=8,
+    )
+    train, test = striped_dataset(16), striped_dataset(12, 1)
+    trainer = mmft_hf.MMFTTrainer(model, args, train, with_bad_picture(3, test), processor)
+    left = test.select([i for i in range(12) if i != 3])
+    assert trainer.evaluate()["eval_mean_average_precision"] == pytest.approx(
+        trainer.evaluate(left)["eval_mean_average_precision"], abs=1e-6
+    )
+    assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
+    assert isinstance(test.features["image"], Image)
