@@ -145,7 +145,7 @@ def test_the_card_tells_the_metrics(run):
             sum(name in a & b for a, b in zip(truth, answers, strict=True)),
         )
         assert f"| {images} | {right} ({100 * right / images:.1f} %) |" in card
-    files = model_files(folder, "a/b", inference_code=True)
+    files = model_files(folder, "a/b", with_inference_code=True)
     assert b"top_k=3" not in files["README.md"] and "mmft_inference.py" in files
 
 
@@ -176,7 +176,8 @@ def test_a_head_without_training_and_without_captions(clip_folder, tmp_path):
     code, said = run_verb("finetune", *words, "--output_dir", output, "--num_train_epochs", 0, "--shots", 12, *FAST)
     assert code == 0, said
     results = json.loads((output / "all_results.json").read_text())
-    assert results["test_mean_average_precision"] > 0.9 and "too few to choose by" in results["head_reason"]
+    assert results["test_mean_average_precision"] > results["zero_shot_test_mean_average_precision"] + 0.1
+    assert "too few to choose by" in results["head_reason"]
     # The held-out images are found again, and their labels read as for the training.
     code, said = run_verb("evaluate", "--model_name_or_path", output, "--dataset_name", tmp_path / "rows.csv")
     assert code == 0 and f"{100 * results['test_mean_average_precision']:.1f} %" in said
@@ -210,15 +211,14 @@ def test_single_labels_and_lists_are_not_mixed_up(run, data_folder, clip_folder,
     assert code == 2 and "expected several labels per picture, found one label" in said
 
 
-@pytest.mark.parametrize("loss", [None, [ClassTextCrossEntropy()]])
-def test_the_trainer_learns_several_labels(loss, clip, tmp_path):
+def test_the_trainer_learns_several_labels(clip, tmp_path):
     model, processor = clip
     args = mmft_hf.MMFTConfig(
-        str(tmp_path), num_train_epochs=3, learning_rate=3e-3, per_device_train_batch_size=16, use_cpu=True, report_to="none",
+        str(tmp_path), num_train_epochs=10, learning_rate=3e-3, per_device_train_batch_size=16, use_cpu=True, report_to="none",
         disable_tqdm=True, save_strategy="no", load_best_model_at_end=False,
     )  # fmt: skip
     test = striped_dataset(40, 1)
-    trainer = mmft_hf.MMFTTrainer(model, args, striped_dataset(64, captions=True), test, processor, loss=loss)
+    trainer = mmft_hf.MMFTTrainer(model, args, striped_dataset(64, captions=True), test, processor)
     before = trainer.evaluate()["eval_mean_average_precision"]
     trainer.train()
     found = trainer.predict(test)
@@ -230,6 +230,19 @@ def test_the_trainer_learns_several_labels(loss, clip, tmp_path):
     assert mmft_hf.ImageClassifier.from_pretrained(tmp_path / "model").head.several_labels
     with pytest.raises(UserError, match="eval_dataset: expected labels as in train_dataset"):
         mmft_hf.MMFTTrainer(model, args, striped_dataset(8), colour_dataset(2), processor)
+
+
+def test_cross_entropy_over_class_texts_learns_several_labels(clip, tmp_path):
+    model, processor = clip
+    args = mmft_hf.MMFTConfig(
+        str(tmp_path), num_train_epochs=12, learning_rate=1e-2, per_device_train_batch_size=16, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", eval_strategy="no", load_best_model_at_end=False, prototypes="template",
+    )  # fmt: skip
+    data, loss = (striped_dataset(64), striped_dataset(40, 1)), [ClassTextCrossEntropy()]
+    trainer = mmft_hf.MMFTTrainer(model, args, *data, processor, loss=loss)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
 
 
 def test_an_unreadable_picture_counts_nowhere(clip, tmp_path):
