@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class Splits:
         """
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for split in (self.train, self.validation, self.test):
-            digest.update(labels_of(split).astype("<i8").tobytes())
+            labels = labels_of(split)
+            digest.update(labels.astype("<i8" if labels.ndim == 1 else "u1").tobytes())
             digest.update(json.dumps(split["image_id"][:]).encode())
             if self.has_captions and split is self.train:
                 digest.update(json.dumps([captions_of(c) for c in split["captions"]]).encode())
@@ -260,6 +262,10 @@ def _load(
             del data[split], labels[split]
             notes.append(f"Split {split!r} has no labels and is left out.")
     _refuse_mixed(labels)
+    if any(own.several for own in labels.values()):
+        notes += _single_lists(labels.values())
+    elif labels[train].names:
+        notes += _joined_texts(labels[train].names)
     kept = {split: _rows_with_class(own, args.on_missing_label, notes) for split, own in labels.items()}
     classes = known
     if known is None or args.class_names:
@@ -287,6 +293,36 @@ def _refuse_mixed(labels: dict[str, Labels]) -> None:
             f"{kinds[False]}: expected lists of labels, as in {kinds[True]}, found one label per picture. Write lists, or one "
             "label per picture, in all splits."
         )
+
+
+def _single_lists(labels: Iterable[Labels]) -> list[str]:
+    """A note if each list has exactly one label."""
+    if any(
+        (np.bincount(own.row_of, minlength=len(own.listed))[own.listed] != 1).any() for own in labels if own.several
+    ):
+        return []
+    return [
+        "Each list of labels has exactly one. If the classes exclude each other, write one label per picture instead of a list: more "
+        "heads know that, and scores of the classes then add up to 100 %."
+    ]
+
+
+def _joined_texts(names: Sequence[str]) -> list[str]:
+    """A note if class names look like several labels in one text. They are not split unless that is typed."""
+    if any(name.startswith("[") and name.endswith("]") for name in names):
+        return [
+            "Class names look like lists written as text. For several labels per picture, write red;round instead, and type "
+            "--label_separator ';'."
+        ]
+    for separator in ";|,":
+        joined = {name: [part.strip() for part in name.split(separator)] for name in names if separator in name}
+        count = Counter(part for parts in joined.values() for part in parts)
+        if joined and all(part in names or count[part] > 1 for part in count):
+            return [
+                f"Class names such as {next(iter(joined))!r} may be several labels in one text. If they are, type --label_separator "
+                f"{separator!r}."
+            ]
+    return []
 
 
 def _split_columns(dataset: Dataset) -> list[str]:

@@ -28,9 +28,9 @@ NO_CLASS = "something else"  # stands for the class name of a picture with none 
 
 def joined_class_names(class_names: Sequence[str], label: int | Sequence[int]) -> str:
     """The name of a class, or the names of several, as a text has them: `red, round`."""
-    if isinstance(label, int):
-        return class_names[label]
-    return ", ".join(class_names[c] for c in label) or NO_CLASS
+    if isinstance(label, (list, tuple)):
+        return ", ".join(class_names[c] for c in label) or NO_CLASS
+    return class_names[label]
 
 
 def check_template(template: str) -> str:

@@ -103,6 +103,31 @@ def test_a_text_is_one_label_unless_a_separator_is_typed():
     assert splits.class_names == ["a", "b", "c"] and sets(splits.train, splits.class_names) == [{"a", "b"}, {"c"}] * 3
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["a", "b", "a;b"], "'a;b' may be several labels in one text. If they are, type --label_separator ';'"),
+        (["red|big", "red|small", "big|small"], "type --label_separator '|'"),
+        (["['a', 'b']", "['a']"], "look like lists written as text"),
+        (["Paris, France", "Rome, Italy"], ""),
+        (["a, b", "c"], ""),
+    ],
+)
+def test_texts_that_look_like_several_labels_are_told_and_not_split(labels, told):
+    texts = Dataset.from_dict({"image": [PNG] * len(labels)}, Features({"image": Image()})).add_column("label", labels)
+    splits = loaded(texts)
+    assert splits.class_names == sorted(labels)
+    assert [note for note in splits.notes if "--label_separator" in note or "several" in note] == (
+        [note for note in splits.notes if told in note] if told else []
+    )
+    assert not told or any(told in note for note in splits.notes)
+
+
+def test_lists_of_one_label_each_are_told():
+    assert any("exactly one" in note for note in loaded(lists([["a"], ["b"]])).notes)
+    assert not any("exactly one" in note for note in loaded(lists([["a"], ["b"], []])).notes)
+
+
 def test_numbers_in_lists_take_typed_names():
     numbers = lists([[0, 2], [1]] * 4, List(Value("int64")))
     splits = loaded(numbers, class_names=["a", "b", "c"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from term_cases import differences, every_term
-from tiny_clip import build_clip, colour_dataset
+from tiny_clip import build_clip, colour_dataset, striped_dataset
 from transformers import TrainerCallback, set_seed
 
 from mmft_hf import MMFTConfig, MMFTLoss, MMFTTrainer, set_towers
@@ -41,6 +41,7 @@ CASES = {
     "class-balanced": {"samples_per_class": 3},
     "accumulation": {"gradient_accumulation_steps": 2},
     "templates": {"captions": False},
+    "several labels": {"several": True},
     "UniCL": {"include_self": True, "supcon_weight": 1.0},
     "cross-entropy, head": {"trainer": "head"},
     "cross-entropy, class texts": {"trainer": "texts", "towers": ("lora", "lora"), "loss_chunk_size": 2},
@@ -54,7 +55,14 @@ CASES = {
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }
 # One case of each kind: towers, chunks, sampling, baselines, options.
-FAST = ("full", "chunks, lora, checkpointing", "class-balanced", "cross-entropy, head", "options for few images")
+FAST = (
+    "full",
+    "chunks, lora, checkpointing",
+    "class-balanced",
+    "several labels",
+    "cross-entropy, head",
+    "options for few images",
+)
 
 
 def loss_and_gradients(sizes: list[int], rank: int | None = None) -> tuple[float, list[torch.Tensor]]:
@@ -99,6 +107,9 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     """Two epochs of a case: gradients of the first step and final weights; logs and metrics."""
     settings = dict(CASES[name])
     rows, captions = settings.pop("rows", UNEVEN), settings.pop("captions", True)
+    data = colour_dataset(9, captions=captions).select(rows), colour_dataset(4, seed=1).select(range(11))
+    if settings.pop("several", False):
+        data = striped_dataset(19, captions=True), striped_dataset(11, seed=1)
     model, processor = build_clip()
     set_seed(0)
     set_towers(model, *settings.pop("towers", ("full", "full")))
@@ -119,15 +130,14 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
             disable_tqdm=True,
             **settings,
         ),
-        colour_dataset(9, captions=captions).select(rows),
-        colour_dataset(4, seed=1).select(range(11)),
+        *data,
         processor,
     )
     trainer.add_callback(gradients)
     trainer.train()
     keys = ("loss", "supcon_loss", "clip_loss", "anchors_with_positives", "captions_cut", "skipped_images")
     logs = {f"{log['epoch']} {key}": log[key] for log in trainer.state.log_history for key in keys if key in log}
-    metrics = {key: value for key, value in trainer.evaluate().items() if "accuracy" in key}
+    metrics = {key: value for key, value in trainer.evaluate().items() if "accuracy" in key or "precision" in key}
     head = trainer.build_prototypes()
     head = {"head": head.weight if isinstance(head, LinearHead) else head.embeddings}
     weights = {n: v.detach().clone() for n, v in model.state_dict().items()}
