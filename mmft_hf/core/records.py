@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 from .arguments import TOWER_MODES, Range
+from .errors import UserError
 from .schema import ClassNames
 
 Count = Annotated[int, Range(0)]
@@ -238,6 +240,21 @@ class RunResults(_Results, total=False):
     test_calibration_error_null: Share
     test_aurc: Share
     test_aurc_excess: float
+
+
+def check_metrics(results: Mapping, where: str, remedy: str) -> None:
+    """Raises `UserError` if `RunResults` lack a metric that runs of their kind have: with one label per picture, or with several."""
+    several = results.get("several_labels", False)
+    further = ("mean_average_precision", "micro_f1", "macro_f1")
+    needed = ["test_mean_per_class_accuracy"]
+    if several:
+        needed = [f"{of}test_{name}" for of in ("", "zero_shot_") for name in further]
+        needed += ["validation_mean_average_precision", "zero_shot_validation_mean_average_precision"]
+    of_candidates = f"validation_{further[0] if several else 'accuracy'}"
+    missing = [name for name in needed if name not in results]
+    missing += [of_candidates for found in results.get("head_candidates", ()) if of_candidates not in found]
+    if missing:
+        raise UserError(f"{where}: expected the field {missing[0]}, found none. {remedy}")
 
 
 class ModelConfig(TypedDict):

@@ -11,7 +11,7 @@ from ..core.arguments import DataArguments, ModelArguments
 from ..core.errors import UserError
 from ..core.files import RESULTS_FILE, RUN_FILE, STATE_FILE
 from ..core.reading import read_json
-from ..core.records import CardRecord, RunRecord, RunResults
+from ..core.records import CardRecord, RunRecord, RunResults, check_metrics
 from ..data.splits import load_splits
 from ..model.weights import Weights
 from ..predict.classifier import ImageClassifier
@@ -76,6 +76,7 @@ def refit(
             )
         record = read_json(folder / RUN_FILE, CardRecord, AGAIN)
         before = read_json(folder / RESULTS_FILE, RunResults, AGAIN)
+        check_metrics(before, str(folder / RESULTS_FILE), AGAIN)
     except FileNotFoundError as error:
         raise UserError(
             f"{str(folder)!r}: expected the folder of a finished run, with {RUN_FILE} and {RESULTS_FILE}, found no "

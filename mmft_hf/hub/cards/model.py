@@ -21,7 +21,7 @@ from ...core.errors import UserError
 from ...core.markdown import code, front_matter, listed, md, read_front_matter
 from ...core.pages import render_card
 from ...core.reading import check_regular, read_json, read_text
-from ...core.records import CardRecord, RunResults
+from ...core.records import CardRecord, RunResults, check_metrics
 from ...core.schema import shown
 from ...model.families import FAMILIES
 from ...predict.figures import legible
@@ -74,7 +74,9 @@ def model_card(
     parts = parts or ("both" if has_lora(record) and (folder / files.ADAPTER_FOLDER).is_dir() else "merged")
     title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(images)}"
     license_fields = {"license": license} if license else _license_of(base)
-    classes = _per_class(folder / files.PREDICTIONS_FILE, names, record["sources"]["train_images_per_class"])
+    check_metrics(results, str(folder / files.RESULTS_FILE), REMEDY)
+    several = results.get("several_labels", False)
+    classes = _per_class(folder / files.PREDICTIONS_FILE, names, record["sources"]["train_images_per_class"], several)
     tested = [row for row in classes if row["images"]]
     shown = [*names] if len(names) <= 10 else [*names[:8], f"{len(names) - 8} more"]
     licensed = next((source for source in (images, data) if _licenses(source)), images)
@@ -256,7 +258,7 @@ def _licenses(source: Mapping) -> Markup | None:
     return Markup(listed(map(code, values))) if values else None
 
 
-def _per_class(path: Path, names: list[str], training_images: list[int]) -> list[dict]:
+def _per_class(path: Path, names: list[str], training_images: list[int], several: bool) -> list[dict]:
     """One row per class: its test images, the right answers with their 95 % interval, and the most frequent wrong answer.
 
     With several labels per picture: its test images, how often it was answered, and how often rightly.
@@ -269,15 +271,21 @@ def _per_class(path: Path, names: list[str], training_images: list[int]) -> list
     except Exception as error:  # missing or damaged: pyarrow has a dozen of errors for it
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: expected the predictions of the run, found: {said}. {REMEDY}") from error
-    several = any(isinstance(value, list) for value in found["label"])
-    pairs = list(zip(found["label"], found["prediction"], strict=True))
-    # As lists; None for a picture that could not be read.
-    lists = [pair if several else [[value] for value in pair] for pair in pairs if pair[0] is not None]
-    if strange := list({name for pair in lists for own in pair for name in own or ()} - {None, *names}):
-        raise UserError(f"{path}: expected names of the run's classes, found {shown(strange)}. {REMEDY}")
+    known = set(names)
+
+    def is_ours(value) -> bool:
+        if value is None:  # a picture that could not be read
+            return True
+        if several != isinstance(value, list):
+            return False
+        return all(isinstance(name, str) and name in known for name in (value if several else [value]))
+
+    if strange := [value for column in found.values() for value in column if not is_ours(value)]:
+        raise UserError(f"{path}: expected names of the run's classes, found {shown(strange[:3])}. {REMEDY}")
+    pairs = [pair for pair in zip(found["label"], found["prediction"], strict=True) if pair[0] is not None]
     if several:
         images, answered, right = (Counter() for _ in range(3))
-        for truth, answer in lists:
+        for truth, answer in pairs:
             images.update(truth)
             answered.update(answer or ())
             right.update(set(truth) & set(answer or ()))
@@ -293,8 +301,7 @@ def _per_class(path: Path, names: list[str], training_images: list[int]) -> list
         ]
     answers: dict[str, Counter] = {name: Counter() for name in names}
     for label, prediction in pairs:
-        if label is not None:
-            answers[label][prediction] += 1
+        answers[label][prediction] += 1
     rows = []
     for number, name in enumerate(names):
         images, right = answers[name].total(), answers[name].pop(name, 0)
