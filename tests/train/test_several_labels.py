@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import mmft_hf
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.labels import labels_of
+from mmft_hf.hub.cards import model_card
 from mmft_hf.hub.publish import model_files
 from mmft_hf.train.terms import ClassTextCrossEntropy
 
@@ -265,3 +267,22 @@ def test_an_unreadable_picture_counts_nowhere(clip, tmp_path):
     )
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
     assert isinstance(test.features["image"], Image)
+
+
+@pytest.mark.parametrize("damage", ["metric", "predictions"])
+def test_results_without_what_several_labels_have_are_refused(damage, run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "copy")
+    if damage == "metric":
+        results = json.loads((folder / "all_results.json").read_text())
+        del results["test_micro_f1"]
+        (folder / "all_results.json").write_text(json.dumps(results))
+        message = "expected the field test_micro_f1, found none"
+    else:
+        rows = Dataset.from_parquet(str(folder / "predictions_test.parquet"))
+        single = [next(iter(own), None) for own in rows["prediction"]]
+        rows.remove_columns("prediction").add_column("prediction", single).to_parquet(
+            folder / "predictions_test.parquet"
+        )
+        message = "expected names of the run's classes, found a list of 3"
+    with pytest.raises(UserError, match=message):
+        model_card(folder)
