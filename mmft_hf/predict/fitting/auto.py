@@ -235,12 +235,12 @@ def choose(
         reasons.append(f"tuning did not help on validation{by}")
     elif alphas[-1] > alpha and lower(by_key[alphas[-1], head], default, groups):
         alpha = alphas[-1]
-        reasons.append(f"the tuned weights are better on validation{by}, by more than one standard error")
+        reasons.append(f"the tuned weights are better on validation{by} by more than one standard error")
     chosen = by_key[alpha, head]
     best = min((c for c in candidates if c.alpha == alpha or c.name == ZERO_SHOT), key=lambda c: c.cost)
     if best is not chosen and lower(best, chosen, groups):
         chosen = best
-        reasons.append(f"this head is better on validation{by}, by more than one standard error")
+        reasons.append(f"this head is better on validation{by} by more than one standard error")
     return Choice(
         chosen,
         "; ".join(reasons) or f"the default, from which validation shows no reason to depart{by}",
