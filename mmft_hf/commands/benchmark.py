@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from ..benchmark.report.page import write_report
+from ..benchmark.report.statistics import PER_CLASS
 from ..benchmark.report.table import summary_table
 from ..benchmark.run.arguments import BenchmarkArguments, BenchmarkData
 from ..benchmark.run.processes import number_of_process
@@ -38,7 +39,12 @@ def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: Benchma
     result = run_benchmark(args, model_args, data_args, config, say)
     if number_of_process() != 0:
         return
-    say(f"\nTest accuracy in %, mean over seeds, with 95 % interval over seeds\n\n{summary_table(result.rows)}")
+    over_seeds = "in %, mean over seeds, with 95 % interval over seeds"
+    if result.uneven:
+        say(
+            f"\nMean test accuracy over the classes {over_seeds}\n\n{summary_table(result.rows, PER_CLASS)}\n\n{result.uneven}"
+        )
+    say(f"\nTest accuracy {over_seeds}\n\n{summary_table(result.rows)}")
     if result.note:
         say(f"\n{result.note}")
     folder = result.folder

@@ -39,6 +39,7 @@ POSITIONAL = ("folder", "the output folder of mmft-hf finetune")
 
 def run(args: HeadArguments, folders: list[str]) -> None:
     """Fits the head, and prints its results beside those of the run."""
+    from ..predict.metrics import uneven_note
     from ..train.refit import refit
 
     check_settings(args)
@@ -52,13 +53,17 @@ def run(args: HeadArguments, folders: list[str]) -> None:
     output = args.output_dir or f"{folder}-{args.head}"
     found = refit(folder, output, args.head, args.dataset_name, **settings)
 
+    sizes = (found.metrics[f"test_images_of_{which}_class"] for which in ("smallest", "largest"))
+    note = uneven_note(*sizes)
+
     def line(metrics: dict) -> str:
         if several:
             figures = [f"{name} {percent(metrics[f'test_{key}'])}" for key, name in SEVERAL_LABELS.items()]
             validation = percent(metrics["validation_mean_average_precision"])
             return f"{', '.join(figures)}, mAP on validation {validation}"
         interval = (metrics["test_accuracy_ci_low"], metrics["test_accuracy_ci_high"])
-        return f"{percent(metrics['test_accuracy'], interval)}, on validation {percent(metrics['validation_accuracy'])}"
+        mean = f"mean per class {percent(metrics['test_mean_per_class_accuracy'])}, accuracy " if note else ""
+        return f"{mean}{percent(metrics['test_accuracy'], interval)}, on validation {percent(metrics['validation_accuracy'])}"
 
     several, images = found.metrics.get("several_labels"), found.metrics["test_images"]
     heading = f"Results on {images} test images" if several else f"Test accuracy on {images} images, with 95 % interval"
@@ -71,6 +76,8 @@ def run(args: HeadArguments, folders: list[str]) -> None:
     if (least := found.metrics["reject_below"]) is not None:
         rows["unknown"] = f"the answer to a picture whose best class has less than {percent(least)}"
     table(rows)
+    if note:
+        say(f"\n  {note}")
     if found.no_threshold:
         say(f"\n  {found.no_threshold}")
     say("\n  Choose among heads by validation: the test images cannot choose and judge.")

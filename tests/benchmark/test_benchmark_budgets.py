@@ -211,6 +211,9 @@ def test_a_long_benchmark_says_what_it_took_and_is_not_continued_with_another_bu
     words = command(clip_folder, data_folder, tmp_path / "out")
     del words[words.index("--max_steps") : words.index("--max_steps") + 2]
     words += ["--methods", "mmft", "mmft-no-captions", "lp", "--shots", "2", "--seeds", "0"]
+    assert main([*words, "--budget", "authors"]) == 2
+    told = "--per_device_train_batch_size: expected nothing, found 6, with --budget authors, which decides it"
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([*words, "--budget", "long"]) == 0
     assert "  budget   long" in capsys.readouterr().out
     rows = {row["method"]: row for row in read_results(tmp_path / "out" / RESULTS_FILE)}

@@ -478,6 +478,11 @@ def test_means_intervals_seeds_policies_and_failures_are_in_the_table(whole):
     assert "2 cells failed" in page.text and "mmft-w1 1 shot 0, 1 it <b>broke</b>" in page.text
 
 
+def test_the_table_for_the_console_has_the_mean_over_the_classes_too():
+    rows = [row("lp", 4, seed, accuracy=0.5, test_mean_per_class_accuracy=0.125) for seed in (0, 1)]
+    assert "| 50.0 |" in summary_table(rows) and "| 12.5 |" in summary_table(rows, "mean per class")
+
+
 def test_the_mean_over_the_classes_comes_first_where_test_classes_differ_in_size(tmp_path):
     truth = np.repeat(np.arange(5), (40, 8, 4, 4, 4))
     rows = [r | {"test_mean_per_class_accuracy": 0.125} for r in some_rows({"lp": 0.5}, shots=[4], seeds=[0, 1, 2])]

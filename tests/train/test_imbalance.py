@@ -194,6 +194,16 @@ def test_the_mean_over_the_classes_comes_first_where_sizes_differ(run, tmp_path,
     ]
 
 
+def test_another_head_is_shown_by_its_mean_over_the_classes(run, tmp_path, capsys):
+    assert main(["head", str(run[0]), "--head", "prototypes", "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for folder, word in ((run[0], "before"), (tmp_path / "out", "now")):
+        mean = json.loads((folder / "all_results.json").read_text())["test_mean_per_class_accuracy"]
+        (line,) = [line for line in printed.splitlines() if line.strip().startswith(word)]
+        assert f"mean per class {100 * mean:.1f} %, accuracy " in line
+    assert SENTENCE in printed
+
+
 def test_where_sizes_are_alike_accuracy_comes_first(run, clip_folder, tmp_path, capsys):
     folder, data, _ = run
     words = ["evaluate", "--model_name_or_path", str(folder), "--dataset_name", str(data), "--test_split", "validation"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -140,7 +140,7 @@ def _values(results: Findings, folder: Path) -> dict:
             *class_notes(results.data, results.shots),
         ],
         "failures": _failures(results),
-        "uneven": _uneven(results),
+        "uneven": uneven(results.data) if results.with_accuracy(PER_CLASS) else "",
         "splits": split_facts(results),
         "command": command(results),
         "dates": _dates(results),
@@ -156,11 +156,15 @@ def _failures(results: Findings) -> dict[tuple, list[int]]:
     return groups
 
 
-def _uneven(results: Findings) -> str:
-    """Why the mean over the classes comes first; empty where it does not, or where its figures are unknown."""
-    labels = np.asarray((results.data.get("labels") or {}).get(TEST) or [], dtype=int)
+def uneven(data: Mapping) -> str:
+    """Why the mean over the classes comes first; empty where it does not.
+
+    Args:
+        data: content of `data.json`.
+    """
+    labels = np.asarray((data.get("labels") or {}).get(TEST) or [], dtype=int)
     known = labels[labels >= 0]
-    return uneven_note(*class_sizes(np.bincount(known))) if len(known) and results.with_accuracy(PER_CLASS) else ""
+    return uneven_note(*class_sizes(np.bincount(known))) if len(known) else ""
 
 
 def _dates(results: Findings) -> str:

@@ -20,7 +20,7 @@ from ...data.labels import labels_of, refuse_several
 from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
 from ...train.selection import check_metric
-from ..report.page import DRAWN, FIGURES, PAGE, check_packages, write_report
+from ..report.page import DRAWN, FIGURES, PAGE, check_packages, uneven, write_report
 from .arguments import BenchmarkArguments, BenchmarkData
 from .budgets import AUTHORS, DECIDED, EQUAL
 from .context import Context
@@ -47,12 +47,14 @@ class BenchmarkResult:
         report: the page; only the first process of a launcher writes it, and the others have None.
         rows: one for each cell, as in `results.jsonl`.
         note: on the sampling error of the test images, for a reader of a table of the rows.
+        uneven: why the mean over the classes comes first; empty where it does not.
     """
 
     folder: Path
     report: Path | None
     rows: list[dict]
     note: str
+    uneven: str = ""
 
 
 def run_benchmark(
@@ -145,7 +147,7 @@ def run_benchmark(
             with grid.claims.alone("report"):
                 page = write_report(folder)
         groups = (summary["groups"] or {}).get("test", ())
-        return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))))
+        return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))), uneven(summary))
 
 
 def _kept(folder: Path) -> str | None:
