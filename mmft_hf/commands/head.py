@@ -53,8 +53,9 @@ def run(args: HeadArguments, folders: list[str]) -> None:
     output = args.output_dir or f"{folder}-{args.head}"
     found = refit(folder, output, args.head, args.dataset_name, **settings)
 
+    several, images = found.metrics.get("several_labels"), found.metrics["test_images"]
     sizes = (found.metrics[f"test_images_of_{which}_class"] for which in ("smallest", "largest"))
-    note = uneven_note(*sizes)
+    note = "" if several else uneven_note(*sizes)
 
     def line(metrics: dict) -> str:
         if several:
@@ -65,7 +66,6 @@ def run(args: HeadArguments, folders: list[str]) -> None:
         mean = f"mean per class {percent(metrics['test_mean_per_class_accuracy'])}, accuracy " if note else ""
         return f"{mean}{percent(metrics['test_accuracy'], interval)}, on validation {percent(metrics['validation_accuracy'])}"
 
-    several, images = found.metrics.get("several_labels"), found.metrics["test_images"]
     heading = f"Results on {images} test images" if several else f"Test accuracy on {images} images, with 95 % interval"
     say(f"\n{heading}\n")
     rows = {
