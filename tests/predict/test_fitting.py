@@ -14,6 +14,7 @@ from mmft_hf.predict.fitting import NAMES as LISTED
 from mmft_hf.predict.fitting import auto
 from mmft_hf.predict.fitting.data import HeadData
 from mmft_hf.predict.fitting.heads import FITTERS, combined, fit_head, possible
+from mmft_hf.predict.fitting.logistic import regression
 from mmft_hf.predict.heads import KernelHead, LinearHead, load_head
 from mmft_hf.predict.metrics import report
 
@@ -71,6 +72,38 @@ def test_the_kernel_head_is_a_ridge_regression(beta, ridge):
     np.testing.assert_allclose(head.logits(x).numpy(), expected, atol=0.05)  # keys and values are stored in float16
     published = np.linalg.solve(kernel / ridge + np.eye(n), left)  # the authors' code lacks the factor 1/λ
     assert np.allclose(published, values) == (ridge == 1.0)
+
+
+def test_the_logistic_head_without_texts_is_that_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    data, x, _ = world(shots=20)
+    inputs = data.inputs(data.texts)
+    weight, bias = regression(inputs._replace(zero_shot=torch.zeros_like(inputs.zero_shot)), SCALE, strength=10.0)
+    model = sklearn.LogisticRegression(C=10.0, tol=1e-8, max_iter=2000).fit(data.images.double().numpy(), data.labels)
+    found = (x.double() @ weight.T + bias).softmax(dim=1).numpy()
+    np.testing.assert_allclose(found, model.predict_proba(x.double().numpy()), atol=5e-4)
+
+
+def test_the_logistic_head_stays_at_the_texts_without_evidence_and_leaves_them_with_much():
+    data, x, y = world(shots=60, noise=0.4)
+    wrong = replace(data, prototypes=replace(data.prototypes, embeddings=data.prototypes.embeddings[[1, 0, 3, 2]]))
+    wrong.templates = wrong.templates[[1, 0, 3, 2]]
+    timid = fit_head("logistic", data, strength=1e-6)
+    torch.testing.assert_close(timid.weight, SCALE * data.texts.float(), atol=0.01, rtol=0)
+    assert accuracy(fit_head("prototypes", wrong), x, y) < 0.2
+    assert accuracy(fit_head("logistic", wrong), x, y) > 0.85
+
+
+def test_a_head_is_fitted_once_for_each_data(monkeypatch):
+    data, _, _ = world()
+    fits = []
+    counted = replace(FITTERS["kernel"], fit=lambda data, fit=FITTERS["kernel"].fit: fits.append(data) or fit(data))
+    monkeypatch.setitem(FITTERS, "kernel", counted)
+    fit_head("mean", data)
+    kernel = fit_head("kernel", data)
+    assert len(fits) == 1 and fit_head("kernel", data) is kernel
+    other = fit_head("kernel", replace(data, images=data.images.flip(0), labels=data.labels.flip(0)))
+    assert len(fits) == 2 and other is not kernel
 
 
 def test_a_mean_of_heads_is_one_head_with_their_mean_logits():

@@ -35,7 +35,7 @@ from .heads import fit_head, possible
 
 DEFAULT_HEAD, DEFAULT_ALPHA = "mean", 0.5
 ZERO_SHOT = "zero-shot"  # the untuned model with the class template
-CANDIDATES = ("mean", "prototypes", "linear", "kernel")
+CANDIDATES = ("mean", "prototypes", "linear", "logistic", "kernel")
 FEWEST = 50  # validation images that may move the default
 ALIKE, IDENTICAL = 0.95, 0.9999  # cosines above which two pictures count as one, or are one
 EQUAL = 1 - 1e-6  # of embeddings that differ by rounding alone

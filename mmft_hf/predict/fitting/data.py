@@ -26,7 +26,7 @@ from ...model.features import (
     sorted_distinct,
     text_features,
 )
-from ..heads import ClassPrototypes
+from ..heads import ClassPrototypes, Head
 from .inputs import Inputs, check
 
 
@@ -41,6 +41,7 @@ class HeadData:
             readable training images.
         captions (`(m, D)`), caption_labels (`(m,)`): unit-norm embeddings of the different captions of each class. Without
             captions m is 0.
+        fitted: heads that were fitted with their default options, by name.
     """
 
     prototypes: ClassPrototypes
@@ -49,7 +50,7 @@ class HeadData:
     labels: Tensor
     captions: Tensor
     caption_labels: Tensor
-    _checked: dict = field(default_factory=dict, repr=False)
+    fitted: dict[str, Head] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def class_names(self) -> list[str]:

@@ -20,8 +20,9 @@ from ..heads import Head, KernelHead, LinearHead
 from . import SEVERAL_LABELS
 from .data import HeadData
 from .gda import gaussians
-from .inputs import check
+from .inputs import Inputs, check
 from .kernel import BETA, RIDGE, one_hot, ridge
+from .logistic import STRENGTH, regression
 from .one_vs_rest import one_vs_rest
 from .probe import probe
 
@@ -41,13 +42,24 @@ def prototypes(data: HeadData) -> Head:
 def linear(data: HeadData, **training) -> Head:
     """A linear probe of the images that starts at B, with cosine logits; see `probe.probe`.
 
-    With several labels per image, logistic regressions near B; see `one_vs_rest`.
+    It takes 300 epochs, or 3,000 steps where that is less. With several labels per image, logistic regressions near B; see
+    `one_vs_rest`.
     """
     if data.several_labels:
         weight, bias = one_vs_rest(data.images, data.labels, data.texts, data.scale)
         return LinearHead(weight.float(), data.class_names, bias.float())
-    weight = probe(data.inputs(data.texts), scale=data.scale, **training)
+    inputs = data.inputs(data.texts)
+    weight = probe(inputs, scale=data.scale, **{"epochs": _epochs(inputs), **training})
     return LinearHead((data.scale * weight).float(), data.class_names)
+
+
+def logistic(data: HeadData, strength: float = STRENGTH) -> Head:
+    """Logistic regression on the images that starts at B and may leave it; see `logistic.regression`.
+
+    For few classes with many images each, whose names say little.
+    """
+    weight, bias = regression(data.inputs(data.texts), data.scale, strength)
+    return LinearHead(weight.float(), data.class_names, bias.float())
 
 
 def gda(data: HeadData, alpha: float = 1.0) -> Head:
@@ -150,7 +162,7 @@ def text(data: HeadData, seed: int = 0, **training) -> Head:
     noise = torch.randn(data.captions.shape, generator=torch.Generator().manual_seed(seed))
     x = F.normalize(data.captions + NOISE * noise, dim=1)
     inputs = check(x, data.caption_labels, x[:1], data.texts, unit_norm=True)
-    weight = probe(inputs, scale=data.scale, seed=seed, **training)
+    weight = probe(inputs, scale=data.scale, seed=seed, **{"epochs": _epochs(inputs), **training})
     return LinearHead((data.scale * weight).float(), data.class_names)
 
 
@@ -161,7 +173,7 @@ def mean(data: HeadData, members: Sequence[Head] | None = None) -> Head:
     its C logits. Neither labels nor validation have a part in it. Default members: prototypes, `gda`, `kernel`, as far as
     the data allow.
     """
-    members = members or [FITTERS[name].fit(data) for name in ("prototypes", "gda", "kernel") if possible(name, data)]
+    members = members or [fit_head(name, data) for name in ("prototypes", "gda", "kernel") if possible(name, data)]
     probes = data.captions if len(data.captions) else data.images.float()
     spreads = [member.raw_logits(probes).std(dim=1).mean().item() for member in members]
     reference = data.prototypes.raw_logits(probes).std(dim=1).mean().item()
@@ -203,6 +215,7 @@ class Fitter:
 FITTERS: dict[str, Fitter] = {
     "prototypes": Fitter(prototypes, "the class prototypes"),
     "linear": Fitter(linear, "a linear probe that starts at the class texts"),
+    "logistic": Fitter(logistic, "a logistic regression that starts at the class texts"),
     "gda": Fitter(gda, "class texts and Gaussians of the training images", ("every_class",)),
     "timo": Fitter(timo, "weighted captions and Gaussians of images and captions", ("every_class", "captions")),
     "kernel": Fitter(kernel, "class texts and a kernel regression on the training images", ("few_images",)),
@@ -233,8 +246,13 @@ def fit_head(name: str, data: HeadData, **options: Any) -> Head:
         raise UserError(f"--head: expected auto or one of {', '.join(FITTERS)}, found {name!r}.")
     if data.several_labels:
         check_several(name)
+    if not options and name in data.fitted:  # `mean` has fitted its members already
+        return data.fitted[name]
     fitted = {"head": name, "images": len(data.images), "captions": len(data.captions), **options}
-    return replace(FITTERS[name].fit(data, **options), fitted=fitted, several_labels=data.several_labels)
+    head = replace(FITTERS[name].fit(data, **options), fitted=fitted, several_labels=data.several_labels)
+    if not options:
+        data.fitted[name] = head
+    return head
 
 
 def check_several(name: str) -> None:
@@ -244,6 +262,11 @@ def check_several(name: str) -> None:
             f"--head {name}: expected one class for each picture, found lists of labels. Type --head auto, or one of "
             f"{', '.join(SEVERAL_LABELS)}."
         )
+
+
+def _epochs(inputs: Inputs, steps: int = 3000, most: int = 300, batch_size: int = 256) -> int:
+    """Epochs of a probe: at most `steps` steps, so that its time hardly grows with the number of images."""
+    return max(1, min(most, steps // -(-len(inputs.train_x) // batch_size)))
 
 
 def _need_captions(name: str, data: HeadData) -> None:
