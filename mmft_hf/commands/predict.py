@@ -21,7 +21,11 @@ class PredictArguments:
     model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     allow_pickle: bool = setting(False, ALLOW_PICKLE)
-    top_k: int = setting(3, "Classes printed for each picture.", range=Range(1))
+    top_k: int = setting(
+        3,
+        "Classes printed for each picture. With several labels per picture: all that hold, whatever this is.",
+        range=Range(1),
+    )
     output_file: str | None = setting(
         None,
         "A .csv or .jsonl file for the answers. Default: they are printed. In .csv, texts that a spreadsheet would run "

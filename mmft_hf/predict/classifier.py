@@ -20,8 +20,7 @@ from ..core.seals import is_loaded, note_changed_files
 from ..data.images import BadImage, read_image
 from ..model.collator import pixels_of
 from ..model.loading import encode_images, load_model
-from .heads import UNKNOWN, Head, load_head
-from .metrics import DECISION
+from .heads import DECISION, UNKNOWN, Head, load_head
 
 
 class ImageClassifier(nn.Module):

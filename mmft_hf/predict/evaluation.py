@@ -15,7 +15,8 @@ from ..data.sampling import is_example
 from ..model.features import image_embeddings, image_features
 from .calibration import area_under_risk, calibration, image_losses
 from .classifier import ImageClassifier
-from .metrics import DECISION, report, several_report
+from .heads import DECISION
+from .metrics import report, several_report
 
 
 @dataclass

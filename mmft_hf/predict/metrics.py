@@ -10,10 +10,10 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..data.sampling import is_example
+from .heads import DECISION
 
 Z_95 = 1.959963984540054
 UNEVEN = 5  # times as many images in the largest class as in the smallest
-DECISION = 0.5  # a class holds from this score on, where a picture may have several labels
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from ...model.loading import embedding_size
 FORMAT = "mmft-head-1"
 REMEDY = "Copy the file again, or save the classifier again."
 Positive = Annotated[float, Range(0, open=("low",))]
+DECISION = 0.5  # a class holds from this score on, where a picture may have several labels
 UNKNOWN = "unknown"  # the answer to a picture whose best class has a probability below `reject_below`
 
 
