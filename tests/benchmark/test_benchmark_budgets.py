@@ -256,7 +256,8 @@ SAME = {"steps": 10, "images_seen": 640}
     ("other", "equal"),
     [
         (SAME, True),
-        (SAME | {"images_seen": 641}, False),
+        (SAME | {"images_seen": 620}, True),  # short steps
+        (SAME | {"images_seen": 600}, False),
         (SAME | {"steps": 20}, True),  # in smaller batches
         (SAME | {"tried": 2}, False),
         ({"steps": 10}, True),  # of an older version

@@ -22,6 +22,7 @@ from .results import FULL
 EQUAL, AUTHORS, LONG = BUDGETS = ("equal", "authors", "long")
 LONG_STEPS = 300  # for each image of a class
 LOOKS = 50  # of a long training at validation, as in the 50 epochs of the default
+TOLERANCE = 0.05  # by which budgets that count as equal may differ
 RATES_APART = 10  # the second learning rate of a long training, as a multiple of the first
 
 # What a recipe sets where it says nothing else.
@@ -186,9 +187,10 @@ def images_seen(config: MMFTConfig, images: int, steps: int) -> int:
 def equal_budgets(one: Mapping, other: Mapping) -> bool:
     """Whether two rows of results had the same budget: images seen (steps, in rows of older versions) and learning rates tried.
 
+    Images may differ by a twentieth: a training in stages starts an epoch anew in each, and the last step of an epoch may be short.
     A method that trained no model needs none, and is compared with any.
     """
     if one.get("steps") is None or other.get("steps") is None:
         return True
     key = "images_seen" if None not in (one.get("images_seen"), other.get("images_seen")) else "steps"
-    return one[key] == other[key] and one.get("tried", 1) == other.get("tried", 1)
+    return math.isclose(one[key], other[key], rel_tol=TOLERANCE) and one.get("tried", 1) == other.get("tried", 1)
