@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .loading import encode_images, encode_texts, logit_scale, run_head
+from .loading import encode_images, encode_images_and_tokens, encode_texts, logit_scale, run_head
 
 
 def add_embedding_forward(
@@ -34,13 +34,14 @@ def add_embedding_forward(
         pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what the towers
             encode. A tower without inputs has no output.
         image_trunk, text_trunk (`(B, H)`, *optional*): pooled outputs of a frozen trunk, see `loading.run_trunk`.
+        tokens (`bool`): whether tokens of the images are returned, too.
         chunk_size (`int`): rows encoded at a time; 0: all at once. Chunks leave only their embeddings behind. They are
             encoded once more, with the same random numbers, when their gradient is computed: the gradient is that of the
             whole batch, and the memory that of one chunk, for one more forward.
 
     Returns:
         `{"image_embeds": (B, D), "text_embeds": (U, D), "scale": (), "parameters": {}}`, embeddings unit-norm in float32,
-        with gradient. Where there are pooled outputs of a trunk, their embeddings are in `projected`, by these names.
+        with gradient; with `tokens` also `image_tokens` `(B, P, H)`. Where there are pooled outputs of a trunk, their embeddings are in `projected`, by these names.
 
     References: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv
     2101.06983), whose gradient cache this is; here the recomputation is activation checkpointing of whole chunks.
@@ -71,13 +72,18 @@ def untuned_images(model: PreTrainedModel) -> PreTrainedModel:
     return copied.requires_grad_(False).eval()
 
 
-def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
+def embedding_forward(self, *args, chunk_size: int | None = None, tokens: bool = False, **inputs):
     """The forward that `add_embedding_forward` describes; `self` is the model."""
     if chunk_size is None:
         return type(self).forward(self, *args, **inputs)
-    found = {"scale": logit_scale(self), "parameters": term_parameters(self)}
+    found: dict = {"scale": logit_scale(self), "parameters": term_parameters(self)}
     if "pixel_values" in inputs:
-        found["image_embeds"] = _in_chunks(lambda x: encode_images(self, x), [inputs["pixel_values"]], chunk_size)
+        encode = encode_images_and_tokens if tokens else encode_images
+        images = _in_chunks(lambda x: encode(self, x), [inputs["pixel_values"]], chunk_size)
+        if tokens:
+            found["image_embeds"], found["image_tokens"] = images
+        else:
+            found["image_embeds"] = images
     texts = [inputs[name] for name in ("input_ids", "attention_mask") if name in inputs]
     if texts:
         found["text_embeds"] = _in_chunks(lambda *x: encode_texts(self, *x), texts, chunk_size)
@@ -90,14 +96,19 @@ def embedding_forward(self, *args, chunk_size: int | None = None, **inputs):
     return found | ({"projected": projected} if projected else {})
 
 
-def _in_chunks(encode: Callable[..., Tensor], inputs: list[Tensor], size: int) -> Tensor:
+def _in_chunks(encode: Callable, inputs: list[Tensor], size: int) -> Tensor | tuple[Tensor, ...]:
+    """What `encode` returns, a tensor or several, computed for `size` rows at a time."""
     rows = len(inputs[0])
     if not 0 < size < rows:
         return encode(*inputs)
     chunks = zip(*(x.split(size) for x in inputs), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([encode(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
+    if torch.is_grad_enabled():
+        parts = [checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        parts = [encode(*chunk) for chunk in chunks]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 @contextmanager

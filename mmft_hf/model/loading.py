@@ -320,6 +320,16 @@ def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output.float(), dim=-1)
 
 
+def encode_images_and_tokens(model: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """What `encode_images` gives, and the unit-norm tokens `(B, P, H)` of the last layer in float32: patches and class token, or
+    the places of a convolutional tower."""
+    pool_outputs(model)
+    found = model.get_image_features(pixel_values=pixel_values)
+    tokens = found.last_hidden_state.float()
+    tokens = tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
+    return F.normalize(found.pooler_output.float(), dim=-1), F.normalize(tokens, dim=-1)
+
+
 def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`; SigLIP has no mask."""
     if FAMILIES[model.config.model_type].causal:

@@ -238,6 +238,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             compute_metrics=compute_metrics or self._class_metrics,
             **kwargs,
         )
+        self._tokens = "image_tokens" in needs
         self._untuned = untuned_images(self.model).to(args.device) if "untuned_images" in needs else None
         self.texts = TextView(self.class_names or (), args.class_template, args.caption_dropout, self._data_seed)
         if self.class_names:
@@ -341,6 +342,9 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         extras = {name: outputs[name] for name in ("class_embeds",) if name in outputs}
         extras |= {} if self._adjustment is None else {"adjustment": self._adjustment}
         own = {name: outputs[name] for name in ("untuned_image_embeds",) if name in outputs}
+        with torch.autocast(inputs["labels"].device.type, enabled=False):
+            for term in self.terms:
+                own |= term.local(outputs)
         shared = {"parameters": outputs["parameters"], "extras": extras, "image_extras": own, "equal_sizes": True}
         batch = Batch.gathered(labels=inputs["labels"], scale=outputs["scale"], **embeds, **shared)
         loss = 0.0
@@ -359,8 +363,9 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         """Embeddings of the images of this process, of their texts and of the class texts, and the scale of the logits."""
         names = ("pixel_values", "input_ids", "attention_mask", "image_trunk", "text_trunk")
         encoded = {name: inputs[name] for name in names if name in inputs}
-        outputs = dict(model(**encoded, chunk_size=self._chunk_size()))
-        untuned = {} if self._untuned is None else {"untuned_image_embeds": self._untuned_images(inputs)}
+        options = {"chunk_size": self._chunk_size()} | ({"tokens": True} if self._tokens else {})
+        outputs = dict(model(**encoded, **options))
+        untuned = {} if self._untuned is None else self._untuned_images(inputs, options)
         texts, rows = outputs.pop("text_embeds", None), inputs.get("text_rows")
         if "class_rows" in inputs:
             outputs["class_embeds"] = texts[inputs["class_rows"]]
@@ -371,14 +376,15 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         # The embeddings of a frozen tower come with the batch.
         return outputs | untuned | {name: inputs[name] for name in ("image_embeds", "text_embeds") if name in inputs}
 
-    def _untuned_images(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Embeddings `(B, D)` of the images of this process by the image tower as this Trainer got it."""
+    def _untuned_images(self, inputs: dict[str, torch.Tensor], options: dict) -> dict[str, torch.Tensor]:
+        """Embeddings, and tokens, of the images of this process by the image tower as this Trainer got it."""
         if "image_embeds" in inputs:  # of a frozen tower
-            return inputs["image_embeds"]
+            return {"untuned_image_embeds": inputs["image_embeds"]}
         pictures = {name: inputs[name] for name in ("pixel_values", "image_trunk") if name in inputs}
         with torch.no_grad(), self.accelerator.autocast():
-            found = self._untuned(**pictures, chunk_size=self._chunk_size())
-        return (found | found.get("projected", {}))["image_embeds"]
+            found = self._untuned(**pictures, **options)
+        found |= found.pop("projected", {})
+        return {f"untuned_{name}": found[name] for name in ("image_embeds", "image_tokens") if name in found}
 
     def _chunk_size(self) -> int:
         """Rows encoded at a time; 0: all. If memory runs out, `auto_find_batch_size` lowers this and not the batch."""

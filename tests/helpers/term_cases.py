@@ -40,7 +40,10 @@ class Rows:
             p["scale"].exp(),
             torch.nn.functional.normalize(self.inputs[rows].tanh() @ p["text"], dim=1),
             extras={"class_embeds": self.class_inputs @ p["text"]},
-            image_extras={"untuned_image_embeds": self.inputs[rows, :4].cos()},
+            image_extras={
+                "untuned_image_embeds": self.inputs[rows, :4].cos(),
+                "gram_patches": (self.inputs[rows] @ p["image"]).square().mean(dim=1),
+            },
             parameters={term.name: own},
         )
         found = term(batch)

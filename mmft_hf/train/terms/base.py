@@ -20,9 +20,11 @@ class LossTerm:
         name: of the term; its loss is logged as `NAME_loss`.
         weight: factor in the sum: a number, or a function of the optimizer steps done and of all steps. A term of weight 0
             is computed and logged, and adds nothing.
-        needs: what the batch must hold in addition to the images: `texts` (one drawn for each image) or `class_texts` (one of
-            every class, as `batch.extras["class_embeds"]`), or `untuned_images` (their embeddings by the image tower as the Trainer got it, as
-            `batch.extras["untuned_image_embeds"]`).
+        needs: what there must be in addition to the embeddings of the images:
+            `texts`: one drawn for each image;
+            `class_texts`: one of every class, as `batch.extras["class_embeds"]`;
+            `untuned_images`: the images by the image tower as the Trainer got it, as `batch.extras["untuned_image_embeds"]`;
+            `image_tokens`: tokens of the images, for `local` alone.
         log_weight: whether `NAME_weight` is logged.
         over_classes: whether it is a cross-entropy over class logits, to which it adds `batch.extras["adjustment"]`.
         parameters: the trained parameters of the term itself, by name. The Trainer gives it to the optimizer and keeps it in
@@ -46,6 +48,15 @@ class LossTerm:
         The batch holds the rows of all processes, and autocast is off.
         """
         raise NotImplementedError
+
+    def local(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values `(B, …)` of the images of this process, for `batch.extras`: what would be too large to be gathered itself.
+
+        Args:
+            rows: `image_tokens` and `untuned_image_tokens` `(B, P, H)`, unit-norm, if the term needs them and there are any: a
+                tower whose outputs are kept has none.
+        """
+        return {}
 
     def head(self, parameters: Mapping[str, Tensor], class_names: Sequence[str]) -> Head | None:
         """The classifier that the term trains, which validation then uses; None (the default) leaves it to prototypes."""
