@@ -16,7 +16,7 @@ from ..model.interpolation import interpolated
 from ..predict.calibration import fit_decisions, fit_temperature, threshold_for
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
-from ..predict.fitting.auto import Choice, State, select
+from ..predict.fitting.auto import ADJUSTED, Choice, State, select
 from ..predict.fitting.data import embeddings, head_data
 from ..predict.fitting.heads import FITTERS
 from ..predict.heads import ClassPrototypes, Head
@@ -24,8 +24,6 @@ from .config import MMFTConfig
 from .prototypes import prototypes_of
 from .selection import SEVERAL, metric_name
 from .terms import LossTerm
-
-ADJUSTED = ("auto", "linear")  # heads on which `logit_adjustment` acts
 
 
 @dataclass
@@ -138,10 +136,15 @@ def check_adjustment(config: MMFTConfig, terms: Sequence[LossTerm] = ()) -> None
     Args:
         terms: of the loss that is minimized.
     """
-    if config.logit_adjustment and config.head not in ADJUSTED and not any(term.over_classes for term in terms):
+    if (
+        config.logit_adjustment
+        and config.head not in ("auto", *ADJUSTED)
+        and not any(term.over_classes for term in terms)
+    ):
         raise UserError(
             f"--logit_adjustment: expected 0 with --head {config.head}, found {config.logit_adjustment:g}: it acts on the training "
-            "of the linear head, and of a cross-entropy over the classes, and there is none. Leave it out, or type --head linear."
+            f"of the heads {' and '.join(ADJUSTED)}, and of a cross-entropy over the classes, and there is none. Leave it out, or "
+            "type --head linear."
         )
 
 

@@ -174,8 +174,9 @@ class MMFTConfig(TrainingArguments):
     )
     logit_adjustment: float = setting(
         0.0,
-        "For classes of unequal sizes: while the linear head, or a cross-entropy over the classes, is trained, this many times "
-        "the logarithm of a class's share of the images is added to its logits, so that rare classes are not neglected. Try 1.",
+        "For classes of unequal sizes: while the head linear or logistic, or a cross-entropy over the classes, is trained, this "
+        "many times the logarithm of a class's share of the images is added to its logits, so that rare classes are not neglected. "
+        "Try 1.",
         range=Range(0, 10),
     )
     calibrate: bool = setting(True, "Fit the temperature of the class probabilities on validation.", decides=False)

@@ -19,6 +19,7 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.core.markdown import read_front_matter
 from mmft_hf.data.sampling import ClassBalancedSampler
 from mmft_hf.predict.fitting.inputs import check
+from mmft_hf.predict.fitting.logistic import regression
 from mmft_hf.predict.fitting.probe import probe
 from mmft_hf.predict.heads import LinearHead
 from mmft_hf.train.learnable import share_with_positives
@@ -58,6 +59,18 @@ def test_the_adjusted_boundary_lies_between_two_gaussians_of_which_one_is_rare()
     }
     assert abs(found[1.0]) < 0.06  # a tenth of the distance of the two
     assert found[0.0] == pytest.approx(math.log(50) * 0.3**2 / 0.6, abs=0.1)
+
+
+def test_an_adjusted_logistic_regression_does_not_learn_the_shares_of_the_classes():
+    """Where all images are the same, a regression can learn the shares of the classes and nothing else."""
+    x = torch.tensor([[1.0, 0.0]] * 60).double()
+    inputs = check(x, torch.tensor([0] * 50 + [1] * 10), x[:1], torch.eye(2).double(), unit_norm=True)
+    found = {}
+    for tau in (0.0, 1.0):
+        weight, bias = regression(inputs, 1.0, strength=1e6, adjustment=tau)
+        found[tau] = (x[:1] @ weight.T + bias).softmax(dim=1)[0].tolist()
+    assert found[0.0] == pytest.approx([50 / 60, 10 / 60], abs=1e-3)
+    assert found[1.0] == pytest.approx([0.5, 0.5], abs=1e-3)
 
 
 def test_both_cross_entropies_add_the_adjustment_to_their_logits():
@@ -113,7 +126,8 @@ def test_what_makes_up_for_the_sizes_twice_is_refused(tmp_path, other):
 def test_an_adjustment_that_would_change_nothing_is_refused(clip_folder, tmp_path):
     data = {"train": uneven(), "validation": uneven((2, 2, 2), 1), "test": uneven((2, 2, 2), 2)}
     with pytest.raises(
-        UserError, match=r"logit_adjustment: expected 0 with head kernel, found 1.* or type head linear"
+        UserError,
+        match=r"logit_adjustment: expected 0 with head kernel, found 1.*heads linear and logistic, .* or type head linear",
     ):
         mmft_hf.finetune(data, clip_folder, tmp_path / "out", head="kernel", logit_adjustment=1.0, use_cpu=True)
     assert not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ from .heads import fit_head, possible
 DEFAULT_HEAD, DEFAULT_ALPHA = "mean", 0.5
 ZERO_SHOT = "zero-shot"  # the untuned model with the class template
 CANDIDATES = ("mean", "prototypes", "linear", "logistic", "kernel")
+ADJUSTED = ("linear", "logistic")  # heads that are trained, and so learn the shares of the classes
 FEWEST = 50  # validation images that may move the default
 ALIKE, IDENTICAL = 0.95, 0.9999  # cosines above which two pictures count as one, or are one
 EQUAL = 1 - 1e-6  # of embeddings that differ by rounding alone
@@ -132,7 +133,7 @@ def select(
         head: a name in `FITTERS`, for the weights alone to be chosen; `auto` for both.
         zero_shot: of the untuned weights; a further candidate of `auto`.
         metric: `accuracy`, `mean_per_class_accuracy`, `top5_accuracy` or `loss`, the default.
-        adjustment: of the logits in the training of `linear`, see `probe.probe`.
+        adjustment: of the logits in the training of `ADJUSTED` heads, see `probe.probe`.
 
     Raises:
         UserError: the named head does not fit the data; embeddings that are not finite.
@@ -150,7 +151,7 @@ def select(
             groups = groups_of(embeds[usable])
         known = SEVERAL_LABELS if data.several_labels else CANDIDATES
         names = [name for name in known if possible(name, data)] if head == "auto" else [head]
-        options = {"linear": {"adjustment": adjustment}} if adjustment else {}
+        options = {name: {"adjustment": adjustment} for name in ADJUSTED} if adjustment else {}
         heads = {name: fit_head(name, data, **options.get(name, {})) for name in names}
         if head == "auto" and zero_shot and not state.alpha:
             heads[ZERO_SHOT] = zero_shot

@@ -53,12 +53,12 @@ def linear(data: HeadData, **training) -> Head:
     return LinearHead((data.scale * weight).float(), data.class_names)
 
 
-def logistic(data: HeadData, strength: float = STRENGTH) -> Head:
+def logistic(data: HeadData, strength: float = STRENGTH, adjustment: float = 0.0) -> Head:
     """Logistic regression on the images that starts at B and may leave it; see `logistic.regression`.
 
     For few classes with many images each, whose names say little.
     """
-    weight, bias = regression(data.inputs(data.texts), data.scale, strength)
+    weight, bias = regression(data.inputs(data.texts), data.scale, strength, adjustment=adjustment)
     return LinearHead(weight.float(), data.class_names, bias.float())
 
 

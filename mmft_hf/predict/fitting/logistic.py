@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .inputs import Inputs, positive
+from .probe import log_priors
 
 STRENGTH = 10.0  # inverse strength of the penalty, for unit-norm features
 
 
 @torch.enable_grad()
 def regression(
-    inputs: Inputs, scale: float, strength: float = STRENGTH, iterations: int = 300
+    inputs: Inputs, scale: float, strength: float = STRENGTH, iterations: int = 300, adjustment: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Weight `(C, D)` and bias `(C,)` that minimize
 
@@ -25,13 +26,14 @@ def regression(
     Args:
         scale: `exp(logit_scale)` of the model.
         iterations: at most, of L-BFGS, which starts at the class texts.
+        adjustment: of the logits in training, see `probe.probe`.
 
     There is no randomness.
     """
     positive(scale=scale, strength=strength)
     x, y, start = inputs.train_x, inputs.train_y, scale * inputs.zero_shot
     change, bias = torch.zeros_like(start, requires_grad=True), start.new_zeros(len(start), requires_grad=True)
-    texts = x @ start.T
+    texts = x @ start.T + adjustment * log_priors(inputs.counts).to(x)
     optimizer = torch.optim.LBFGS([change, bias], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
