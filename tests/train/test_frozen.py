@@ -238,6 +238,20 @@ def test_a_resume_trains_beside_the_checkpoints_tower(clip, tmp_path):
         trainer._frozen.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
+def test_a_resume_goes_on_with_the_projection_of_the_checkpoint(clip, tmp_path, capsys):
+    """Though the trunk was encoded before the checkpoint was read."""
+    settings = {"crop_min_area": 1.0, "max_steps": 3, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1e-2}
+    settings |= {"evaluate": False, "load_best_model_at_end": False, "save_total_limit": None}
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        pair = with_lora(copy.deepcopy(clip), "head", "norms")
+        make_trainer(pair, tmp_path, **settings).train(resume_from_checkpoint=resume)
+        found.append(weights(pair[0]))
+    assert difference(*found) == 0
+    assert (found[0]["visual_projection.weight"] - clip[0].visual_projection.weight).abs().max() > 1e-3
+    assert "Frozen trunk of the vision tower: 24 training images read from the cache" in capsys.readouterr().out
+
+
 def test_what_cannot_be_kept_is_encoded_as_before(clip, tmp_path, folder, capsys):
     model, processor = copy.deepcopy(clip)
     model.text_model.encoder.layers[0].self_attn.dropout = 0.1
