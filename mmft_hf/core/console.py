@@ -54,6 +54,13 @@ def table(rows: dict[str, object]) -> None:
         say(f"  {name:<{width}}  {value}")
 
 
+def seconds(count: float) -> str:
+    """`0.4 s`, `35 s`, `12 min`, `3.1 h`."""
+    if count < 100:
+        return f"{count:.2g} s" if count < 10 else f"{count:.0f} s"
+    return f"{count / 60:.0f} min" if count < 6000 else f"{count / 3600:.1f} h"
+
+
 def percent(share: float, interval: tuple[float, float] | None = None) -> str:
     """`31.5 %`, or `31.5 % (26.2 to 37.3)` with a 95 % interval."""
     text = f"{100 * share:.1f} %"

@@ -216,7 +216,7 @@ class MMFTConfig(TrainingArguments):
     weight_decay: float = setting(1e-4, "Weight decay (not on norms and biases).", range=Range(0))
     lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
     max_grad_norm: float = setting(0.0, "Gradient clipping; 0: none.", range=Range(0))
-    num_train_epochs: float = setting(50.0, "Epochs of training.")
+    num_train_epochs: float | None = setting(None, "Epochs of training. Default: 50 with an accelerator, 10 on a CPU.")
     per_device_train_batch_size: int = setting(64, "Training batch per process.", range=Range(1))
     per_device_eval_batch_size: int = setting(256, "Evaluation batch per process.", range=Range(1))
     eval_strategy: IntervalStrategy | str = setting("epoch", "When validation accuracy is measured.")
@@ -269,6 +269,8 @@ class MMFTConfig(TrainingArguments):
 
     def __post_init__(self):
         accelerated = torch.accelerator.is_available() and not self.use_cpu
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 50.0 if accelerated else 10.0
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # the Trainer requires it for bf16 on a CPU
         if self.bf16 is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
-from ..core.console import plain
+from ..core.console import plain, seconds
 from ..predict.heads import Head
 from .selection import SEVERAL, metric_name, shown
 from .terms import LossTerm
@@ -22,8 +23,15 @@ FORMATS = {
 }
 
 
+FIRST_STEPS = 5  # after which the time of a training is estimated; the first of them is slower
+LONG = 900.0  # seconds; a longer training is announced
+LEAST = 60.0  # seconds; less is not worth saying at the end of an epoch
+
+
 class EpochLines(ProgressCallback):
     """A progress bar with one readable line per evaluation, instead of the stock callback's dictionaries.
+
+    A training of more than a quarter of an hour is announced after its first steps.
 
     Args:
         terms: of the loss, which is written as their weighted sum.
@@ -61,7 +69,8 @@ class EpochLines(ProgressCallback):
             if self.training_bar is not None:
                 self.training_bar.set_description("Training")
                 self.training_bar.update(state.global_step)
-        self.current_step = state.global_step
+        self.current_step = self.first_step = state.global_step
+        self.begun = time.monotonic()
         # The star marks a new best value of the metric that selects.
         self.metric, self.higher = metric_name(args.metric_for_best_model), args.greater_is_better is not False
         self.best = state.best_metric
@@ -70,6 +79,19 @@ class EpochLines(ProgressCallback):
         """Advances the bar."""
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
+        if not state.is_world_process_zero:
+            return
+        done = state.global_step - self.first_step
+        if done == 1:
+            self.after_first = time.monotonic()
+        elif done == FIRST_STEPS:
+            step = (time.monotonic() - self.after_first) / (FIRST_STEPS - 1)
+            left = step * (state.max_steps - state.global_step)
+            if left > LONG:
+                advice = ""
+                if args.device.type == "cpu":
+                    advice = ". On a CPU, --num_train_epochs 0 fits a head to the untuned model, which takes minutes"
+                self._print(f"about {seconds(left)} left, at {seconds(step)} a step, and validation{advice}")
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """Advances a bar that appears only if a validation takes longer than a second."""
@@ -120,6 +142,10 @@ class EpochLines(ProgressCallback):
                 if self.best is None or (value > self.best if self.higher else value < self.best):
                     parts[-1] += " *"
                     self.best = value
+        if (done := state.global_step - self.first_step) > 0:
+            left = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
+            if left >= LEAST:
+                parts.append(f"about {seconds(left)} left")
         return " | ".join(parts)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -135,7 +135,7 @@ def finetune(
     dataset: str | Dataset | Mapping[str, Dataset] = "builtin/emoji-mini",
     model: str | Path = "builtin/photo",
     output_dir: str | Path = "outputs/mmft",
-    epochs: float = 50,
+    epochs: float | None = None,
     *,
     reporter: Reporter | None = None,
     **settings,
@@ -150,7 +150,7 @@ def finetune(
             columns that `image_column`, `label_column` and `captions_column` name.
         model: Hub id or folder of a dual encoder, `builtin/photo` or `builtin/tiny-clip`.
         output_dir: folder of the results. A folder that holds another run is not overwritten.
-        epochs: epochs of training.
+        epochs: epochs of training. Default: 50 with an accelerator, 10 on a CPU.
         reporter: receives the events of the run. Default: only the lines of the epochs are printed.
         settings: any setting of `mmft-hf finetune` by its name, e.g. `learning_rate=1e-5`, `shots=16`, `vision_tower="lora"`.
 

@@ -10,6 +10,7 @@ from statistics import mean
 
 import numpy as np
 
+from ...core.console import seconds
 from ...core.errors import UserError
 from ...core.files import atomic_write
 from ...core.pages import render_page
@@ -175,13 +176,6 @@ def _dates(results: Findings) -> str:
 def by_family(methods: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Methods with the heading of their family; those of a family stand together in `Findings.methods`."""
     return [(HEADINGS[key], list(group)) for key, group in groupby(methods, lambda name: method_of(name).family)]
-
-
-def seconds(count: float) -> str:
-    """`0.4 s`, `35 s`, `12 min`, `3.1 h`."""
-    if count < 100:
-        return f"{count:.2g} s" if count < 10 else f"{count:.0f} s"
-    return f"{count / 60:.0f} min" if count < 6000 else f"{count / 3600:.1f} h"
 
 
 CONSTANTS = {"METHOD": METHOD, "TEST": TEST, "PER_CLASS": PER_CLASS, "MARKS": MARKS, "BEST": BEST, "POLICIES": POLICIES}
