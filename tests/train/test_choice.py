@@ -96,7 +96,7 @@ def test_the_results_say_what_was_chosen_and_what_the_others_had(run):
     assert results["head_validation_images"] == 60 >= FEWEST
     assert results["head_reason"] in results["selection"]
     found = {(c["head"], c["alpha"]): c["validation_loss"] for c in results["head_candidates"]}
-    names = ("mean", "prototypes", "linear", "kernel")
+    names = ("mean", "prototypes", "linear", "logistic", "kernel")
     assert found.keys() == {(name, a) for name in names for a in (0, 0.5, 1)} | {("zero-shot", 0)}
     # The chosen one is the default, or has a lower loss.
     chosen = found[results["head"], results["head_alpha"]]
