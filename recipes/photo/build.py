@@ -90,7 +90,8 @@ def main():
     torch.nn.init.constant_(joined.logit_scale, math.log(scale))
     joined.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    embed.tokenizer.save_pretrained(args.out)
+    # Loaded anew: one that has cut texts writes that among its settings.
+    AutoTokenizer.from_pretrained(args.text).save_pretrained(args.out)
     settings = json.loads((args.out / "tokenizer_config.json").read_text())
     settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # as every version of transformers calls it
