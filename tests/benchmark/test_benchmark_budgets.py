@@ -225,7 +225,8 @@ def test_a_long_benchmark_says_what_it_took_and_is_not_continued_with_another_bu
         )  # batches of 6 images
         assert rows[name]["chosen"]["learning_rate"] in (1e-3, 1e-2)
     assert rows["lp"]["steps"] is rows["lp"]["images_seen"] is None
-    assert rows["lp"]["identity"]["settings"]["budget"] == "long"
+    settings = rows["lp"]["identity"]["settings"]
+    assert settings["budget"] == "long" and "num_train_epochs" not in settings  # which has no effect
     page = (tmp_path / "out" / "report.html").read_text()
     assert (
         "Long budget: " in page

@@ -21,7 +21,7 @@ from .results import FULL
 
 EQUAL, AUTHORS, LONG = BUDGETS = ("equal", "authors", "long")
 LONG_STEPS = 300  # for each image of a class
-LOOKS = 50  # of a long training at validation, as in the 50 epochs of the default
+LOOKS = 50  # of a long training at validation
 TOLERANCE = 0.05  # by which budgets that count as equal may differ
 RATES_APART = 10  # the second learning rate of a long training, as a multiple of the first
 

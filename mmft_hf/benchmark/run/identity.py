@@ -18,7 +18,8 @@ from ...data.images import content_hash
 from ...data.splits import Splits, labels_of
 from ...version import __version__
 from .arguments import BenchmarkArguments, BenchmarkData
-from .budgets import EQUAL
+from .budgets import DECIDED, EQUAL
+from .results import UNNAMED
 
 LIBRARIES = ("torch", "transformers", "peft", "scikit-learn")
 
@@ -36,9 +37,9 @@ def identity_of(
     Settings that have their default are not in it, so that results stay valid when a setting is added.
     """
     plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
-    default = {f.name: f.default for f in fields(config)}
-    chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k)}
-    chosen.pop("seed", None)  # each cell has its own
+    default = {f.name: f.default for f in fields(config)} | UNNAMED
+    without = ("seed", *DECIDED[args.budget])  # each cell has its own seed
+    chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k) and k not in without}
     budget = {} if args.budget == EQUAL else {"budget": args.budget}
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {

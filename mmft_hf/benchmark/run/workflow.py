@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -190,9 +190,9 @@ def check_budget(args: BenchmarkArguments, config: MMFTConfig) -> None:
     what = f"with --budget {args.budget}, which decides it. Leave it out."
     if args.min_steps:
         raise UserError(f"--min_steps: expected 0, found {args.min_steps}, {what}")
-    default = {f.name: f.default for f in fields(MMFTConfig)}
+    default = MMFTConfig(config.output_dir, use_cpu=config.use_cpu)  # some defaults depend on the device
     for name in DECIDED[args.budget]:
-        if (found := getattr(config, name)) != default[name]:
+        if (found := getattr(config, name)) != getattr(default, name):
             raise UserError(f"--{name}: expected nothing, found {getattr(found, 'value', found)}, {what}")
     rates = args.learning_rates
     if rates and args.budget == AUTHORS:
