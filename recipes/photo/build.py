@@ -18,6 +18,11 @@ from text_tower import batches
 from texts import imagenet
 from transformers import AlbertModel, AutoTokenizer, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
+# Settings that tell how a tokenizer was loaded and last used.
+USED = (
+    "is_local local_files_only max_length pad_to_multiple_of pad_token_type_id padding_side stride truncation_side "
+    "truncation_strategy"
+).split()
 VALIDATION = (("emoji_mini", "validation"), ("openclipart", "validation"), ("emoji", "validation"))
 
 
@@ -90,10 +95,9 @@ def main():
     torch.nn.init.constant_(joined.logit_scale, math.log(scale))
     joined.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    # Loaded anew: one that has cut texts writes that among its settings.
-    AutoTokenizer.from_pretrained(args.text).save_pretrained(args.out)
+    embed.tokenizer.save_pretrained(args.out)
     settings = json.loads((args.out / "tokenizer_config.json").read_text())
-    settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+    settings = {name: value for name, value in settings.items() if name not in USED}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # as every version of transformers calls it
     (args.out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     settings = json.loads((args.out / "config.json").read_text())
