@@ -68,5 +68,5 @@ def test_an_override_that_nothing_calls_would_be_silent():
     own = {name for part in parts for name, value in vars(part).items() if callable(value) and name[:2] != "__"}
     added = {"build_prototypes", "current_prototypes", "forget_prototypes", "stop_at", "trained_parameters"}
     added |= {"_averaged", "_chunk_size", "_class_metrics", "_exchange", "_expect_finite_losses", "_forward"}
-    added |= {"_save_files", "_unsharded", "_write_model"}
+    added |= {"_save_files", "_unsharded", "_untuned_images", "_write_model"}
     assert own - overridden() == added
