@@ -36,7 +36,7 @@ class EvaluateArguments:
     reject_below: float | None = setting(
         None,
         "Count pictures as unanswered whose best class has a probability below this. Default: what the classifier was saved "
-        "with.",
+        "with. With several labels per picture: a class holds from this score on.",
         range=Range(0, 1),
     )
 
@@ -53,7 +53,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..predict.evaluation import classify
     from ..predict.heads import ClassPrototypes
     from ..predict.metrics import class_sizes, uneven_note
-    from .finetune import SEVERAL_LABELS
+    from .finetune import SEVERAL_LABELS, threshold_row
 
     check_settings(args)
     if args.output_dir:
@@ -121,7 +121,10 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         rows["calibration"] = (
             f"error {result['calibration_error']:.3f}; {result['calibration_error_null']:.3f} would be perfect on so many images"
         )
-    if (least := classifier.head.reject_below) is not None:
+    least = classifier.head.reject_below
+    if least is not None and several:
+        rows |= threshold_row(least, several)
+    elif least is not None:
         result |= predictions.answered(least)
         right = (
             ""

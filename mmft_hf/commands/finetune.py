@@ -102,9 +102,7 @@ class Terminal:
             error, null = metrics["test_calibration_error"], metrics["test_calibration_error_null"]
             rows["calibration"] = f"error {error:.3f}; {null:.3f} would be perfect on so many images"
         if metrics["reject_below"] is not None:
-            rows["unknown"] = (
-                f"the answer to a picture whose best class has less than {percent(metrics['reject_below'])}"
-            )
+            rows |= threshold_row(metrics["reject_below"], several)
         metric = metrics["selection_metric"]
         tuned, untuned = metrics[f"test_{metric}"], metrics[f"zero_shot_test_{metric}"]
         if metric != "accuracy" and not several:
@@ -136,6 +134,13 @@ class Terminal:
 
     def pushed(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"It is at {result.url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {repo_id}")
+
+
+def threshold_row(least: float, several: bool) -> dict[str, str]:
+    """What `reject_below` does, for a table. `several`: a picture may have several labels."""
+    if several:
+        return {"decision": f"a class holds from a score of {percent(least)} on"}
+    return {"unknown": f"the answer to a picture whose best class has less than {percent(least)}"}
 
 
 def several_labels_rows(metrics: dict, now: str) -> dict[str, str]:

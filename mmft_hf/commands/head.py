@@ -9,7 +9,7 @@ from ..core.arguments import Range, check_settings, setting
 from ..core.console import percent, say, table
 from ..core.errors import UserError
 from ..train.config import MMFTConfig
-from .finetune import SEVERAL_LABELS
+from .finetune import SEVERAL_LABELS, threshold_row
 
 SHARED = MMFTConfig.__dataclass_fields__  # whose help texts hold here, too
 
@@ -74,7 +74,7 @@ def run(args: HeadArguments, folders: list[str]) -> None:
         "selection": found.metrics["selection"],
     }
     if (least := found.metrics["reject_below"]) is not None:
-        rows["unknown"] = f"the answer to a picture whose best class has less than {percent(least)}"
+        rows |= threshold_row(least, several)
     table(rows)
     if note:
         say(f"\n  {note}")

@@ -33,7 +33,8 @@ class PredictArguments:
     )
     reject_below: float | None = setting(
         None,
-        "Answer `unknown` if the best class has a probability below this. Default: what the classifier was saved with.",
+        "Answer `unknown` if the best class has a probability below this. With several labels per picture: a class holds from this "
+        "score on. Default: what the classifier was saved with.",
         range=Range(0, 1),
     )
     batch_size: int = setting(64, "Pictures per batch.", range=Range(1))

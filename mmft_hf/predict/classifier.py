@@ -20,7 +20,7 @@ from ..core.seals import is_loaded, note_changed_files
 from ..data.images import BadImage, read_image
 from ..model.collator import pixels_of
 from ..model.loading import encode_images, load_model
-from .heads import DECISION, UNKNOWN, Head, load_head
+from .heads import UNKNOWN, Head, load_head
 
 
 class ImageClassifier(nn.Module):
@@ -113,7 +113,7 @@ class ImageClassifier(nn.Module):
             For each picture `[{"label", "score"}, …]`, best first; the scores are probabilities over all classes. For a
             single picture that list alone. A picture whose best class is below the head's `reject_below` is answered
             `unknown` first, with the probability that its best class is wrong. With several labels: all classes with a score
-            of 0.5 or more, whatever `top_k`, best first; an empty list says that none holds.
+            of 0.5 (or the head's `reject_below`) or more, whatever `top_k`, best first; an empty list says that none holds.
 
         Raises:
             BadImage: a picture that cannot be read.
@@ -136,7 +136,7 @@ class ImageClassifier(nn.Module):
             for row in zip(scores.tolist(), classes.tolist(), strict=True)
         ]
         if several:
-            return [[one for one in row if one["score"] >= DECISION] for row in found]
+            return [[one for one in row if one["score"] >= self.head.decision] for row in found]
         least = self.head.reject_below or 0
         return [
             row if row[0]["score"] >= least else [{"label": UNKNOWN, "score": 1 - row[0]["score"]}, *row][: len(row)]

@@ -15,7 +15,7 @@ from ..data.sampling import is_example
 from ..model.features import image_embeddings, image_features
 from .calibration import area_under_risk, calibration, image_losses
 from .classifier import ImageClassifier
-from .heads import DECISION
+from .heads.base import DECISION
 from .metrics import report, several_report
 
 
@@ -29,6 +29,7 @@ class Predictions:
         losses (`(n,)`): cross-entropy of the logits, in nats, with several labels the mean binary one; 0 for an unreadable image.
         class_names: `C` names, in the order of the scores.
         logits (`(n, C)`): with several labels; their sigmoid may be rounded to 0 or 1.
+        decision: with several labels, the score from which a class holds.
     """
 
     scores: np.ndarray
@@ -36,6 +37,7 @@ class Predictions:
     losses: np.ndarray
     class_names: list[str]
     logits: np.ndarray | None = None
+    decision: float = DECISION
 
     @property
     def several_labels(self) -> bool:
@@ -50,7 +52,7 @@ class Predictions:
     @property
     def predicted(self) -> np.ndarray:
         """Predicted class of each row, `(n,)`; with several labels bool `(n, C)`."""
-        return self.scores >= DECISION if self.several_labels else self.scores.argmax(axis=1)
+        return self.scores >= self.decision if self.several_labels else self.scores.argmax(axis=1)
 
     def rescale(self, temperature: float, offsets: np.ndarray | None = None) -> None:
         """Divides the logits by a temperature. With several labels offsets `(C,)` are added."""
@@ -67,7 +69,8 @@ class Predictions:
     def report(self) -> dict:
         """`ClassificationReport` over all readable rows, and their mean cross-entropy as `loss`; with several labels
         `metrics.several_report`."""
-        found = (several_report if self.several_labels else report)(self.scores, self.labels, self.class_names)
+        parts = (self.scores, self.labels, self.class_names)
+        found = several_report(*parts, self.decision) if self.several_labels else report(*parts)
         return {**found, "loss": float(self.losses[self.known].mean(dtype=np.float64))}
 
     def answered(self, least: float) -> dict:
@@ -153,5 +156,6 @@ def classify(
         return (gather_shares(part) if shard else part).numpy()
 
     found = Predictions(whole(scores), whole(labels), whole(losses), head.class_names)
-    found.logits = whole(answers) if several else None
+    if several:
+        found.logits, found.decision = whole(answers), head.decision
     return found

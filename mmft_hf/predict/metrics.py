@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..data.sampling import is_example
-from .heads import DECISION
+from .heads.base import DECISION
 
 Z_95 = 1.959963984540054
 UNEVEN = 5  # times as many images in the largest class as in the smallest
@@ -121,11 +121,11 @@ def report(scores: np.ndarray, labels: np.ndarray, class_names: list[str]) -> di
 
 
 # -- several labels per picture --------------------------------------------------------------------------------------------
-def several_report(scores: np.ndarray, labels: np.ndarray, class_names: list[str]) -> dict:
+def several_report(scores: np.ndarray, labels: np.ndarray, class_names: list[str], decision: float = DECISION) -> dict:
     """Metrics of several labels per picture, over the rows that are examples; the others are counted in `skipped`.
 
     Args:
-        scores (`(n, C)`): a class is predicted from 0.5 on. Average precision depends on their order alone.
+        scores (`(n, C)`): a class is predicted from `decision` on. Average precision depends on their order alone.
         labels (`(n, C)`): 1 where a class holds, else 0; -100 for no example.
 
     Returns:
@@ -141,7 +141,7 @@ def several_report(scores: np.ndarray, labels: np.ndarray, class_names: list[str
     if not known.any():
         raise UserError(f"expected at least one image that can be read, found none among {len(labels)}.")
     scores, truth = scores[known], labels[known] > 0
-    predicted = scores >= DECISION
+    predicted = scores >= decision
     hits, answered, positives = (predicted & truth).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0)
     f1 = 2 * hits / np.maximum(answered + positives, 1)
     occur = positives > 0

@@ -113,8 +113,8 @@ class MMFTImageClassificationPipeline(Pipeline):
 
     Returns:
         `[{"label", "score"}, …]` for one image, best first; the scores are softmax probabilities over all classes. For
-        several images, a list of these. Where a picture may have several labels: all classes with a score of 0.5 or more, whatever
-    `top_k`; an empty list says that none holds.
+        several images, a list of these. Where a picture may have several labels: all classes with a score of 0.5 (or the head's
+    `reject_below`) or more, whatever `top_k`; an empty list says that none holds.
 
     Raises:
         UserError: there is no head in the model's folder, or an image cannot be read.

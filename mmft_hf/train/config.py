@@ -182,7 +182,8 @@ class MMFTConfig(TrainingArguments):
     calibrate: bool = setting(True, "Fit the temperature of the class probabilities on validation.", decides=False)
     reject_below: float | None = setting(
         None,
-        "Answer `unknown` if the best class has a probability below this. Default: each picture gets a class.",
+        "Answer `unknown` if the best class has a probability below this. Default: each picture gets a class. With several labels "
+        "per picture: a class holds from this score on; default 0.5.",
         range=SHARE,
         decides=False,
     )

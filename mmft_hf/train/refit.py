@@ -92,7 +92,8 @@ def refit(
     if data_args.dataset_name == IN_MEMORY:
         raise UserError(f"{folder}: its data were in memory. Type --dataset_name, a folder or Hub id that holds them.")
     splits = load_splits(data_args)
-    if settings.get("reject_below") is not None or settings.get("reject_for_accuracy") is not None:
+    several = splits.several_labels
+    if not several and (settings.get("reject_below") is not None or settings.get("reject_for_accuracy") is not None):
         check_unknown(splits.class_names)
     if splits.fingerprint() != identity["dataset_fingerprint"]:
         raise UserError(
@@ -107,7 +108,7 @@ def refit(
         known["metric_for_best_model"], metric = None, "accuracy"
     config = MMFTConfig(**known | {"output_dir": str(output_dir), "head": head, "report_to": "none"} | settings)
     check_adjustment(config)
-    if splits.several_labels:
+    if several:
         check_several_settings(config)
     towers = {key: identity[key] for key in ("vision_tower", "text_tower")} | (identity["lora"] or {})
     model_args = ModelArguments(identity["base_model"], identity["base_model_revision"], **towers)
@@ -116,7 +117,7 @@ def refit(
     found = ImageClassifier.from_pretrained(folder)
     found.model.to(config.device)
     template = ClassPrototypes.from_templates(found.model, found.processor, splits.class_names, config.class_template)
-    template = replace(template, several_labels=splits.several_labels)
+    template = replace(template, several_labels=several)
     kept = choose_classifier(ImageClassifier(found.model, found.processor, template), None, splits, config)
     chosen = kept.classifier
 
@@ -128,6 +129,7 @@ def refit(
     if config.calibrate:
         chosen.head = calibrated(chosen.head, validated, kept)
     chosen.head, no_threshold = with_threshold(chosen.head, config, validated, kept)
+    validated.decision = chosen.head.decision
     run.splits.notes = [*record["notes"], *([no_threshold] if no_threshold else [])]
     predictions = score(splits.test, "test")
     validation = validated.report()

@@ -228,7 +228,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     if several:
         check_several_settings(config)
         config.metric_for_best_model, config.greater_is_better = metric, True
-    if config.reject_below is not None or config.reject_for_accuracy is not None:
+    if not several and (config.reject_below is not None or config.reject_for_accuracy is not None):
         check_unknown(splits.class_names)
     labels, terms = labels_of(splits.train), terms_of(None, config)
     trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
@@ -277,7 +277,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     zero_shot = replace(zero_shot, several_labels=several)
     untuned_scores = score(ImageClassifier(model, processor, zero_shot), splits.validation, name="validation")
     if several:  # there is no decision without
-        zero_shot = calibrated(zero_shot, untuned_scores, None)
+        zero_shot = calibrated(zero_shot, untuned_scores, None).rejecting(config.reject_below)
+        untuned_scores.decision = zero_shot.decision
     untuned_validation = untuned_scores.report()
     parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
     plan = FinetunePlan(
@@ -335,7 +336,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     if config.calibrate and not (several and chosen.head is zero_shot):
         chosen = ImageClassifier(chosen.model, processor, calibrated(chosen.head, validated, kept))
     rejecting, no_threshold = with_threshold(chosen.head, config, validated, kept)
-    chosen = ImageClassifier(chosen.model, processor, rejecting)
+    chosen, validated.decision = ImageClassifier(chosen.model, processor, rejecting), rejecting.decision
     splits.notes += [no_threshold] if no_threshold else []
     validation = validated.report()
 
@@ -375,10 +376,10 @@ def check_several_settings(config: MMFTConfig) -> None:
             "--calibrate: expected true with several labels per picture, found false: it is calibration that decides from which "
             "score on a class holds. Leave it out."
         )
-    if config.reject_below is not None or config.reject_for_accuracy is not None:
+    if config.reject_for_accuracy is not None:
         raise UserError(
-            "--reject_below and --reject_for_accuracy: expected one class for each picture, found lists of labels: each class is "
-            "decided by itself, and a picture may have none. Leave them out."
+            "--reject_for_accuracy: expected one class for each picture, found lists of labels: each class is decided by itself, and "
+            "a picture may have none. Leave it out, or type --reject_below with the score from which a class holds."
         )
 
 

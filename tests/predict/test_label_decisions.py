@@ -200,8 +200,6 @@ def test_a_head_is_saved_with_its_decisions(name, tmp_path):
     assert again.several_labels and torch.equal(again.scores(x), head.scores(x))
     expected = (head.raw_logits(x) / 2 + torch.tensor([0.5, -1.0, 0.0, 2.0])).sigmoid()
     torch.testing.assert_close(again.scores(x), expected)
-    with pytest.raises(UserError, match="reject_below: expected a classifier with one class for each picture"):
-        again.rejecting(0.5)
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------
@@ -245,6 +243,14 @@ def test_predict_gives_all_classes_above_the_decision_and_the_published_code_the
     for row in answers:
         assert [one["score"] for one in row] == sorted((one["score"] for one in row), reverse=True)
     assert predictions.report()["micro_f1"] > 0.9 and predictions.certainty() == {}
+    # `reject_below` moves the decision.
+    sure = ImageClassifier(classifier.model, classifier.processor, classifier.head.rejecting(0.97))
+    found = classify(sure, data, progress=False)
+    expected = several_report(predictions.scores, predictions.labels, sure.class_names, 0.97)
+    assert {key: found.report()[key] for key in expected} == expected
+    for row in sure.predict(pictures):
+        assert all(one["score"] >= 0.97 for one in row)
+    assert sum(map(len, sure.predict(pictures))) == (predictions.scores >= 0.97).sum() < sum(map(len, answers))
 
     module = types.ModuleType("mmft_inference")
     exec(compile(inference_code(classifier.head), "mmft_inference.py", "exec"), vars(module))
@@ -257,6 +263,10 @@ def test_predict_gives_all_classes_above_the_decision_and_the_published_code_the
     for x, expected in zip(embeds, answers, strict=True):
         logits = module.logits(x[None], **head)
         found = module.MMFTImageClassificationPipeline.postprocess(this, {"logits": logits}, top_k=1)
+        this.head["reject_below"] = 0.97
+        surer = module.MMFTImageClassificationPipeline.postprocess(this, {"logits": logits}, top_k=1)
+        this.head["reject_below"] = None
+        assert surer == [one for one in found if one["score"] >= 0.97]
         assert [one["label"] for one in found] == [one["label"] for one in expected]
         assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-4)
 

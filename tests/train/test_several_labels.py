@@ -118,6 +118,8 @@ def test_evaluate_predict_pipeline_and_snippet_agree(run, data, tmp_path, monkey
     assert code == 0 and all(None not in row and None not in row.values() for row in rows)  # as wide as the header
     found = [{value for key, value in row.items() if key.startswith("label_") and value} for row in rows]
     assert found == answers and set() in found
+    code, said = run_verb("evaluate", "--model_name_or_path", folder, "--dataset_name", data, "--reject_below", 0)
+    assert code == 0 and "recall 100.0 %" in said and "a class holds from a score of 0.0 % on" in said
     code, said = run_verb("predict", pictures / "00.png", "--model_name_or_path", folder)
     assert code == 0 and "00.png: none of the classes" in said  # the first stripes are grey
 
@@ -151,16 +153,21 @@ def test_the_card_tells_the_metrics(run):
     assert b"top_k=3" not in files["README.md"] and "mmft_inference.py" in files
 
 
-def test_another_head_is_fitted_to_a_finished_run(run, tmp_path):
+def test_another_head_is_fitted_to_a_finished_run(run, data, tmp_path):
     folder, _ = run
-    code, said = run_verb("head", folder, "--head", "prototypes", "--output_dir", tmp_path / "new")
-    assert code == 0 and "mAP on validation" in said
+    words = ["--head", "prototypes", "--output_dir", tmp_path / "new", "--reject_below", 0.3]
+    code, said = run_verb("head", folder, *words)
+    assert code == 0 and "mAP on validation" in said and "a class holds from a score of 30.0 % on" in said
     head = mmft_hf.ImageClassifier.from_pretrained(tmp_path / "new").head
     assert head.kind == "prototypes" and head.several_labels and head.offsets.shape == (3,)
     results = json.loads((tmp_path / "new" / "all_results.json").read_text())
-    # What is read back gives what was measured.
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "with a score of 0.3 or more" in card and "if scores[i] < 0.3:" in card and "unknown" not in card
+    # What is read back gives what was measured, and answers from the threshold on.
     classifier = mmft_hf.ImageClassifier.from_pretrained(tmp_path / "new")
     truth, answers = truth_and_answers(tmp_path / "new")
+    test = Dataset.from_parquet(str(data / "test.parquet"))
+    assert [{one["label"] for one in row} for row in classifier.predict(test["image"][:])] == answers
     assert results["test_accuracy"] == pytest.approx(sum(a == b for a, b in zip(truth, answers, strict=True)) / 40)
     assert classifier.class_names == list(COLOURS)
 
@@ -193,7 +200,7 @@ def test_a_head_without_training_and_without_captions(clip_folder, tmp_path):
     [
         ("--head kernel", "--head kernel: expected one class for each picture, found lists of labels"),
         ("--calibrate false", "--calibrate: expected true with several labels"),
-        ("--reject_below 0.4", "--reject_below and --reject_for_accuracy: expected one class for each picture"),
+        ("--reject_for_accuracy 0.9", "--reject_for_accuracy: expected one class for each picture"),
         ("--samples_per_class 2", "--samples_per_class: expected one class for each image"),
         ("--metric_for_best_model loss", "--metric_for_best_model loss: expected one label per picture, found several"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...core.errors import UserError
 from ...core.files import PROTOTYPES_FILE
-from .base import DECISION, UNKNOWN, Head, find_head, read
+from .base import UNKNOWN, Head, find_head, read
 from .kernel import KernelHead
 from .linear import LinearHead
 from .prototypes import ClassPrototypes

@@ -28,7 +28,7 @@ from ...model.loading import embedding_size
 FORMAT = "mmft-head-1"
 REMEDY = "Copy the file again, or save the classifier again."
 Positive = Annotated[float, Range(0, open=("low",))]
-DECISION = 0.5  # a class holds from this score on, where a picture may have several labels
+DECISION = 0.5  # a class holds from this score on, where a picture may have several labels, unless `reject_below` says otherwise
 UNKNOWN = "unknown"  # the answer to a picture whose best class has a probability below `reject_below`
 
 
@@ -38,11 +38,12 @@ class Answers:
 
     Args:
         temperature: divides the logits; above 1 it makes probabilities less certain.
-        reject_below: a picture whose best class has a lower probability is answered `unknown`; None: each gets a class.
+        reject_below: a picture whose best class has a lower probability is answered `unknown`; None: each gets a class. With
+            several labels: a class holds from this probability on; None: from 0.5 on.
         fitted: how the head was fitted and calibrated, by name.
         several_labels: each class is decided by itself, so that a picture may have several, or none.
-        offsets (`(C,)`, *optional*): added to the logits after the temperature. Several labels need them, since a class holds
-            where its logit is 0 or more.
+        offsets (`(C,)`, *optional*): added to the logits after the temperature. Several labels need them, since their scores are
+            compared with a threshold.
     """
 
     temperature: Positive = 1.0
@@ -83,6 +84,11 @@ class Head(Answers):
         logits = self.raw_logits(image_embeds) / self.temperature
         return logits if self.offsets is None else logits + self.offsets.to(logits.device)
 
+    @property
+    def decision(self) -> float:
+        """With several labels: the probability from which a class holds."""
+        return DECISION if self.reject_below is None else self.reject_below
+
     def rejecting(self, reject_below: float | None) -> Head:
         """This head with another threshold.
 
@@ -91,13 +97,8 @@ class Head(Answers):
         """
         if reject_below is not None and reject_below not in Range(0, 1):
             raise UserError(f"--reject_below: expected a probability from 0 to 1, found {reject_below!r}.")
-        if reject_below is not None:
+        if reject_below is not None and not self.several_labels:
             check_unknown(self.class_names)
-            if self.several_labels:
-                raise UserError(
-                    "--reject_below: expected a classifier with one class for each picture, found one with several labels, in "
-                    "which each class is decided by itself, and a picture may have none. Leave it out."
-                )
         return replace(self, reject_below=reject_below)
 
     def scores(self, image_embeds: Tensor) -> Tensor:
