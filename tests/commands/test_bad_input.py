@@ -399,10 +399,11 @@ def test_bare_numbers_without_names(fails, finetune, tmp_path):
 
 
 def test_labels_of_the_wrong_type(fails, finetune, tmp_path):
-    rows = [{"image": f"{i}.png", "label": i / 3, "list": [1]} for i in range(9)]
+    rows = [{"image": f"{i}.png", "label": i / 3, "list": [1], "pair": {"a": 1}} for i in range(9)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     fails(finetune(data=path), "row 1: expected a class, found the number 0.333333 with a fraction")
-    fails(finetune("--label_column", "list", data=path), "expected class names or numbers", "List")
+    fails(finetune("--label_column", "list", data=path), "expected class names, found plain numbers", "--class_names")
+    fails(finetune("--label_column", "pair", data=path), "expected class names or numbers", "Value('int64')")
 
 
 def test_wrong_number_of_class_names(fails, finetune):
