@@ -64,11 +64,13 @@ LARGEST = 10**15  # of a whole number, so that sums and products with it are far
 
 
 class _Metadata(dict):
-    """The metadata of a setting. HfArgumentParser hands a copy of it to argparse, which knows no `range` and no `decides`:
-    they can be looked up, but are not among the keys that are copied."""
+    """The metadata of a setting. HfArgumentParser hands a copy of it to argparse, which knows none of `OWN`: they can be
+    looked up, but are not among the keys that are copied."""
+
+    OWN = ("range", "decides", "chosen")
 
     def keys(self):
-        return [key for key in super().keys() if key not in ("range", "decides")]
+        return [key for key in super().keys() if key not in self.OWN]
 
     def copy(self):
         return {key: self[key] for key in self.keys()}
@@ -81,8 +83,8 @@ def setting(default, help: str, **metadata):
         default: a list is copied for each object.
         help: what `--help` prints.
         metadata: `choices`, or a `range` (`Range`): what the setting may be, see `check_settings`; `decides`: whether the
-            setting can change the result of a run, so that a resume compares it. Further arguments of
-            `argparse.ArgumentParser.add_argument`.
+            setting can change the result of a run, so that a resume compares it; `chosen`: the default in words, where the
+            machine decides. Further arguments of `argparse.ArgumentParser.add_argument`.
     """
     value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**value, metadata=_Metadata({"help": help, **metadata}))

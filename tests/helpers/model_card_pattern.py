@@ -152,7 +152,7 @@ Settings that differ from the defaults:
 \| setting \| here \| default \|
 \| --- \| --- \| --- \|
 \| `learning_rate` \| `0\.005` \| `1e-05` \|
-\| `num_train_epochs` \| `10` \| `50` \|
+\| `num_train_epochs` \| `10` \| `50; on a CPU 10` \|
 \| `per_device_train_batch_size` \| `8` \| `64` \|
 
 Made with python [\w.+]+, mmft\\_hf [\w.+]+, torch [\w.+]+, transformers [\w.+]+, datasets [\w.+]+, accelerate [\w.+]+, tokenizers [\w.+]+(?:, on [^\n]+)?\.

@@ -139,17 +139,18 @@ def _captions(splits: Splits, data_settings: dict, record: dict, made_from: dict
 
 def _settings(identity: dict, data_settings: dict, training: type) -> dict:
     """`{name: [value, default]}` of the settings that differ from their default, in the order of the record."""
-    defaults = {}
+    defaults, chosen = {}, {}
     for kind in (ModelArguments, DataArguments, training):
         for field in fields(kind):
             default = field.default if field.default is not MISSING else None
             defaults[field.name] = json.loads(json.dumps(default, default=str))
+            chosen[field.name] = field.metadata.get("chosen", defaults[field.name])
     other = {k: v for k, v in identity.get("other_settings", {}).items() if v}
     found = {**identity, **other, **data_settings}
     # If the default is None, the machine decides, and a decision against something is not listed. A number is, even 0.
     decided = {k: v or defaults[k] is not None or type(v) is float for k, v in found.items() if k in defaults}
     differ = {k: v for k, v in found.items() if k in defaults and v != defaults[k] and decided[k]}
-    return {k: [v, defaults[k]] for k, v in differ.items() if k not in TOLD}
+    return {k: [v, chosen[k]] for k, v in differ.items() if k not in TOLD}
 
 
 # -- reading the record ------------------------------------------------------------------------------------------------
