@@ -114,7 +114,8 @@ class Terminal:
             say("  Type --metric_for_best_model mean_per_class_accuracy to have it select, too.")
         if not is_better(metric, tuned, untuned):
             by = "" if metric == "accuracy" else f" by {metric}"
-            cause, advice = "Fine-tuning", "more images, more epochs or another learning rate"
+            rate = "" if "tuning" in metrics else " (--tune 6 searches it)"
+            cause, advice = "Fine-tuning", f"more images, more epochs or another learning rate{rate}"
             if now == "new head":
                 cause, advice = "The new head", "more images, or captions"
             say(f"\n  {cause} did not help here: the untuned model is as good{by}. Try {advice}.")
@@ -167,7 +168,8 @@ def _training(plan: FinetunePlan) -> dict[str, str]:
     loss = f"{w:g} SupCon + {1 - w:g} CLIP"
     if config.supcon_weight_end is not None:
         loss = f"w SupCon + (1 - w) CLIP with w from {w:g} to {config.supcon_weight_end:g}"
-    rows = {"loss": f"{loss}, learning rate {config.learning_rate:g}, seed {config.seed}"}
+    rate = "to be found" if config.tune else f"{config.learning_rate:g}"
+    rows = {"loss": f"{loss}, learning rate {rate}, seed {config.seed}"}
     rows["trained"] = ", ".join(
         f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
         + (f", {layers} layers)" if layers else ")")
@@ -180,6 +182,10 @@ def _training(plan: FinetunePlan) -> dict[str, str]:
         rows["training"] += ", each class equally often"
     if config.weight_averaging:
         rows["training"] += f", weights averaged with decay {config.weight_averaging:g}"
+    if config.tune:
+        from ..train.tuning import tuning_line
+
+        rows["tuning"] = tuning_line(config, len(plan.splits.train))
     rows["memory"] = memory_line(plan.memory, config)
     return rows
 

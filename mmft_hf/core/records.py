@@ -44,6 +44,7 @@ class RunRecord(_Run, total=False):
     data: dict
     class_names: ClassNames
     base_model_weights: BaseWeights
+    tuning: Tuning
     files: dict[str, str]
     sha256: str
 
@@ -181,6 +182,31 @@ class _Results(TypedDict):
     zero_shot_won: bool
 
 
+class TuningCandidate(TypedDict):
+    """A learning rate that was tried for so many steps, and its metric on validation; None: the loss was not finite."""
+
+    learning_rate: float
+    steps: Count
+    value: float | None
+
+
+class _Tuning(TypedDict):
+    metric: Literal["accuracy", "top5_accuracy", "mean_per_class_accuracy", "mean_average_precision", "loss"]
+    candidates: list[TuningCandidate]
+
+
+class Tuning(_Tuning):
+    """A search of the learning rate, and what it has chosen; None: nothing yet."""
+
+    learning_rate: float | None
+
+
+class Tuned(_Tuning):
+    """A finished search."""
+
+    learning_rate: float
+
+
 class _HeadCandidate(TypedDict):
     head: str
     alpha: Share
@@ -232,6 +258,7 @@ class RunResults(_Results, total=False):
     head_chosen_on_validation: bool
     head_validation_images: Count
     head_candidates: list[HeadCandidate]
+    tuning: Tuned
     refitted: bool  # by `mmft-hf head`
     temperature: float
     reject_below: Share | None

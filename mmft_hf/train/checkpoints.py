@@ -30,6 +30,10 @@ CHECKSUMS_FILE = "checksums.json"
 ARCHIVES = (".pt", ".pth", ".bin")  # zip files of torch
 
 
+class NotFinite(UserError):
+    """A loss, or what the model answers, is infinite or no number."""
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has the name of a checkpoint."""
     return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
@@ -278,7 +282,7 @@ class TrainingCheckpoints:
         checkpoint = last_complete_checkpoint(self.args.output_dir)
         good = "good " if self.args.eval_strategy != "no" else ""  # without evaluations, it was never checked
         kept = f"The last {good}checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
-        raise UserError(
+        raise NotFinite(
             f"{what} became {value} at step {step} (epoch {self.state.epoch or 0:.2f}). {kept} Type a smaller "
             "--learning_rate, or --max_grad_norm 1.0, with a new --output_dir."
         )

@@ -69,7 +69,7 @@ class MMFTConfig(TrainingArguments):
         "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout prototypes template_weight "
         "samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
         "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy",
-        "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type warmup_steps "
+        "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate tune lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
         "greater_is_better patience",
         "speed and memory": "use_cpu bf16 per_device_eval_batch_size loss_chunk_size auto_find_batch_size *",
@@ -210,6 +210,12 @@ class MMFTConfig(TrainingArguments):
 
     # Defaults of the method, or of what a classifier's user expects, where they differ from the Trainer's.
     learning_rate: float = setting(1e-5, "Peak learning rate of AdamW.", range=Range(0, open=("low", "high")))
+    tune: int | None = setting(
+        None,
+        "Try this many learning rates around learning_rate (6, for example) in short trainings, and train with the one that is best "
+        "on validation. This takes about as many steps as the training itself. Default: no search.",
+        range=Range(2, 32),
+    )
     seed: int = setting(42, "Seed of everything random in training.", range=Range(0, 2**32 - 1))
     gradient_accumulation_steps: int = setting(
         1, "Batches whose gradients are averaged for one step; the contrastive batch stays.", range=Range(1)
@@ -292,6 +298,11 @@ class MMFTConfig(TrainingArguments):
                 f"--weight_averaging: expected 0 under FSDP and DeepSpeed, found {self.weight_averaging}: no process has all "
                 "the weights to average. Leave it out, or start without them."
             )
+        if self.tune and (sharded or self.fsdp or self.deepspeed):
+            raise UserError(
+                f"--tune: expected nothing under FSDP and DeepSpeed, found {self.tune}: they take a single training per process. "
+                "Search without them, and type the --learning_rate that was found."
+            )
         for name in ("accelerator_config", "fsdp_config", "deepspeed"):  # transformers reads them, and checks little
             if isinstance(found := getattr(self, name), str) and os.path.exists(found):
                 parse_json(read_bytes(found), f"--{name} {found}")
@@ -339,6 +350,10 @@ class MMFTConfig(TrainingArguments):
             least = "0 (a head on the untuned model) to" if head_alone else "more than 0 and at most"
             raise UserError(
                 f"--{name}: expected {least} {most:,}, found {getattr(self, name)!r}. To measure, type mmft-hf evaluate."
+            )
+        if self.tune and self.max_steps <= 0 and self.num_train_epochs == 0:
+            raise UserError(
+                f"--tune: expected nothing with --num_train_epochs 0, found {self.tune}: nothing is trained. Leave one of them out."
             )
         if not self.head_alphas or any(alpha not in SHARE for alpha in self.head_alphas):
             raise UserError(

@@ -19,7 +19,7 @@ from ..core.console import is_main
 from ..core.errors import UserError
 from ..core.launch import check_shared
 from ..core.reading import read_json
-from ..core.records import RunRecord
+from ..core.records import RunRecord, Tuning
 from ..core.seals import digests_of, note_if_changed, sealed
 from ..data.splits import Splits
 from ..hub import cards
@@ -90,6 +90,7 @@ class RunFolder:
         # `evaluate` needs these to find a held-out test split again.
         self.data_settings = vars(data_args)
         self.completed = False
+        self.tuning: Tuning | None = None  # what a search of the learning rate has found, also before an interruption
 
     def check(self, overwrite: bool, resume: str | bool | None) -> str | bool | None:
         """Checks that this run may use the folder, without writing to it. Returns the checkpoint to resume from.
@@ -128,6 +129,7 @@ class RunFolder:
                 "to delete it, --overwrite_output_dir true."
             )
         self.completed = bool(resume) and found["completed"]
+        self.tuning = found.get("tuning") if resume else None
         return resume
 
     def _other_processes(self, before: dict) -> str:
@@ -156,6 +158,12 @@ class RunFolder:
             self._write(self.path, completed=False)
         state.wait_for_everyone()
 
+    def keep_tuning(self, tuning: Tuning) -> None:
+        """Records the state of a search in the folder, which is claimed, so that a resume does not repeat it."""
+        self.tuning = tuning
+        if is_main():
+            self._write(self.path, completed=False)
+
     def _read(self) -> dict | None:
         path = self.path / files.RUN_FILE
         try:
@@ -171,6 +179,7 @@ class RunFolder:
             "mmft_hf": __version__,
             "identity": self.identity,
             "data": self.data_settings,
+            **({"tuning": self.tuning} if self.tuning else {}),
         }
         files.write_json(folder / files.RUN_FILE, sealed(content | more))
 
@@ -253,6 +262,7 @@ class RunFolder:
             "reject_below": head.reject_below,
             **{f"test_{name}": value for name, value in predictions.certainty().items()},
             "seed": self.config.seed,
+            **({"tuning": self.tuning} if self.tuning else {}),
             **train_metrics,
         }
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ from .run_folder import RunFolder
 from .selection import check_metric, is_better
 from .terms import terms_of
 from .trainer import MMFTTrainer
+from .tuning import replaced, search
 
 IN_MEMORY = "in-memory data"  # recorded as the name of a dataset that was given as an object
 
@@ -294,13 +296,16 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     trainer = compared = adapter = None
     state, train_metrics = TrainerState(epoch=0.0), {}
     if trains:
-        try:
-            trainer = MMFTTrainer(model, config, splits.train, splits.validation, processor)
-        except UserError:
-            raise
-        except (ImportError, ValueError) as error:
-            # The stock Trainer's refusals, e.g. of a tracker that is not installed.
-            raise UserError(f"finetune: {str(error).strip()}") from error
+        if config.tune:
+            tuning = search(
+                lambda settings: _trainer(copy.deepcopy(model), settings, splits, processor),
+                config,
+                len(splits.train),
+                folder.tuning,
+                folder.keep_tuning,
+            )
+            config = replaced(config, learning_rate=tuning["learning_rate"])
+        trainer = _trainer(model, config, splits, processor)
         train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
         state = trainer.state
         tuned = trainer.accelerator.unwrap_model(trainer.model)
@@ -364,6 +369,16 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     if trainer and config.push_to_hub and is_main():
         trainer._finish_current_push()
     return _pushed(result, config, reporter)
+
+
+def _trainer(model, config: MMFTConfig, splits: Splits, processor) -> MMFTTrainer:
+    try:
+        return MMFTTrainer(model, config, splits.train, splits.validation, processor)
+    except UserError:
+        raise
+    except (ImportError, ValueError) as error:
+        # The stock Trainer's refusals, e.g. of a tracker that is not installed.
+        raise UserError(f"finetune: {str(error).strip()}") from error
 
 
 def check_several_settings(config: MMFTConfig) -> None:

@@ -177,6 +177,7 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
         ("resume_from_checkpoint", None, no_model),
         ("data_seed", None, "Each of --seeds draws an order, crops and captions of its own. Leave it out."),
         ("prototypes", "captions", prototypes),
+        ("tune", None, "Type --learning_rates with the rates that each method may choose from."),
     ):
         found = settings[name]
         if found is not None and found is not False and found != expected:
