@@ -73,8 +73,14 @@ def many(count: int, noun: str) -> str:
 
 
 def some(names: Sequence, most: int = 8) -> str:
-    """The first names, for a message: `a, b, c, …`."""
-    return ", ".join(plain(name, lines=False) for name in names[:most]) + (", …" if len(names) > most else "")
+    """The first names, for a message: `a, b, c, …`; `a; b, c; d` where a name has a comma."""
+    first = [plain(name, lines=False) for name in names[:most]]
+    return separator(first).join(first + ["…"] * (len(names) > most))
+
+
+def separator(names: Sequence[str]) -> str:
+    """What stands between names in a list: a comma, or a semicolon where a name has a comma."""
+    return "; " if any(", " in name for name in names) else ", "
 
 
 def printable_text(text: str) -> str:

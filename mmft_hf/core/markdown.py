@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from .console import printable_text
+from .console import printable_text, separator
 from .errors import UserError
 from .reading import parse_yaml
 
@@ -60,9 +60,11 @@ def fenced(text: object, language: str = "text") -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a`, `a and b`, `a, b and c`; empty for no names."""
+    """`a`, `a and b`, `a, b and c`; `a; b, c; and d` where a name has a comma; empty for no names."""
     *first, last = [*names] or [""]
-    return f"{', '.join(first)} and {last}" if first else last
+    between = separator([*first, last])
+    comma = ";" if between == "; " else ""
+    return f"{between.join(first)}{comma} and {last}" if first else last
 
 
 def read_front_matter(text: str) -> tuple[dict, str]:

@@ -12,7 +12,7 @@ from tiny_clip import COLOURS, colour_dataset
 from mmft_hf.cli import main
 from mmft_hf.core.console import PlainFormatter, plain, say, some, table
 from mmft_hf.core.files import write_csv
-from mmft_hf.core.markdown import code, md
+from mmft_hf.core.markdown import code, listed, md
 
 EVIL = {
     "clear\x1b[2Jed": r"clear\x1b[2Jed",
@@ -141,3 +141,10 @@ def test_a_name_stays_in_its_cell_of_a_table(name):
         assert (
             not any(tag in html for tag in ("<script", "<a ", "<img")) and "\x1b" not in html and "\u202e" not in html
         )
+
+
+def test_names_with_commas_are_told_apart():
+    assert some(["a", "b", "c"], 2) == "a, b, …" and listed(["a", "b", "c"]) == "a, b and c"
+    names = ["blue", "once, only", "red"]
+    assert some(names) == "blue; once, only; red" and some(names, 2) == "blue; once, only; …"
+    assert listed(names) == "blue; once, only; and red" and listed(names[1:]) == "once, only; and red"
