@@ -346,6 +346,11 @@ def separated(values: pa.ChunkedArray, kind, separator: str, where: str) -> pa.C
 
     An empty text is no list, but a missing label; the separator alone is an empty list.
     """
+    if not separator:
+        raise UserError(
+            "--label_separator: expected what stands between the labels of a text, found nothing. Type, for example, "
+            "--label_separator ';', or leave it out."
+        )
     if kind not in TEXT and not (isinstance(kind, Value) and kind.dtype.startswith(("int", "uint"))) and kind != NULL:
         raise UserError(f"--label_separator: expected text, found {kind} in {where}. Leave it out.")
     texts = values.cast(pa.string()).to_pylist()

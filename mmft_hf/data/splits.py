@@ -319,7 +319,7 @@ def _joined_texts(names: Sequence[str]) -> list[str]:
         count = Counter(part for parts in joined.values() for part in parts)
         if joined and all(part in names or count[part] > 1 for part in count):
             return [
-                f"Class names such as {next(iter(joined))!r} may be several labels in one text. If they are, type --label_separator "
+                f"Class names such as {max(joined, key=lambda name: len(joined[name]))!r} may be several labels in one text. If they are, type --label_separator "
                 f"{separator!r}."
             ]
     return []
@@ -446,8 +446,9 @@ def load_splits(args: DataArguments, dataset: DatasetDict | None = None) -> Spli
             continue
         rest, held = hold_out(labels_of(train), share, args.shots_seed)
         if not held:
+            left = " beside those held out for the test" if len(train) < len(data[train_name]) else ""
             raise UserError(
-                f"no {role} split, and no class of {train_name!r} has two images, so none can be held out. Add a "
+                f"no {role} split, and no class of {train_name!r} has two images{left}, so none can be held out. Add images or a "
                 f"{role} split, or type --{role}_split NAME."
             )
         chosen[role], train = train.select(held), train.select(rest)

@@ -40,10 +40,10 @@ def check_weights(terms: Sequence[LossTerm], step: int = 0, steps: int = 1) -> l
 def refuse_balance(config: MMFTConfig) -> None:
     """Raises `UserError` for a setting that balances classes, where an image may have several labels."""
     for name in ("samples_per_class", "class_balance", "logit_adjustment"):
-        if value := getattr(config, name):
+        if getattr(config, name):
             raise UserError(
-                f"--{name}: expected one class for each image, found lists of labels and {value}: it balances classes that exclude "
-                "each other. Leave it out."
+                f"--{name}: expected one class for each image, found lists of labels. It balances classes that exclude each other. "
+                "Leave it out."
             )
 
 

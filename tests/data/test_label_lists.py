@@ -103,10 +103,25 @@ def test_a_text_is_one_label_unless_a_separator_is_typed():
     assert splits.class_names == ["a", "b", "c"] and sets(splits.train, splits.class_names) == [{"a", "b"}, {"c"}] * 3
 
 
+def test_an_empty_separator_is_refused():
+    texts = Dataset.from_dict({"image": [PNG] * 6}, Features({"image": Image()})).add_column("label", ["a", "c"] * 3)
+    with pytest.raises(UserError, match="label_separator: expected what stands between the labels"):
+        loaded(texts, label_separator="")
+
+
+def test_two_images_of_a_class_are_too_few_for_both_held_out_splits():
+    two = Dataset.from_dict({"image": [PNG] * 4}, Features({"image": Image()})).add_column(
+        "label", ["a", "a", "b", "b"]
+    )
+    with pytest.raises(UserError, match="no class of 'train' has two images beside those held out for the test"):
+        load_splits(DataArguments(), DatasetDict(train=two))
+
+
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
         (["a", "b", "a;b"], "'a;b' may be several labels in one text. If they are, type --label_separator ';'"),
+        ([";", "a", "a;b", "b"], "such as 'a;b' may be"),  # not the empty list
         (["red|big", "red|small", "big|small"], "type --label_separator '|'"),
         (["['a', 'b']", "['a']"], "look like lists written as text"),
         (["Paris, France", "Rome, Italy"], ""),
