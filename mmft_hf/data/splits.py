@@ -318,9 +318,9 @@ def _joined_texts(names: Sequence[str]) -> list[str]:
         joined = {name: [part.strip() for part in name.split(separator)] for name in names if separator in name}
         count = Counter(part for parts in joined.values() for part in parts)
         if joined and all(part in names or count[part] > 1 for part in count):
+            example = max(joined, key=lambda name: sum(map(bool, joined[name])))  # rather than the separator alone
             return [
-                f"Class names such as {max(joined, key=lambda name: len(joined[name]))!r} may be several labels in one text. If they are, type --label_separator "
-                f"{separator!r}."
+                f"Class names such as {example!r} may be several labels in one text. If they are, type --label_separator {separator!r}."
             ]
     return []
 
