@@ -228,6 +228,19 @@ def test_pictures_that_tuning_drew_together_are_not_taken_for_the_training_pictu
     assert auto.are_among(near, near[:60]).sum() == 60
 
 
+def test_of_the_heads_that_are_better_the_most_accurate_is_taken():
+    groups, noise = torch.arange(80), torch.randn(80, generator=torch.Generator().manual_seed(0)).double()
+
+    def judged(name, loss, accuracy):
+        return auto.Candidate(0.0, name, None, loss + 0.1 * noise.roll(len(name)), accuracy)
+
+    default, linear, kernel = judged("mean", 2.0, 0.3), judged("linear", 1.0, 0.4), judged("kernel", 1.1, 0.5)
+    lucky = judged("prototypes", 1.999, 0.9)  # not shown to be better
+    assert auto.choose([default, linear, kernel, lucky], groups).chosen is kernel
+    assert auto.choose([default, linear, lucky], groups).chosen is linear
+    assert auto.choose([default, lucky], groups).chosen is default
+
+
 def test_temperatures_come_from_the_other_half():
     """A head that knows the validation labels by heart looks perfect only by its own half's temperature."""
     x, y = validation()

@@ -6,7 +6,7 @@ the errors that a named metric counts:
 1. Weights: the untuned ones if their loss is not higher (tuning did not help), the tuned ones if their loss is lower by more
    than one standard error.
 2. Head: another head on these weights, or the untuned model with the class template, if its loss is lower by more than one
-   standard error than that of `mean`.
+   standard error than that of `mean`; of several such heads, the most accurate one.
 
 With several labels per picture the default head is `linear`, the other one `prototypes`, and the loss is binary cross-entropy.
 
@@ -238,9 +238,11 @@ def choose(
         alpha = alphas[-1]
         reasons.append(f"the tuned weights are better on validation{by} by more than one standard error")
     chosen = by_key[alpha, head]
-    best = min((c for c in candidates if c.alpha == alpha or c.name == ZERO_SHOT), key=lambda c: c.cost)
-    if best is not chosen and lower(best, chosen, groups):
-        chosen = best
+    others = [c for c in candidates if (c.alpha == alpha or c.name == ZERO_SHOT) and c is not chosen]
+    better = [c for c in others if lower(c, chosen, groups)]
+    if better:
+        # A low loss shows that a head is better; of several such heads, the one that is right most often is wanted.
+        chosen = min(better, key=lambda c: c.cost if metric else (-c.accuracy, c.cost))
         reasons.append(f"this head is better on validation{by} by more than one standard error")
     return Choice(
         chosen,
