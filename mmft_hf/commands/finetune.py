@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from ..core.arguments import DataArguments, ModelArguments
-from ..core.console import percent, say, some, table
+from ..core.console import many, percent, say, some, table
 from ..core.files import RESULTS_FILE, SHEET_FILE
 from ..data.labels import labels_of
 from ..train.config import MMFTConfig
@@ -77,20 +77,18 @@ class Terminal:
 
         gain = 100 * (result.test_accuracy - result.zero_shot_test_accuracy)
         several, images = metrics.get("several_labels"), metrics["test_images"]
-        heading = f"Results on {images} test images" if several else f"Test accuracy on {images} images"
-        say(f"\n{heading}, with 95 % interval\n")
+        heading = f"Results on {images} test images, exact match" if several else f"Test accuracy on {images} images,"
+        say(f"\n{heading} with 95 % interval\n")
         now = "fine-tuned" if metrics.get("head_alpha", 1) else "new head"  # on untuned weights
         rows = {"zero-shot": accuracy("zero_shot_"), now: f"{accuracy('')}   {gain:+.1f} points"}
         note = ""
         if several:
-            rows = several_labels_rows(metrics, now)
+            rows = several_labels_rows(metrics)
         else:
             mean, before = (metrics[f"{of}test_mean_per_class_accuracy"] for of in ("", "zero_shot_"))
             note = uneven_note(metrics["test_images_of_smallest_class"], metrics["test_images_of_largest_class"])
             if note:
-                rows = {
-                    "mean per class": f"{percent(mean)}, zero-shot {percent(before)}   {100 * (mean - before):+.1f} points"
-                } | rows
+                rows = {"mean per class": beside_zero_shot(mean, before)} | rows
             else:
                 rows["mean per class"] = percent(mean)
         if "test_top5_accuracy" in metrics:
@@ -144,21 +142,18 @@ def threshold_row(least: float, several: bool) -> dict[str, str]:
     return {"unknown": f"the answer to a picture whose best class has less than {percent(least)}"}
 
 
-def several_labels_rows(metrics: dict, now: str) -> dict[str, str]:
-    """The results on the test images where a picture may have several labels, beside those of the untuned model.
+def beside_zero_shot(value: float, untuned: float, interval: tuple[float, float] | None = None) -> str:
+    """`58.5 %, zero-shot 12.5 %   +46.0 points`, with a 95 % interval of the value if there is one."""
+    return f"{percent(value, interval)}, zero-shot {percent(untuned)}   {100 * (value - untuned):+.1f} points"
 
-    Args:
-        now: what the classifier is called.
-    """
-    rows = {"figures": f"{now}, in brackets zero-shot"}
-    for metric, name in SEVERAL_LABELS.items():
-        interval = None
-        if metric == "accuracy":
-            interval = (metrics["test_accuracy_ci_low"], metrics["test_accuracy_ci_high"])
-        rows[name] = percent(metrics[f"test_{metric}"], interval)
-        if f"zero_shot_test_{metric}" in metrics:
-            rows[name] += f"   ({percent(metrics[f'zero_shot_test_{metric}'])})"
-    return rows
+
+def several_labels_rows(metrics: dict) -> dict[str, str]:
+    """The results on the test images where a picture may have several labels, beside those of the untuned model."""
+    intervals = {"accuracy": (metrics["test_accuracy_ci_low"], metrics["test_accuracy_ci_high"])}
+    return {
+        name: beside_zero_shot(metrics[f"test_{key}"], metrics[f"zero_shot_test_{key}"], intervals.get(key))
+        for key, name in SEVERAL_LABELS.items()
+    }
 
 
 def _training(plan: FinetunePlan) -> dict[str, str]:
@@ -175,7 +170,8 @@ def _training(plan: FinetunePlan) -> dict[str, str]:
         + (f", {layers} layers)" if layers else ")")
         for tower, (trained, total, layers) in plan.parameters.items()
     )
-    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    epochs = config.num_train_epochs
+    length = many(config.max_steps, "step") if config.max_steps > 0 else f"{epochs:g} epoch{'s' * (epochs != 1)}"
     where = f"on each of {config.world_size} processes" if config.world_size > 1 else f"on {config.device}"
     rows["training"] = f"{length}, batches of {config.per_device_train_batch_size} {where}"
     if config.class_balance:

@@ -47,11 +47,9 @@ class Kept:
 
     def describe(self, weights: bool = True) -> str:
         """The head, and the weights if wanted, in a few words."""
-        places = {0.0: "untuned weights", 0.5: "weights halfway to the tuned ones", 1.0: "tuned weights"}
-        place = places.get(self.alpha, f"weights at {self.alpha:g} of the way to the tuned ones")
         name = self.choice.chosen.name
         head = f"with {FITTERS[name].about if name in FITTERS else 'the class template'}"
-        return f"{place}, {head}" if weights else head
+        return f"{weights_at(self.alpha)}, {head}" if weights else head
 
     def record(self) -> dict:
         """The choice as JSON: what was chosen, why, and each candidate with its loss, accuracy and metric on validation."""
@@ -73,6 +71,12 @@ class Kept:
                 if len(c.losses)
             ],
         }
+
+
+def weights_at(alpha: float) -> str:
+    """The weights `(1 - alpha) * untuned + alpha * tuned` in a few words."""
+    places = {0.0: "untuned weights", 0.5: "weights halfway to the tuned ones", 1.0: "tuned weights"}
+    return places.get(alpha, f"weights at {alpha:g} of the way to the tuned ones")
 
 
 def choose_classifier(

@@ -18,7 +18,7 @@ from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
 from ..predict.heads import ClassPrototypes
 from ..predict.heads.base import check_unknown
-from .choice import calibrated, check_adjustment, choose_classifier, with_threshold
+from .choice import calibrated, check_adjustment, choose_classifier, weights_at, with_threshold
 from .config import MMFTConfig
 from .run_folder import RunFolder
 from .selection import metric_name
@@ -151,8 +151,11 @@ def refit(
     alpha = before.get("head_alpha", 0.0 if before["zero_shot_won"] else 1.0)
     metrics |= {"best_epoch": before["best_epoch"], "head_alpha": alpha, "refitted": True}
     metrics["head_candidates"] = [found | {"alpha": alpha} for found in metrics["head_candidates"]]
+    if kept.choice.chosen.name == head:  # nothing was chosen
+        metrics["head_reason"] = "the head that was typed"
+    weights = weights_at(before["head_alpha"]) if "head_alpha" in before else before["selection"]
     metrics["selection"] = (
-        f"the weights of {folder.name} ({before['selection']}), {kept.describe(weights=False)}; {kept.choice.reason}"
+        f"the weights of {folder.name} ({weights}), {kept.describe(weights=False)}; {metrics['head_reason']}"
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     run.claim(None)

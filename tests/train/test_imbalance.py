@@ -22,6 +22,7 @@ from mmft_hf.predict.fitting.inputs import check
 from mmft_hf.predict.fitting.logistic import regression
 from mmft_hf.predict.fitting.probe import probe
 from mmft_hf.predict.heads import LinearHead
+from mmft_hf.predict.metrics import uneven_note
 from mmft_hf.train.learnable import share_with_positives
 from mmft_hf.train.terms import Batch, ClassTextCrossEntropy, CrossEntropy, LossTerm
 
@@ -193,6 +194,8 @@ def test_the_mean_over_the_classes_comes_first_where_sizes_differ(run, tmp_path,
     assert evaluated.index("mean per class") < evaluated.index("accuracy  ") and SENTENCE in evaluated
 
     front, card = read_front_matter((folder / "README.md").read_text())
+    sizes = (results["test_images_of_smallest_class"], results["test_images_of_largest_class"])
+    assert f"{uneven_note(*sizes)} The head gained " in card or f"{uneven_note(*sizes)} Fine-tuning gained " in card
     assert (
         SENTENCE in card and f"gained {100 * (mean - before):.1f} points of it. What follows is about accuracy" in card
     )
@@ -200,7 +203,7 @@ def test_the_mean_over_the_classes_comes_first_where_sizes_differ(run, tmp_path,
     assert (
         "mean over the classes" in rows[2]
         and "mean over the classes** | **" in rows[3]
-        and "all images alike" in rows[4]
+        and "over all images" in rows[4]
     )
     assert [m["type"] for m in front["model-index"][0]["results"][0]["metrics"][:2]] == [
         "mean_per_class_accuracy",

@@ -85,7 +85,12 @@ def test_a_run_is_selected_and_judged_by_metrics_of_several_labels(run, data):
     assert results["test_accuracy"] == pytest.approx(sum(a == b for a, b in zip(truth, answers, strict=True)) / 40)
     hot = [[[name in own for name in names] for own in sets] for sets in (truth, answers)]
     assert results["test_micro_f1"] == pytest.approx(f1_score(*hot, average="micro"))
-    assert f"micro F1     {100 * results['test_micro_f1']:.1f} %" in said and "validation mAP" in said
+    assert "validation mAP" in said and "Results on 40 test images, exact match with 95 % interval" in said
+    for name, key in (("mAP", "mean_average_precision"), ("micro F1", "micro_f1"), ("exact match", "accuracy")):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"  {name} ")]
+        now, before = results[f"test_{key}"], results[f"zero_shot_test_{key}"]
+        assert f" {100 * now:.1f} %" in line
+        assert line.endswith(f", zero-shot {100 * before:.1f} %   {100 * (now - before):+.1f} points")
     assert not (folder / "confusion.png").exists() and not (folder / "prototypes.safetensors").exists()
 
 
@@ -140,6 +145,8 @@ def test_the_card_tells_the_metrics(run):
     folder, _ = run
     results, card = json.loads((folder / "all_results.json").read_text()), (folder / "README.md").read_text()
     assert "A picture may show several of them, or none." in card and "confusion.png" not in card
+    assert "mean_average_precision`" not in card and "improved mAP, by which the run was selected, from " in card
+    assert "`metric_for_best_model`" not in card  # nobody set it
     row = [results[f"test_{name}"] for name in ("mean_average_precision", "micro_f1", "macro_f1", "accuracy")]
     assert "| " + " | ".join(f"{100 * value:.1f} %" for value in row) in card
     truth, answers = truth_and_answers(folder)
@@ -162,7 +169,10 @@ def test_another_head_is_fitted_to_a_finished_run(run, data, tmp_path):
     assert head.kind == "prototypes" and head.several_labels and head.offsets.shape == (3,)
     results = json.loads((tmp_path / "new" / "all_results.json").read_text())
     card = (tmp_path / "new" / "README.md").read_text()
-    assert "with a score of 0.3 or more" in card and "if scores[i] < 0.3:" in card and "unknown" not in card
+    assert "as answered from a score of 0.3 on" in card and "if scores[i] < 0.3:" in card and "unknown" not in card
+    # Nothing was chosen, and the weights alone are those of the run.
+    assert results["selection"].endswith("), with the class prototypes; the head that was typed"), results["selection"]
+    assert results["selection"].count("with ") == 1 and "Kept: **prototypes**" in card
     # What is read back gives what was measured, and answers from the threshold on.
     classifier = mmft_hf.ImageClassifier.from_pretrained(tmp_path / "new")
     truth, answers = truth_and_answers(tmp_path / "new")

@@ -50,13 +50,16 @@ def run_sources(identity: dict, data_settings: dict, splits: Splits, training: t
     if isinstance(original, str) and original:
         data["captions_of"] = describe_recorded_dataset(original)
     counts = images_per_class(splits.train)
+    settings = _settings(identity, data_settings, training)
+    if splits.several_labels:
+        settings.pop("metric_for_best_model", None)  # there is only one
     return {
         "base_model": describe_source(identity["base_model"], identity["base_model_revision"], "model"),
         "dataset": data,
         "splits": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
         "train_images_per_class": counts.tolist(),
         "captions": _captions(splits, data_settings, record, made_from) if splits.has_captions else None,
-        "settings": _settings(identity, data_settings, training),
+        "settings": settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
