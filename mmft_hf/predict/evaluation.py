@@ -16,7 +16,7 @@ from ..model.features import image_embeddings, image_features
 from .calibration import area_under_risk, calibration, image_losses
 from .classifier import ImageClassifier
 from .heads.base import DECISION
-from .metrics import report, several_report
+from .metrics import area_under_roc, report, several_report, wilson_interval
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Predictions:
         class_names: `C` names, in the order of the scores.
         logits (`(n, C)`): with several labels; their sigmoid may be rounded to 0 or 1.
         decision: with several labels, the score from which a class holds.
+        strongest (`(n,)`): the largest logit.
     """
 
     scores: np.ndarray
@@ -38,6 +39,7 @@ class Predictions:
     class_names: list[str]
     logits: np.ndarray | None = None
     decision: float = DECISION
+    strongest: np.ndarray | None = None
 
     @property
     def several_labels(self) -> bool:
@@ -62,6 +64,7 @@ class Predictions:
             logits = torch.from_numpy(self.logits)
             self.scores = logits.sigmoid().numpy()
         else:
+            self.strongest = None if self.strongest is None else self.strongest / temperature
             logits = torch.from_numpy(np.log(np.maximum(self.scores, np.finfo(np.float32).tiny))) / temperature
             self.scores = logits.softmax(dim=1).numpy()
         self.losses = image_losses(logits, labels).numpy()
@@ -82,6 +85,31 @@ class Predictions:
             "answered": float(accepted.sum() / known.sum()),
             "answered_accuracy": float(right.mean()) if len(right) else None,
         }
+
+    def unknown(self, others: Predictions, least: float | None) -> dict:
+        """How well these pictures are told from others, of classes that the classifier does not know. Readable rows alone count.
+
+        Args:
+            others: the answers to the others; their labels mean nothing, except that -100 is an unreadable image.
+            least: the probability below which a picture is answered `unknown`; None: each gets a class.
+
+        Returns:
+            `examples` and `skipped` of the others; the share of them that is `answered_unknown` (None without `least`); and the area
+            under the ROC curve (see `metrics.area_under_roc`) of the largest logit, `auroc_logit`, and of the probability of
+            the best class, `auroc_probability`; each with its 95 % interval, `…_ci_low` and `…_ci_high`.
+        """
+        known, new = self.known, others.known
+        probabilities = self.scores[known].max(axis=1), others.scores[new].max(axis=1)
+        logits = self.strongest[known], others.strongest[new]
+        rejected = None if least is None else int((probabilities[1] < least).sum())
+        share = None if least is None else rejected / int(new.sum())
+        low, high = (None, None) if least is None else wilson_interval(rejected, int(new.sum()))
+        found = {"examples": int(new.sum()), "skipped": int((~new).sum()), "answered_unknown": share}
+        found |= {"answered_unknown_ci_low": low, "answered_unknown_ci_high": high}
+        for name, pair in (("logit", logits), ("probability", probabilities)):
+            values = area_under_roc(*pair)
+            found |= dict(zip((f"auroc_{name}", f"auroc_{name}_ci_low", f"auroc_{name}_ci_high"), values, strict=True))
+        return found
 
     def certainty(self) -> dict:
         """How far the probabilities can be trusted, over all readable rows: see `calibration.Calibration`, and `AURC`. Nothing with
@@ -136,7 +164,7 @@ def classify(
         )
     scores = [torch.zeros(0, len(head.class_names))]
     labels = [scores[0] if several else torch.zeros(0, dtype=torch.long)]
-    losses, answers = [torch.zeros(0)], list(scores)
+    losses, strongest, answers = [torch.zeros(0)], [torch.zeros(0)], list(scores)
     encoder = (classifier.model, classifier.processor, dataset, batch_size, on_bad_image)
     if cached:  # every process gets all of them
         embeds, known = image_features(*encoder, name, workers=workers, shard=shard, progress=progress)
@@ -149,13 +177,14 @@ def classify(
         labels.append(batch_labels)
         logits = head.logits(embeds).float().cpu()
         losses.append(image_losses(logits, batch_labels))
+        strongest.append(logits.amax(dim=1))
         answers += [logits] if several else []
 
     def whole(parts: list[torch.Tensor]) -> np.ndarray:
         part = torch.cat(parts)
         return (gather_shares(part) if shard else part).numpy()
 
-    found = Predictions(whole(scores), whole(labels), whole(losses), head.class_names)
+    found = Predictions(whole(scores), whole(labels), whole(losses), head.class_names, strongest=whole(strongest))
     if several:
         found.logits, found.decision = whole(answers), head.decision
     return found

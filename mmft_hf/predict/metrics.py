@@ -29,6 +29,34 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def area_under_roc(known: np.ndarray, unknown: np.ndarray) -> tuple[float, float, float]:
+    """AUROC of a score that should be higher for pictures of known classes, `(m,)`, than for others, `(n,)`: the share of pairs in
+    which it is, ties counted half. Then its 95 % interval, from which the area is 1.96 standard errors of its ends away.
+
+    m and n are at least 1. The interval does not collapse where all pairs are in order.
+
+    References: Hanley & McNeil 1982 for the standard error; Newcombe 2006, "Confidence intervals for an effect size measure based
+    on the Mann-Whitney statistic. Part 2", method 5.
+    """
+    known, m, n = np.sort(known), len(known), len(unknown)
+    lower, equal_or_lower = (np.searchsorted(known, unknown, side) for side in ("left", "right"))
+    area = float((m - (lower + equal_or_lower) / 2).mean() / m)
+    more = (m + n) / 2 - 1
+
+    def outside(end: float) -> bool:
+        variance = end * (1 - end) * (1 + more * ((1 - end) / (2 - end) + end / (1 + end))) / (m * n)
+        return abs(area - end) > Z_95 * math.sqrt(variance)
+
+    ends = []
+    for far in (0.0, 1.0):
+        near = area
+        for _ in range(60):
+            middle = (far + near) / 2
+            far, near = (middle, near) if outside(middle) else (far, middle)
+        ends.append(near)
+    return area, *ends
+
+
 def class_sizes(counts) -> tuple[int, int]:
     """Images of the smallest and of the largest class, from the counts `(C,)`; classes without images are left out."""
     present = [int(count) for count in counts if count] or [0]
