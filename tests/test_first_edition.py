@@ -575,7 +575,8 @@ def ask(server, name: str, output: str, *action, code: int = 0, text: bool = Fal
 
 
 def captioned_rows(folder: str) -> dict:
-    """The rows of the parquet files, read without the library: captions with their records, but for the run's name."""
+    """The rows of the parquet files, read without the library: captions with their records, but for the run's name and for the
+    fields that were added since, which captioning leaves empty."""
     found = {}
     for path in sorted(Path(folder, "data").glob("*.parquet")):
         rows = pq.read_table(path).to_pylist()
@@ -584,6 +585,7 @@ def captioned_rows(folder: str) -> dict:
             row |= {"image": hashlib.sha256(image["bytes"]).hexdigest(), "file": image["path"]}
             for record in row.get("caption_records") or ():
                 record.pop("run_id")
+                assert record.pop("scores", None) is None and record.pop("step", None) is None
         found.setdefault(path.name.split("-")[0], []).extend(rows)
     return found
 

@@ -14,6 +14,7 @@ from .ask.pictures import PicturePolicy
 from .types import Sampling
 
 ABOVE_0 = Range(open=("low",))
+COUNTER = "builtin/tiny-clip"  # whose tokenizer counts tokens if no model is named
 
 
 @dataclass
@@ -27,6 +28,7 @@ class CaptionArguments:
         "requests": "temperature max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
+        "refining": "steps scorer scorer_is_student group_column compare",
         "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
     }
 
@@ -103,10 +105,26 @@ class CaptionArguments:
     key_rule: str | None = setting(
         None, "What the keys of imported JSON files are: file_name, class/file_name, class_file_name or index."
     )
-    model_name_or_path: str = setting(
-        "builtin/tiny-clip",
-        "Model to be trained, whose tokenizer counts the tokens and whose limit captions should keep.",
+    model_name_or_path: str | None = setting(
+        None,
+        "Model to be trained, whose tokenizer counts the tokens and whose limit captions should keep. Default: "
+        "builtin/tiny-clip counts; the scorer of `refine` is compared with builtin/photo, which finetune trains by default.",
     )
+    steps: list[str] | None = setting(
+        None,
+        "What `refine` does, in order: clip_score, self_retrieval, select, or a YAML file of steps with their options "
+        "(recipes/captions/steps).",
+    )
+    scorer: str | None = setting(None, "Model that scores captions: Hub id or folder of a dual encoder, or builtin/….")
+    scorer_is_student: bool = setting(
+        False, "Let the model that will be trained score its own captions, although it may flatter them."
+    )
+    group_column: str | None = setting(
+        None,
+        "Column that is equal for images of the same thing, which self_retrieval does not compare. Default: images with the same "
+        "captions.",
+    )
+    compare: str | None = setting(None, "Another captioned dataset of the same images, for `report`: before.")
     overwrite_output_dir: bool = setting(False, "Replace another dataset in output_dir. A journal there is kept.")
 
     def to_captioner(self, text_columns: list[str] | None = None) -> Captioner:

@@ -12,6 +12,7 @@ ACCEPTED = ("ok", "trimmed")
 TERMINAL = (*ACCEPTED, "refused", "rejected", "bad_image")
 OPEN = ("failed", "empty", "truncated", "not_run")
 STATUSES = (*TERMINAL, *OPEN)
+DROPPED = "dropped"  # the status of a caption that a refining step turned down; its text stays in the record
 
 
 @dataclass(frozen=True)

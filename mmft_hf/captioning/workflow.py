@@ -16,12 +16,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from ..core.arguments import DataArguments
 from ..core.console import is_main, many, some
 from ..core.errors import PartialResult, UserError, nearest
-from ..core.files import CARD_FILE, keeping
+from ..core.files import CARD_FILE, REFINED_PAGE, keeping
 from ..core.markdown import public_name
 from ..data.columns import check_plain
 from ..data.labels import labels_of, refuse_several
 from ..data.splits import is_text, load_captioned_dataset, load_splits, text_columns
-from .arguments import CaptionArguments
+from .arguments import COUNTER, CaptionArguments
 from .ask.captioner import Captioner
 from .ask.cost import Spending
 from .ask.dispatch import Outcome
@@ -34,8 +34,10 @@ from .judge.checks import CaptionChecker, parse_actions
 from .judge.tokens import load_counter
 from .split import SplitCaptioner, add_texts, make_checker, new_run_id
 from .types import OPEN
-from .write.card import CLASS_MARK, caption_card
+from .write.card import CLASS_MARK, caption_card, title
+from .write.comparison import refined_page
 from .write.dataset import JournalSource, without_captions
+from .write.figures import own_figures
 from .write.output_folder import CaptionFolder
 from .write.report import caption_report
 from .write.statistics import CaptionStatistics
@@ -149,6 +151,8 @@ def write_folder(
         The statistics of the captioned split.
     """
     statistics = CaptionStatistics(splits[captioned])
+    if details.get("steps"):
+        details = {**details, "comparison": own_figures(splits[captioned])}
     lean = splits[captioned].select_columns(["label", "image_sha256"])
 
     def rejected_text(row: int, position: int) -> str | None:
@@ -158,6 +162,8 @@ def write_folder(
 
     def extras(path) -> None:
         caption_report(statistics, path, details, rejected_text)
+        if details.get("steps"):
+            refined_page(path / REFINED_PAGE, splits[captioned], f"{title(details)}: before and after", details)
         (path / CARD_FILE).write_text(caption_card(statistics, details, splits), encoding="utf-8")
 
     folder.write(splits, {**details, "statistics": statistics.figures}, extras)
@@ -213,7 +219,7 @@ class CaptionWorkflow:
 
     @cached_property
     def checker(self) -> CaptionChecker:
-        tokens, template = load_counter(self.args.model_name_or_path), self.args.class_template
+        tokens, template = load_counter(self.args.model_name_or_path or COUNTER), self.args.class_template
         return make_checker(self.captioner, self.class_names, tokens, self.actions, template=template)
 
     def _text_columns(self) -> list[str]:

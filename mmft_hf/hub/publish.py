@@ -237,7 +237,8 @@ def dataset_files(
             rows.select_columns(["label", "captions", "caption_records", "image_sha256"]).to_parquet(path)
     else:
         files = {path.relative_to(folder).as_posix(): path for path in data_files}
-        files |= {name: folder / name for name in (names.PAGE_FILE, names.PICTURE_FILE) if (folder / name).is_file()}
+        pages = (names.PAGE_FILE, names.PICTURE_FILE, names.REFINED_PAGE)
+        files |= {name: folder / name for name in pages if (folder / name).is_file()}
     details = {**without_local_paths(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))
     files[names.CARD_FILE] = caption_card(CaptionStatistics(first), details, data, repo_id, captions_only).encode()

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ...core.files import PAGE_FILE, PICTURE_FILE
+from ...core.files import PAGE_FILE, PICTURE_FILE, REFINED_PAGE
 from ...core.markdown import code, front_matter, listed, one_line, public_name
 from ...core.pages import render_card
 from ...core.repositories import describe_recorded_dataset
 from ...version import __version__
 from ..judge.checks import TABLE
+from .figures import figure_rows
 from .statistics import CaptionStatistics, percentage, spread
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -92,6 +93,10 @@ def caption_card(
         fired={name: count for name, count in figures["all"]["checks"].items() if count},
         picture=PICTURE_FILE,
         page=PAGE_FILE,
+        refined_page=REFINED_PAGE,
+        steps=details.get("steps") or (),
+        scorer=details.get("scorer"),
+        comparison=figure_rows(**details["comparison"]) if details.get("comparison") else (),
         repo_id=repo_id or ".",
         split=one_line((captioned_splits(details) or splits or ["train"])[0]),
         captions_only=captions_only,

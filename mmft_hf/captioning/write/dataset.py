@@ -36,6 +36,8 @@ RECORD = {
     "clip_tokens": Value("int32"),
     "mentions_label": Value("bool"),
     "score": Value("float32"),
+    "scores": List({"name": Value("string"), "value": Value("float32")}),
+    "step": Value("string"),
     "tokens_in": Value("int32"),
     "tokens_out": Value("int32"),
     "attempts": Value("int32"),
@@ -225,7 +227,7 @@ def add_captions(
         with_indices=True,
         features=features,
         remove_columns=sorted(columns),
-        new_fingerprint=fingerprint,
+        new_fingerprint=Hasher.hash((fingerprint, list(RECORD))),  # the cache may have records of an earlier version
         writer_batch_size=100,  # rows that are in memory at a time, with their pictures
         desc="Writing" if progress else None,
     )

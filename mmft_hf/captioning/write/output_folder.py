@@ -20,7 +20,16 @@ from datasets import Dataset, Image
 
 from ...core.console import printable_text, some
 from ...core.errors import UserError
-from ...core.files import CARD_FILE, DETAILS_FILE, PAGE_FILE, PICTURE_FILE, is_temporary, write_json
+from ...core.files import (
+    CARD_FILE,
+    COMPARED_PAGE,
+    DETAILS_FILE,
+    PAGE_FILE,
+    PICTURE_FILE,
+    REFINED_PAGE,
+    is_temporary,
+    write_json,
+)
 from ...core.reading import read_json
 from ...core.records import CaptionFolderRecord
 from ...core.schema import shown
@@ -121,7 +130,8 @@ class CaptionFolder:
         if names <= ours:
             return
         lost = self.lost_details()
-        if not lost or not names <= ours | {"data", PAGE_FILE, PICTURE_FILE, CARD_FILE}:
+        pages = {PAGE_FILE, PICTURE_FILE, REFINED_PAGE, COMPARED_PAGE, CARD_FILE}
+        if not lost or not names <= ours | {"data"} | pages:
             raise UserError(
                 f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "
                 "Type another --output_dir."

@@ -51,7 +51,7 @@ def caption_report(
     kinds = sorted(statistics.notable.items(), key=_severity)
     notable = [(kind, *places[turn]) for turn in range(3) for kind, places in kinds if turn < len(places)]
     rows = statistics.sample_rows(SAMPLES) or range(min(SAMPLES, len(images)))
-    samples = [_sample(images[row], names) for row in rows]
+    samples = [show_row(images[row], names) for row in rows]
     page = render_page(
         TEMPLATES / "captions.html.j2",
         title=title(details),
@@ -86,10 +86,11 @@ def _class_name(names: list[str], label: int | None) -> str:
 
 def _accepted(row: Mapping) -> list[tuple[str, str]]:
     """Aspects and texts of a row's captions."""
-    return [(r["aspect"] or "", r["text"]) for r in row["caption_records"] if r["status"] in ACCEPTED and r["text"]]
+    records = row.get("caption_records") or ()
+    return [(r["aspect"] or "", r["text"]) for r in records if r["status"] in ACCEPTED and r["text"]]
 
 
-def _sample(row: Mapping, names: list[str]) -> dict:
+def show_row(row: Mapping, names: list[str]) -> dict:
     """What the page shows of one row; `picture` is None if the image cannot be read."""
     try:
         picture, buffer = read_image(row["image"]), io.BytesIO()
@@ -108,7 +109,7 @@ def _notable_sample(row: Mapping, names: list[str], kind: str, position: int, re
     entries = [(record["aspect"] or "", record["text"] or rejected_text or "")]
     if name := Path(row["image"]["path"] or "").name:
         entries.append(("file", printable(name)))
-    return _sample(row, names) | {"entries": entries, "tags": tags}
+    return show_row(row, names) | {"entries": entries, "tags": tags}
 
 
 def _severity(entry: tuple[str, list]) -> tuple:

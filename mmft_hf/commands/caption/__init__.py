@@ -12,9 +12,10 @@ POSITIONAL = (
     "run (default): caption, or continue; plan: same as --dry_run; status: what there is, what failed and why; retry STATUS …: "
     "ask again for results that were rejected, refused, …; bench: time a few calls; export FILE.parquet: write the journal to "
     "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned datasets; "
+    "refine FOLDER: score its captions and keep the best, by --steps; report FOLDER: its captions before and after; "
     "prices FILE.yaml: write today's prices, for --prices.",
 )
-ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge", "prices")
+ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge", "refine", "report", "prices")
 ARGUMENTS = (DataArguments, CaptionArguments)
 
 
@@ -27,8 +28,11 @@ def run(data_args: DataArguments, args: CaptionArguments, words: list[str]) -> N
         raise UserError(f"caption {action}: unexpected word {operands[0]!r}. Settings are written --key value.")
     if not is_main() and (args.captioner != "transformers" or action not in ("run", "retry")):
         return  # one process, with many calls in flight, is enough for a server
-    from . import actions
+    if action in ("refine", "report"):
+        from . import refining as module
+    else:
+        from . import actions as module
 
     if action == "run":
         action = "plan" if args.dry_run else "caption"
-    getattr(actions, {"import": "import_"}.get(action, action))(data_args, args, *operands)
+    getattr(module, {"import": "import_"}.get(action, action))(data_args, args, *operands)

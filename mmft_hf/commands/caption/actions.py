@@ -13,7 +13,7 @@ from statistics import median
 
 import pyarrow.parquet as pq
 
-from ...captioning.arguments import CaptionArguments
+from ...captioning.arguments import COUNTER, CaptionArguments
 from ...captioning.ask.cost import Spending
 from ...captioning.ask.journal import Journal
 from ...captioning.ask.journal_parquet import export_journal, import_journal
@@ -250,7 +250,7 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
     data, train = load_data(data_args)
     captioner = {"backend": "import", "key_rule": args.key_rule}
     folder, made_from = _claim(args, public_name(data_args.dataset_name), captioner, lambda: pictures_of(data))
-    tokenizer = load_counter(args.model_name_or_path)
+    tokenizer = load_counter(args.model_name_or_path or COUNTER)
     # A model wrote them, but they are not ours to change: refusals are dropped, everything else is only flagged.
     actions = {"refusal": "reject"} | parse_actions(args.on_check or ())
     names = data[train].features["label"].names

@@ -1,0 +1,100 @@
+"""An HTML page that shows captions before and after. It is `templates/refined.html.j2`."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, Image
+
+from ...core.pages import render_page
+from ...version import __version__
+from ..types import DROPPED
+from .card import TEMPLATES
+from .figures import accepted, figure_rows
+from .report import SAMPLES, show_row
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One image of a page: its row, and `(mark, text, note)` of each caption; mark: `kept`, `dropped`, `new` or `gone`."""
+
+    row: int
+    captions: Sequence[tuple[str, str, str]]
+
+
+def own_changes(records: Sequence[Mapping]) -> list[tuple[str, str, str]]:
+    """What steps did to the captions of one image, as in `Compared`."""
+    marks = [(r, "dropped" if r["status"] == DROPPED else "kept") for r in records if accepted(r, before=True)]
+    return [(mark if mark == "kept" else f"dropped by {r['step']}", r["text"], _scores(r)) for r, mark in marks]
+
+
+def changes_from(before: Sequence[Mapping], after: Sequence[Mapping]) -> list[tuple[str, str, str]]:
+    """What differs between the captions of one image in two data sets, as in `Compared`."""
+    old, new = ({r["text"]: r for r in records if accepted(r)} for records in (before, after))
+    found = [("kept" if text in new else "gone", text, _scores(new.get(text, record))) for text, record in old.items()]
+    return found + [("new", text, _scores(record)) for text, record in new.items() if text not in old]
+
+
+def _scores(record: Mapping) -> str:
+    return ", ".join(f"{score['name']} {score['value']:.3g}" for score in record.get("scores") or ())
+
+
+def choose(images: Iterable[Compared], labels: Sequence[int], number: int = SAMPLES) -> list[Compared]:
+    """Images to be shown: those with a change first, from as many classes as possible, in a seeded order."""
+    found = list(images)
+    random.Random(0).shuffle(found)
+    turn: Counter = Counter()
+    keyed = []
+    for image in found:
+        same = all(mark == "kept" for mark, _, _ in image.captions)
+        keyed.append(((same, turn[labels[image.row], same]), image))
+        turn[labels[image.row], same] += 1
+    return [image for _, image in sorted(keyed, key=lambda entry: entry[0])[:number]]
+
+
+def refined_page(path: Path, dataset: Dataset, title: str, details: Mapping) -> None:
+    """Writes the page of a dataset whose records tell what steps did. `details`: as in `captions.json`, with `comparison`."""
+    records, labels = dataset["caption_records"][:], dataset["label"][:]
+    images = choose((Compared(i, own_changes(own or ())) for i, own in enumerate(records)), labels)
+    figures = figure_rows(details["comparison"]["before"], details["comparison"]["after"])
+    comparison_page(path, title, ("all captions", "those that are kept"), figures, details["steps"], images, dataset)
+
+
+def comparison_page(
+    path: Path,
+    title: str,
+    sides: tuple[str, str],
+    figures: Sequence[tuple[str, str, str]],
+    steps: Sequence[Mapping],
+    images: Sequence[Compared],
+    dataset: Dataset,
+) -> None:
+    """Writes the page, without scripts or external resources.
+
+    Args:
+        sides: what `before` and `after` are, in a few words.
+        figures: of `figure_rows`.
+        steps: as in `captions.json`.
+        images: those that are shown, rows of `dataset` (columns `image` and `label`).
+    """
+    shown = dataset.cast_column("image", Image(decode=False))
+    names = dataset.features["label"].names
+    samples = [
+        show_row(shown[image.row], names)
+        | {"entries": [(f"{mark} · {note}" if note else mark, text) for mark, text, note in image.captions]}
+        for image in images
+    ]
+    page = render_page(
+        TEMPLATES / "refined.html.j2",
+        title=title,
+        sides=sides,
+        figures=figures,
+        steps=steps,
+        samples=samples,
+        version=__version__,
+    )
+    path.write_text(page, encoding="utf-8")

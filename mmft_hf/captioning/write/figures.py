@@ -1,0 +1,83 @@
+"""The figures by which captions are compared before and after: for the console, the page and the card."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+from datasets import Dataset
+
+from ..judge.checks import SharedTexts
+from ..judge.wording import words_of
+from ..types import ACCEPTED, DROPPED
+
+FIGURES = {
+    "captions": "captions",
+    "captions_per_image": "captions per image",
+    "images_without_caption": "images without a caption",
+    "words": "words per caption",
+    "distinct_1": "different words, as a share of all words",
+    "distinct_2": "different pairs of words, as a share of all pairs",
+    "shared_texts": "texts shared by several images",
+}
+
+
+def accepted(record: Mapping, before: bool = False) -> bool:
+    """Whether a record is a caption; `before`: whether it was one before steps dropped some."""
+    return bool(record["text"]) and (record["status"] in ACCEPTED or (before and record["status"] == DROPPED))
+
+
+def caption_figures(images: Iterable[tuple[str | None, Sequence[Mapping]]], before: bool = False) -> dict:
+    """The figures that a comparison shows, by the keys of `FIGURES`, and `scores`: mean and number by name.
+
+    Args:
+        images: sha256 and caption records of each image.
+        before: count the captions that steps dropped.
+    """
+    count, captions, without, words, pairs = 0, 0, 0, Counter(), Counter()
+    shared, sums = SharedTexts(), defaultdict(lambda: [0.0, 0])
+    for image, records in images:
+        own = list({record["text"]: record for record in records if accepted(record, before)}.values())
+        count, captions, without = count + 1, captions + len(own), without + (not own)
+        for record in own:
+            if image:
+                shared.add(image, record["text"])
+            said = words_of(record["text"])
+            words.update(said)
+            pairs.update(pairwise(said))
+            for score in record.get("scores") or ():
+                total = sums[score["name"]]
+                total[0], total[1] = total[0] + score["value"], total[1] + 1
+    return {
+        "captions": captions,
+        "captions_per_image": round(captions / count, 2) if count else None,
+        "images_without_caption": without,
+        "words": round(words.total() / captions, 2) if captions else None,
+        "distinct_1": round(len(words) / words.total(), 4) if words else None,
+        "distinct_2": round(len(pairs) / pairs.total(), 4) if pairs else None,
+        "shared_texts": len(shared.keys),
+        "scores": {name: {"mean": round(s / n, 6), "captions": n} for name, (s, n) in sums.items()},
+    }
+
+
+def own_figures(dataset: Dataset) -> dict:
+    """`caption_figures` of a dataset `before` and `after` the steps that its records tell of."""
+    rows = dataset.select_columns(["image_sha256", "caption_records"])
+    images = [(row["image_sha256"], row["caption_records"] or ()) for row in rows]
+    return {"before": caption_figures(images, before=True), "after": caption_figures(images)}
+
+
+def figure_rows(before: Mapping, after: Mapping) -> list[tuple[str, str, str]]:
+    """Name, value before and value after, as text, for console, page and card."""
+    rows = [(words, _text(before[key]), _text(after[key])) for key, words in FIGURES.items()]
+    for name in dict.fromkeys([*before["scores"], *after["scores"]]):
+        found = [side["scores"].get(name, {"mean": None})["mean"] for side in (before, after)]
+        rows.append((f"mean {name}", *map(_text, found)))
+    return rows
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
