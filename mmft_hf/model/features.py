@@ -36,7 +36,7 @@ from ..data.sampling import IGNORED, is_example
 from ..data.views import ImageView
 from ..version import __version__
 from .collator import MMFTDataCollator, PreparedRows, tokenize
-from .loading import encode_images, encode_texts, head_of, run_trunk
+from .loading import encode_images, encode_texts, head_of, run_head, run_trunk
 from .towers import TOWERS
 
 logger = logging.getLogger(__name__)
@@ -87,16 +87,20 @@ def image_features(
 
     Args:
         dataset: with columns `image` and `label`.
-        options: of `Encoding`.
+        options: of `Encoding`. With `trunk` the cache has what the projection reads, whatever its weights, and it is run anew.
 
     Raises:
         UserError: a bad picture, with `on_bad_image="fail"`.
     """
-    view = ImageView(dataset, on_bad_image, name)
-    features = encode_pictures_once(model, processor, view, Encoding(batch_size, **options))
+    how = Encoding(batch_size, **options)
+    features = encode_pictures_once(model, processor, ImageView(dataset, on_bad_image, name), how)
     labels = torch.from_numpy(labels_of(dataset))
     labels[~features.flags] = IGNORED
-    return features.embeds, labels
+    if not how.trunk:
+        return features.embeds, labels
+    with torch.no_grad():
+        parts = [run_head(model, "vision", part.to(model.device)).cpu() for part in features.embeds.split(batch_size)]
+    return torch.cat(parts), labels
 
 
 def text_features(model, processor, texts: Sequence[str], batch_size: int = BATCH_SIZE, **options) -> Tensor:

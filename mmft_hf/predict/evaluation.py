@@ -140,6 +140,7 @@ def classify(
     progress: bool = True,
     shard: bool = False,
     cached: bool = False,
+    trunk: bool = False,
 ) -> Predictions:
     """Classifies every image of a dataset.
 
@@ -149,6 +150,7 @@ def classify(
         shard: each of several processes encodes its share, and each image once. All of them must call this, and all get
             all predictions.
         cached: the embeddings are kept on disk (`model.features`), for an image tower that is used again as it is.
+        trunk: what its projection reads is kept instead, for a tower that is used again with another projection.
 
     Raises:
         UserError: an image that cannot be read, with `on_bad_image="fail"`; lists of labels for a head with one, or the other
@@ -166,8 +168,8 @@ def classify(
     labels = [scores[0] if several else torch.zeros(0, dtype=torch.long)]
     losses, strongest, answers = [torch.zeros(0)], [torch.zeros(0)], list(scores)
     encoder = (classifier.model, classifier.processor, dataset, batch_size, on_bad_image)
-    if cached:  # every process gets all of them
-        embeds, known = image_features(*encoder, name, workers=workers, shard=shard, progress=progress)
+    if cached or trunk:  # every process gets all of them
+        embeds, known = image_features(*encoder, name, workers=workers, shard=shard, progress=progress, trunk=trunk)
         device, shard = classifier.model.device, False
         batches = ((x.to(device), y) for x, y in zip(embeds.split(batch_size), known.split(batch_size), strict=True))
     else:

@@ -80,7 +80,12 @@ def weights_at(alpha: float) -> str:
 
 
 def choose_classifier(
-    untuned: ImageClassifier, tuned: ImageClassifier | None, splits: Splits, config: MMFTConfig, whole: bool = False
+    untuned: ImageClassifier,
+    tuned: ImageClassifier | None,
+    splits: Splits,
+    config: MMFTConfig,
+    whole: bool = False,
+    trunk: bool = False,
 ) -> Kept:
     """Fits the heads that `config.head` names on each set of weights, and keeps one of them.
 
@@ -92,6 +97,7 @@ def choose_classifier(
         tuned: the trained model, LoRA merged, with its prototypes; None if nothing was trained, or if the untuned model was
             the best epoch.
         whole: compares untuned and tuned weights alone, so that a LoRA adapter stays what was trained.
+        trunk: of the image tower the projection alone was trained, so that one pass over the images is enough for all weights.
 
     Raises:
         UserError: the named head does not fit the data; embeddings that are not finite.
@@ -122,7 +128,7 @@ def choose_classifier(
         for alpha in alphas:
             model = weights(alpha)
             # No later run has the weights of another alpha.
-            how = shared | {"cached": alpha == 0 and config.cache_frozen_features}
+            how = shared | {"cached": alpha == 0 and config.cache_frozen_features, "trunk": trunk}
             prototypes[alpha] = prototypes_of(model, processor, splits.train, config)
             data = head_data(model, processor, splits.train, prototypes[alpha], config.class_template, **how)
             yield State(alpha, data, *embeddings(model, processor, splits.validation, name="validation", **how))

@@ -262,6 +262,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
             "--prototypes images can. Give them other names, or type a shorter --class_template."
         )
 
+    # One pass over the images of a split is then enough for all weights of the run.
+    trunk = model_args.vision_tower == "head" and config.cache_frozen_features
     score = partial(
         classify,
         batch_size=config.per_device_eval_batch_size,
@@ -271,6 +273,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         shard=True,
         # Validation is encoded by the training, too, and test for the untuned model.
         cached=model_args.vision_tower == "frozen" and config.cache_frozen_features,
+        trunk=trunk,
     )
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
     if trains:
@@ -329,7 +332,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     else:
         # Whether the best epoch is the untuned model.
         same = trains and config.load_best_model_at_end and state.best_global_step == 0
-        kept = choose_classifier(untuned, None if same else compared, splits, config, whole=adapter is not None)
+        kept = choose_classifier(untuned, None if same else compared, splits, config, adapter is not None, trunk)
         if same:
             by = "" if metric == "accuracy" else f" by {metric}"
             kept.choice.reason = (

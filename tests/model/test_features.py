@@ -320,3 +320,18 @@ def test_two_processes_share_the_work_and_get_the_bits_of_one(tmp_path, clip):
     for path in (tmp_path / "cache" / "features").iterdir():
         with safe_open(path, "pt") as file:
             assert file.metadata()["key"] in path.name
+
+
+def test_a_kept_trunk_gives_the_embeddings_of_any_projection(clip, monkeypatch):
+    data, forward = colour_dataset(3), type(clip[0].vision_model).forward
+    first, labels = image_features(*clip, data, batch_size=4, trunk=True)
+    assert (first - stock(*clip, data["image"], TEXTS)[0]).abs().max() < 1e-6 and labels.tolist() == data["label"]
+    with torch.no_grad():
+        clip[0].visual_projection.weight.copy_(clip[0].visual_projection.weight.flip(0) * torch.linspace(0.5, 2, 32))
+    expected = stock(*clip, data["image"], TEXTS)[0]
+    monkeypatch.setattr(type(clip[0].vision_model), "forward", lambda *args, **kwargs: pytest.fail("a second pass"))
+    second, _ = image_features(*clip, data, batch_size=4, trunk=True)
+    assert (second - expected).abs().max() < 1e-6 < (second - first).abs().max()
+    monkeypatch.setattr(type(clip[0].vision_model), "forward", forward)
+    # Nor is it taken for embeddings.
+    assert (image_features(*clip, data, batch_size=4)[0] - expected).abs().max() < 1e-6

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tiny_clip import colour_dataset
 from training import make_trainer, weights, with_lora
 
+import mmft_hf
 from mmft_hf import MMFTConfig, MMFTDataCollator, MMFTTrainer
 from mmft_hf.core.errors import UserError
 from mmft_hf.data import views
@@ -323,3 +324,36 @@ def test_a_whole_run_encodes_each_picture_once(clip, data_folder, tmp_path, monk
     assert found[0] == found[1] and "test_accuracy" in found[0]
     # 24, 12 and 18 pictures, and the two small trials of the memory estimate.
     assert few == 24 + 12 + 18 + 4 < many
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_projections_alone_encodes_each_picture_once(clip, clip_folder, tmp_path, monkeypatch):
+    """For the epochs, for three sets of weights that heads are fitted to, and for the scores of all of them."""
+    kind, encoded = type(clip[0].vision_model), []
+    forward = kind.forward
+
+    def counted(self, pixel_values, *args, **kwargs):
+        encoded.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    data = {"train": colour_dataset(4), "validation": colour_dataset(17, seed=1), "test": colour_dataset(5, seed=2)}
+    settings = {"vision_tower": "head", "text_tower": "head", "crop_min_area": 1.0, "learning_rate": 1e-2, "epochs": 2}
+    settings |= {"per_device_train_batch_size": 6, "use_cpu": True, "disable_tqdm": True}
+    found = []
+    for on, images in (
+        (True, 12 + 51 + 15 + 4),
+        (True, 4),
+        (False, None),
+    ):  # four of them for the estimate of the memory
+        encoded.clear()
+        out = tmp_path / str(len(found))
+        found.append(mmft_hf.finetune(data, clip_folder, out, **settings, cache_frozen_features=on).metrics)
+        assert images is None or sum(encoded) == images
+    kept, again, plain = found
+    assert len({row["alpha"] for row in kept["head_candidates"]}) == 3
+    assert kept["head_candidates"] == again["head_candidates"]
+    for key in ("test_accuracy", "validation_accuracy", "zero_shot_test_accuracy", "head", "head_alpha"):
+        assert kept[key] == plain[key] == again[key]
+    for row, other in zip(kept["head_candidates"], plain["head_candidates"], strict=True):
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], abs=1e-4)

@@ -97,6 +97,7 @@ def head_data(
     progress: bool = False,
     shard: bool = False,
     cached: bool = False,
+    trunk: bool = False,
 ) -> HeadData:
     """Encodes what heads are fitted to.
 
@@ -106,13 +107,14 @@ def head_data(
         template: class template of the captions. In English it is averaged with 80 others for `HeadData.templates`.
         shard: each of several processes encodes its share; all of them must call this, and all get everything.
         cached: embeddings are kept on disk, for weights that are used again.
+        trunk: what the projection of the image tower reads is kept on disk, for several weights that differ in it alone.
 
     Raises:
         UserError: an image that cannot be read, with `on_bad_image="fail"`; fewer than two readable images.
     """
     names = prototypes.class_names
     images, labels = embeddings(
-        model, processor, train, batch_size, on_bad_image, workers, progress, "training", shard, cached
+        model, processor, train, batch_size, on_bad_image, workers, progress, "training", shard, cached, trunk
     )
     readable = is_example(labels)
     images, labels = images[readable], labels[readable]
@@ -159,10 +161,11 @@ def embeddings(
     name: str = "evaluation",
     shard: bool = False,
     cached: bool = False,
+    trunk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Unit-norm embeddings `(n, D)` of all pictures and their labels `(n,)` or `(n, C)` (-100: unreadable), in row order."""
-    if cached:
-        options = {"workers": workers, "progress": progress, "shard": shard}
+    if cached or trunk:
+        options = {"workers": workers, "progress": progress, "shard": shard, "trunk": trunk}
         return image_features(model, processor, dataset, batch_size, on_bad_image, name, **options)
     rows = share_of(len(dataset)) if shard else None
     batches = image_embeddings(model, processor, dataset, batch_size, on_bad_image, workers, progress, name, rows)
