@@ -54,6 +54,7 @@ ARGUMENTS = (DataArguments, EvaluateArguments)
 def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
     from ..data.identical import find_identical
+    from ..data.labels import refuse_without_classes
     from ..data.texts import DEFAULT_TEMPLATE
     from ..model.loading import default_device, load_model
     from ..predict.classifier import ImageClassifier
@@ -75,6 +76,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     if data_args.label_separator is None:  # labels are written as for the training
         data_args.label_separator = record.get("data", {}).get("label_separator")
     dataset, train, uncompared = _test_split(data_args, names, record)
+    refuse_without_classes(dataset, data_args.test_split or "test")
     strangers, left_out = None, []
     if args.unknown_split:
         if several:
@@ -169,7 +171,12 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     for note in left_out + find_identical(parts).notes():
         say(f"\n  Note: {note}")
     say("\nPer class, weakest first")
-    _print_several(result["per_class"]) if several else _print_classes(result)
+    if several:
+        _print_several(result["per_class"])
+    else:
+        _print_classes(result)
+    if untested := [row["label"] for row in result["per_class"] if not row["images"]]:
+        say(f"  Without a test image, and so without a figure: {some(untested)}")
 
     if args.output_dir:
         folder = Path(args.output_dir)

@@ -11,7 +11,7 @@ from ..core.console import many, percent, say, some, table
 from ..core.files import RESULTS_FILE, SHEET_FILE
 from ..data.labels import labels_of
 from ..train.config import MMFTConfig
-from ..train.selection import is_better, shown
+from ..train.selection import by_metric, is_better, shown
 
 if TYPE_CHECKING:
     from ..model.memory import MemoryEstimate
@@ -111,7 +111,7 @@ class Terminal:
         if note and metric != "mean_per_class_accuracy":
             say("  Type --metric_for_best_model mean_per_class_accuracy to have it select, too.")
         if not is_better(metric, tuned, untuned):
-            by = "" if metric == "accuracy" else f" by {metric}"
+            by = by_metric(metric)
             rate = "" if "tuning" in metrics else " (--tune 6 searches it)"
             cause, advice = "Fine-tuning", f"more images, more epochs or another learning rate{rate}"
             if now == "new head":

@@ -64,6 +64,15 @@ def refuse_several(dataset: Dataset, what: str) -> None:
         )
 
 
+def refuse_without_classes(dataset: Dataset, split: str) -> None:
+    """Raises `UserError` if each picture has an empty list of labels: average precision is not defined then."""
+    if has_several(dataset) and not labels_of(dataset).any():
+        raise UserError(
+            f"{split} split: expected pictures with a class, found {len(dataset):,} empty lists alone, by which nothing can be "
+            "measured. Add pictures with classes."
+        )
+
+
 def labels_of(dataset: Dataset) -> np.ndarray:
     """The labels: int64 `(rows,)`; or where a picture may have several, float32 `(rows, C)` with 1 for each of its classes.
 

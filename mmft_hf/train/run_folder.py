@@ -34,7 +34,7 @@ from ..predict.metrics import class_sizes
 from ..version import __version__
 from .choice import Kept
 from .config import MMFTConfig
-from .selection import metric_name
+from .selection import by_metric, metric_name
 
 # Settings that every record contains. Other settings that decide the result are recorded if they differ from their default.
 DECIDING = (
@@ -221,7 +221,7 @@ class RunFolder:
         """
         test = predictions.report()
         metric = metric_name(self.config.metric_for_best_model)
-        by = "" if metric == "accuracy" else f" by {metric}"
+        by = by_metric(metric)
         selected = self.config.load_best_model_at_end
         epochs = {log["step"]: log["epoch"] for log in state.log_history if "eval_loss" in log}
         untuned = zero_shot_won or (kept is not None and kept.alpha == 0)

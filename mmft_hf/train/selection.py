@@ -52,6 +52,11 @@ def is_better(metric: str, one: float, other: float) -> bool:
     return one > other if METRICS[metric] else one < other
 
 
+def by_metric(metric: str) -> str:
+    """` by loss`, for a sentence that says what was better; empty for accuracy, which goes without saying."""
+    return "" if metric == "accuracy" else f" by {'mAP' if metric == SEVERAL else metric}"
+
+
 def stale(values: Sequence[float], greater: bool) -> int:
     """How many of the last values of a metric are not better than the best one before them.
 

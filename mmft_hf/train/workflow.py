@@ -29,7 +29,7 @@ from ..core.reading import read_json
 from ..core.records import RunResults
 from ..core.seals import note_changed_files
 from ..data.identical import find_identical
-from ..data.labels import labels_of
+from ..data.labels import labels_of, refuse_without_classes
 from ..data.splits import Splits, load_splits
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
@@ -50,7 +50,7 @@ from .choice import calibrated, check_adjustment, choose_classifier, with_thresh
 from .config import MMFTConfig
 from .learnable import check_learnable, refuse_balance
 from .run_folder import RunFolder
-from .selection import check_metric, is_better
+from .selection import by_metric, check_metric, is_better
 from .terms import terms_of
 from .trainer import MMFTTrainer
 from .tuning import replaced, search
@@ -228,6 +228,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     several = splits.several_labels
     metric = check_metric(config.metric_for_best_model, splits.class_names, several)
     if several:
+        refuse_without_classes(splits.validation, "validation")
+        refuse_without_classes(splits.test, "test")
         check_several_settings(config)
         config.metric_for_best_model, config.greater_is_better = metric, True
     if not several and (config.reject_below is not None or config.reject_for_accuracy is not None):
@@ -334,7 +336,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         same = trains and config.load_best_model_at_end and state.best_global_step == 0
         kept = choose_classifier(untuned, None if same else compared, splits, config, adapter is not None, trunk)
         if same:
-            by = "" if metric == "accuracy" else f" by {metric}"
+            by = by_metric(metric)
             kept.choice.reason = (
                 f"no epoch was better on validation{by} than the untuned model; head: {kept.choice.reason}"
             )

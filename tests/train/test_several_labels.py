@@ -205,6 +205,33 @@ def test_a_head_without_training_and_without_captions(clip_folder, tmp_path):
     assert code == 0 and "already holds this run" in said
 
 
+def test_a_split_without_any_class_measures_nothing(run, data, clip_folder, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    test = Dataset.from_parquet(str(data / "test.parquet"))
+    without = test.select([i for i, own in enumerate(test["label"]) if not own])
+    for split in ("validation", "test"):
+        without.to_parquet(tmp_path / "data" / f"{split}.parquet")
+        words = [
+            "--dataset_name",
+            tmp_path / "data",
+            "--model_name_or_path",
+            clip_folder,
+            "--output_dir",
+            tmp_path / "o",
+        ]
+        code, said = run_verb("finetune", *words, *FAST)
+        assert code == 2 and "validation split: expected pictures with a class, found" in said
+    code, said = run_verb("evaluate", "--model_name_or_path", run[0], "--dataset_name", tmp_path / "data")
+    assert code == 2 and f"test split: expected pictures with a class, found {len(without)} empty lists" in said
+
+
+def test_evaluate_names_classes_without_a_test_image(run, data, tmp_path):
+    test = Dataset.from_parquet(str(data / "test.parquet"))
+    test.select([i for i, own in enumerate(test["label"]) if 2 not in own]).to_parquet(tmp_path / "test.parquet")
+    code, said = run_verb("evaluate", "--model_name_or_path", run[0], "--dataset_name", tmp_path)
+    assert code == 0 and f"Without a test image, and so without a figure: {list(COLOURS)[2]}\n" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
