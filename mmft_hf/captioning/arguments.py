@@ -28,7 +28,7 @@ class CaptionArguments:
         "requests": "temperature max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
-        "refining": "steps scorer scorer_is_student group_column compare",
+        "refining": "steps scorer scorer_is_student report_scorer group_column compare",
         "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
     }
 
@@ -118,6 +118,10 @@ class CaptionArguments:
     scorer: str | None = setting(None, "Model that scores captions: Hub id or folder of a dual encoder, or builtin/….")
     scorer_is_student: bool = setting(
         False, "Let the model that will be trained score its own captions, although it may flatter them."
+    )
+    report_scorer: str | None = setting(
+        None,
+        "Another model, which chooses nothing, for the figures before and after: what one model selects, another should judge.",
     )
     group_column: str | None = setting(
         None,

@@ -23,7 +23,10 @@ from ..data.raw import split_role
 from .arguments import CaptionArguments
 from .ask.plan import pictures_of
 from .split import new_run_id
-from .steps.base import Row, Step
+from .steps.base import Row, Step, score_of
+from .steps.clip_score import ClipScore
+from .steps.diversity import vendi_of_classes
+from .steps.self_retrieval import SelfRetrieval
 from .steps.settings import check_order, read_recipe
 from .types import ACCEPTED
 from .workflow import load_data, write_folder
@@ -233,8 +236,10 @@ class RefineWorkflow:
         needs = [step.name for step in self.steps if step.writes()]
         self.scorer = (args.scorer or recipe.scorer) if needs else None
         self.flatters = False
+        is_student = args.scorer_is_student or bool(recipe.scorer_is_student)
         if needs:
-            self._check_scorer(needs[0], args.scorer_is_student or bool(recipe.scorer_is_student))
+            self._check_scorer(needs[0], is_student)
+        self._check_report_scorer(is_student)
         self._check_place()
         for flag, typed in (("--classes", args.classes), ("--shots", data_args.shots)):
             if typed:
@@ -255,14 +260,29 @@ class RefineWorkflow:
                 f"--scorer: expected the model that step {step} scores captions with, found none. Type --scorer NAME, for example "
                 "google/siglip2-base-patch16-224."
             )
-        student = self.args.model_name_or_path or ModelArguments.model_name_or_path
-        self.flatters = _place(self.scorer) == _place(student)
-        if self.flatters and not is_student:
+        self.flatters = self._is_student("--scorer", self.scorer, is_student)
+
+    def _check_report_scorer(self, is_student: bool) -> None:
+        name = self.args.report_scorer
+        if name and self.scorer and _place(name) == _place(self.scorer):
             raise UserError(
-                f"--scorer {self.scorer}: expected another model than the one that will be trained (--model_name_or_path "
-                f"{student}), because a model flatters what it learns from. Type another --scorer, the --model_name_or_path that "
-                "you will train, or --scorer_is_student true."
+                f"--report_scorer {name}: expected another model than --scorer, which has chosen the captions, found the same. Type "
+                "another one."
             )
+        if name:
+            self._is_student("--report_scorer", name, is_student)
+
+    def _is_student(self, flag: str, name: str, allowed: bool) -> bool:
+        """Whether a model is the one that will be trained, which must be `allowed`."""
+        student = self.args.model_name_or_path or ModelArguments.model_name_or_path
+        same = _place(name) == _place(student)
+        if same and not allowed:
+            raise UserError(
+                f"{flag} {name}: expected another model than the one that will be trained (--model_name_or_path {student}), because "
+                f"a model flatters what it learns from. Type another {flag}, the --model_name_or_path that you will train, or "
+                "--scorer_is_student true."
+            )
+        return same
 
     def _check_place(self) -> None:
         output, source = Path(self.args.output_dir).resolve(), Path(builtin(self.source)).resolve()
@@ -294,7 +314,8 @@ class RefineWorkflow:
         found = {"dataset_name": public_name(self.source), "captioner": {"backend": "columns"}}
         found |= self.earlier.get("made_from") or {}
         found |= {"split": [self.train], "refined": [step.spec() for step in self.steps]}
-        return found | {"scorer": self.scorer and public_name(self.scorer), "group_column": self.group_column}
+        found |= {"scorer": self.scorer and public_name(self.scorer), "group_column": self.group_column}
+        return found | {"report_scorer": self.args.report_scorer and public_name(self.args.report_scorer)}
 
     def run(self) -> RefineResult:
         """Applies the steps and writes the folder, unless it is there already.
@@ -312,6 +333,7 @@ class RefineWorkflow:
         spec = [step.spec() for step in self.steps]
         part = self.table.part
         seen = (
+            self.args.report_scorer,
             self.data[self.train]._fingerprint,
             part.hashes,
             part.captions,
@@ -323,26 +345,50 @@ class RefineWorkflow:
         fingerprints = {n: d._fingerprint for n, d in self.data.items()} | {self.train: Hasher.hash(seen)}
         if not self.args.overwrite_output_dir and self.folder.is_current(fingerprints, self.made_from):
             return RefineResult()
+        before = self.table.rows
         applied = apply_steps(self.table, self.steps, scorer)
+        refined = self.table.dataset()
         splits = {name: _completed(name, split) for name, split in self.data.items() if name != self.train}
-        splits = {self.train: self.table.dataset()} | splits
+        splits = {self.train: refined} | splits
+        comparison = own_figures(refined)
+        self._add_figures(comparison, before, scorer)
         details = {key: self.earlier[key] for key in KEPT if key in self.earlier} | {
             "made_from": self.made_from,
             "run_id": new_run_id(),
             "complete": self.earlier.get("complete", True),
             "fingerprints": fingerprints,
             "steps": [*(self.earlier.get("steps") or ()), *(step.summary() for step in applied)],
+            "comparison": comparison,
             "scorer": identity and identity | {"is_student": self.flatters},
+            "report_scorer": self.args.report_scorer and public_name(self.args.report_scorer),
         }
         statistics = write_folder(self.folder, splits, self.train, details)
         return RefineResult(applied, statistics)
 
     def _open_scorer(self) -> Scorer | None:
-        if not self.scorer:
-            return None
+        return self._open(self.scorer) if self.scorer else None
+
+    def _open(self, name: str) -> Scorer:
         from .steps.scorer import Scorer  # loads torch
 
-        return Scorer(self.scorer, self.table.images(), progress=is_main())
+        return Scorer(name, self.table.images(), progress=is_main())
+
+    def _add_figures(self, comparison: dict, before: Sequence[Row], scorer: Scorer | None) -> None:
+        """Adds what needs a model: how different captions are, and what `--report_scorer` says of them."""
+        sides = (before, self.table.rows)
+        if scorer:
+            for side, score in zip(comparison.values(), vendi_of_classes(sides, scorer), strict=True):
+                side["vendi"] = score
+        if self.args.report_scorer:
+            judge, name = self._open(self.args.report_scorer), public_name(self.args.report_scorer)
+            for side, rows in zip(comparison.values(), sides, strict=True):
+                for step, score in ((ClipScore(), "clip"), (SelfRetrieval(), "sr_pct")):
+                    found = [
+                        score_of(r, score) for own in step.apply(rows, judge) for r in own if r["status"] in ACCEPTED
+                    ]
+                    values = [value for value in found if value is not None]
+                    mean = sum(values) / len(values) if values else None
+                    side["scores"][f"{score} by {name}"] = {"mean": mean, "captions": len(values)}
 
 
 def _place(name: str) -> str:
@@ -379,7 +425,6 @@ def caption_comparison(
                 f"caption report: expected a folder of mmft-hf caption refine, found {folder}, which no step has changed. Type "
                 "--compare OTHER to compare two captioned datasets."
             )
-        details = {**details, "comparison": own_figures(data[split])}
         with atomic_write(Path(folder) / REFINED_PAGE) as path:
             refined_page(path, data[split], f"{name}: before and after", details)
         return figure_rows(**details["comparison"]), Path(folder) / REFINED_PAGE

@@ -37,7 +37,6 @@ from .types import OPEN
 from .write.card import CLASS_MARK, caption_card, title
 from .write.comparison import refined_page
 from .write.dataset import JournalSource, without_captions
-from .write.figures import own_figures
 from .write.output_folder import CaptionFolder
 from .write.report import caption_report
 from .write.statistics import CaptionStatistics
@@ -151,8 +150,6 @@ def write_folder(
         The statistics of the captioned split.
     """
     statistics = CaptionStatistics(splits[captioned])
-    if details.get("steps"):
-        details = {**details, "comparison": own_figures(splits[captioned])}
     lean = splits[captioned].select_columns(["label", "image_sha256"])
 
     def rejected_text(row: int, position: int) -> str | None:

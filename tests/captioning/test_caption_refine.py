@@ -250,6 +250,28 @@ def test_what_cannot_be_reported(source, tmp_path, capsys):
     assert "expected one captioned folder, found none" in capsys.readouterr().err
 
 
+def test_another_model_judges_what_one_has_chosen(refine, clip_folder, tmp_path):
+    code, said = refine("--steps", RECIPES / "best_of_n.yaml", "--report_scorer", clip_folder)
+    assert code == 2 and "expected another model than --scorer" in said
+    assert refine("--steps", RECIPES / "best_of_n.yaml", "--report_scorer", "builtin/photo")[0] == 2  # the student
+    code, said = refine("--steps", RECIPES / "best_of_n.yaml", "--report_scorer", "builtin/tiny-clip")
+    assert code == 0, said
+    card = (tmp_path / "out" / "README.md").read_text()
+    before, after = re.search(r"\| mean clip by builtin/tiny-clip \| (\S+) \| (\S+) \|", card).groups()
+    rows, table = written(tmp_path / "out"), CaptionTable("out", load_captioned_dataset(str(tmp_path / "out"))["train"])
+    judge = scoring.Scorer("builtin/tiny-clip", table.images())
+    order = {row.image_sha256: i for i, row in enumerate(table.rows)}
+    found = {"ok": [], "dropped": []}
+    for row in rows:
+        image = judge.images()[order[row["image_sha256"]]]
+        for record in row["caption_records"]:
+            found[record["status"]].append(float(judge.texts([record["text"]])[0] @ image))
+    every = found["ok"] + found["dropped"]
+    assert float(before) == pytest.approx(sum(every) / len(every), rel=1e-3)
+    assert float(after) == pytest.approx(sum(found["ok"]) / len(found["ok"]), rel=1e-3)
+    assert "`builtin/tiny-clip` chose nothing" in card and "Vendi score" in card
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("words", "said"),

@@ -22,6 +22,8 @@ FIGURES = {
     "shared_texts": "texts shared by several images",
 }
 
+VENDI = "different captions of a class (Vendi score, at equal numbers)"
+
 
 def accepted(record: Mapping, before: bool = False) -> bool:
     """Whether a record is a caption; `before`: whether it was one before steps dropped some."""
@@ -71,6 +73,8 @@ def own_figures(dataset: Dataset) -> dict:
 def figure_rows(before: Mapping, after: Mapping) -> list[tuple[str, str, str]]:
     """Name, value before and value after, as text, for console, page and card."""
     rows = [(words, _text(before[key]), _text(after[key])) for key, words in FIGURES.items()]
+    if None not in (before.get("vendi"), after.get("vendi")):
+        rows.append((VENDI, _text(before["vendi"]), _text(after["vendi"])))
     for name in dict.fromkeys([*before["scores"], *after["scores"]]):
         found = [side["scores"].get(name, {"mean": None})["mean"] for side in (before, after)]
         rows.append((f"mean {name}", *map(_text, found)))

@@ -48,6 +48,7 @@ def _print_heading(verb: str, workflow: RefineWorkflow) -> None:
         "scorer": f"{workflow.scorer} ({len(found.texts()):,} different texts)"
         if workflow.scorer
         else "none is needed",
+        **({"report scorer": workflow.args.report_scorer} if workflow.args.report_scorer else {}),
         "output": workflow.args.output_dir,
     }
     for number, step in enumerate(workflow.steps, 1):
