@@ -381,8 +381,10 @@ def _trainer(model, config: MMFTConfig, splits: Splits, processor) -> MMFTTraine
         return MMFTTrainer(model, config, splits.train, splits.validation, processor)
     except UserError:
         raise
-    except (ImportError, ValueError) as error:
-        # The stock Trainer's refusals, e.g. of a tracker that is not installed.
+    except (ImportError, ValueError, RuntimeError) as error:
+        # The stock Trainer's refusals. A tracker that is not installed says so with a RuntimeError.
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+            raise
         raise UserError(f"finetune: {str(error).strip()}") from error
 
 

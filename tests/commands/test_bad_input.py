@@ -271,6 +271,7 @@ def test_settings_that_contradict_each_other(fails, finetune):
         ("--accelerator_config", "no such file"),
         ("--accelerator_config", '{"nope": 1}'),
         ("--report_to", "foo"),
+        ("--report_to", "comet_ml"),  # which is not installed here
         ("--neftune_noise_alpha", "5"),
         ("--push_to_hub", "true"),
     ],

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from processes import run_python
 from safetensors.torch import load_file
-from tiny_clip import colour_dataset
+from tiny_clip import colour_dataset, striped_dataset
 from training import make_trainer
 
 import mmft_hf
@@ -193,10 +193,34 @@ def test_a_candidate_is_a_short_training_of_its_own(tuned, images, clip, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_training_is_that_of_the_rate_alone(tuned, images, clip_folder, tmp_path):
-    alone = mmft_hf.finetune(images, clip_folder, tmp_path / "out", **SETTINGS | {"learning_rate": 3e-3})
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"vision_tower": "lora", "text_tower": "lora", "lora_dropout": 0.1},
+        {"vision_tower": "head", "text_tower": "frozen"},
+        {"weight_averaging": 0.9, "supcon_weight_end": 0.5, "crop_min_area": 1.0},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0},
+        {"gradient_accumulation_steps": 2, "samples_per_class": 2},
+        {"several": True},
+    ],
+    ids=str,
+)
+def test_the_training_is_that_of_the_rate_alone(images, clip_folder, tmp_path, more):
+    """To the last bit: the search leaves neither weights nor random numbers behind."""
+    settings, data = SETTINGS | more, images
+    if settings.pop("several", False):
+        settings |= {"head": "auto", "calibrate": True}
+        data = {
+            "train": striped_dataset(24, captions=True),
+            "validation": striped_dataset(12, 1),
+            "test": striped_dataset(12, 2),
+        }
+    searched = mmft_hf.finetune(data, clip_folder, tmp_path / "searched", tune=2, **settings)
+    rate = searched.metrics["tuning"]["learning_rate"]
+    alone = mmft_hf.finetune(data, clip_folder, tmp_path / "alone", **settings | {"learning_rate": rate})
     assert "tuning" not in alone.metrics
-    one, other = (load_file(run.output_dir / "model.safetensors") for run in (tuned, alone))
+    one, other = (load_file(run.output_dir / "model.safetensors") for run in (searched, alone))
     assert all(one[name].equal(other[name]) for name in one)
 
 
