@@ -30,6 +30,7 @@ _PUBLIC = {
     "finetune": "train.workflow",
     "load_captioned_dataset": "data.splits",
     "load_model": "model.loading",
+    "refine_captions": "captioning",
     "set_towers": "model.towers",
     "push_captioned_dataset": "hub.publish",
     "push_model": "hub.publish",

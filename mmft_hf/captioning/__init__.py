@@ -2,7 +2,7 @@
 
 from .ask.captioner import Captioner
 
-__all__ = ["Captioner", "caption_dataset"]
+__all__ = ["Captioner", "caption_dataset", "refine_captions"]
 
 
 def __getattr__(name: str):
@@ -10,4 +10,8 @@ def __getattr__(name: str):
         from .workflow import caption_dataset
 
         return caption_dataset
+    if name == "refine_captions":
+        from .refine import refine_captions
+
+        return refine_captions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

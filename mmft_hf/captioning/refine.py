@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from .steps.base import Row, Step, score_of
 from .steps.clip_score import ClipScore
 from .steps.diversity import vendi_of_classes
 from .steps.self_retrieval import SelfRetrieval
-from .steps.settings import check_order, read_recipe
+from .steps.settings import check_order, make_step, named_step, read_recipe
 from .types import ACCEPTED
 from .workflow import load_data, write_folder
 from .write.card import captioned_splits, title
@@ -328,7 +328,7 @@ class RefineWorkflow:
             return self._run()
 
     def _run(self) -> RefineResult:
-        scorer = self._open_scorer()
+        scorer = open_scorer(self.scorer, self.table, is_main()) if self.scorer else None
         identity = scorer.identity() if scorer else None
         spec = [step.spec() for step in self.steps]
         part = self.table.part
@@ -365,14 +365,6 @@ class RefineWorkflow:
         statistics = write_folder(self.folder, splits, self.train, details)
         return RefineResult(applied, statistics)
 
-    def _open_scorer(self) -> Scorer | None:
-        return self._open(self.scorer) if self.scorer else None
-
-    def _open(self, name: str) -> Scorer:
-        from .steps.scorer import Scorer  # loads torch
-
-        return Scorer(name, self.table.images(), progress=is_main())
-
     def _add_figures(self, comparison: dict, before: Sequence[Row], scorer: Scorer | None) -> None:
         """Adds what needs a model: how different captions are, and what `--report_scorer` says of them."""
         sides = (before, self.table.rows)
@@ -380,7 +372,8 @@ class RefineWorkflow:
             for side, score in zip(comparison.values(), vendi_of_classes(sides, scorer), strict=True):
                 side["vendi"] = score
         if self.args.report_scorer:
-            judge, name = self._open(self.args.report_scorer), public_name(self.args.report_scorer)
+            name = public_name(self.args.report_scorer)
+            judge = open_scorer(self.args.report_scorer, self.table, is_main())
             for side, rows in zip(comparison.values(), sides, strict=True):
                 for step, score in ((ClipScore(), "clip"), (SelfRetrieval(), "sr_pct")):
                     found = [
@@ -395,6 +388,47 @@ def _place(name: str) -> str:
     """One spelling of a model's name: a folder's real path, or the Hub id."""
     path = Path(builtin(name))
     return str(path.resolve()) if path.is_dir() else name
+
+
+def refine_captions(
+    dataset: Dataset,
+    steps: Sequence[str | Mapping[str, Mapping]],
+    scorer: str | None = None,
+    group_column: str | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Scores the captions of a dataset and keeps the best, as `mmft-hf caption refine` does.
+
+    Args:
+        dataset: training images: columns `image` and `label` (`ClassLabel`), and `captions` or `caption_records`.
+        steps: names, or names with their options: `["clip_score", {"select": {"by": "clip", "keep": 2}}]`.
+        scorer: Hub id or folder of the dual encoder that scores, for steps that write scores. It should not be the model
+            that will be trained, which flatters what it learns from.
+        group_column (*optional*): equal for images of the same thing. Default: images with the same captions are taken as one.
+        progress: whether bars are shown.
+
+    Returns:
+        The dataset with `captions`, `caption_records` and `image_sha256`, images with their original bytes. A caption that was
+        dropped stays in `caption_records` with the status `dropped`.
+
+    Raises:
+        UserError: an unknown step or option; steps in an order that cannot work; no scorer for a step that needs one; a class
+            would lose its last caption.
+    """
+    made = [make_step(*named_step(entry, "steps")) for entry in steps]
+    table = CaptionTable("dataset", dataset, group_column)
+    check_order(made, table.scores())
+    if scorer is None and (needs := [step.name for step in made if step.writes()]):
+        raise UserError(f"--scorer: expected the model that step {needs[0]} scores captions with, found none.")
+    apply_steps(table, made, scorer and open_scorer(scorer, table, progress))
+    return table.dataset()
+
+
+def open_scorer(name: str, table: CaptionTable, progress: bool) -> Scorer:
+    """The scorer of a table's images. Loads torch."""
+    from .steps.scorer import Scorer
+
+    return Scorer(name, table.images(), progress)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

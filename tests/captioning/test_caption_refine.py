@@ -13,11 +13,13 @@ from caption_tools import undecoded, written
 from datasets import Dataset, DatasetDict, load_dataset
 from tiny_clip import COLOURS, colour_dataset
 
+import mmft_hf
 from mmft_hf.captioning.refine import CaptionTable, apply_steps
 from mmft_hf.captioning.steps import scorer as scoring
 from mmft_hf.captioning.steps.clip_score import ClipScore
 from mmft_hf.captioning.steps.self_retrieval import SelfRetrieval
 from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import load_captioned_dataset
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "captions" / "steps"
@@ -101,6 +103,34 @@ def test_the_second_run_computes_nothing(refine, tmp_path):
     assert digests(tmp_path / "out") == before
     assert refine("--steps", RECIPES / "specific.yaml", "--overwrite_output_dir", "true")[0] == 0
     assert {len(row["captions"]) for row in written(tmp_path / "out")} == {3}
+
+
+def test_the_python_function_gives_what_the_command_writes(refine, source, clip_folder, tmp_path):
+    assert refine("--steps", RECIPES / "best_of_n.yaml")[0] == 0
+    data, steps = load_captioned_dataset(str(source))["train"], ["clip_score", {"select": {"by": "clip", "keep": 1}}]
+    found = undecoded(mmft_hf.refine_captions(data, steps, str(clip_folder), progress=False))
+    assert found == undecoded(load_dataset(str(tmp_path / "out"))["train"])
+    with pytest.raises(UserError, match="scorer: expected the model that step clip_score"):
+        mmft_hf.refine_captions(data, steps)
+    with pytest.raises(UserError, match="expected a step, or a step with its options"):
+        mmft_hf.refine_captions(data, [{"clip_score": {}, "select": {}}])
+
+
+def test_captioning_does_not_replace_refined_captions(refine, source, tmp_path, capsys):
+    assert refine("--steps", "clip_score")[0] == 0
+    before = digests(tmp_path / "out")
+    words = [
+        "caption",
+        "--captioner",
+        "columns",
+        "--text_columns",
+        "texts",
+        "--dataset_name",
+        str(source.parent / "raw"),
+    ]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "expected the settings of the captions there" in capsys.readouterr().err
+    assert digests(tmp_path / "out") == before
 
 
 def test_scores_alone_keep_every_caption(refine, source, tmp_path):

@@ -54,11 +54,11 @@ def read_recipe(words: Sequence[str]) -> Recipe:
             raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), keys)}")
         if key != "steps" and not _fits(value, keys[key]):
             raise UserError(f"{where}, {key}: expected {_words(keys[key])}, found {value!r}.")
-    steps = tuple(make_step(*_named(entry, where)) for entry in found.pop("steps"))
+    steps = tuple(make_step(*named_step(entry, where)) for entry in found.pop("steps"))
     return Recipe(steps, **found)
 
 
-def _named(entry: Any, where: str) -> tuple[str, Mapping]:
+def named_step(entry: Any, where: str) -> tuple[str, Mapping]:
     """Name and options of an entry: `clip_score`, or `select: {by: clip, keep: 2}`."""
     if isinstance(entry, str):
         return entry, {}

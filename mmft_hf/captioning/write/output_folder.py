@@ -103,14 +103,15 @@ class CaptionFolder:
             if not (self.path / "journal" / name).is_file():
                 logger.warning("Note: %s is missing. What it held is asked for again.", self.path / "journal" / name)
         before = details.get("made_from", {})
-        different = [name for name in made_from if json.dumps(before.get(name)) != json.dumps(made_from[name])]
+        names = dict.fromkeys([*made_from, *(["refined"] if "refined" in before else [])])
+        different = [name for name in names if json.dumps(before.get(name)) != json.dumps(made_from.get(name))]
         if different == ["dataset_name"] and pictures:
             there = self._pictures(details)
             if there and there <= pictures():
                 return
         if different and not overwrite:
             now = json.loads(json.dumps(made_from))
-            found = [change for name in different for change in _changes(name, before.get(name), now[name])]
+            found = [change for name in different for change in _changes(name, before.get(name), now.get(name))]
             raise UserError(
                 f"--output_dir {self.path}: expected the settings of the captions there, found others: {'; '.join(found)}. "
                 "Type another --output_dir, or --overwrite_output_dir true to replace the dataset (the journal stays, "
