@@ -352,3 +352,22 @@ def test_the_source_is_never_written_to(refine, source, place):
 def test_a_plan_imports_no_torch():
     code = "import sys, mmft_hf.commands.caption.refining; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_unreadable_copied_and_uncaptioned_images_pass(clip_folder, tmp_path, capsys):
+    """A picture that cannot be read keeps its captions without a score, a copy has the scores of its picture."""
+    rows = undecoded(colour_dataset(2))
+    rows += [dict(rows[0]), {**rows[1], "captions": []}]
+    rows[4] = {**rows[4], "image": {"bytes": b"no picture", "path": None}}
+    (tmp_path / "in").mkdir()
+    Dataset.from_list(rows, features=colour_dataset(1).features).to_parquet(tmp_path / "in" / "train.parquet")
+    (tmp_path / "a.yaml").write_text("steps: [clip_score, self_retrieval: {listener: 2}, select: {by: clip, keep: 1}]")
+    words = ["caption", "refine", tmp_path / "in", "--steps", tmp_path / "a.yaml", "--scorer", clip_folder]
+    assert main([*map(str, words), "--output_dir", str(tmp_path / "out")]) == 0
+    assert " 2 1 clip_score" in " ".join(capsys.readouterr().out.split())  # the two captions without a score
+    found = written(tmp_path / "out")
+    assert [len(row["captions"]) for row in found] == [1, 1, 1, 1, 2, 1, 1, 0]
+    # The other images of the class of row 1 are its copy and the one that cannot be read.
+    assert not any(s["name"] == "sr_rank" for r in found[1]["caption_records"] for s in r["scores"])
+    assert found[4]["image"]["bytes"] == b"no picture" and not any(r["scores"] for r in found[4]["caption_records"])
+    assert found[0]["caption_records"] == found[6]["caption_records"]

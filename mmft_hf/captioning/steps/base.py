@@ -6,7 +6,7 @@ Shapes: `n` rows, `m` texts, `D` embedding size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Protocol
 
@@ -107,6 +107,11 @@ def scored(rows: Sequence[Row], scores: Mapping[tuple[int, int], Mapping[str, fl
     ]
 
 
-def places(rows: Iterable[Row]) -> list[tuple[int, int]]:
+def readable(rows: Sequence[Row], images: np.ndarray) -> list[int]:
+    """The rows whose images can be read: only these are scored, and compared with. `images` `(n, D)`: see `Embeddings`."""
+    return [i for i, row in enumerate(rows) if row.image_sha256 and images[i].any()]
+
+
+def places(rows: Sequence[Row], images: np.ndarray) -> list[tuple[int, int]]:
     """`(row, position)` of the accepted captions of the images that can be read."""
-    return [(i, k) for i, row in enumerate(rows) if row.image_sha256 for k in row.captions()]
+    return [(i, k) for i in readable(rows, images) for k in rows[i].captions()]

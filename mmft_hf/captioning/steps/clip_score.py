@@ -44,10 +44,11 @@ class ClipScore(Step):
         return ("clip", "clip_gain") + (("clip_level",) if self.strata else ())
 
     def apply(self, rows: list[Row], scorer: Embeddings) -> list[list[dict]]:
-        found = places(rows)
+        images = scorer.images()
+        found = places(rows, images)
         if not found:
             return scored(rows, {})
-        images = scorer.images()[[i for i, _ in found]]
+        images = images[[i for i, _ in found]]
         names = sorted({row.class_name for row in rows})
         templates = scorer.texts([class_prompt(DEFAULT_TEMPLATE, name) for name in names])
         number = {name: k for k, name in enumerate(names)}

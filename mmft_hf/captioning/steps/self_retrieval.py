@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
 
 from ...core.errors import UserError
-from .base import Embeddings, Row, Step, places, scored
+from .base import Embeddings, Row, Step, readable, scored
 
 BLOCK = 256  # images whose captions are compared at a time
 TIE = 1e-6  # difference of cosines below which rounding decides
@@ -56,24 +57,25 @@ class SelfRetrieval(Step):
 
     def apply(self, rows: list[Row], scorer: Embeddings) -> list[list[dict]]:
         found: dict[tuple[int, int], dict] = {}
-        if not places(rows):
-            return scored(rows, found)
         images = scorer.images()
+        seen = readable(rows, images)
+        if not seen:
+            return scored(rows, found)
         # Copies of a picture count once as something to be compared with.
-        once = list({row.image_sha256: i for i, row in reversed(list(enumerate(rows))) if row.image_sha256}.values())
+        once = {rows[i].image_sha256: i for i in reversed(seen)}.values()
         others = np.array(sorted(once, key=lambda i: rows[i].image_sha256))
         labels = np.array([row.label for row in rows])
         same = np.stack([_numbered([row.group for row in rows]), _numbered([row.image_sha256 or "" for row in rows])])
         captioned: dict[int, list[int]] = {}
-        for i, row in enumerate(rows):
-            if row.image_sha256 and row.captions():
-                captioned.setdefault(row.label, []).append(i)
+        for i in seen:
+            if rows[i].captions():
+                captioned.setdefault(rows[i].label, []).append(i)
         for label, own in captioned.items():
             members = others[labels[others] == label]
             for start in range(0, len(own), BLOCK):
                 self._rank(rows, own[start : start + BLOCK], members, same, images, scorer, found)
         if self.listener:
-            self._listen(rows, others, labels, same, images, scorer, found)
+            self._listen(rows, list(chain(*captioned.values())), others, labels, same, images, scorer, found)
         return scored(rows, found)
 
     def _rank(self, rows, own: Sequence[int], members, same, images, scorer, found: dict) -> None:
@@ -105,12 +107,10 @@ class SelfRetrieval(Step):
                 "sr_margin": float(value - rivals.max()),
             }
 
-    def _listen(self, rows, others, labels, same, images, scorer, found: dict) -> None:
+    def _listen(self, rows, own: Sequence[int], others, labels, same, images, scorer, found: dict) -> None:
         """Adds `sr_prob`: softmax of scaled cosines over the image and the listener's other images."""
-        for i, row in enumerate(rows):
-            captions = row.captions() if row.image_sha256 else []
-            if not captions:
-                continue
+        for i in own:
+            row, captions = rows[i], rows[i].captions()
             rivals = others[(same[:, others] != same[:, [i]]).all(axis=0)]
             if self.distractors == "class":
                 rivals = rivals[labels[rivals] == row.label]
