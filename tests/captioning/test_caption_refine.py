@@ -254,6 +254,7 @@ def test_page_card_and_console_have_the_figures(refine, source, tmp_path, capsys
         assert f"{name} {before} {after}" in printed
         assert f"<tr><th>{name}</th><td>{before}</td><td>{after}</td></tr>" in page
         assert f"| {name} | {before} | {after} |" in card
+    assert "\n\n| figure | before | after |" in card and "\n\nImages with what was kept" in card
     assert "## Steps, in order" in card and "1. `clip_score`" in card and "2. `select` (by: clip, keep: 1)" in card
     assert "<b>red" not in page and "&lt;b&gt;red&lt;/b&gt;" in page
     assert "dropped by select" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
