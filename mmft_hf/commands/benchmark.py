@@ -13,18 +13,20 @@ from ..benchmark.report.page import write_report
 from ..benchmark.report.statistics import PER_CLASS
 from ..benchmark.report.table import summary_table
 from ..benchmark.run.arguments import BenchmarkArguments, BenchmarkData
+from ..benchmark.run.config import BenchmarkConfig
 from ..benchmark.run.processes import number_of_process
 from ..benchmark.run.results import RESULTS_FILE, SUBSETS
 from ..benchmark.run.workflow import run_benchmark
 from ..core.arguments import ModelArguments
 from ..core.console import say
 from ..core.errors import PartialResult, UserError
-from ..train.config import MMFTConfig
 
-ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, MMFTConfig)
+ARGUMENTS = (BenchmarkArguments, ModelArguments, BenchmarkData, BenchmarkConfig)
 
 
-def run(args: BenchmarkArguments, model_args: ModelArguments, data_args: BenchmarkData, config: MMFTConfig) -> None:
+def run(
+    args: BenchmarkArguments, model_args: ModelArguments, data_args: BenchmarkData, config: BenchmarkConfig
+) -> None:
     """Runs the cells of the grid that have no result yet, and prints a table of all."""
     if args.report:
         folder = Path(args.report)

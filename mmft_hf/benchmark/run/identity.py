@@ -19,7 +19,6 @@ from ...data.splits import Splits, labels_of
 from ...version import __version__
 from .arguments import BenchmarkArguments, BenchmarkData
 from .budgets import DECIDED, EQUAL
-from .results import UNNAMED
 
 LIBRARIES = ("torch", "transformers", "peft", "scikit-learn")
 
@@ -37,7 +36,7 @@ def identity_of(
     Settings that have their default are not in it, so that results stay valid when a setting is added.
     """
     plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
-    default = {f.name: f.default for f in fields(config)} | UNNAMED
+    default = {f.name: f.default for f in fields(config)}
     without = ("seed", *DECIDED[args.budget])  # each cell has its own seed
     chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k) and k not in without}
     budget = {} if args.budget == EQUAL else {"budget": args.budget}

@@ -17,9 +17,6 @@ from ...core.schema import conform
 from ...core.seals import note_if_changed, sealed
 
 RESULTS_FILE = "results.jsonl"
-# Values that results leave out, in addition to defaults of settings. The number of epochs was 50 before its default depended on
-# the device.
-UNNAMED = {"budget": "equal", "num_train_epochs": 50.0}
 CLAIMS, SUBSETS = "claims", "subsets"  # folders next to it: locks, and the images of each task
 FULL = "full"  # stands for a number of shots: all training images
 
@@ -204,9 +201,9 @@ def _in_words(name: str, there: object, here: object) -> str:
     if part == "shift_splits":
         return f"--shift_splits {last} {'there' if here is None else 'here'} alone"
     if part == "settings":
-        from ...train.config import MMFTConfig
+        from .config import BenchmarkConfig
 
-        defaults = {f.name: getattr(f.default, "value", f.default) for f in fields(MMFTConfig)}
-        default = (defaults | UNNAMED).get(last)
+        defaults = {f.name: getattr(f.default, "value", f.default) for f in fields(BenchmarkConfig)}
+        default = (defaults | {"budget": "equal"}).get(last)
         there, here = (default if value is None else value for value in (there, here))
     return f"{last or part} {there} there, {here} here"

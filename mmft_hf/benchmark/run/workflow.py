@@ -191,7 +191,7 @@ def check_budget(args: BenchmarkArguments, config: MMFTConfig) -> None:
     what = f"with --budget {args.budget}, which decides it. Leave it out."
     if args.min_steps:
         raise UserError(f"--min_steps: expected 0, found {args.min_steps}, {what}")
-    default = MMFTConfig(config.output_dir, use_cpu=config.use_cpu)  # some defaults depend on the device
+    default = type(config)(config.output_dir, use_cpu=config.use_cpu)  # some defaults depend on the device
     for name in DECIDED[args.budget]:
         if (found := getattr(config, name)) != getattr(default, name):
             raise UserError(f"--{name}: expected nothing, found {getattr(found, 'value', found)}, {what}")
