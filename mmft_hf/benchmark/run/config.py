@@ -10,9 +10,6 @@ from ...train.config import MMFTConfig
 
 @dataclass
 class BenchmarkConfig(MMFTConfig):
-    """The settings of training; none of their defaults that decides a result depends on the machine.
-
-    Results of several machines are rows of one benchmark.
-    """
+    """The settings of training, with a number of epochs that does not depend on the machine: several may share a benchmark."""
 
     num_train_epochs: float = setting(50.0, "Epochs of training.")
