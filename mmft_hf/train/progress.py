@@ -91,7 +91,7 @@ class EpochLines(ProgressCallback):
                 advice = ""
                 if args.device.type == "cpu":
                     advice = ". On a CPU, --num_train_epochs 0 fits a head to the untuned model, which takes minutes"
-                self._print(f"about {seconds(left)} left, at {seconds(step)} a step, and validation{advice}")
+                self._print(f"about {seconds(left)} left, at {seconds(step)} a step, plus validation{advice}")
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """Advances a bar that appears only if a validation takes longer than a second."""

@@ -42,11 +42,11 @@ def test_a_long_training_says_how_long_after_its_first_steps(clock, capsys):
     first, epoch = printed(clock, capsys, 8.0, 1000)
     # (1000 - 5) steps of 8 s; then 990 steps, of which 10 took 80 + 60 + 40 s.
     assert first.startswith(
-        "about 2.2 h left, at 8 s a step, and validation. On a CPU, --num_train_epochs 0 fits a head"
+        "about 2.2 h left, at 8 s a step, plus validation. On a CPU, --num_train_epochs 0 fits a head"
     )
     assert epoch.endswith("| validation 50.0% * | about 5.0 h left")
     first, _ = printed(clock, capsys, 8.0, 1000, device="cuda")
-    assert first == "about 2.2 h left, at 8 s a step, and validation"
+    assert first == "about 2.2 h left, at 8 s a step, plus validation"
     first, _ = printed(clock, capsys, 8.0, 1000, start=500)  # resumed
     assert first.startswith("about 66 min left")
 
