@@ -204,6 +204,7 @@ def test_methods_whose_authors_say_nothing_are_refused(name, shots, told):
 
 
 # -- results -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_long_benchmark_says_what_it_took_and_is_not_continued_with_another_budget(
     clip_folder, data_folder, tmp_path, monkeypatch, capsys
 ):

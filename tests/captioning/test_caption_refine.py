@@ -281,6 +281,7 @@ def test_what_cannot_be_reported(source, tmp_path, capsys):
     assert "expected one captioned folder, found none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_model_judges_what_one_has_chosen(refine, clip_folder, tmp_path):
     code, said = refine("--steps", RECIPES / "best_of_n.yaml", "--report_scorer", clip_folder)
     assert code == 2 and "expected another model than --scorer" in said

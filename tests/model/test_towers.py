@@ -179,6 +179,7 @@ def test_tables_of_relative_positions_are_not_trained_with_the_last_block():
     assert "text_model.encoder.relative_attention_bias.weight" in trained(model, "text", "full")
 
 
+@pytest.mark.slow
 def test_the_embedded_models():
     vision, text = (parameter_counts(load_model("builtin/photo")[0])[tower][1] for tower in TOWERS)
     model, _ = load_model("builtin/photo")
@@ -266,6 +267,7 @@ def test_a_resume_with_another_number_of_blocks_is_refused(run, clip_folder, dat
     assert "vision_tower was 'last:1', now 'last:2'" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_another_head_can_be_fitted(run, tmp_path):
     assert main(["head", str(run[0]), "--head", "kernel", "--output_dir", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()

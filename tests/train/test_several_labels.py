@@ -160,6 +160,7 @@ def test_the_card_tells_the_metrics(run):
     assert b"top_k=3" not in files["README.md"] and "mmft_inference.py" in files
 
 
+@pytest.mark.slow
 def test_another_head_is_fitted_to_a_finished_run(run, data, tmp_path):
     folder, _ = run
     words = ["--head", "prototypes", "--output_dir", tmp_path / "new", "--reject_below", 0.3]
@@ -182,6 +183,7 @@ def test_another_head_is_fitted_to_a_finished_run(run, data, tmp_path):
     assert classifier.class_names == list(COLOURS)
 
 
+@pytest.mark.slow
 def test_a_head_without_training_and_without_captions(clip_folder, tmp_path):
     """A table with a separator, a tenth of it held out; the untuned tower alone."""
     rows, names = striped_dataset(120, 3), list(COLOURS)
@@ -278,6 +280,7 @@ def test_the_trainer_learns_several_labels(clip, tmp_path):
         mmft_hf.MMFTTrainer(model, args, striped_dataset(8), colour_dataset(2), processor)
 
 
+@pytest.mark.slow
 def test_cross_entropy_over_class_texts_learns_several_labels(clip, tmp_path):
     model, processor = clip
     args = mmft_hf.MMFTConfig(

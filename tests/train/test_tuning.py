@@ -224,6 +224,7 @@ def test_the_training_is_that_of_the_rate_alone(images, clip_folder, tmp_path, m
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_resume_does_not_search_again(planted, tuned, images, clip_folder, tmp_path, monkeypatch):
     measured, tried = tuning._measured, []
 
