@@ -132,6 +132,7 @@ def test_a_threshold_is_fitted_or_it_is_said_that_none_was_found(run, tmp_path, 
         assert answer[0]["label"] == first and len(answer) == 3
 
 
+@pytest.mark.slow
 def test_the_linear_head_is_fitted_with_adjusted_logits(run, fails, tmp_path):
     words = ["head", str(run), "--head", "linear", "--logit_adjustment"]
     for tau in ("0", "1"):

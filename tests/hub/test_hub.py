@@ -278,6 +278,7 @@ def test_only_what_changed_is_uploaded(hub, published, alice, captioned):
     assert [len(rows["train"]), len(rows["test"])] == [12, 12] and rows["test"][0][1][-1] == "one more"
 
 
+@pytest.mark.slow
 def test_captions_without_their_pictures(hub, captioned, alice, tmp_path):
     code, said = alice.mmft("push", captioned, "--repo_id", "alice/texts", "--captions_only", "true")
     assert code == 0 and "--captions_dataset alice/texts" in said, said

@@ -304,6 +304,7 @@ def test_a_checkpoint_of_another_kind_is_refused(_loaded, folders):
         ("vit_bert", "frozen lora"),
     ],
 )
+@pytest.mark.slow
 def test_command_line_card_and_publication(kind, modes, folders, data_folder, tmp_path, capsys, monkeypatch):
     vision, text = modes.split()
     out = tmp_path / "out"

@@ -177,6 +177,7 @@ def test_the_test_split_is_read_after_the_choice(clip_folder, data, tmp_path, mo
     assert events == ["chosen", *["test image"] * 2 * len(sealed)]
 
 
+@pytest.mark.slow
 def test_weights_between_are_computed_once(clip_folder, data, tmp_path, monkeypatch):
     made, interpolated = [], choice.interpolated
     monkeypatch.setattr(choice, "interpolated", lambda *args: made.append(args[-1]) or interpolated(*args))
@@ -188,6 +189,7 @@ def test_weights_between_are_computed_once(clip_folder, data, tmp_path, monkeypa
     assert "| validation | 60 | too few to choose the weights and head by |" in card
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_named_chooses_weights_and_head(clip_folder, data, tmp_path, capsys):
     named = {"metric_for_best_model": "mean_per_class_accuracy", "num_train_epochs": 0}
     assert main(words(clip_folder, data, tmp_path / "out", **named)) == 0
@@ -240,6 +242,7 @@ def test_validation_pictures_that_are_training_pictures_choose_and_calibrate_not
 
 
 # -- LoRA ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_an_adapter_is_kept_whole_or_not_at_all(clip_folder, data, tmp_path):
     lora = {"vision_tower": "lora", "text_tower": "lora", "max_steps": 2}
     results = finetune(clip_folder, data, tmp_path / "out", **lora)

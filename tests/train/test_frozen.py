@@ -297,6 +297,7 @@ def test_every_kind_of_dual_encoder(kind, frozen, mode, tmp_path, capsys):
         assert getattr(count, frozen) == (24 if frozen == "vision" else 27)
 
 
+@pytest.mark.slow
 def test_a_whole_run_encodes_each_picture_once(clip, data_folder, tmp_path, monkeypatch):
     """The zero-shot baseline, the training, the selection and the test see the same tower."""
     from mmft_hf.train import workflow

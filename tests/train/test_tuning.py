@@ -137,6 +137,7 @@ def test_one_rate_that_is_left_over_is_not_trained_again(tmp_path):
     assert len(build.trained) == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tmp_path):
     def value(rate, steps):
         return abs(math.log10(rate / 2e-5)) + 1 / steps
