@@ -13,6 +13,7 @@ TERMINAL = (*ACCEPTED, "refused", "rejected", "bad_image")
 OPEN = ("failed", "empty", "truncated", "not_run")
 STATUSES = (*TERMINAL, *OPEN)
 DROPPED = "dropped"  # the status of a caption that a refining step turned down; its text stays in the record
+REPLACED = "replaced"  # the status of a caption whose place a text of a refining step took
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ Shapes: `n` rows, `m` texts, `D` embedding size.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import ClassVar, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from ..types import ACCEPTED
+from ..types import ACCEPTED, REPLACED
+from .asking import Asking, View
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Row:
         label, class_name: its class.
         group: images of one group show the same thing and never compete with each other.
         records: its caption records, which no step changes in place.
+        columns: the columns of the dataset that a step reads (`Step.columns`).
     """
 
     image_sha256: str | None
@@ -31,6 +34,11 @@ class Row:
     class_name: str
     group: str
     records: Sequence[Mapping]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def picture(self, what: str = "whole") -> tuple[View, ...]:
+        """Its picture, for a question: see `View`."""
+        return (View(self.image_sha256, what),)
 
     def captions(self) -> list[int]:
         """Positions of the accepted captions in `records`."""
@@ -62,6 +70,8 @@ class Step:
         about: what it does, in a sentence.
         after: the work that it follows; `differs`: in what it differs from it. Both are shown on the card.
         version: to be raised with any change of what `apply` returns.
+        sees_label: whether a question of it may hold the name of the class, which the card tells. A judge that is told the class
+            confirms it.
     """
 
     name: ClassVar[str]
@@ -69,6 +79,7 @@ class Step:
     after: ClassVar[str] = ""
     differs: ClassVar[str] = ""
     version: ClassVar[int] = 1
+    sees_label: ClassVar[bool] = False
 
     def writes(self) -> tuple[str, ...]:
         """Names of the scores that it writes. A step that writes scores needs a scorer."""
@@ -82,8 +93,33 @@ class Step:
         """All that can change the result, JSON-able."""
         return {"step": self.name, "version": self.version, **asdict(self)}
 
-    def apply(self, rows: Sequence[Row], scorer: Embeddings | None) -> list[list[dict]]:
-        """The new records of each row."""
+    def roles(self) -> tuple[str, ...]:
+        """Who is asked: some of `asking.ROLES`."""
+        return ()
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the dataset that it reads."""
+        return ()
+
+    def fit(self, rows: Sequence[Row], scorer: Embeddings | None) -> Any:
+        """What is taken from all rows before the first question, such as a neighbour of each one; `ask` gets it."""
+        return None
+
+    def bound(self, row: Row, fitted: Any) -> Counter:
+        """The most questions that a row can lead to, by role."""
+        return Counter()
+
+    def ask(self, row: Row, fitted: Any) -> Asking:
+        """Asks about a row, and returns what `apply` gets as `found`."""
+        return None
+        yield []  # a generator
+
+    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> list[list[dict]]:
+        """The new records of each row.
+
+        Args:
+            found: for each row, what `ask` returned; empty if the step asks nobody.
+        """
         raise NotImplementedError
 
 
@@ -115,3 +151,28 @@ def readable(rows: Sequence[Row], images: np.ndarray) -> list[int]:
 def places(rows: Sequence[Row], images: np.ndarray) -> list[tuple[int, int]]:
     """`(row, position)` of the accepted captions of the images that can be read."""
     return [(i, k) for i in readable(rows, images) for k in rows[i].captions()]
+
+
+def written(row: Row, step: str, text: str, parents: Sequence[Mapping], **fields: Any) -> dict:
+    """The record of a new text of a step.
+
+    Args:
+        parents: the records that it was made from; the first one gives its aspect and sample.
+        fields: further fields, such as `model`.
+    """
+    first = parents[0] if parents else {"aspect": step, "sample": 0}
+    named = [f"{record['aspect']}#{record['sample']}@{record.get('step') or 'caption'}" for record in parents]
+    new = {
+        "aspect": first["aspect"],
+        "sample": first["sample"],
+        "status": "ok",
+        "text": text,
+        "checks": [],
+        "attempts": 1,
+    }
+    return new | {"prompt_id": step, "step": step, "parents": named, "scores": None} | fields
+
+
+def replaced(record: Mapping, step: str) -> dict:
+    """The record of a text that a new one took the place of."""
+    return {**record, "status": REPLACED, "step": step}

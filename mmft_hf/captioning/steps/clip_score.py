@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,7 +44,7 @@ class ClipScore(Step):
     def writes(self) -> tuple[str, ...]:
         return ("clip", "clip_gain") + (("clip_level",) if self.strata else ())
 
-    def apply(self, rows: list[Row], scorer: Embeddings) -> list[list[dict]]:
+    def apply(self, rows: list[Row], scorer: Embeddings, found: Sequence = ()) -> list[list[dict]]:
         images = scorer.images()
         found = places(rows, images)
         if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,7 +54,7 @@ class Select(Step):
     def reads(self) -> tuple[str, ...]:
         return (self.by,)
 
-    def apply(self, rows: list[Row], scorer: Embeddings | None = None) -> list[list[dict]]:
+    def apply(self, rows: list[Row], scorer: Embeddings | None = None, found: Sequence = ()) -> list[list[dict]]:
         values, ranked = {}, []
         for i, row in enumerate(rows):
             for k in row.captions():

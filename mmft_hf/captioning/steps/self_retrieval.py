@@ -55,7 +55,7 @@ class SelfRetrieval(Step):
     def writes(self) -> tuple[str, ...]:
         return ("sr_rank", "sr_pct", "sr_margin") + (("sr_prob",) if self.listener else ())
 
-    def apply(self, rows: list[Row], scorer: Embeddings) -> list[list[dict]]:
+    def apply(self, rows: list[Row], scorer: Embeddings, found: Sequence = ()) -> list[list[dict]]:
         found: dict[tuple[int, int], dict] = {}
         images = scorer.images()
         seen = readable(rows, images)
