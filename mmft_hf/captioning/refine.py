@@ -233,7 +233,7 @@ class RefineWorkflow:
         recipe = read_recipe(args.steps or ())
         self.steps = recipe.steps
         self.group_column = args.group_column or recipe.group_column
-        needs = [step.name for step in self.steps if step.writes()]
+        needs = [step.name for step in self.steps if step.needs_scorer()]
         self.scorer = (args.scorer or recipe.scorer) if needs else None
         self.flatters = False
         is_student = args.scorer_is_student or bool(recipe.scorer_is_student)
@@ -418,7 +418,7 @@ def refine_captions(
     made = [make_step(*named_step(entry, "steps")) for entry in steps]
     table = CaptionTable("dataset", dataset, group_column)
     check_order(made, table.scores())
-    if scorer is None and (needs := [step.name for step in made if step.writes()]):
+    if scorer is None and (needs := [step.name for step in made if step.needs_scorer()]):
         raise UserError(f"--scorer: expected the model that step {needs[0]} scores captions with, found none.")
     apply_steps(table, made, scorer and open_scorer(scorer, table, progress))
     return table.dataset()

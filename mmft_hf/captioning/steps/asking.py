@@ -25,8 +25,8 @@ class View:
     """A picture of a question: sha256 of the image, and what of it is shown.
 
     Args:
-        what: `whole`; `quadrant:0` to `quadrant:3` (row by row); `centre`; `box:x0,y0,x1,y1` in pixels of the stored image, cut
-            out; `marked:x0,y0,x1,y1`, outlined.
+        what: `whole`; `quadrant:0` to `quadrant:3` (row by row); `centre`; `box:x0,y0,x1,y1` in pixels of the stored image as
+            it is seen (upright), cut out; `marked:x0,y0,x1,y1`, outlined.
     """
 
     image_sha256: str

@@ -82,8 +82,12 @@ class Step:
     sees_label: ClassVar[bool] = False
 
     def writes(self) -> tuple[str, ...]:
-        """Names of the scores that it writes. A step that writes scores needs a scorer."""
+        """Names of the scores that it writes."""
         return ()
+
+    def needs_scorer(self) -> bool:
+        """Whether `fit` or `apply` embeds pictures or texts."""
+        return bool(self.writes())
 
     def reads(self) -> tuple[str, ...]:
         """Names of the scores that it reads."""
