@@ -23,6 +23,7 @@ from ..data.raw import split_role
 from .arguments import CaptionArguments
 from .ask.plan import pictures_of
 from .split import new_run_id
+from .steps.asking import Ask, answered
 from .steps.base import Row, Step, score_of
 from .steps.clip_score import ClipScore
 from .steps.diversity import vendi_of_classes
@@ -179,7 +180,9 @@ def apply_steps(table: CaptionTable, steps: Sequence[Step], scorer: Scorer | Non
     applied = []
     for number, step in enumerate(steps, 1):
         before = _by_class(table.rows)
-        found = step.apply(table.rows, scorer)
+        fitted = step.fit(table.rows, scorer)
+        answers = [answered(step.ask(row, fitted), _nobody) for row in table.rows]
+        found = step.apply(table.rows, scorer, answers)
         names = (*step.writes(), *step.reads())
         unscored = sum(
             not any(score["name"] in names for score in row.records[k]["scores"] or ())
@@ -195,6 +198,10 @@ def apply_steps(table: CaptionTable, steps: Sequence[Step], scorer: Scorer | Non
             )
         applied.append(AppliedStep(step, before.total(), after.total(), unscored, before - after))
     return applied
+
+
+def _nobody(ask: Ask) -> None:
+    raise RuntimeError(f"a question to the {ask.role}, whom no step may ask")
 
 
 def _with(rows: Sequence[Row], records: Sequence[Sequence[dict]]) -> list[Row]:

@@ -62,6 +62,25 @@ class Embeddings(Protocol):
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a step tells of a run beside the records.
+
+    Args:
+        figures: numbers, or lists of numbers, by name: for the report and the card.
+        details: rows of `steps.parquet`, which have the fields of `DETAIL`.
+        notes: one sentence each: for the console and the card.
+    """
+
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    details: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+
+DETAIL = ("image_sha256", "record", "kind", "text", "verdict", "votes")
+"""Fields of a detail: texts but for `votes`, a list of texts. `record` is the caption, as in `parents`."""
+
+
+@dataclass(frozen=True)
 class Step:
     """One step. Its fields are its options; `apply` is a pure function: no call, no clock, no global random numbers.
 
@@ -86,8 +105,8 @@ class Step:
         return ()
 
     def needs_scorer(self) -> bool:
-        """Whether `fit` or `apply` embeds pictures or texts."""
-        return bool(self.writes())
+        """Whether `fit` or `apply` embeds pictures or texts: by default, a step that writes scores and asks nobody."""
+        return bool(self.writes()) and not self.roles()
 
     def reads(self) -> tuple[str, ...]:
         """Names of the scores that it reads."""
@@ -101,6 +120,10 @@ class Step:
         """Who is asked: some of `asking.ROLES`."""
         return ()
 
+    def samples(self) -> int:
+        """How often it asks one and the same question. More than once makes sense at a temperature above 0 only."""
+        return 1
+
     def columns(self) -> tuple[str, ...]:
         """The columns of the dataset that it reads."""
         return ()
@@ -110,7 +133,7 @@ class Step:
         return None
 
     def bound(self, row: Row, fitted: Any) -> Counter:
-        """The most questions that a row can lead to, by role."""
+        """The most questions that a row can lead to, by role; one that is also asked about another row counts there or here."""
         return Counter()
 
     def ask(self, row: Row, fitted: Any) -> Asking:
@@ -122,9 +145,13 @@ class Step:
         """The new records of each row.
 
         Args:
-            found: for each row, what `ask` returned; empty if the step asks nobody.
+            found: for each row, what `ask` returned.
         """
         raise NotImplementedError
+
+    def told(self, rows: Sequence[Row], found: Sequence[Any]) -> Told:
+        """What it tells of the run. Arguments as in `apply`."""
+        return Told()
 
 
 def score_of(record: Mapping, name: str) -> float | None:
@@ -157,6 +184,11 @@ def places(rows: Sequence[Row], images: np.ndarray) -> list[tuple[int, int]]:
     return [(i, k) for i in readable(rows, images) for k in rows[i].captions()]
 
 
+def place_of(record: Mapping) -> str:
+    """A caption record among those of its image: `aspect#sample@step`."""
+    return f"{record['aspect']}#{record['sample']}@{record.get('step') or 'caption'}"
+
+
 def written(row: Row, step: str, text: str, parents: Sequence[Mapping], **fields: Any) -> dict:
     """The record of a new text of a step.
 
@@ -165,7 +197,7 @@ def written(row: Row, step: str, text: str, parents: Sequence[Mapping], **fields
         fields: further fields, such as `model`.
     """
     first = parents[0] if parents else {"aspect": step, "sample": 0}
-    named = [f"{record['aspect']}#{record['sample']}@{record.get('step') or 'caption'}" for record in parents]
+    named = [place_of(record) for record in parents]
     new = {
         "aspect": first["aspect"],
         "sample": first["sample"],
