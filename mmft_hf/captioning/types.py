@@ -28,17 +28,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one picture.
+    """One question.
 
     Args:
-        picture: sent before the text, so that a server can reuse what it computed for it.
+        pictures: sent before the text, so that a server can reuse what it computed for them. None for a question about text alone.
         prompt: the whole text.
         max_tokens: token limit of the answer, in the captioner's tokens.
         aspects: one name, or several if the answer must be a JSON object with these keys.
         seed: seed of the sampling, for backends that take one.
     """
 
-    picture: Picture
+    pictures: tuple[Picture, ...]
     prompt: str
     max_tokens: int
     aspects: tuple[str, ...]
@@ -112,8 +112,21 @@ class FieldRefused(Fatal):
         self.field, self.instead = field, instead
 
 
+# What a question may need of a backend beyond one picture and a text, in the words of messages.
+FEATURES = {
+    "text": "questions without a picture",
+    "pictures": "several pictures in a question",
+    "logprobs": "the log-probabilities of a given text",
+    "beams": "diverse beam search",
+    "guidance": "guidance against the prompt without the picture",
+}
+
+
 class Backend(Protocol):
     """Answers requests, through an HTTP server or with a model in this process."""
+
+    features: frozenset[str]
+    """Which of `FEATURES` it has."""
 
     batch_size: int
     """Best number of requests for one `generate`: 1 for a server, which forms its own batches."""

@@ -38,7 +38,7 @@ def server(tmp_path):
 
 def request(i=0, aspects=("shape",), prompt=None):
     picture = Picture(bytes([i]) * 100 + b"\xff\xd8", "image/jpeg", 30, 20)
-    return Request(picture, prompt or f'Describe "picture" {i}: größe\n{{x}}', 77, aspects, seed=2**40 + i)
+    return Request((picture,), prompt or f'Describe "picture" {i}: größe\n{{x}}', 77, aspects, seed=2**40 + i)
 
 
 def backend(server, kind="openai", **options):
@@ -79,7 +79,7 @@ def test_each_picture_gets_the_answer_to_its_own_prompt(server, kind, monkeypatc
     made.check_key()
     answers = ask(made, *requests)
     for asked, found in zip(requests, answers, strict=True):
-        assert found.text == caption_of(hashlib.sha256(asked.picture.data).hexdigest(), asked.prompt)
+        assert found.text == caption_of(hashlib.sha256(asked.pictures[0].data).hexdigest(), asked.prompt)
         assert (found.finish_reason, found.tokens_in, found.thinking_tokens) == ("stop", 300, 0)
         assert found.tokens_out == len(found.text.split())
         assert found.model == ("a-model-001" if kind == "gemini" else "a-model")
@@ -118,7 +118,18 @@ def test_a_list_of_requests_is_answered_in_order(server):
         return answers
 
     for asked, found in zip(requests, asyncio.run(go()), strict=True):
-        assert found.text == caption_of(hashlib.sha256(asked.picture.data).hexdigest(), asked.prompt)
+        assert found.text == caption_of(hashlib.sha256(asked.pictures[0].data).hexdigest(), asked.prompt)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_question_may_have_several_pictures_or_none(server, kind):
+    pictures = tuple(Picture(bytes([i]) * 50 + b"\xff\xd8", "image/jpeg", 30, 20) for i in range(3))
+    requests = [Request(shown, "Which?", 77, ("shape",)) for shown in (pictures, pictures[::-1], ())]
+    made = backend(server, kind)
+    assert {"pictures", "text"} <= made.features
+    for asked, found in zip(requests, ask(made, *requests), strict=True):
+        in_order = b"".join(picture.data for picture in asked.pictures)
+        assert found.text == caption_of(hashlib.sha256(in_order).hexdigest(), "Which?")
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -25,8 +25,8 @@ from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
 
 QUICK = Limits(8, retry=RetryPolicy(base_s=0.01, cap_s=0.05))
-REQUEST = Request(Picture(b"\xff\xd8", "image/jpeg", 30, 20), "Describe it.", 77, ("shape",), seed=5)
-TWO = Request(Picture(b"\xff\xd8", "image/jpeg", 30, 20), "Describe it.", 77, ("shape", "colour"), seed=5)
+REQUEST = Request((Picture(b"\xff\xd8", "image/jpeg", 30, 20),), "Describe it.", 77, ("shape",), seed=5)
+TWO = Request((Picture(b"\xff\xd8", "image/jpeg", 30, 20),), "Describe it.", 77, ("shape", "colour"), seed=5)
 
 
 def error(message="", **fields):

@@ -41,7 +41,7 @@ def through(server: str, model, requests, sampling: Sampling = GREEDY) -> list:
 
 def test_plain_http_gets_the_text_of_the_same_model_in_this_process(server, vlm):
     row = MIXED[2]
-    url = "data:image/png;base64," + base64.b64encode(row.picture.data).decode()
+    url = "data:image/png;base64," + base64.b64encode(row.pictures[0].data).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row.prompt}]
     body = {"model": str(vlm), "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 40}
     status, answer = send(server, body)

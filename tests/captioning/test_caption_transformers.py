@@ -16,7 +16,7 @@ from processes import run_python
 from safetensors.torch import load_file, save_file
 from tiny_vlm import CHAT_TEMPLATE
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
-from vlm_requests import GREEDY, LONG, MIXED, ask, request, seen
+from vlm_requests import GREEDY, LONG, MIXED, ask, picture, request, seen
 
 from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
 from mmft_hf.captioning.types import Fatal, Picture, Request, Sampling, Unanswerable
@@ -36,7 +36,7 @@ def expected(vlm):
 
     def write(row: Request) -> tuple:
         inputs = processor(
-            images=Image.open(io.BytesIO(row.picture.data)),
+            images=Image.open(io.BytesIO(row.pictures[0].data)),
             text=f"<s>user: <image>{row.prompt}\nassistant:",
             add_special_tokens=False,
             return_tensors="pt",
@@ -47,6 +47,21 @@ def expected(vlm):
         return text, inputs.input_ids.shape[1], len(ids), "stop" if ended else "length"
 
     return write
+
+
+def test_a_question_may_have_several_pictures_or_none(vlm):
+    processor = AutoProcessor.from_pretrained(vlm)
+    model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.float32).eval()
+    shown = [(), ("red", "blue"), ("lime",), ()]
+    requests = [Request(tuple(map(picture, colours)), f"Which {i}?", 9, ("visual",)) for i, colours in enumerate(shown)]
+    answers = ask(TransformersBackend(vlm, sampling=GREEDY), requests)
+    for asked, found in zip(requests, answers, strict=True):
+        images = [Image.open(io.BytesIO(one.data)) for one in asked.pictures]
+        text = f"<s>user: {'<image>' * len(images)}{asked.prompt}\nassistant:"
+        inputs = processor(images=images or None, text=text, add_special_tokens=False, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=9, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        assert found.text == processor.decode(ids, skip_special_tokens=True)
+        assert found.tokens_in == inputs.input_ids.shape[1]
 
 
 class Faults:
@@ -177,7 +192,7 @@ def test_one_odd_row_leaves_the_others(vlm, expected, monkeypatch):
     Faults(monkeypatch, ValueError("image features and image tokens do not match"), lambda ids: ids.shape[1] > 300)
     rows = [
         *MIXED,
-        Request(Picture(b"\x89PNG broken", "image/png", 9, 9), "Describe it.", 9, ("visual",)),
+        Request((Picture(b"\x89PNG broken", "image/png", 9, 9),), "Describe it.", 9, ("visual",)),
         request(prompt="A cat named <image>"),
         request(prompt="A cat</s> named x"),
     ]

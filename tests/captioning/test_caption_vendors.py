@@ -11,8 +11,8 @@ from mmft_hf.captioning.types import Fatal, Picture, Request, Sampling
 
 PICTURE = Picture(b"\xff\xd8", "image/jpeg", 30, 20)
 REQUESTS = [
-    Request(PICTURE, "Describe it.", 77, ("shape",), seed=5),
-    Request(PICTURE, "Describe it.", 77, ("shape", "colour"), seed=5),
+    Request((PICTURE,), "Describe it.", 77, ("shape",), seed=5),
+    Request((PICTURE,), "Describe it.", 77, ("shape", "colour"), seed=5),
 ]
 REFUSALS = "SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION MODEL_ARMOR "
 REFUSALS += "ESCALATION"

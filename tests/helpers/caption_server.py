@@ -69,19 +69,22 @@ def caption_of(picture_sha: str, prompt: str) -> str:
 
 
 def read_request(path: str, body: dict) -> tuple[bytes, str, list[str]]:
-    """Picture, prompt and the keys of the requested JSON object, for all three kinds of request."""
+    """Pictures (one after the other), prompt and the keys of the requested JSON object, for all three kinds of request."""
     if path.endswith(":generateContent"):
         parts = body["contents"][0]["parts"]
         schema = body.get("generationConfig", {}).get("responseSchema", {})
-        assert "inlineData" in parts[0], "the picture comes first"
-        data = parts[0]["inlineData"]["data"]
+        data = [part["inlineData"]["data"] for part in parts[:-1]]
     else:
         parts = body["messages"][0]["content"]
         schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
         schema = schema or body.get("output_config", {}).get("format", {}).get("schema", {})
-        assert parts[0]["type"] in ("image", "image_url"), "the picture comes first"
-        data = parts[0]["source"]["data"] if "source" in parts[0] else parts[0]["image_url"]["url"].partition(",")[2]
-    return base64.b64decode(data, validate=True), parts[1]["text"], list(schema.get("properties", {}))
+        assert all(part["type"] in ("image", "image_url") for part in parts[:-1]), "pictures come first"
+        data = [
+            part["source"]["data"] if "source" in part else part["image_url"]["url"].partition(",")[2]
+            for part in parts[:-1]
+        ]
+    pictures = b"".join(base64.b64decode(one, validate=True) for one in data)
+    return pictures, parts[-1]["text"], list(schema.get("properties", {}))
 
 
 def answer(path: str, model: str, text: str, kind: str) -> dict:

@@ -21,7 +21,7 @@ def picture(colour: str, width: int = 20, height: int = 30) -> Picture:
 
 
 def request(colour: str = "red", prompt: str = "Describe it.", max_tokens: int = 12, seed: int = 0) -> Request:
-    return Request(picture(colour), prompt, max_tokens, ("visual",), seed)
+    return Request((picture(colour),), prompt, max_tokens, ("visual",), seed)
 
 
 def ask(backend: TransformersBackend, requests: list[Request]) -> list:

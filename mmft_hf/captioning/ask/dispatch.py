@@ -84,7 +84,7 @@ class Dispatcher:
         self.backend, self.limits, self.meter = backend, limits, meter
         self._on_stop, self._on_left_out = on_stop, on_left_out
         self._left_out: set[str] = set()
-        self._turned_away: dict[str, tuple[set[int], str]] = {}
+        self._turned_away: dict[tuple[str, str], tuple[set[int], str]] = {}
         self.outcome = Outcome()
         self.error: BaseException | None = None
         self.flying: set[asyncio.Task] = set()
@@ -126,8 +126,8 @@ class Dispatcher:
             Transient, Unanswerable: no answer after all tries.
             Stopped: the run is ending.
         """
-        picture = request.picture
-        tokens_in = estimate_tokens(picture.width, picture.height, self.meter.price) + len(request.prompt) // 3
+        tokens_in = sum(estimate_tokens(p.width, p.height, self.meter.price) for p in request.pictures)
+        tokens_in += len(request.prompt) // 3
         estimate = max(tokens_in, self._largest_in) + request.max_tokens
         failures = limited = refused = 0
         first = None
@@ -241,7 +241,10 @@ class Dispatcher:
     def _note_turned_away(self, request: Request, error: Unanswerable) -> None:
         if error.general and not self.outcome.calls:
             words = re.sub(r"\W*\w*\d[\w-]*", " ", str(error))  # without ids
-            self._turned_away.setdefault(words, (set(), str(error)))[0].add(hash(request.picture.data))
+            asked = (
+                ("picture", tuple(p.data for p in request.pictures)) if request.pictures else ("text", request.prompt)
+            )
+            self._turned_away.setdefault((asked[0], words), (set(), str(error)))[0].add(hash(asked))
 
     def conclude(self) -> None:
         """Once nothing is left to ask: if every call was turned away in the same words, the request is at fault."""
@@ -249,9 +252,9 @@ class Dispatcher:
             self._stop_if_alike(2)
 
     def _stop_if_alike(self, least: int) -> None:
-        for pictures, said in self._turned_away.values():
-            if len(pictures) >= least:
-                self.stop("fatal", f"{many(len(pictures), 'picture')} were turned away in the same words: {said}")
+        for (what, _), (found, said) in self._turned_away.items():
+            if len(found) >= least:
+                self.stop("fatal", f"{many(len(found), what)} were turned away in the same words: {said}")
 
     def _gave_up(self, error: CallError) -> None:
         self._breaker.record(error)

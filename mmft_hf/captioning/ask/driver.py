@@ -167,7 +167,7 @@ class Driver:
     async def _joint(self, item: WorkItem, picture: Picture, slots: Sequence[Slot], history: dict) -> list[Slot]:
         """Makes one call for all aspects. Returns the slots that need a call of their own."""
         aspects = tuple(slot.aspect for slot in slots)
-        request = Request(picture, slots[0].prompt, self.keys.budget(), aspects, slots[0].seed)
+        request = Request((picture,), slots[0].prompt, self.keys.budget(), aspects, slots[0].seed)
         try:
             answer, spent = await self.calls.ask(request)
         except Unanswerable as error:
@@ -211,7 +211,7 @@ class Driver:
                 if not self._still_turned_down(item, slot, row, prompt, reask):
                     return
             elif reask or not self.captioner.joint:  # the first try of a joint caption was the call for all aspects
-                request = Request(picture, prompt, budget, (slot.aspect,), int(key[:7], 16))
+                request = Request((picture,), prompt, budget, (slot.aspect,), int(key[:7], 16))
                 try:
                     answer, spent = await self.calls.ask(request)
                 except CallError as error:

@@ -43,8 +43,9 @@ class AnthropicBackend(HTTPBackend):
         return {"anthropic-version": VERSION_WITH_SAMPLING if SAMPLING_FIELDS & set(body) else VERSION}
 
     def _body(self, request: Request) -> dict[str, Any]:
-        source = {"type": "base64", "media_type": request.picture.mime, "data": PICTURE}
-        content = [{"type": "image", "source": source}, {"type": "text", "text": request.prompt}]
+        sources = [{"type": "base64", "media_type": picture.mime, "data": PICTURE} for picture in request.pictures]
+        content = [{"type": "image", "source": source} for source in sources]
+        content.append({"type": "text", "text": request.prompt})
         body = {
             "model": self.model,
             "max_tokens": request.max_tokens,

@@ -20,7 +20,7 @@ MAX_NAME = 200
 MAX_SEED = 0x7FFFFFFF  # the 31 bits that every server accepts
 # Fields without which there is no question. Of the others, a server may refuse any.
 ESSENTIAL = {"contents", "generationConfig", "messages", "model", "url"}
-_EXAMPLE = Request(Picture(b"", "image/jpeg", 1, 1), "", 1, ("aspect",))
+_EXAMPLE = Request((Picture(b"", "image/jpeg", 1, 1),), "", 1, ("aspect",))
 
 
 class HTTPBackend(ABC):
@@ -45,6 +45,7 @@ class HTTPBackend(ABC):
     """
 
     batch_size = 1
+    features = frozenset({"text", "pictures"})
     name: str
     default_url: str
     default_key_env: str
@@ -107,7 +108,8 @@ class HTTPBackend(ABC):
     async def _ask(self, request: Request) -> Answer:
         body = self._prepared(request)
         optional = [name for place in self._places(body) for name in place if name not in ESSENTIAL]
-        data = await self.transport.post(self._path(), body, request.picture.data, self._headers(body), optional)
+        pictures = [picture.data for picture in request.pictures]
+        data = await self.transport.post(self._path(), body, pictures, self._headers(body), optional)
         try:
             return _storable(self._answer(data))
         except (AttributeError, IndexError, KeyError, TypeError):

@@ -47,7 +47,8 @@ class GeminiBackend(HTTPBackend):
             aspects = {aspect: {"type": "STRING"} for aspect in request.aspects}
             order = {"required": [*aspects], "propertyOrdering": [*aspects]}
             generation["responseSchema"] = {"type": "OBJECT", "properties": aspects, **order}
-        parts = [{"inlineData": {"mimeType": request.picture.mime, "data": PICTURE}}, {"text": request.prompt}]
+        parts = [{"inlineData": {"mimeType": picture.mime, "data": PICTURE}} for picture in request.pictures]
+        parts.append({"text": request.prompt})
         body = {"contents": [{"role": "user", "parts": parts}], "generationConfig": generation}
         return merged(body, self.sampling.options, nested=True)
 

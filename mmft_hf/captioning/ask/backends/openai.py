@@ -41,9 +41,10 @@ class OpenAIBackend(HTTPBackend):
 
     def _body(self, request: Request) -> dict[str, Any]:
         options = dict(self.sampling.options)
-        url = f"data:{request.picture.mime};base64,{PICTURE}"
-        image = merged({"url": url}, {"detail": options.pop("detail", None)})
-        content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": request.prompt}]
+        detail = {"detail": options.pop("detail", None)}
+        urls = [f"data:{picture.mime};base64,{PICTURE}" for picture in request.pictures]
+        content = [{"type": "image_url", "image_url": merged({"url": url}, detail)} for url in urls]
+        content.append({"type": "text", "text": request.prompt})
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -57,7 +58,8 @@ class OpenAIBackend(HTTPBackend):
         return merged(body, options)
 
     def _places(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        return [body, body["messages"][0]["content"][0]["image_url"]]
+        parts = body["messages"][0]["content"]
+        return [body, *(part["image_url"] for part in parts if part["type"] == "image_url")]
 
     def _answer(self, data: dict[str, Any]) -> Answer:
         choice = data["choices"][0]

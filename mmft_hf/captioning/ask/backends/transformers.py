@@ -46,7 +46,7 @@ class _Row(NamedTuple):
     """A request, as the processor takes it."""
 
     request: Request
-    image: Image
+    images: list[Image]
     text: str
 
 
@@ -66,6 +66,8 @@ class TransformersBackend:
     Raises:
         UserError: an argument that cannot be used.
     """
+
+    features = frozenset({"text", "pictures"})
 
     def __init__(
         self,
@@ -273,7 +275,7 @@ class TransformersBackend:
             self._load()
             results: list[Any] = [self._prepare(request) for request in requests]
             rows = [i for i, row in enumerate(results) if isinstance(row, _Row)]
-            todo = self._batches(rows)
+            todo = self._batches(results, rows)
             while todo:
                 batch = todo.pop(0)
                 answers, failure = self._try([results[i] for i in batch])
@@ -285,14 +287,16 @@ class TransformersBackend:
                 elif failure.kind == "out_of_memory":
                     self._most = min(self._most, (len(batch) + 1) // 2)
                     logger.warning("Out of memory with %d pictures: continuing with %d.", len(batch), self._most)
-                    todo = self._batches([i for rest in (batch, *todo) for i in rest])
+                    todo = self._batches(results, [i for rest in (batch, *todo) for i in rest])
                 else:
                     # A single row may be to blame: try each one alone.
                     todo[:0] = [[i] for i in batch]
             return results
 
-    def _batches(self, rows: list[int]) -> list[list[int]]:
-        return [rows[start : start + self._most] for start in range(0, len(rows), self._most)]
+    def _batches(self, prepared: Sequence, rows: list[int]) -> list[list[int]]:
+        """Numbers of prepared rows that are answered together: those with pictures, then those of text alone."""
+        kinds = ([i for i in rows if prepared[i].images], [i for i in rows if not prepared[i].images])
+        return [kind[start : start + self._most] for kind in kinds for start in range(0, len(kind), self._most)]
 
     def _try(self, rows: list[_Row]) -> tuple[list[Answer], Unanswerable | None]:
         """The answers, or a new error: the caught one would keep the tensors of its frames in memory."""
@@ -313,12 +317,12 @@ class TransformersBackend:
         if found := [token for token in self._controls if token in request.prompt]:
             # It would end the question or stand for a second picture.
             return Unanswerable("control_token", f"expected plain text as the prompt, found the token {found[0]!r}")
-        content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+        content = [*({"type": "image"} for _ in request.pictures), {"type": "text", "text": request.prompt}]
         try:
             text = self._processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **self._chat_options
             )
-            return _Row(request, read_image(request.picture.data), text)
+            return _Row(request, [read_image(picture.data) for picture in request.pictures], text)
         except BadImage as error:
             return Unanswerable("bad_image", str(error))
         except Exception as error:  # templates are programs and may raise anything
@@ -330,7 +334,7 @@ class TransformersBackend:
         bos = tokenizer.bos_token
         special = {"add_special_tokens": False} if bos and all(row.text.startswith(bos) for row in rows) else {}
         inputs = self._processor(
-            images=[[row.image] for row in rows],
+            images=[row.images for row in rows] if rows[0].images else None,
             text=[row.text for row in rows],
             padding=True,
             padding_side="left",

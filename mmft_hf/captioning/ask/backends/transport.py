@@ -27,7 +27,7 @@ from .failures import failure, redact
 MAX_ANSWER_BYTES = 8 * 2**20
 CONNECT_TIMEOUT_S = 15.0
 
-# Stands for the picture in a body: encoding 130 kB of base64 with json.dumps would take four times as long as splicing
+# Stands for a picture in a body: encoding 130 kB of base64 with json.dumps would take four times as long as splicing
 # it in. Random, so that no prompt can contain it.
 PICTURE = f"picture-{secrets.token_hex(16)}"
 _PICTURE = PICTURE.encode()
@@ -91,7 +91,7 @@ class Transport:
         self,
         path: str,
         body: Mapping[str, Any],
-        picture: bytes | None = None,
+        pictures: Sequence[bytes] = (),
         headers: Mapping[str, str] | None = None,
         optional: Sequence[str] = (),
     ) -> dict[str, Any]:
@@ -99,18 +99,19 @@ class Transport:
 
         Args:
             path: appended to the base URL, already percent-encoded.
-            body: sent as JSON. `PICTURE` in one of its strings stands for the picture.
-            picture: encoded picture, sent as base64.
+            body: sent as JSON. Each `PICTURE` in its strings stands for one of the pictures, in their order.
+            pictures: encoded pictures, sent as base64.
             headers: sent with this call; never a key.
             optional: names of fields that the server may refuse.
 
         Raises:
             Transient, Unanswerable, Fatal (`FieldRefused` for an optional field): with a message of one printable line, at most 300 characters, without keys.
         """
-        data = json.dumps(body).encode()
-        if picture is not None:
-            before, after = data.split(_PICTURE)
-            data = b"".join((before, binascii.b2a_base64(picture, newline=False), after))
+        first, *others = json.dumps(body).encode().split(_PICTURE)
+        pairs = zip(pictures, others, strict=True)
+        data = b"".join(
+            (first, *(part for p, after in pairs for part in (binascii.b2a_base64(p, newline=False), after)))
+        )
         # Raised here because the frames and exceptions inside hold the headers, which a traceback could show.
         result = await self._exchange(path, data, headers or {}, optional)
         if isinstance(result, CallError):
