@@ -49,6 +49,8 @@ def run(
     say(f"\nTest accuracy {over_seeds}\n\n{summary_table(result.rows)}")
     if result.note:
         say(f"\n{result.note}")
+    for answer in result.refining:
+        say(f"\n{answer}")
     folder = result.folder
     say(f"\nEvery cell is a line of {folder / RESULTS_FILE}; which images each task had is in {folder / SUBSETS}.")
     say(f"Report: {result.report}")

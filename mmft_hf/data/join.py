@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import ClassLabel, Dataset, DatasetDict, List, Value
 
@@ -32,14 +33,11 @@ def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Da
     for row in images.select_columns(["image", "label"]):
         digest = _digest(row["image"])
         entries = found.get(digest, ())
-        # A caption describes its class. It would be wrong for the same image under the name of another class.
-        codes = row["label"] if isinstance(row["label"], list) else [row["label"]]
-        own = {same_name(names[code]) for code in codes if code is not None}
-        texts = [text for classes, texts in entries if not classes or classes & own for text in texts]
+        texts = _texts(entries, row["label"], names)
         matched |= {digest} if entries else set()
         other_class += bool(entries) and not texts
         without += not texts
-        joined.append(list(dict.fromkeys(texts)))
+        joined.append(texts)
     if found and not matched:
         raise UserError(
             f"{name}: expected captions of these images, found none: no image file has the content of any of its "
@@ -57,7 +55,46 @@ def join_captions(images: Dataset, captions: DatasetDict, name: str) -> tuple[Da
     return images.add_column("captions", joined, feature=List(Value("string"))), notes
 
 
-def _captions_by_digest(captions: DatasetDict, name: str) -> dict[str, list[tuple[set[str], list[str]]]]:
+def captions_of_all(images: Dataset, captions: Dataset, name: str) -> list[list[str]]:
+    """The captions of the images, each of which must be among the captioned ones under a class of its own.
+
+    Args:
+        images: columns `image` (not decoded) and `label`.
+        captions: columns `captions`, `image_sha256`, and possibly `label`. An image may be without captions.
+        name: of the dataset of captions, for messages.
+
+    Raises:
+        UserError: a column or an image is missing.
+    """
+    found = _captions_by_digest({"train": captions}, name)
+    known, names = set(captions["image_sha256"][:]), class_names_of(images)
+    joined, missing, other_class = [], 0, 0
+    for row in images.select_columns(["image", "label"]):
+        digest = _digest(row["image"])
+        joined.append(_texts(found.get(digest, ()), row["label"], names))
+        missing += digest not in known
+        other_class += digest in found and not joined[-1]
+    if missing or other_class:
+        wrong = [f"{missing:,} that are not there"] * bool(missing)
+        wrong += [f"{other_class:,} that have another class there"] * bool(other_class)
+        raise UserError(
+            f"{name}: expected captions of each of the {len(images):,} training images, found {' and '.join(wrong)}. Type the folder "
+            "that mmft-hf caption refine made of this dataset."
+        )
+    return joined
+
+
+def _texts(entries: Iterable[tuple[set[str], list[str]]], label: int | list[int], names: Sequence[str]) -> list[str]:
+    """The captions of an image, each once, out of `entries` for its content.
+
+    A caption describes its class. It would be wrong for the same image under the name of another class.
+    """
+    codes = label if isinstance(label, list) else [label]
+    own = {same_name(names[code]) for code in codes if code is not None}
+    return list(dict.fromkeys(text for classes, texts in entries if not classes or classes & own for text in texts))
+
+
+def _captions_by_digest(captions: Mapping[str, Dataset], name: str) -> dict[str, list[tuple[set[str], list[str]]]]:
     """The captions of each sha256, with the names of their classes as far as they are known."""
     found: dict[str, list[tuple[set[str], list[str]]]] = {}
     for split, rows in captions.items():

@@ -21,6 +21,7 @@ from ..run.data_summary import class_notes
 from ..run.results import RESULTS_FILE, read_results
 from ..run.summary import fewer_seeds, image_note, in_order, interval, seeds_text, shots_name
 from .provenance import command, split_facts, without_folder
+from .refining import refining
 from .statistics import (
     HEADINGS,
     PER_CLASS,
@@ -113,8 +114,9 @@ def _values(results: Findings, folder: Path) -> dict:
         "classes": (figures.classes_figure, gains, results.class_names),
     }
     splits = (TEST, PER_CLASS, *results.shift_splits)
-    answer = verdict(results)
+    answer, arms = verdict(results), refining(results)
     shown = [*differences.values(), *over_control.values()] + [d for c in answer[2].values() for _, d in c.values()]
+    shown += [d for arm in arms for c in arm.comparisons.values() for d in c.values()]
     unequal = (
         " ≠ not at equal budget (images seen, or learning rates tried): no verdict."
         if any(not d.equal for d in shown)
@@ -125,6 +127,7 @@ def _values(results: Findings, folder: Path) -> dict:
         "figures": {name: figures.draw(f, folder / f"{name}.png", *rest) for name, (f, *rest) in drawings.items()},
         "left_out": figures.shots_panels(results)[1],
         "verdict": answer,
+        "refining": arms,
         "unequal_mark": unequal,
         "budget": (results.identity.get("settings") or {}).get("budget", EQUAL),
         "differences": differences,

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from ..run.refined import DEFAULT
 from .statistics import Findings
 
 DIGEST = re.compile("[0-9a-f]{16}")
@@ -42,6 +43,11 @@ def command(results: Findings) -> str:
         # For a model in a folder this is the hash of its weights.
         "model_revision": None if DIGEST.fullmatch(str(revision)) else revision,
         "dataset_name": identity.get("dataset"),
+        "refined": [
+            folder if name == DEFAULT else f"{name}={folder}"
+            for name, found in (results.data.get("refined") or {}).items()
+            if (folder := without_folder(found["folder"]))
+        ],
         "shift_splits": list(identity.get("shift_splits") or {}),
         "group_column": (results.data.get("made_from") or {}).get("group_column"),
         **(arguments if isinstance(arguments, dict) else {}),

@@ -26,9 +26,9 @@ from ...core.reading import read_json
 from ...core.seals import note_if_changed
 from ..run.budgets import equal_budgets
 from ..run.data_summary import DATA_FILE, Summary
-from ..run.methods import FAMILIES, METHODS, Method
+from ..run.methods import FAMILIES, Method, method_named
 from ..run.protocol import Cell
-from ..run.results import RESULTS_FILE, differences, key_of
+from ..run.results import RESULTS_FILE, differences, joined, key_of
 from ..run.summary import FEWEST_SEEDS, in_order, interval, latest
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,10 @@ class Findings:
 
 def method_of(name: str) -> Method:
     """The method of this name, `UNKNOWN` if there is none."""
-    return METHODS.get(name, UNKNOWN)
+    try:
+        return method_named(name)
+    except KeyError:
+        return UNKNOWN
 
 
 def accuracy(row: dict, split: str = TEST) -> float | None:
@@ -199,7 +202,7 @@ def gather(rows: list[dict], folder: Path) -> Findings:
             f"--report {folder}: expected the --output_dir of a benchmark, with results in {RESULTS_FILE}, found {found}. "
             "Type --report with that folder."
         )
-    identity = rows[0].get("identity") or {}
+    identity = joined(row.get("identity") or {} for row in rows)
     for row in rows:
         if different := differences(identity, row.get("identity") or {}):
             listed = "; ".join(f"{name} ({a}, {b})" for name, a, b in different)

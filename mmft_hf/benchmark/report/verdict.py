@@ -88,7 +88,7 @@ def _unfinished(results: Findings) -> str:
 def baselines(results: Findings) -> list[str]:
     """Methods that read no captions, MMFT's own training without them included; sanity checks are not baselines."""
     known = {name: method_of(name) for name in results.methods}
-    return [name for name, method in known.items() if not (method.needs_captions or method.sanity_check)]
+    return [name for name, method in known.items() if not (method.reads_captions or method.sanity_check)]
 
 
 def _leader(results: Findings, shots) -> str:

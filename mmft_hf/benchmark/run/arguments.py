@@ -9,18 +9,29 @@ from ...core.arguments import DataArguments, Range, check_settings, setting
 from ...core.errors import UserError
 from .budgets import BUDGETS, EQUAL, LONG_STEPS
 from .methods import METHODS
+from .refined import DEFAULT, default_methods, parse_refined
 
 
 @dataclass
 class BenchmarkArguments:
-    """Which methods to compare, and how."""
+    """Which methods to compare, and how.
+
+    Attributes:
+        sources: folders of refined captions by name, of `refined`.
+    """
 
     GROUPS: ClassVar = {"benchmark": "*"}
 
     methods: list[str] = setting(
         "zs zs-ens zs-cap lp gda tip-f lp++ flyp mmft mmft-no-captions".split(),
         f"Methods by name: {', '.join(name for name, method in METHODS.items() if method.alpha == 1)}; NAME+wise: halfway "
-        "between the untuned weights and those of NAME, for methods that train weights.",
+        "between the untuned weights and those of NAME, for methods that train weights; NAME@refined: NAME with the captions of "
+        f"--refined. With --refined the default is {' '.join(default_methods([DEFAULT]))}.",
+    )
+    refined: list[str] | None = setting(
+        None,
+        "Folder of mmft-hf caption refine, made of the captions of --dataset_name, whose captions NAME@refined reads instead, on the "
+        "same images. Several: NAME=FOLDER NAME=FOLDER, for mmft@NAME.",
     )
     seeds: list[int] = setting([0, 1, 2], "Each seed draws a subset, an order and captions, the same for all methods.")
     allow_fewer: bool = setting(False, "Take all images of a class that has fewer images than shots.")
@@ -49,6 +60,9 @@ class BenchmarkArguments:
     report: str | None = setting(None, "Only write the report of this folder of results again.")
 
     def __post_init__(self):
+        self.sources = parse_refined(self.refined or ())
+        if self.sources and self.methods == BenchmarkArguments().methods:
+            self.methods = default_methods(self.sources)
         if any(rate <= 0 for rate in self.learning_rates or ()):
             raise UserError(f"--learning_rates: expected numbers above 0, found {min(self.learning_rates):g}.")
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**32]:

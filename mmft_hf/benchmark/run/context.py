@@ -91,10 +91,10 @@ class Context:
 
         The models of the last training and task are kept, one for each learning rate, for the next method that shares them.
         """
-        group = (training, task.shots, task.seed)
+        group = (training, task.shots, task.seed, task.captions)
         key = (*group, learning_rate)
         if key not in self._trained:
-            self._trained = {k: v for k, v in self._trained.items() if k[:3] == group}
+            self._trained = {k: v for k, v in self._trained.items() if k[:-1] == group}
             give_memory_back()
             start = time.monotonic()
             trained = training(self, task, learning_rate)

@@ -16,7 +16,7 @@ from ...data.raw import SPLIT_NAMES, split_for
 from ...data.sources import open_source
 from ...data.splits import NO_CAPTIONS, Splits, text_columns
 from .data_summary import class_notes
-from .methods import METHODS
+from .methods import method_named
 from .protocol import Cell, make_task, readable_rows, undecoded
 
 
@@ -76,7 +76,8 @@ def runnable(methods: Sequence[str], splits: Splits, dataset_name: str) -> tuple
     Raises:
         UserError: none can run.
     """
-    without = [name for name in dict.fromkeys(methods) if METHODS[name].needs_captions]
+    known = {name: method_named(name) for name in methods}
+    without = [name for name, method in known.items() if method.needs_captions and not method.captions]
     if not without or (splits.has_captions and splits.captions_per_image().any()):
         return list(methods), []
     texts = text_columns(splits.train)

@@ -45,6 +45,12 @@ class CaptionCounts(TypedDict, total=False):
     seconds: Annotated[float, Range(0)] | None
 
 
+class RefinedCounts(CaptionCounts, total=False):
+    """Captions of a refined folder for the training images."""
+
+    folder: str
+
+
 class Duplicate(TypedDict):
     """An image that two splits hold."""
 
@@ -70,6 +76,7 @@ class Summary(TypedDict, total=False):
     train_images_per_class: list[Count]
     validation_images: Count
     captions: CaptionCounts | None
+    refined: dict[str, RefinedCounts]
     duplicates: list[Duplicate]
     duplicates_count: Count
     two_labels: list[TwoLabels]

@@ -18,10 +18,21 @@ from ...core.errors import UserError
 from ...core.files import no_room
 from ...data.splits import Splits, captions_of
 from .context import Context
-from .methods import METHODS, fit
+from .methods import AT, METHODS, fit, method_named
 from .processes import Claims
 from .protocol import Cell, SealedTest, Shots, Task, make_task, write_rows
-from .results import CLAIMS, RESULTS_FILE, SUBSETS, Results, append_row, binding, check_identity, key_of, latest
+from .results import (
+    CLAIMS,
+    RESULTS_FILE,
+    SUBSETS,
+    Results,
+    append_row,
+    binding,
+    check_identity,
+    identity_of_row,
+    key_of,
+    latest,
+)
 from .summary import shots_name
 
 WAIT_SECONDS = 1.0  # between two looks at the results of other processes
@@ -31,7 +42,8 @@ def cells(methods: Iterable[str], shots: Iterable[Shots], seeds: Iterable[int]) 
     """The grid, in the order of `shots`, `seeds` and `methods`, each cell once. A method that reads no images has one cell at
     0 shots, in front."""
     methods = list(methods)
-    free = [name for name in methods if METHODS[name].family == "untuned" and not METHODS[name].needs_captions]
+    known = {name: method_named(name) for name in methods}
+    free = [name for name, method in known.items() if method.family == "untuned" and not method.needs_captions]
     found = [Cell(name, 0, 0) for name in free]
     found += [Cell(name, n, seed) for n in shots for seed in seeds for name in methods if name not in free and n != 0]
     return list(dict.fromkeys(found))  # a seed may have been typed twice
@@ -122,7 +134,7 @@ class Grid:
             **cell._asdict(),
             **run_cell(cell, context, self._task_of(cell), self.sealed),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "identity": self.identity,
+            "identity": identity_of_row(self.identity, method_named(cell.method).captions),
         }
         with self.claims.alone("results"):
             append_row(self.folder / RESULTS_FILE, row)
@@ -143,17 +155,19 @@ class Grid:
 
 
 def _fitted_with(cell: Cell) -> str:
-    """The first method of the table with the training of this cell's method; the method itself if it has none."""
-    method = METHODS[cell.method]
+    """The first method of the table with the training of this cell's method, on the same captions; the method itself if it has none."""
+    method = method_named(cell.method)
     if method.training is None:
         return method.name
-    return next(other.name for other in METHODS.values() if other.training is method.training)
+    first = next(other.name for other in METHODS.values() if other.training is method.training)
+    return f"{first}{AT}{method.captions}" if method.captions else first
 
 
 def run_cell(cell: Cell, context: Context, task: Task, sealed: SealedTest) -> dict:
     """Fits a method and then has it judged on the test split and its shifts. Returns its part of the row."""
-    method = METHODS[cell.method]
+    method = method_named(cell.method)
     try:
+        task = task.with_captions(method.captions)
         captions = task.train["captions"] if "captions" in task.train.column_names else ()
         if method.needs_captions and not any(map(captions_of, captions)):
             raise UserError(

@@ -19,6 +19,7 @@ from ...data.splits import Splits, labels_of
 from ...version import __version__
 from .arguments import BenchmarkArguments, BenchmarkData
 from .budgets import DECIDED, EQUAL
+from .refined import fingerprint_of_captions
 
 LIBRARIES = ("torch", "transformers", "peft", "scikit-learn")
 
@@ -40,6 +41,7 @@ def identity_of(
     without = ("seed", *DECIDED[args.budget])  # each cell has its own seed
     chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k) and k not in without}
     budget = {} if args.budget == EQUAL else {"budget": args.budget}
+    captions = {source: fingerprint_of_captions(splits, source) for source in args.sources}
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
         "base_model": describe_source(model, revision, "model", offline=True)["name"],
@@ -49,6 +51,7 @@ def identity_of(
         "shift_splits": {name: fingerprint_of(dataset) for name, dataset in shifts.items()},
         "settings": {**chosen, "learning_rates": args.learning_rates, "min_steps": args.min_steps, **budget},
         "versions": {"mmft_hf": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **({"captions": captions} if captions else {}),
     }
 
 

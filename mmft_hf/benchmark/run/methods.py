@@ -48,6 +48,7 @@ from .trainings import (
     without_captions,
 )
 
+AT = "@"  # in the name of a method, before that of its captions
 # Families of methods by their headings in the report.
 FAMILIES = {
     "untuned": "Untuned model",
@@ -69,9 +70,11 @@ class Method:
         family: a key of `FAMILIES`.
         about: what it is, or what the comparison with `mmft` shows, in one sentence.
         needs_captions: it reads captions, and is left out where the training images have none.
+        takes_captions: it fits a head to captions where there are some, and runs without.
         sanity_check: its labels are permuted, so it should fall to chance; it is not a baseline.
         alpha: weights are `(1 - alpha) * untuned + alpha * trained`.
         auto: weights and head are chosen on validation, as `--head auto` does; `inference` has no part in it.
+        captions: the refined captions that it reads, by name; empty: those of the dataset.
     """
 
     name: str
@@ -83,6 +86,13 @@ class Method:
     sanity_check: bool = False
     alpha: float = 1.0
     auto: bool = False
+    captions: str = ""
+    takes_captions: bool = False
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether captions, where there are some, decide on its result."""
+        return self.needs_captions or self.takes_captions
 
 
 MMFT, NO_CAPTIONS = contrastive(), contrastive(without_captions)
@@ -124,9 +134,9 @@ _ROWS = (
     Method("timo-cap", None, fitted("timo"), "features",
            "After TIMO: captions weighted by the images they fit, and Gaussians of both.", True),
     Method("zs+mean", None, fitted("mean"), "features",
-           "The head of --head mean on the untuned model."),
+           "The head of --head mean on the untuned model.", takes_captions=True),
     Method("zs+auto", None, template, "features",
-           "The head that --head auto chooses on the untuned model.", auto=True),
+           "The head that --head auto chooses on the untuned model.", auto=True, takes_captions=True),
     Method("zs-no-captions+auto", none_without_captions, template, "features",
            "zs+auto without captions: what captions bring with this head and no training.", auto=True),
     Method("lp-permuted-labels", None,
@@ -204,20 +214,33 @@ def _halfway(method: Method) -> Method:
 
 def _with_auto(method: Method) -> Method:
     """`NAME+auto`: weights and head as `--head auto` chooses them on validation."""
-    return replace(
-        method, name=f"{method.name}+auto", about=f"Weights and head of --head auto. {method.about}", auto=True
-    )
+    about, takes = f"Weights and head of --head auto. {method.about}", method.training.captions
+    return replace(method, name=f"{method.name}+auto", about=about, auto=True, takes_captions=takes)
 
 
 def _with_kernel(method: Method) -> Method:
     """`NAME+kernel`: the head of `--head kernel` on the trained weights."""
-    about = f"The head of --head kernel. {method.about}"
-    return replace(method, name=f"{method.name}+kernel", about=about, inference=fitted("kernel"))
+    about, takes = f"The head of --head kernel. {method.about}", method.training.captions
+    head = fitted("kernel")
+    return replace(method, name=f"{method.name}+kernel", about=about, inference=head, takes_captions=takes)
 
 
 _TRAINED = [row for row in _ROWS if row.training and not row.auto]
 _VARIANTS = [vary(row) for vary in (_halfway, _with_auto, _with_kernel) for row in _TRAINED]
 METHODS = {row.name: row for row in (*_ROWS, *_VARIANTS)}
+
+
+def method_named(name: str) -> Method:
+    """The method of a name. `NAME@SOURCE` is the method NAME with the captions of a refined folder, see `refined`.
+
+    Raises:
+        KeyError: there is none.
+    """
+    own, at, source = name.partition(AT)
+    method = METHODS[own]
+    if not at:
+        return method
+    return replace(method, name=name, about=f"{own} with the captions of {source}.", captions=source)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ class Task:
         class_names: `C` names.
         policy: what validation may be used for: `val-k` (`min(shots, 4)` images per class) or `val-full`. A method that
             does not use it reports `last`.
+        captions: the refined captions that the training images have, by name; empty: those of the dataset.
     """
 
     train: Dataset
@@ -74,6 +75,19 @@ class Task:
     shots: Shots
     seed: int
     policy: str
+    captions: str = ""
+
+    def with_captions(self, source: str) -> Task:
+        """The task with refined captions instead of those of the dataset; unchanged for an empty name."""
+        if not source:
+            return self
+        train = self.train.remove_columns([name for name in ("captions",) if name in self.train.column_names])
+        return replace(self, train=train.rename_column(refined_column(source), "captions"), captions=source)
+
+
+def refined_column(source: str) -> str:
+    """The column of the training images that has the captions of a refined folder."""
+    return f"captions@{source}"
 
 
 def make_task(splits: Splits, shots: Shots, seed: int, allow_fewer: bool = False) -> tuple[Task, dict[str, list[int]]]:

@@ -61,6 +61,7 @@ class ResultsIdentity(TypedDict, total=False):
     shift_splits: dict[str, str]
     settings: dict
     versions: dict[str, str]
+    captions: dict[str, str]
 
 
 class _Row(TypedDict):
@@ -121,7 +122,7 @@ def read_results(path: Path) -> list[dict]:
     """The rows of a file, without those that failed under another identity; none if there is no file."""
     rows = Results(path).refresh()
     done = [row for row in rows if row["status"] == "done"]
-    return binding(rows, (done or rows)[-1]["identity"]) if rows else []
+    return binding(rows, joined(row["identity"] for row in reversed(done or rows[-1:]))) if rows else []
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -159,14 +160,34 @@ def latest(rows: Iterable[dict]) -> list[dict]:
 
 
 # -- identities --------------------------------------------------------------------------------------------------------------
+def identity_of_row(identity: dict, captions: str) -> dict:
+    """The identity of a result: that of the grid, with the refined captions that its method reads and no others."""
+    rest = {key: value for key, value in identity.items() if key != "captions"}
+    return rest | {"captions": {captions: identity["captions"][captions]}} if captions else rest
+
+
+def joined(identities: Iterable[dict]) -> dict:
+    """The identity of results that have no `differences`: each knows only the refined captions that its method reads."""
+    first, *others = identities
+    captions: dict[str, str] = {}
+    for one in (first, *others):
+        captions = (one.get("captions") or {}) | captions
+    return first | {"captions": captions} if captions else first
+
+
 def differences(one: dict, other: dict, above: str = "") -> list[tuple[str, object, object]]:
     """Where two identities differ: `("settings.learning_rate", 0.001, 0.0001)`.
 
-    The name of the dataset is not compared: its fingerprint says more, and a folder may have been moved.
+    The name of the dataset is not compared: its fingerprint says more, and a folder may have been moved. Of refined captions, those
+    that one of them does not know are not compared: its method does not read them.
     """
     found = []
     for key in sorted({*one, *other} - {"dataset"}):
         a, b = one.get(key), other.get(key)
+        if key == "captions":
+            a, b = (
+                {name: value for name, value in (x or {}).items() if name in (y or {})} for x, y in ((a, b), (b, a))
+            )
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{above}{key}.")
         elif a != b:
@@ -196,6 +217,8 @@ def _in_words(name: str, there: object, here: object) -> str:
     part, _, last = name.partition(".")
     if part == "dataset_fingerprint":
         return "the pictures, labels or captions have changed since"
+    if part == "captions":
+        return f"the captions of --refined {last} have changed since"
     if part == "shift_splits" and None not in (there, here):
         return f"the pictures or labels of split {last} have changed since"
     if part == "shift_splits":

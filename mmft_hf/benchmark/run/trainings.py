@@ -56,10 +56,12 @@ class Training:
     Args:
         run: takes a task and a learning rate.
         recipe: how its authors train; None: they say nothing, or it is our own.
+        captions: whether the images that it leaves have their captions, for a head that is fitted to them.
     """
 
     run: Callable[[Context, Task, float], Trained]
     recipe: Recipe | None = None
+    captions: bool = True
 
     def __call__(self, context: Context, task: Task, learning_rate: float) -> Trained:
         return self.run(context, task, learning_rate)
@@ -182,7 +184,7 @@ def contrastive(
         steps = trainer.state.global_step
         return Trained(tuned, images, steps, images=images_seen(config, len(images), steps))
 
-    return Training(train, recipe)
+    return Training(train, recipe, captions=texts is not without_captions)
 
 
 def cross_entropy(
@@ -232,7 +234,7 @@ def _untrained(context: Context, task: Task, learning_rate: float) -> Trained:
     return Trained(context.model, without_captions(task))
 
 
-none_without_captions = Training(_untrained)
+none_without_captions = Training(_untrained, captions=False)
 """No training: the untuned model, and the images without their captions."""
 
 

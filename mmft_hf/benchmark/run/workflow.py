@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from ...data.splits import load_splits, load_test_split
 from ...train.config import MMFTConfig
 from ...train.selection import check_metric
 from ..report.page import DRAWN, FIGURES, PAGE, check_packages, uneven, write_report
+from ..report.refining import refining
+from ..report.statistics import gather
 from .arguments import BenchmarkArguments, BenchmarkData
 from .budgets import AUTHORS, DECIDED, EQUAL
 from .context import Context
@@ -28,9 +30,10 @@ from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, un
 from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
 from .grid import Grid, cells
 from .identity import identity_of
-from .methods import METHODS
+from .methods import AT, METHODS, method_named
 from .processes import Claims, count_of_processes, number_of_process
 from .protocol import Shots, make_task, parse_shots
+from .refined import check_sources, summary_of, with_refined
 from .results import CLAIMS, FULL, RESULTS_FILE, SUBSETS, Results, read_results
 from .summary import image_note, in_order, shots_name
 from .trainings import none_without_captions
@@ -48,6 +51,7 @@ class BenchmarkResult:
         rows: one for each cell, as in `results.jsonl`.
         note: on the sampling error of the test images, for a reader of a table of the rows.
         uneven: why the mean over the classes comes first; empty where it does not.
+        refining: whether refining paid, a sentence for each refined folder.
     """
 
     folder: Path
@@ -55,6 +59,7 @@ class BenchmarkResult:
     rows: list[dict]
     note: str
     uneven: str = ""
+    refining: list[str] = field(default_factory=list)
 
 
 def run_benchmark(
@@ -87,6 +92,7 @@ def run_benchmark(
     check_labels(data_args.whole, args.shift_splits or [])
     splits = load_splits(data_args.whole)
     refuse_several(splits.train, "benchmark")
+    splits = with_refined(splits, args.sources)
     check_metric(config.metric_for_best_model, splits.class_names)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)
@@ -113,6 +119,10 @@ def run_benchmark(
             wanted = {f"{cell.shots} shots, seed {cell.seed}" for cell in left}
             if new := {str(cell) for cell in grid_cells} - set(summary.get("cells", ())):
                 summary = summary | {"cells": sorted({*summary.get("cells", ()), *new})}
+                write_summary(folder, summary)
+            new = {name: summary_of(splits, name, place) for name, place in args.sources.items()}
+            if new and (found := {**summary.get("refined", {}), **new}) != summary.get("refined"):
+                summary = summary | {"refined": found}
                 write_summary(folder, summary)
             read = set(summary.get("pictures_read_for", ()))  # so each picture is read once
             if not skip and not wanted <= read:
@@ -142,12 +152,14 @@ def run_benchmark(
             rates, pickles = args.learning_rates, model_args.allow_pickle
             context = Context(model, revision, config, rates, args.min_steps, pickles, args.budget)
         rows = grid.run(context)
-        page = None
+        page, answers = None, []
         if first:
             with grid.claims.alone("report"):
                 page = write_report(folder)
+            if args.sources:
+                answers = [arm.headline for arm in refining(gather(read_results(folder / RESULTS_FILE), folder))]
         groups = (summary["groups"] or {}).get("test", ())
-        return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))), uneven(summary))
+        return BenchmarkResult(folder, page, rows, image_note(rows, len(set(groups))), uneven(summary), answers)
 
 
 def _kept(folder: Path) -> str | None:
@@ -161,8 +173,9 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
     check_packages()
     check_budget(args, config)
     for name in args.methods:
-        if name not in METHODS:
+        if name.partition(AT)[0] not in METHODS:
             raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
+    check_sources(args.methods, args.sources)
     towers = "A method says what it trains: --methods mmft-lora."
     no_model = "A benchmark keeps and publishes no model, and an interrupted one continues by itself. Leave it out."
     prototypes = (  # an epoch must be selected by the prototypes that are judged
@@ -214,7 +227,7 @@ def check_recipes(budget: str, methods: Sequence[str], shots: Sequence[Shots], l
         return
     counts, refused = np.bincount(labels), []
     for name in methods:
-        training = METHODS[name].training
+        training = method_named(name).training
         if training in (None, none_without_captions):
             continue
         if training.recipe is None:
