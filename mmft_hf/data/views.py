@@ -124,6 +124,9 @@ class ImageView(TorchDataset):
         short_side: of pictures as the decode cache keeps them (`cache.DecodedPictures`), in pixels; None: no such cache.
     """
 
+    region = "whole"
+    """What of each picture is shown. A subclass that shows a part overrides it and `_picture`."""
+
     def __init__(
         self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation", short_side: int | None = None
     ):
@@ -154,7 +157,7 @@ class ImageView(TorchDataset):
         """The row with its picture or embedding; None if it cannot be read and `on_bad_image` is `skip`."""
         values = self.rows[row]
         try:
-            values[self.key] = self._read(values["image"]) if self.features is None else self._embedding(row)
+            values[self.key] = self._picture(values["image"]) if self.features is None else self._embedding(row)
         except BadImage as error:
             path = (values.get("image") or {}).get("path")
             place = f"row {values.get('source_row', row)}{self.split_name}"
@@ -166,6 +169,9 @@ class ImageView(TorchDataset):
             _warn_once(f"{where} is skipped: {error}")
             values[self.key] = None
         return values
+
+    def _picture(self, source):
+        return self._read(source)
 
     def _embedding(self, row: int):
         if not self.features.flags[row]:

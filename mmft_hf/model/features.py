@@ -133,6 +133,7 @@ def encode_pictures_once(model, processor, view: ImageView, how: Encoding) -> Fe
         "processor": _plain(processor.image_processor.to_dict()),
         "on_bad_image": view.on_bad_image,
         "decode_cache": view.short_side,
+        **({"region": view.region} if view.region != "whole" else {}),  # keys of whole pictures stay what they were
     }
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""The tiny image-text-to-text model and a real server of it."""
+"""The tiny image-text-to-text model, a real server of it, and the embedded captions with a model that knows them."""
 
 import os
 import subprocess
@@ -9,6 +9,9 @@ import urllib.request
 import pytest
 from launch_tools import free_port
 from tiny_vlm import build_tiny_vlm
+
+from mmft_hf.captioning.refine import CaptionTable
+from mmft_hf.data.splits import load_captioned_dataset
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,13 @@ def server(tmp_path_factory):
     finally:
         process.kill()
         process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def emoji():
+    """The training images and captions of the embedded data, whose pairs the model has seen, and the model."""
+    from mmft_hf.captioning.steps.scorer import Scorer
+
+    data = load_captioned_dataset(captions_column="text")["train"]
+    table = CaptionTable("emoji", data, "concept")
+    return table.rows, Scorer("builtin/tiny-clip", table.images())

@@ -4,46 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from step_rows import Vectors, kept, row, scores, with_values
 
 from mmft_hf.captioning.refine import CaptionTable, apply_steps
-from mmft_hf.captioning.steps.base import Row, score_of
 from mmft_hf.captioning.steps.clip_score import ClipScore, edges, levels
 from mmft_hf.captioning.steps.diversity import vendi, vendi_of_classes
 from mmft_hf.captioning.steps.scorer import Scorer
 from mmft_hf.captioning.steps.select import Select
 from mmft_hf.captioning.steps.self_retrieval import SelfRetrieval
 from mmft_hf.captioning.steps.settings import check_order, make_step, read_recipe
-from mmft_hf.captioning.write.dataset import RECORD
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import load_captioned_dataset
-
-
-class Vectors:
-    """A scorer whose embeddings are given; a text that is not known is the first axis."""
-
-    scale = 100.0
-
-    def __init__(self, images, texts):
-        self._images, self._texts = np.asarray(images, np.float32), texts
-
-    def images(self):
-        return self._images
-
-    def texts(self, texts):
-        first = np.eye(self._images.shape[1], dtype=np.float32)[0]
-        return np.stack([np.asarray(self._texts.get(text, first), np.float32) for text in texts])
-
-
-def row(i, texts, label=0, group=None, **fields):
-    records = [
-        dict.fromkeys(RECORD) | {"aspect": "a", "sample": k, "text": text, "status": "ok"} | fields
-        for k, text in enumerate(texts)
-    ]
-    return Row(f"{i:064x}", label, f"class {label}", group or f"g{i}", records)
-
-
-def scores(records, name):
-    return [[score_of(record, name) for record in own] for own in records]
 
 
 # -- formulas ---------------------------------------------------------------------------------------------------------
@@ -128,16 +99,10 @@ def test_row_order_and_repetition_change_nothing(step):
 # -- select -----------------------------------------------------------------------------------------------------------
 def judged(step, values):
     """Texts that a step keeps; `values`: scores of the captions of each image of one class, None for no score."""
-    rows = []
-    for i, own in enumerate(values):
-        made = row(i, [f"{i}.{k}" for k in range(len(own))])
-        for record, value in zip(made.records, own, strict=True):
-            record["scores"] = [] if value is None else [{"name": "s", "value": value}]
-        rows.append(made)
-    found = step.apply(rows)
+    found = step.apply(with_values("s", values))
     dropped = [r for own in found for r in own if r["status"] == "dropped"]
     assert all(r["text"] and r["step"] == "select" and r["score"] is not None for r in dropped)
-    return [[r["text"][2:] for r in own if r["status"] == "ok"] for own in found]
+    return [[text[2:] for text in own] for own in kept(found)]
 
 
 def test_select_keeps_the_best_of_each_image():
@@ -249,14 +214,6 @@ def test_a_missing_file_and_a_mixture_are_refused(tmp_path):
 
 
 # -- on the embedded data -----------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def emoji():
-    """The training images and captions of the embedded data, whose pairs the model has seen, and the model."""
-    data = load_captioned_dataset(captions_column="text")["train"]
-    table = CaptionTable("emoji", data, "concept")
-    return table.rows, Scorer("builtin/tiny-clip", table.images())
-
-
 def swapped(rows, of):
     """The rows with the captions of another image: `of` gives its row."""
     return [replace(row, records=rows[of(i)].records) for i, row in enumerate(rows)]

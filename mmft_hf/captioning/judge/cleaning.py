@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from itertools import pairwise
 
 CLEANINGS = ("thinking", "markdown", "boilerplate", "quotes")
 
@@ -136,6 +137,12 @@ def _without_boilerplate(text: str) -> str:
 def sentence_ends(text: str) -> list[int]:
     """Positions after the end of each sentence. `St. Bernard` and `3.5` do not end one."""
     return [m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text[: m.start() + 1][-10:])]
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text."""
+    ends = [0, *sentence_ends(text), len(text)]
+    return [part for a, b in pairwise(ends) if (part := text[a:b].strip())]
 
 
 def fold(text: str) -> str:

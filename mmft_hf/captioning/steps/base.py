@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from PIL.Image import Image
 
 from ..types import ACCEPTED, REPLACED
 from .asking import Asking, View
@@ -51,8 +52,15 @@ class Embeddings(Protocol):
     scale: float
     """By which the model multiplies cosines."""
 
-    def images(self) -> np.ndarray:
-        """Unit-norm embeddings `(n, D)` of the images of all rows; zeros for those that cannot be read."""
+    def images(self, region: str = "whole") -> np.ndarray:
+        """Unit-norm embeddings `(n, D)` of the images of all rows, or of a part of each (see `asking.View`); zeros for those
+        that cannot be read."""
+
+    def picture(self, row: int) -> Image:
+        """The picture of a row, RGB. Raises `BadImage` if it cannot be read."""
+
+    def encode(self, pictures: Sequence[Image]) -> np.ndarray:
+        """Unit-norm embeddings `(m, D)` of other pictures."""
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors `(m, D)` whose inner product with an image's embedding is the cosine of text and image.
@@ -113,8 +121,13 @@ class Step:
         return ()
 
     def spec(self) -> dict:
-        """All that can change the result, JSON-able."""
-        return {"step": self.name, "version": self.version, **asdict(self)}
+        """All that can change the result, JSON-able: the options that are not the default ones.
+
+        So a new option leaves earlier results as they are; another default needs another `version`.
+        """
+        options = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        lists = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
+        return {"step": self.name, "version": self.version, **options, **lists}
 
     def roles(self) -> tuple[str, ...]:
         """Who is asked: some of `asking.ROLES`."""

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image
+from PIL.Image import Image as PILImage
 
 from ...core.markdown import public_name
+from ...data.images import read_image
 from ...data.views import ImageView
 from ...model.features import (
     BATCH_SIZE,
     Encoding,
     encode_pictures_once,
     encode_texts_once,
+    image_embeddings,
     sorted_distinct,
     weights_digest,
 )
 from ...model.loading import default_device, load_model, logit_scale
-from ..judge.cleaning import sentence_ends
+from ..ask.pictures import part
+from ..judge.cleaning import sentences_of
 
 BLOCK = 32 * BATCH_SIZE  # pictures or texts that are encoded between two files of the cache
+
+
+class _Parts(ImageView):
+    """Pictures of which a part is shown."""
+
+    def __init__(self, rows: Dataset, region: str):
+        super().__init__(rows, "skip", "scored")
+        self.region = region
+
+    def _picture(self, source):
+        return part(super()._picture(source), self.region)
 
 
 class Scorer:
@@ -43,24 +57,36 @@ class Scorer:
         self.model.to(default_device())
         self.scale = logit_scale(self.model).item()
         self._how = Encoding(progress=progress)
-        self._images: np.ndarray | None = None
+        self._images: dict[str, np.ndarray] = {}
         self._texts: dict[str, np.ndarray] = {}
 
     def identity(self) -> dict:
         """The model's name and the sha256 of the weights of both towers."""
         return {"model": public_name(self.name), **{t: weights_digest(self.model, t) for t in ("vision", "text")}}
 
-    def images(self) -> np.ndarray:
+    def images(self, region: str = "whole") -> np.ndarray:
         """See `base.Embeddings`."""
-        if self._images is None:
+        if region not in self._images:
             parts = []
             for start in range(0, len(self._rows), BLOCK):
                 rows = self._rows.select(range(start, min(start + BLOCK, len(self._rows))))
-                view = ImageView(rows, "skip", "scored")
+                view = _Parts(rows, region)
                 found = encode_pictures_once(self.model, self.processor, view, self._how)
                 parts.append(np.where(found.flags.numpy()[:, None], found.embeds.numpy(), np.float32(0)))
-            self._images = np.concatenate(parts)
-        return self._images
+            self._images[region] = np.concatenate(parts)
+        return self._images[region]
+
+    def picture(self, row: int) -> PILImage:
+        """See `base.Embeddings`."""
+        return read_image(self._rows[row]["image"])
+
+    def encode(self, pictures: Sequence[PILImage]) -> np.ndarray:
+        """See `base.Embeddings`. Nothing is cached."""
+        columns = {"image": list(pictures), "label": [0] * len(pictures)}
+        rows = Dataset.from_dict(columns).cast_column("image", Image())
+        return np.concatenate(
+            [embeds.cpu().numpy() for embeds, _ in image_embeddings(self.model, self.processor, rows)]
+        )
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """See `base.Embeddings`."""
@@ -75,13 +101,8 @@ class Scorer:
             found = encode_texts_once(self.model, self.processor, block, self._how)
             self._texts |= dict(zip(block, found.embeds.numpy(), strict=True))
             long += [text for text, cut in zip(block, found.flags.tolist(), strict=True) if cut]
-        sentences = {text: parts for text in long if whole and len(parts := _sentences(text)) > 1}
+        sentences = {text: parts for text in long if whole and len(parts := sentences_of(text)) > 1}
         if sentences:
             self._encode([s for parts in sentences.values() for s in parts if s not in self._texts], whole=False)
             for text, parts in sentences.items():
                 self._texts[text] = np.mean([self._texts[part] for part in parts], axis=0)
-
-
-def _sentences(text: str) -> list[str]:
-    ends = [0, *sentence_ends(text), len(text)]
-    return [part for a, b in pairwise(ends) if (part := text[a:b].strip())]

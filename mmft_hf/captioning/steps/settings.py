@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
@@ -84,7 +85,7 @@ def make_step(name: str, options: Mapping[str, Any]) -> Step:
             )
         if not _fits(value, known[key]):
             raise UserError(f"step {name}, {key}: expected {_words(known[key])}, found {value!r}.")
-    return kind(**options)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
 
 
 def _kinds(of: type) -> list:
@@ -93,15 +94,29 @@ def _kinds(of: type) -> list:
 
 
 def _fits(value: Any, kind) -> bool:
-    """Whether a value of YAML is of a type such as `float | None`. A whole number is a float, but true is no number."""
-    allowed = getattr(kind, "__args__", (kind,))
-    return type(value) in allowed or (type(value) is int and float in allowed)
+    """Whether a value of YAML is of a type such as `float | None`. A whole number is a float, but true is no number.
+
+    `tuple[str, ...]` takes a list of texts, `dict[str, float]` a mapping.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if get_origin(kind) is dict:
+        pair = get_args(kind)
+        return isinstance(value, dict) and all(_fits(k, pair[0]) and _fits(v, pair[1]) for k, v in value.items())
+    return type(value) is kind or (type(value) is int and kind is float)
 
 
 def _words(kind) -> str:
     """`a number`, for messages."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return next(words[one] for one in getattr(kind, "__args__", (kind,)) if one in words)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_words(one) for one in get_args(kind) if one is not type(None))
+    if get_origin(kind) is tuple:
+        return f"a list, each entry {_words(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"a mapping of names to entries, each {_words(get_args(kind)[1])}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
 
 
 def check_order(steps: Sequence[Step], present: Iterable[str]) -> None:
