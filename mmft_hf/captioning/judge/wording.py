@@ -184,19 +184,19 @@ def _script(letter: str) -> str:
     return unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "UNKNOWN").split()[0]
 
 
-def is_foreign(text: str) -> bool:
-    """Whether a text holds another script than Latin: more than 3 % of its letters, a word of four letters, or one glyph.
+def is_foreign(text: str, scripts: Sequence[str] = ("LATIN",)) -> bool:
+    """Whether a text holds another script than these: more than 3 % of its letters, a word of four letters, or one glyph.
 
     Quoted text, such as the words on a sign, does not count.
     """
-    if text.isascii():
+    if text.isascii() and "LATIN" in scripts:
         return False
     letters = foreign = run = longest = 0
     for letter in _QUOTED.sub(" ", text):
         if letter.isalpha():
             letters += 1
             script = "LATIN" if letter < "\x80" else _script(letter)
-            if script != "LATIN":
+            if script not in scripts:
                 foreign += 1
                 run += 4 if script in GLYPHS else 1
                 longest = max(longest, run)

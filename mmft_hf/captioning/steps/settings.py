@@ -12,10 +12,12 @@ from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
 from .base import Step
 from .clip_score import ClipScore
+from .presets import preset_names
+from .rewrite import Rewrite
 from .select import Select
 from .self_retrieval import SelfRetrieval
 
-STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (ClipScore, SelfRetrieval, Select)}
+STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (ClipScore, SelfRetrieval, Select, Rewrite)}
 EXAMPLE = "Write steps: [clip_score, select: {by: clip, keep: 2}]."
 
 
@@ -71,11 +73,19 @@ def named_step(entry: Any, where: str) -> tuple[str, Mapping]:
 
 
 def make_step(name: str, options: Mapping[str, Any]) -> Step:
-    """A step of its name and options. Raises `UserError` for an unknown name or option, or a value of another type."""
+    """A step of its name and options; the name of a preset stands for `rewrite` with it.
+
+    Raises:
+        UserError: an unknown name or option, or a value of another type.
+    """
+    if name not in STEPS and name in preset_names():
+        name, options = Rewrite.name, {"preset": name, **options}
     kind = STEPS.get(name)
     if kind is None:
+        known = [*STEPS, *preset_names()]
         raise UserError(
-            f"--steps: expected one of {', '.join(STEPS)}, or a YAML file, found {name!r}.{nearest(name, STEPS)}"
+            f"--steps: expected one of {', '.join(STEPS)}, a preset ({', '.join(preset_names())}), or a YAML file, found {name!r}."
+            f"{nearest(name, known)}"
         )
     known = {field.name: hint for field, hint in zip(fields(kind), _kinds(kind), strict=True)}
     for key, value in options.items():

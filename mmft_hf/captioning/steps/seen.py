@@ -1,0 +1,137 @@
+"""What a preset takes from other images than the one that is asked about."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from ..judge.cleaning import sentence_ends
+from .base import Embeddings, Row, readable
+
+OTHERS = 5  # captions of other images that a question shows
+BLOCK = 512  # images that are compared with all others at a time
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a caption: what it describes, in words, and its cosine with that."""
+
+    text: str
+    place: str
+    score: float
+
+
+@dataclass
+class Seen:
+    """Keys are the sha256 of an image, or sha256 and label.
+
+    Args:
+        neighbours: sha256 and class name of the most similar images of other classes, one of each, nearest first.
+        others: captions of other images of the class.
+        partners: sha256 and first caption of another image.
+        sentences: of all captions, those that fit at least as well as the median of the class, best first.
+    """
+
+    neighbours: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
+    others: dict[tuple, list[str]] = field(default_factory=dict)
+    partners: dict[str | None, tuple[str, str]] = field(default_factory=dict)
+    sentences: dict[tuple, list[Sentence]] = field(default_factory=dict)
+
+
+def look(
+    rows: Sequence[Row],
+    scorer: Embeddings | None,
+    neighbours: int = 0,
+    others: bool = False,
+    partners: bool = False,
+    sentences: bool = False,
+) -> Seen:
+    """What was asked for of all rows. The order of the rows changes nothing."""
+    return Seen(
+        nearest_of_other_classes(rows, scorer, neighbours) if neighbours else {},
+        other_captions(rows) if others else {},
+        next_images(rows) if partners else {},
+        fitting_sentences(rows, scorer) if sentences else {},
+    )
+
+
+def nearest_of_other_classes(rows: Sequence[Row], scorer: Embeddings, count: int) -> dict[tuple, list[tuple[str, str]]]:
+    """See `Seen.neighbours`. Never an image of the same group, or one that also has the class; ties by sha256."""
+    images = scorer.images()
+    can = sorted(readable(rows, images), key=lambda i: (rows[i].image_sha256, rows[i].label))
+    labels = np.array([rows[i].label for i in can])
+    groups = np.unique([rows[i].group for i in can], return_inverse=True)[1] if can else labels
+    classes_of: dict[str | None, set[int]] = {}
+    for i in can:
+        classes_of.setdefault(rows[i].image_sha256, set()).add(rows[i].label)
+    embeds, found = images[can], {}
+    for start in range(0, len(can), BLOCK):
+        near = embeds[start : start + BLOCK] @ embeds.T
+        near[
+            (groups[start : start + BLOCK, None] == groups) | (labels[start : start + BLOCK, None] == labels)
+        ] = -np.inf
+        for row, values in zip(can[start : start + BLOCK], near, strict=True):
+            own, chosen = rows[row], []
+            while len(chosen) < count and np.isfinite(values[k := int(values.argmax())]):
+                other = rows[can[k]]
+                if own.label in classes_of[other.image_sha256]:
+                    values[k] = -np.inf
+                else:
+                    chosen.append((other.image_sha256, other.class_name))
+                    values[labels == other.label] = -np.inf
+            found[own.image_sha256, own.label] = chosen
+    return found
+
+
+def other_captions(rows: Sequence[Row]) -> dict[tuple, list[str]]:
+    """See `Seen.others`: different ones for each image, so that equal captions become different ones."""
+    texts: dict[int, dict[str, set[str]]] = {}
+    for row in rows:
+        for k in row.captions():
+            texts.setdefault(row.label, {}).setdefault(row.records[k]["text"], set()).add(row.group)
+    order = {label: sorted(own) for label, own in texts.items()}
+    found = {}
+    for row in rows:
+        own, all_ = {row.records[k]["text"] for k in row.captions()}, order.get(row.label, [])
+        drawn = random.Random(row.image_sha256).sample(all_, min(len(all_), len(own) + 2 * OTHERS))
+        others = [text for text in drawn if text not in own and texts[row.label][text] != {row.group}]
+        found[row.image_sha256, row.label] = others[:OTHERS]
+    return found
+
+
+def next_images(rows: Sequence[Row]) -> dict[str | None, tuple[str, str]]:
+    """See `Seen.partners`: the images form a circle in an order that their sha256 draws."""
+    can = {row.image_sha256: row for row in rows if row.image_sha256 and row.captions()}
+    order = sorted(can, key=lambda image: hashlib.sha256(f"mix {image}".encode()).digest())
+    found = {}
+    for image, other in zip(order, order[1:] + order[:1], strict=True):
+        if image != other:
+            found[image] = (other, min(can[other].records[k]["text"] for k in can[other].captions()))
+    return found
+
+
+def fitting_sentences(rows: Sequence[Row], scorer: Embeddings) -> dict[tuple, list[Sentence]]:
+    """See `Seen.sentences`. A caption of a part of the image is compared with that part."""
+    found: dict[tuple, list[Sentence]] = {}
+    by_class: dict[int, list[float]] = {}
+    for i in readable(rows, scorer.images()):
+        row, own = rows[i], []
+        for k in row.captions():
+            view = row.records[k].get("view") or "whole"
+            texts = _sentences(row.records[k]["text"])
+            scores = scorer.texts(texts) @ scorer.images(view)[i]
+            own += [Sentence(text, view, score) for text, score in zip(texts, scores.tolist(), strict=True)]
+        found[row.image_sha256, row.label] = sorted(own, key=lambda s: (-s.score, s.place, s.text))
+        by_class.setdefault(row.label, []).extend(sentence.score for sentence in own)
+    medians = {label: float(np.median(scores)) for label, scores in by_class.items() if scores}
+    return {key: [s for s in own if s.score >= medians[key[1]]] for key, own in found.items() if own}
+
+
+def _sentences(text: str) -> list[str]:
+    ends = [0, *sentence_ends(text), len(text)]
+    return [part for a, b in pairwise(ends) if (part := text[a:b].strip())]
