@@ -14,7 +14,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from tiny_clip import COLOURS, colour_dataset
 
 import mmft_hf
-from mmft_hf.captioning.refine import CaptionTable, apply_steps
+from mmft_hf.captioning.apply import apply_steps
+from mmft_hf.captioning.caption_table import CaptionTable
 from mmft_hf.captioning.steps import scorer as scoring
 from mmft_hf.captioning.steps.clip_score import ClipScore
 from mmft_hf.captioning.steps.self_retrieval import SelfRetrieval

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from step_rows import Vectors, kept, row, scores, with_values
 
-from mmft_hf.captioning.refine import CaptionTable, apply_steps
+from mmft_hf.captioning.apply import apply_steps
+from mmft_hf.captioning.caption_table import CaptionTable
 from mmft_hf.captioning.steps.clip_score import ClipScore, edges, levels
 from mmft_hf.captioning.steps.diversity import vendi, vendi_of_classes
 from mmft_hf.captioning.steps.scorer import Scorer

@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 
 from ...captioning.arguments import CaptionArguments
-from ...captioning.refine import CaptionTable, RefineWorkflow, caption_comparison
+from ...captioning.caption_table import CaptionTable
+from ...captioning.compare import caption_comparison
+from ...captioning.refine import RefineWorkflow
 from ...core.arguments import DataArguments
 from ...core.console import many, printable_text, say, table
 from ...core.errors import UserError

@@ -1,0 +1,158 @@
+"""Applies steps to a table of captions, one after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..core.console import some
+from ..core.errors import UserError
+from .caption_table import CaptionTable
+from .judge.checks import CaptionChecker
+from .steps.asking import Ask, answered
+from .steps.base import Embeddings, Row, Step, Told
+from .types import ACCEPTED, REPLACED
+from .write.dataset import captions_from
+
+
+@dataclass
+class Asked:
+    """What a step was told: for each row what its `ask` returned, and figures of its questions for `captions.json`."""
+
+    found: Sequence[Any]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class AppliedStep:
+    """What a step did.
+
+    Args:
+        before, after: number of captions.
+        unscored: captions to which it could give no score, or which it kept because they had none.
+        dropped, replaced: number of captions that it dropped, and that a new text took the place of, by class.
+        written: number of new texts.
+        asked: figures of its questions; empty if it asked nobody.
+        told: what else it tells.
+    """
+
+    step: Step
+    before: int
+    after: int
+    unscored: int
+    dropped: Counter = field(default_factory=Counter)
+    replaced: Counter = field(default_factory=Counter)
+    written: int = 0
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
+
+    def summary(self) -> dict:
+        """Entry of `captions.json`."""
+        step = self.step
+        options = {
+            key: value for key, value in step.spec().items() if key not in ("step", "version") and value is not None
+        }
+        entry = {"name": step.name, "options": options, "about": step.about, "follows": step.after}
+        entry |= {"differs": step.differs, "before": self.before, "after": self.after, "unscored": self.unscored}
+        entry |= {"dropped": dict(self.dropped), "replaced": dict(self.replaced), "written": self.written}
+        if step.roles():
+            entry |= {"roles": list(step.roles()), "sees_label": step.sees_label, "asked": dict(self.asked)}
+        return entry | {"figures": dict(self.told.figures), "notes": list(self.told.notes)}
+
+
+def apply_steps(
+    table: CaptionTable,
+    steps: Sequence[Step],
+    scorer: Embeddings | None,
+    ask: Callable[[Step, Sequence[Row], Any], Asked] | None = None,
+    checker: CaptionChecker | None = None,
+    allow_empty_classes: bool = False,
+) -> list[AppliedStep]:
+    """Applies steps to the rows of a table, one after the other.
+
+    Args:
+        ask: asks the questions of a step, given its rows and what it has fitted to them.
+        checker (*optional*): checks the texts that steps write.
+
+    Raises:
+        UserError: a class would lose its last caption.
+    """
+    applied = []
+    for number, step in enumerate(steps, 1):
+        before = table.rows
+        fitted = step.fit(before, scorer)
+        if step.roles():
+            if ask is None:
+                raise RuntimeError(
+                    f"step {step.name} asks the {', '.join(step.roles())}, and nobody is there to answer"
+                )
+            asked = ask(step, before, fitted)
+        else:
+            asked = Asked([answered(step.ask(row, fitted), _nobody) for row in before])
+        records = step.apply(before, scorer, asked.found)
+        if checker:
+            records = [[_checked(r, row.label, checker) for r in own] for row, own in zip(before, records, strict=True)]
+        table.rows = [replace(row, records=own) for row, own in zip(before, records, strict=True)]
+        counted = _changes(before, table.rows)
+        counts = _by_class(before), _by_class(table.rows)
+        lost = [name for name in counts[0] if not counts[1][name]]
+        if lost and not allow_empty_classes:
+            raise UserError(
+                f"step {number} {step.name}: expected each class to keep a caption, but {some(lost)} would lose the last one. "
+                "Choose a lower threshold, keep instead of above, or type --allow_empty_classes true. Nothing was written."
+            )
+        unscored = _unscored(step, before if step.reads() else table.rows)
+        totals = counts[0].total(), counts[1].total()
+        told = step.told(before, asked.found)
+        applied.append(AppliedStep(step, *totals, unscored, *counted, asked.figures, told))
+    return applied
+
+
+def _nobody(ask: Ask) -> None:
+    raise RuntimeError(f"a question to the {ask.role}, whom the step does not name among its roles")
+
+
+def _checked(record: dict, label: int, checker: CaptionChecker) -> dict:
+    """A record with the verdict of the checks, if its text is new. Steps hand on texts as their author wrote them."""
+    if not record.get("step") or record["status"] not in ACCEPTED or record.get("clip_tokens") is not None:
+        return record
+    checked = checker.check(record["text"], "stop", label, last_try=True)
+    verdict = {
+        "checks": list(checked.checks),
+        "clip_tokens": checked.clip_tokens,
+        "mentions_label": checked.mentions_label,
+    }
+    return {**record, **verdict, "status": checked.status, "text": checked.text or record["text"]}
+
+
+def _changes(before: Sequence[Row], after: Sequence[Row]) -> tuple[Counter, Counter, int]:
+    """Captions that were dropped and replaced by class, each text of an image once, and the number of new texts."""
+    dropped, replaced, written = Counter(), Counter(), 0
+    for old, new in zip(before, after, strict=True):
+        was, now = set(captions_from(old.records)), set(captions_from(new.records))
+        swapped = {record["text"] for record in new.records if record["status"] == REPLACED}
+        dropped[old.class_name] += len(was - now - swapped)
+        replaced[old.class_name] += len((was - now) & swapped)
+        written += len(now - was)
+    return +dropped, +replaced, written
+
+
+def _unscored(step: Step, rows: Sequence[Row]) -> int:
+    """Number of captions without any of the scores that a step reads or writes; 0 for a step without scores."""
+    names = {*step.writes(), *step.reads()}
+    return sum(
+        names.isdisjoint(score["name"] for score in row.records[k].get("scores") or ())
+        for row in (rows if names else ())
+        for k in row.captions()
+    )
+
+
+def _by_class(rows: Sequence[Row]) -> Counter:
+    """Number of captions by class, each text of an image once."""
+    found: Counter = Counter()
+    for row in rows:
+        if count := len(captions_from(row.records)):
+            found[row.class_name] += count
+    return found

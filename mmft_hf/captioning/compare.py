@@ -1,0 +1,66 @@
+"""The page that compares the captions of a folder before and after its steps, or with those of another data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..core.arguments import DataArguments
+from ..core.errors import UserError
+from ..core.files import COMPARED_PAGE, DETAILS_FILE, REFINED_PAGE, atomic_write
+from ..core.markdown import public_name
+from .caption_table import CaptionTable
+from .workflow import load_data
+from .write.card import captioned_splits, title
+from .write.comparison import Compared, changes_from, choose, comparison_page, refined_page
+from .write.figures import caption_figures, figure_rows
+from .write.output_folder import CaptionFolder
+
+
+def caption_comparison(
+    data_args: DataArguments, folder: str, other: str | None = None
+) -> tuple[list[tuple[str, str, str]], Path]:
+    """Writes the page of a captioned folder before and after its steps, or of another dataset (before) and it (after).
+
+    Args:
+        folder: the captioned folder, into which the page is written.
+        other: another captioned dataset of the same images.
+
+    Returns:
+        The figures, as `figures.figure_rows`, and the page.
+
+    Raises:
+        UserError: no captioned folder; no steps to tell of, and no `other`; no image in common.
+    """
+    details = CaptionFolder(folder).details()
+    if not details:
+        raise UserError(f"caption report: expected a captioned folder, found no {DETAILS_FILE} in {folder}.")
+    data, train = load_data(DataArguments(dataset_name=folder))
+    split = next((name for name in captioned_splits(details) if name in data), train)
+    name = title(details)
+    if other is None:
+        if not details.get("steps"):
+            raise UserError(
+                f"caption report: expected a folder of mmft-hf caption refine, found {folder}, which no step has changed. Type "
+                "--compare OTHER to compare two captioned datasets."
+            )
+        with atomic_write(Path(folder) / REFINED_PAGE) as path:
+            refined_page(path, data[split], f"{name}: before and after", details)
+        return figure_rows(**details["comparison"]), Path(folder) / REFINED_PAGE
+    others, other_train = load_data(replace(data_args, dataset_name=other))
+    after = CaptionTable(folder, data[split])
+    before = CaptionTable(other, others[split if split in others else other_train])
+    figures = figure_rows(*(caption_figures((r.image_sha256, r.records) for r in t.rows) for t in (before, after)))
+    there = {(row.image_sha256, row.class_name): row.records for row in before.rows if row.image_sha256}
+    pairs = [
+        Compared(i, changes_from(there[row.image_sha256, row.class_name], row.records))
+        for i, row in enumerate(after.rows)
+        if (row.image_sha256, row.class_name) in there
+    ]
+    if not pairs:
+        raise UserError(f"--compare {other}: expected captions of the images of {folder}, found none of them there.")
+    images = after.images()
+    with atomic_write(Path(folder) / COMPARED_PAGE) as path:
+        sides, steps = (public_name(other), public_name(folder)), details.get("steps") or ()
+        comparison_page(path, f"{name}: compared", sides, figures, steps, choose(pairs, images["label"][:]), images)
+    return figures, Path(folder) / COMPARED_PAGE
