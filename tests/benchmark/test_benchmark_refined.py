@@ -255,6 +255,9 @@ def test_the_answer_follows_from_the_numbers(tmp_path):
         "there are no results of mmft on the captions of the dataset" in headline and text == "Add mmft to --methods."
     )
     assert told(tmp_path, mmft=[0.5]) == []
+    rows = [row(m, 1, s, accuracy=0.5) for m in ("mmft", "mmft@refined", "mmft-shuffle-within") for s in range(3)]
+    (arm,) = refining(gather(rows, tmp_path))  # with one image per class nothing is shuffled
+    assert "shuffle" not in " ".join(arm.sentences) and list(arm.comparisons) == [("mmft@refined", "mmft")]
     two = told(tmp_path, zs_cap=[0.4, 0.5], zs_cap_at_a=[0.5, 0.5], zs_cap_at_b=[0.4, 0.5])
     assert [headline.partition(":")[0] for headline, _, _ in two] == ["a", "b"]
 

@@ -65,7 +65,8 @@ def _answer(results: Findings, source: str) -> Refining:
 
 def _controls(results: Findings, found: Refining, suffix: str) -> None:
     """Adds what shuffled captions and class templates do to the same training."""
-    if shuffled := _compared(results, METHOD, SHUFFLED):
+    shuffled = _compared(results, METHOD, SHUFFLED)
+    if shuffled:
         found.comparisons[METHOD, SHUFFLED] = shuffled
         words = _words(
             shuffled,
@@ -77,7 +78,7 @@ def _controls(results: Findings, found: Refining, suffix: str) -> None:
         found.sentences.append(
             f"Control, captions of the dataset shuffled within each class ({SHUFFLED}): {words} ({_figures(shuffled)})."
         )
-    else:
+    elif SHUFFLED not in results.methods:
         found.sentences.append(
             f"{SHUFFLED} was not run: add it to --methods, to see whether it matters here which image a caption belongs to."
         )
@@ -90,8 +91,9 @@ def _controls(results: Findings, found: Refining, suffix: str) -> None:
 
 
 def _compared(results: Findings, method: str, other: str) -> dict[object, Difference]:
-    """By number of shots."""
-    return {n: found for n in results.positive_shots if (found := compare(results, method, other, n))}
+    """By number of shots. With one image per class nothing is shuffled."""
+    shots = [n for n in results.positive_shots if n != 1 or not other.startswith(SHUFFLED)]
+    return {n: found for n in shots if (found := compare(results, method, other, n))}
 
 
 def _words(found: dict[object, Difference], better: str, worse: str, level: str, what: str = "") -> str:
