@@ -68,13 +68,13 @@ def score(record, name):
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", CHOICES)
 def test_recipes(recipe, refine, source, tmp_path):
     before = digests(source)
-    code, said = refine("--steps", recipe)
+    code, said = refine("--steps", RECIPES / f"{recipe}.yaml")
     assert code == 0 and "Next: mmft-hf finetune" in said, said
     assert digests(source) == before
-    by, keep = CHOICES[recipe.stem]
+    by, keep = CHOICES[recipe]
     old, new = written(source), written(tmp_path / "out")
     dropped = 0
     for one, two in zip(old, new, strict=True):
@@ -91,6 +91,19 @@ def test_recipes(recipe, refine, source, tmp_path):
     assert sum(details["steps"][-1]["dropped"].values()) == dropped == 18 * (4 - keep)
     opened = load_dataset(str(tmp_path / "out"))
     assert opened["train"].features == opened["validation"].features and not any(opened["validation"]["captions"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "kept"), [("cycle", "select", 66), ("representatives", "representatives", 24)]
+)
+def test_recipes_that_keep_a_share(recipe, step, kept, refine, tmp_path):
+    """Of 24 captions of each class, nine tenths are 22; of six images, a quarter are two."""
+    code, said = refine("--steps", RECIPES / f"{recipe}.yaml")
+    assert code == 0, said
+    rows = written(tmp_path / "out")
+    records = [record for row in rows for record in row["caption_records"]]
+    assert len(records) == 72 and sum(len(row["captions"]) for row in rows) == kept
+    assert {r["step"] for r in records if r["status"] == "dropped"} == {step}
 
 
 def test_the_second_run_computes_nothing(refine, tmp_path):

@@ -12,12 +12,24 @@ from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
 from .base import Step
 from .clip_score import ClipScore
+from .cycle import Cycle
 from .presets import preset_names
+from .representatives import Representatives
 from .rewrite import Rewrite
 from .select import Select
 from .self_retrieval import SelfRetrieval
 
-STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (ClipScore, SelfRetrieval, Select, Rewrite)}
+STEPS: dict[str, type[Step]] = {
+    kind.name: kind
+    for kind in (
+        ClipScore,
+        SelfRetrieval,
+        Cycle,
+        Select,
+        Representatives,
+        Rewrite,
+    )
+}
 EXAMPLE = "Write steps: [clip_score, select: {by: clip, keep: 2}]."
 
 
