@@ -58,7 +58,9 @@ class ScriptedResponder:
 
     def reply(self, prompt: str, pictures: Sequence[str] = (), sample: int = 0) -> str:
         """The answer to a rendered prompt. `pictures`: the sha256 of the images that are shown, of which the first counts."""
-        *lines, form = prompt.split("\n")
+        *lines, last = prompt.split("\n")
+        form = last if last.startswith("Answer with") else ""
+        lines += [] if form else [last]
         strings = [json.loads(found) for found in STRING.findall("\n".join(lines))]
         true = self.truth.get(pictures[0], set()) if pictures else None
         asked = (prompt, tuple(pictures), sample)

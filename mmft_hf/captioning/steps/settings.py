@@ -18,6 +18,7 @@ from .representatives import Representatives
 from .rewrite import Rewrite
 from .select import Select
 from .self_retrieval import SelfRetrieval
+from .verify import Verify
 
 STEPS: dict[str, type[Step]] = {
     kind.name: kind
@@ -28,6 +29,7 @@ STEPS: dict[str, type[Step]] = {
         Select,
         Representatives,
         Rewrite,
+        Verify,
     )
 }
 EXAMPLE = "Write steps: [clip_score, select: {by: clip, keep: 2}]."
