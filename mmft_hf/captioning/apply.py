@@ -19,10 +19,17 @@ from .write.dataset import captions_from
 
 @dataclass
 class Asked:
-    """What a step was told: for each row what its `ask` returned, and figures of its questions for `captions.json`."""
+    """What a step was told.
+
+    Args:
+        found: for each row what its `ask` returned.
+        figures: of its questions, for `captions.json`.
+        model: that wrote its texts.
+    """
 
     found: Sequence[Any]
     figures: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
 
 
 @dataclass
@@ -92,8 +99,10 @@ def apply_steps(
         else:
             asked = Asked([answered(step.ask(row, fitted), _nobody) for row in before])
         records = step.apply(before, scorer, asked.found)
-        if checker:
-            records = [[_checked(r, row.label, checker) for r in own] for row, own in zip(before, records, strict=True)]
+        records = [
+            [_completed(r, row.label, asked.model, checker) for r in own]
+            for row, own in zip(before, records, strict=True)
+        ]
         table.rows = [replace(row, records=own) for row, own in zip(before, records, strict=True)]
         counted = _changes(before, table.rows)
         counts = _by_class(before), _by_class(table.rows)
@@ -114,9 +123,13 @@ def _nobody(ask: Ask) -> None:
     raise RuntimeError(f"a question to the {ask.role}, whom the step does not name among its roles")
 
 
-def _checked(record: dict, label: int, checker: CaptionChecker) -> dict:
-    """A record with the verdict of the checks, if its text is new. Steps hand on texts as their author wrote them."""
+def _completed(record: dict, label: int, model: str | None, checker: CaptionChecker | None) -> dict:
+    """A record with its author and the verdict of the checks, if its text is new."""
     if not record.get("step") or record["status"] not in ACCEPTED or record.get("clip_tokens") is not None:
+        return record
+    if model and not record.get("model"):
+        record = {**record, "model": model}
+    if checker is None:
         return record
     checked = checker.check(record["text"], "stop", label, last_try=True)
     verdict = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import ClassVar
 
 from ..core.arguments import Range, check_settings, setting
@@ -11,14 +11,47 @@ from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
 from .ask.captioner import BACKENDS, WITHOUT_MODEL, Captioner
 from .ask.pictures import PicturePolicy
+from .ask.roles import named_as
 from .types import Sampling
 
+ROLE_SETTINGS = ("model", "base_url", "api_key_env", "tag", "temperature", "max_tokens", "request_options")
 ABOVE_0 = Range(open=("low",))
 COUNTER = "builtin/tiny-clip"  # whose tokenizer counts tokens if no model is named
 
 
+def role_settings(role: str, what: str) -> type:
+    """A dataclass of the settings of a role that steps ask beside the captioner: `--judge`, `--judge_model`, …"""
+    rows = [
+        (
+            "",
+            str | None,
+            None,
+            f"Who {what}: transformers, openai, gemini or anthropic, as --captioner.",
+            {"choices": BACKENDS},
+        ),
+        ("_model", str | None, None, f"Model of the {role}: its name at the server, Hub id or folder.", {}),
+        ("_base_url", str | None, None, f"Server address of the {role}. Default: the provider's.", {}),
+        ("_api_key_env", str | None, None, "NAME of the environment variable with its key.", {}),
+        ("_tag", str | None, None, "Distinguishes servers with different weights under the same name.", {}),
+        (
+            "_temperature",
+            float | None,
+            None,
+            f"Sampling temperature of the {role}, as --temperature.",
+            {"range": Range()},
+        ),
+        ("_max_tokens", int, 1000, "Maximum length of an answer in its tokens.", {"range": Range(1)}),
+        ("_request_options", str | None, None, "Further request fields, as --request_options.", {}),
+    ]
+    found = [(role + name, kind, setting(default, text, **more)) for name, kind, default, text, more in rows]
+    return make_dataclass(f"{role.title()}Arguments", found)
+
+
 @dataclass
-class CaptionArguments:
+class CaptionArguments(
+    role_settings("writer", "writes new texts from texts, for steps that need it"),
+    role_settings("judge", "answers questions about captions with their pictures, for steps that need it"),
+):
     """Who writes the captions, from which prompts, how fast, at what cost, and where they go."""
 
     GROUPS: ClassVar = {
@@ -28,7 +61,8 @@ class CaptionArguments:
         "requests": "temperature max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
-        "refining": "steps scorer scorer_is_student report_scorer group_column compare",
+        "refining": "steps scorer scorer_is_student report_scorer group_column allow_empty_classes compare",
+        **{role: " ".join([role, *(f"{role}_{name}" for name in ROLE_SETTINGS)]) for role in ("judge", "writer")},
         "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
     }
 
@@ -128,8 +162,37 @@ class CaptionArguments:
         "Column that is equal for images of the same thing, which self_retrieval does not compare. Default: images with the same "
         "captions.",
     )
+    allow_empty_classes: bool = setting(False, "Let steps take the last caption of a class.")
     compare: str | None = setting(None, "Another captioned dataset of the same images, for `report`: before.")
     overwrite_output_dir: bool = setting(False, "Replace another dataset in output_dir. A journal there is kept.")
+
+    def to_roles(self) -> dict[str, Captioner]:
+        """Who answers the questions of steps, by role, as far as the settings name them.
+
+        Raises:
+            UserError: a setting out of its range or not in its form.
+        """
+        roles = {"captioner": self.to_captioner()} if self.captioner in BACKENDS else {}
+        for role in ("judge", "writer"):
+            own = {name: getattr(self, f"{role}_{name}") for name in ROLE_SETTINGS}
+            if getattr(self, role) is None:
+                continue
+            check_settings(self)
+            options = _mapping(f"{role}_request_options", own["request_options"])
+            with named_as(role):
+                roles[role] = Captioner(
+                    backend=getattr(self, role),
+                    model=own["model"],
+                    sampling=Sampling(own["temperature"], own["max_tokens"], 0, options),
+                    base_url=own["base_url"],
+                    api_key_env=own["api_key_env"],
+                    pictures=PicturePolicy(self.max_side),
+                    allow_http=self.allow_http,
+                    tag=own["tag"],
+                    batch_size=self.captioner_batch_size,
+                    timeout_s=self.timeout,
+                )
+        return roles
 
     def to_captioner(self, text_columns: list[str] | None = None) -> Captioner:
         """The captioner of these settings.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
@@ -19,9 +22,18 @@ from ..core.markdown import public_name
 from ..core.seals import note_if_changed
 from ..data.raw import split_role
 from .apply import AppliedStep, apply_steps
-from .arguments import CaptionArguments
+from .arguments import COUNTER, CaptionArguments
+from .ask.captioner import Captioner
+from .ask.dispatch import Outcome
+from .ask.journal_reader import spent_dollars
+from .ask.limits import Limits
 from .ask.plan import pictures_of
+from .ask.roles import check_features, check_roles, check_samples, open_roles, role_summary
+from .asker import Asker, PicturesOfDataset
+from .bounds import PlannedStep, planned
 from .caption_table import CaptionTable, completed
+from .judge.checks import CaptionChecker, parse_actions
+from .judge.tokens import load_counter
 from .split import new_run_id
 from .steps.base import Row, Step, score_of
 from .steps.clip_score import ClipScore
@@ -54,10 +66,19 @@ KEPT = (
 
 @dataclass
 class RefineResult:
-    """The result of a run: what each step did, and the statistics of what was written; None: the folder was up to date."""
+    """The result of a run.
+
+    Args:
+        applied: what each step did.
+        statistics: of what was written; None: the folder was up to date.
+        outcome: the calls of this run.
+        open: number of questions without an answer that the next run asks again.
+    """
 
     applied: list[AppliedStep] = field(default_factory=list)
     statistics: CaptionStatistics | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    open: int = 0
 
 
 class RefineWorkflow:
@@ -83,6 +104,9 @@ class RefineWorkflow:
             self._check_scorer(needs[0], is_student)
         self._check_report_scorer(is_student)
         self._check_place()
+        captioners = args.to_roles()
+        check_roles(self.steps, captioners)
+        check_samples(self.steps, captioners)
         for flag, typed in (("--classes", args.classes), ("--shots", data_args.shots)):
             if typed:
                 raise UserError(
@@ -94,7 +118,19 @@ class RefineWorkflow:
         check_order(self.steps, self.table.scores())
         self.folder = CaptionFolder(args.output_dir)
         self.earlier = self._earlier()
+        needed = {role: captioners[role] for step in self.steps for role in step.roles()}
+        spent = spent_dollars(self.folder.path / "journal") if needed else 0.0
+        self.roles = open_roles(needed, args.concurrency, args.prices, spent, args.max_cost_usd)
+        check_features(self.steps, self.roles)
         self.made_from = self._made_from()
+        self.run_id = new_run_id()
+
+    @cached_property
+    def checker(self) -> CaptionChecker:
+        """The checks of texts that steps write."""
+        tokens, args = load_counter(self.args.model_name_or_path or COUNTER), self.args
+        actions = parse_actions(args.on_check or ())
+        return CaptionChecker(self.table.part.class_names, tokens, args.words, args.class_template, actions)
 
     def _check_scorer(self, step: str, is_student: bool) -> None:
         if not self.scorer:
@@ -157,55 +193,89 @@ class RefineWorkflow:
         found |= self.earlier.get("made_from") or {}
         found |= {"split": [self.train], "refined": [step.spec() for step in self.steps]}
         found |= {"scorer": self.scorer and public_name(self.scorer), "group_column": self.group_column}
+        if self.roles:
+            found |= {"roles": {name: role.captioner.asked_as(role.identity) for name, role in self.roles.items()}}
         return found | {"report_scorer": self.args.report_scorer and public_name(self.args.report_scorer)}
+
+    def judges_itself(self) -> list[str]:
+        """The models that wrote captions which they judge themselves."""
+        if "judge" not in self.roles:
+            return []
+        judge = public_name(self.roles["judge"].captioner.model)
+        wrote = {public_name(record["model"]) for row in self.table.rows for record in row.records if record["model"]}
+        wrote |= {public_name(role.captioner.model) for name, role in self.roles.items() if name != "judge"}
+        return [judge] if judge in wrote else []
+
+    def plan(self) -> list[PlannedStep]:
+        """What the steps would ask, at most. Asks nothing and writes nothing, but may score captions."""
+        return planned(self.table, self.steps, self._scorer(), self.roles)
+
+    def _scorer(self) -> Scorer | None:
+        return open_scorer(self.scorer, self.table, is_main()) if self.scorer else None
 
     def run(self) -> RefineResult:
         """Applies the steps and writes the folder, unless it is there already.
 
         Raises:
-            UserError: a class would lose its last caption; another dataset is in the folder.
+            UserError: a class would lose its last caption; another dataset is in the folder; no further call can succeed.
+            PartialResult: the run ended before all was asked. What was answered is kept.
         """
-        self.folder.claim(self.made_from, self.args.overwrite_output_dir, lambda: pictures_of(self.data))
-        with keeping(lambda: f"{self.folder.path} has its earlier captions." if self.folder.details() else None):
-            return self._run()
+        args = self.args
+        self.folder.claim(self.made_from, args.overwrite_output_dir, lambda: pictures_of(self.data))
+        with keeping(self._kept), ExitStack() as stack:
+            if not self.roles:
+                return self._run(None)
+            data = PicturesOfDataset(self.table.part.images, self.table.part.hashes)
+            limits = Limits(args.concurrency, args.requests_per_minute, args.tokens_per_minute, args.max_reasks)
+            asked = (self.roles, data, self.folder.path, self.checker, limits, self.run_id, is_main())
+            return self._run(stack.enter_context(Asker(*asked)))
 
-    def _run(self) -> RefineResult:
-        scorer = open_scorer(self.scorer, self.table, is_main()) if self.scorer else None
+    def _kept(self) -> str | None:
+        """What is there if the disk takes no more."""
+        found = f"{self.folder.path} has its earlier captions." if self.folder.details() else None
+        return "The answers in the journal stay, and will not be asked for again." if self.roles else found
+
+    def _run(self, asker: Asker | None) -> RefineResult:
+        scorer = self._scorer()
         identity = scorer.identity() if scorer else None
-        spec = [step.spec() for step in self.steps]
-        part = self.table.part
-        seen = (
-            self.args.report_scorer,
-            self.data[self.train]._fingerprint,
-            part.hashes,
-            part.captions,
-            spec,
-            identity,
-            self.group_column,
-            VERSION,
-        )
-        fingerprints = {n: d._fingerprint for n, d in self.data.items()} | {self.train: Hasher.hash(seen)}
+        fingerprints = self._fingerprints(identity, asker)
         if not self.args.overwrite_output_dir and self.folder.is_current(fingerprints, self.made_from):
             return RefineResult()
         before = self.table.rows
-        applied = apply_steps(self.table, self.steps, scorer)
+        checker = self.checker if asker else None
+        applied = apply_steps(self.table, self.steps, scorer, asker, checker, self.args.allow_empty_classes)
         refined = self.table.dataset()
         splits = {name: completed(name, split) for name, split in self.data.items() if name != self.train}
         splits = {self.train: refined} | splits
         comparison = own_figures(refined)
         self._add_figures(comparison, before, scorer)
+        open_ = asker.open if asker else 0
         details = {key: self.earlier[key] for key in KEPT if key in self.earlier} | {
             "made_from": self.made_from,
-            "run_id": new_run_id(),
-            "complete": self.earlier.get("complete", True),
-            "fingerprints": fingerprints,
+            "run_id": self.run_id,
+            "complete": self.earlier.get("complete", True) and not open_,
+            # What the next run asks again, it must not take for done.
+            "fingerprints": self._fingerprints(identity, asker) if not open_ else None,
             "steps": [*(self.earlier.get("steps") or ()), *(step.summary() for step in applied)],
             "comparison": comparison,
             "scorer": identity and identity | {"is_student": self.flatters},
             "report_scorer": self.args.report_scorer and public_name(self.args.report_scorer),
         }
-        statistics = write_folder(self.folder, splits, self.train, details)
-        return RefineResult(applied, statistics)
+        if asker:
+            roles = {name: role_summary(role) for name, role in self.roles.items()}
+            details |= {"roles": roles, "judges_itself": self.judges_itself()}
+        rows = [{"step": a.step.name, **detail} for a in applied for detail in a.told.details]
+        statistics = write_folder(self.folder, splits, self.train, details, step_details=rows)
+        return RefineResult(applied, statistics, asker.outcome if asker else Outcome(), open_)
+
+    def _fingerprints(self, scorer: Mapping | None, asker: Asker | None) -> dict[str, str]:
+        """Of each split: they change with everything that the result depends on, the answers in the journal among it."""
+        part = self.table.part
+        seen = [self.args.report_scorer, self.data[self.train]._fingerprint, part.hashes, part.captions]
+        seen += [[step.spec() for step in self.steps], scorer, self.group_column, VERSION]
+        if asker:
+            seen += [asker.digest(), self.checker.spec(), self.args.max_reasks]
+        return {n: d._fingerprint for n, d in self.data.items()} | {self.train: Hasher.hash(tuple(seen))}
 
     def _add_figures(self, comparison: dict, before: Sequence[Row], scorer: Scorer | None) -> None:
         """Adds what needs a model: how different captions are, and what `--report_scorer` says of them."""
@@ -238,8 +308,15 @@ def refine_captions(
     scorer: str | None = None,
     group_column: str | None = None,
     progress: bool = True,
+    *,
+    roles: Mapping[str, Captioner] = MappingProxyType({}),
+    run_dir: str | Path | None = None,
+    limits: Limits | None = None,
+    max_cost_usd: float | None = None,
+    prices: str | None = None,
+    tokenizer=None,
 ) -> Dataset:
-    """Scores the captions of a dataset and keeps the best, as `mmft-hf caption refine` does.
+    """Scores the captions of a dataset, asks models about them, writes new ones and keeps the best, as `mmft-hf caption refine` does.
 
     Args:
         dataset: training images: columns `image` and `label` (`ClassLabel`), and `captions` or `caption_records`.
@@ -248,21 +325,41 @@ def refine_captions(
             that will be trained, which flatters what it learns from.
         group_column (*optional*): equal for images of the same thing. Default: images with the same captions are taken as one.
         progress: whether bars are shown.
+        roles: who answers the questions of steps: `{"judge": Captioner("openai", model="…"), "writer": …}`.
+        run_dir: folder of the journal; required if a step asks.
+        limits, max_cost_usd, prices: how fast and for how much.
+        tokenizer (*optional*): of the model that will be trained; counts the tokens of new texts.
 
     Returns:
         The dataset with `captions`, `caption_records` and `image_sha256`, images with their original bytes. A caption that was
         dropped stays in `caption_records` with the status `dropped`.
 
     Raises:
-        UserError: an unknown step or option; steps in an order that cannot work; no scorer for a step that needs one; a class
-            would lose its last caption.
+        UserError: an unknown step or option; steps in an order that cannot work; no scorer or role for a step that needs one; no
+            `run_dir`; a class would lose its last caption; no further call can succeed.
+        PartialResult: the run ended before all was asked. What was answered is kept.
     """
     made = [make_step(*named_step(entry, "steps")) for entry in steps]
     table = CaptionTable("dataset", dataset, group_column, columns_of(made))
     check_order(made, table.scores())
     if scorer is None and (needs := [step.name for step in made if step.needs_scorer()]):
         raise UserError(f"--scorer: expected the model that step {needs[0]} scores captions with, found none.")
-    apply_steps(table, made, scorer and open_scorer(scorer, table, progress))
+    check_roles(made, roles)
+    check_samples(made, roles)
+    needed = {role: roles[role] for step in made for role in step.roles()}
+    embeddings = scorer and open_scorer(scorer, table, progress)
+    if not needed:
+        apply_steps(table, made, embeddings)
+        return table.dataset()
+    if run_dir is None:
+        raise UserError("run_dir: expected a folder in which answers are kept, found none. Type run_dir='refined'.")
+    limits, spent = limits or Limits(), spent_dollars(Path(run_dir) / "journal")
+    opened = open_roles(needed, limits.concurrency, prices, spent, max_cost_usd)
+    check_features(made, opened)
+    checker = CaptionChecker(table.part.class_names, tokenizer)
+    data = PicturesOfDataset(table.part.images, table.part.hashes)
+    with Asker(opened, data, run_dir, checker, limits, new_run_id(), progress) as asker:
+        apply_steps(table, made, embeddings, asker, checker)
     return table.dataset()
 
 

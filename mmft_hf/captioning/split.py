@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Container, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -31,6 +27,7 @@ from .ask.journal_reader import JournalReader, left_out, settled_slots, spent_do
 from .ask.limits import Limits
 from .ask.pictures import prepare, sha256
 from .ask.plan import Keys, Plan, WorkItem, make_plan
+from .ask.running import finished
 from .judge.checks import CaptionChecker
 from .types import FieldRefused
 from .write.dataset import JournalSource, Results, TextSource, add_captions, results_of
@@ -165,7 +162,7 @@ class SplitCaptioner:
                     self.backend.leave_out(FieldRefused(row["said"], row["field"], row["instead"]))
             asked = (self.captioner, self.keys, self.backend, self.journal, self.checker, self.dataset)
             driver = Driver(*asked, self.limits, meter, self.run_id, done, without)
-            return _run(driver, plan, bar.write)
+            return finished(driver, lambda: driver.run(plan), bar.write)
 
     def _says(self, error: FieldRefused) -> str:
         """Says that a field is left out, and how to ask without it from the start."""
@@ -205,43 +202,3 @@ class SplitCaptioner:
             return add_captions(self.dataset, source, self.fingerprint(results), self.progress)
         finally:
             source.reader.close()
-
-
-def _run(driver: Driver, plan: Plan, write: Callable[[str], None]) -> Outcome:
-    """Runs the driver to its end, in its own thread if an event loop is already running, as in a notebook."""
-    loop, pressed = None, 0
-
-    def stop() -> None:
-        write("Stopping: waiting for the answers on their way, which are kept. Press Ctrl-C again to give them up.")
-        driver.calls.stop("user", "stopped by you")
-
-    def interrupt(*_) -> None:  # prints nothing itself: the signal may arrive in the middle of printing
-        nonlocal pressed
-        pressed += 1
-        loop.call_soon_threadsafe(stop if pressed == 1 else driver.drop)
-
-    async def main() -> Outcome:
-        nonlocal loop
-        loop, before = asyncio.get_running_loop(), {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            return await driver.run(plan)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(main())
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, main())
-        while True:
-            try:
-                return future.result()
-            except KeyboardInterrupt:
-                if future.done():
-                    raise
-                with suppress(RuntimeError):  # the loop has just ended
-                    interrupt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from ..core.arguments import DataArguments
 from ..core.console import is_main, many, some
 from ..core.errors import PartialResult, UserError, nearest
-from ..core.files import CARD_FILE, REFINED_PAGE, keeping
+from ..core.files import CARD_FILE, REFINED_PAGE, STEPS_FILE, keeping
 from ..core.markdown import public_name
 from ..data.columns import check_plain
 from ..data.labels import labels_of, refuse_several
@@ -36,7 +36,7 @@ from .split import SplitCaptioner, add_texts, make_checker, new_run_id
 from .types import OPEN
 from .write.card import CLASS_MARK, caption_card, title
 from .write.comparison import refined_page
-from .write.dataset import JournalSource, without_captions
+from .write.dataset import STEP_DETAILS, JournalSource, without_captions
 from .write.output_folder import CaptionFolder
 from .write.report import caption_report
 from .write.statistics import CaptionStatistics
@@ -136,7 +136,12 @@ def load_data(data_args: DataArguments) -> tuple[DatasetDict, str]:
 
 
 def write_folder(
-    folder: CaptionFolder, splits: dict, captioned: str, details: dict, source: JournalSource | None = None
+    folder: CaptionFolder,
+    splits: dict,
+    captioned: str,
+    details: dict,
+    source: JournalSource | None = None,
+    step_details: Sequence[Mapping] = (),
 ) -> CaptionStatistics:
     """Writes a captioned dataset with its report and card.
 
@@ -145,6 +150,7 @@ def write_folder(
         captioned: the split that the report and the card describe.
         details: content of `captions.json`.
         source (*optional*): gives the report the answers that were not accepted.
+        step_details: rows of `steps.parquet`: what steps found out about single captions.
 
     Returns:
         The statistics of the captioned split.
@@ -161,6 +167,8 @@ def write_folder(
         caption_report(statistics, path, details, rejected_text)
         if details.get("steps"):
             refined_page(path / REFINED_PAGE, splits[captioned], f"{title(details)}: before and after", details)
+        if step_details:
+            Dataset.from_list([*step_details], features=STEP_DETAILS).to_parquet(path / STEPS_FILE)
         (path / CARD_FILE).write_text(caption_card(statistics, details, splits), encoding="utf-8")
 
     folder.write(splits, {**details, "statistics": statistics.figures}, extras)

@@ -40,6 +40,7 @@ ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_mode
 # The files that a captioning run writes into its folder, apart from the data and the card.
 DETAILS_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"
 REFINED_PAGE, COMPARED_PAGE = "refined.html", "compared.html"
+STEPS_FILE = "steps.parquet"  # what steps found out about single captions
 
 # The files from which a model and its processor are loaded, apart from the weights.
 MODEL_FILES = frozenset(

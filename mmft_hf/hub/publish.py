@@ -237,7 +237,7 @@ def dataset_files(
             rows.select_columns(["label", "captions", "caption_records", "image_sha256"]).to_parquet(path)
     else:
         files = {path.relative_to(folder).as_posix(): path for path in data_files}
-        pages = (names.PAGE_FILE, names.PICTURE_FILE, names.REFINED_PAGE)
+        pages = (names.PAGE_FILE, names.PICTURE_FILE, names.REFINED_PAGE, names.STEPS_FILE)
         files |= {name: folder / name for name in pages if (folder / name).is_file()}
     details = {**without_local_paths(record), **({"license": license} if license else {})}
     first = first.cast_column("image", Image(decode=False))

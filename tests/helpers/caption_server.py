@@ -8,7 +8,7 @@ A script is JSON, `{"rules": [...], "mode": "json", "aspects": [...]}`. The firs
      "picture": "12ab", "field": "seed", "delay_ms": 5, …}
 Conditions are all optional and must all hold: numbers of the requests as they arrive (from 1), how many were answered
 well before, how often the rule is used, words of the prompt, beginning of the picture's sha256, a field of the body. `do` is one of ACTIONS;
-`delay_ms` waits before it. Further fields of a rule: `retry_after`, `headers`, `status`, `body`, `location`, `bytes`.
+`delay_ms` waits before it, `text` is the answer. Further fields of a rule: `retry_after`, `headers`, `status`, `body`, `location`, `bytes`.
 
 A good answer is `caption <12 digits of sha256(picture)> <8 digits of sha256(prompt)> <first words of the prompt>`, or a
 JSON object of such texts, one per aspect, where the request has a response schema or the script says `mode: json`.
@@ -144,6 +144,7 @@ class CaptionServer:
         self.log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if log else None
         self.count = self.good = self.in_flight = 0
         self.used: dict[int, int] = {}
+        self.reply = None  # a function of prompt and sha256 of the pictures, for servers in a thread
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 * 2**20)
@@ -174,6 +175,7 @@ class CaptionServer:
             record = {"picture": picture, "prompt": prompt, "model": model}
             record["body"] = {k: v for k, v in body.items() if k not in ("messages", "contents")}
         rule = self._rule(n, picture, prompt, record.get("body", {}))
+        text = rule.get("text", text) if self.reply is None else self.reply(prompt, picture)
         do = rule["do"]
         if self.log is not None:
             headers = {h: request.headers[h] for h in HEADERS if h in request.headers}

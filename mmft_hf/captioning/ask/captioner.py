@@ -117,6 +117,10 @@ class Captioner:
         connection = {"concurrency": concurrency, "timeout_s": self.timeout_s, "allow_http": self.allow_http}
         return Served(self.model, self.base_url, api_key_env=self.api_key_env, sampling=self.sampling, **connection)
 
+    def asked_as(self, identity: Mapping[str, Any]) -> dict:
+        """What determines its answers to a given question: for folders that hold such answers."""
+        return {"identity": {**identity}, "pictures": self.pictures.spec(), "sampling": self.sampling.spec()}
+
     def spec(self, identity: Mapping[str, Any] | None = None) -> dict:
         """Everything that determines a caption. Address, key, concurrency and batch size do not.
 

@@ -123,6 +123,13 @@ def read_prices(path: str | Path) -> dict[str, Price]:
 
 
 # -- what is spent ----------------------------------------------------------------------------------------------------
+class _Sum:
+    """US dollars that were spent, and that are set aside for calls in flight."""
+
+    def __init__(self, spent: float):
+        self.spent, self.reserved = spent, 0.0
+
+
 class CostMeter:
     """Adds what was spent to what calls in flight may still cost, so that a limit is never exceeded.
 
@@ -133,9 +140,19 @@ class CostMeter:
     """
 
     def __init__(self, price: Price | None = None, spent: float = 0.0, limit: float | None = None):
-        self.price, self.spent, self.limit = price, spent, limit
-        self._reserved = 0.0
+        self.price, self.limit, self._sum = price, limit, _Sum(spent)
         self._dearest = 0.0
+
+    def beside(self, price: Price | None) -> CostMeter:
+        """A meter of another model, which counts towards the same limit."""
+        other = CostMeter(price, limit=self.limit)
+        other._sum = self._sum
+        return other
+
+    @property
+    def spent(self) -> float:
+        """US dollars so far, of all models that count towards the limit."""
+        return self._sum.spent
 
     def of(self, tokens_in: int | None, tokens_out: int | None) -> float | None:
         """US dollars for this many tokens; None if the price or the tokens are unknown."""
@@ -148,16 +165,16 @@ class CostMeter:
         if self.limit is None or self.price is None:
             return 0.0
         dollars = max(self.of(tokens_in, tokens_out), self._dearest)
-        if self.spent + self._reserved + dollars > self.limit:
+        if self._sum.spent + self._sum.reserved + dollars > self.limit:
             return None
-        self._reserved += dollars
+        self._sum.reserved += dollars
         return dollars
 
     def settle(self, reserved: float, dollars: float | None) -> None:
         """Replaces what was set aside for a call by what it cost."""
-        self._reserved -= reserved
+        self._sum.reserved -= reserved
         if dollars:
-            self.spent += dollars
+            self._sum.spent += dollars
             self._dearest = max(self._dearest, dollars)
 
 

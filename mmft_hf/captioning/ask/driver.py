@@ -94,6 +94,10 @@ class Driver:
             raise self.calls.error
         return self.calls.outcome
 
+    def stop(self, stopped: str, why: str) -> None:
+        """Ends the run: nothing new is asked, calls in flight are waited for."""
+        self.calls.stop(stopped, why)
+
     def drop(self) -> None:
         """Gives up the calls in flight too."""
         for task in list(self._tasks):

@@ -11,13 +11,14 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar
 
 from ...core.reading import check_regular
 from ...core.schema import shown
+from ..steps.asking import ROLES
 from ..types import TERMINAL
 from .journal_table import (
     COLUMNS,
@@ -164,6 +165,11 @@ def unsettled_slots(folder: str | Path) -> set[str]:
     """Slots that have results, but none that settles them."""
     condition = f"(pending = 1 OR status NOT IN ({', '.join('?' * len(TERMINAL))}))"
     return {row["slot"] for row in read_rows(folder, ("slot",), condition, TERMINAL)}
+
+
+def holds_answers(folder: str | Path) -> bool:
+    """Whether a journal is one of steps, whose rows name the role that answered where captions name their prompt."""
+    return any(row["prompt_id"] in ROLES for row in islice(read_rows(folder, ("prompt_id",)), 1))
 
 
 def spent_dollars(folder: str | Path) -> float:

@@ -133,6 +133,10 @@ class Step:
         """Who is asked: some of `asking.ROLES`."""
         return ()
 
+    def needs(self) -> Mapping[str, Sequence[str]]:
+        """What its questions need of the backend of a role, beyond one picture and a text: some of `types.FEATURES`, by role."""
+        return {role: ("text",) for role in self.roles() if role == "writer"}
+
     def samples(self) -> int:
         """How often it asks one and the same question. More than once makes sense at a temperature above 0 only."""
         return 1

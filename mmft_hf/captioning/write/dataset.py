@@ -48,6 +48,10 @@ RECORD = {
 }
 CAPTION_FEATURES = {"captions": List(Value("string")), "caption_records": [RECORD], "image_sha256": Value("string")}
 
+# A row of `steps.parquet`: what a step found out about a caption (see `steps.base.DETAIL`).
+_DETAIL_TEXTS = dict.fromkeys(("step", "image_sha256", "record", "kind", "text", "verdict"), Value("string"))
+STEP_DETAILS = Features({**_DETAIL_TEXTS, "votes": List(Value("string"))})
+
 
 class TextSource:
     """Caption records from texts that need no model: columns of the dataset, or class templates.

@@ -27,6 +27,7 @@ from ...core.files import (
     PAGE_FILE,
     PICTURE_FILE,
     REFINED_PAGE,
+    STEPS_FILE,
     is_temporary,
     write_json,
 )
@@ -131,7 +132,7 @@ class CaptionFolder:
         if names <= ours:
             return
         lost = self.lost_details()
-        pages = {PAGE_FILE, PICTURE_FILE, REFINED_PAGE, COMPARED_PAGE, CARD_FILE}
+        pages = {PAGE_FILE, PICTURE_FILE, REFINED_PAGE, COMPARED_PAGE, CARD_FILE, STEPS_FILE}
         if not lost or not names <= ours | {"data"} | pages:
             raise UserError(
                 f"--output_dir {self.path}: expected an empty or new folder, found files that mmft-hf did not write. "

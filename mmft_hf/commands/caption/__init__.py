@@ -9,10 +9,10 @@ from ...core.errors import UserError, nearest
 
 POSITIONAL = (
     "action",
-    "run (default): caption, or continue; plan: same as --dry_run; status: what there is, what failed and why; retry STATUS …: "
+    "run (default): caption, or continue; plan: same as --dry_run; status FOLDER: what there is, what failed and why; retry STATUS …: "
     "ask again for results that were rejected, refused, …; bench: time a few calls; export FILE.parquet: write the journal to "
     "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned datasets; "
-    "refine FOLDER: score its captions and keep the best, by --steps; report FOLDER: its captions before and after; "
+    "refine FOLDER: score, judge and rewrite its captions and keep the best, by --steps; report FOLDER: its captions before and after; "
     "prices FILE.yaml: write today's prices, for --prices.",
 )
 ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge", "refine", "report", "prices")
@@ -24,7 +24,7 @@ def run(data_args: DataArguments, args: CaptionArguments, words: list[str]) -> N
     action, *operands = words or ["run"]
     if action not in ACTIONS:
         raise UserError(f"caption: expected one of {', '.join(ACTIONS)}, found {action!r}.{nearest(action, ACTIONS)}")
-    if action in ("run", "plan", "status", "bench") and operands:
+    if action in ("run", "plan", "bench") and operands:
         raise UserError(f"caption {action}: unexpected word {operands[0]!r}. Settings are written --key value.")
     if not is_main() and (args.captioner != "transformers" or action not in ("run", "retry")):
         return  # one process, with many calls in flight, is enough for a server

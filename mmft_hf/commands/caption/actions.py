@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ from ...captioning.arguments import COUNTER, CaptionArguments
 from ...captioning.ask.cost import Spending
 from ...captioning.ask.journal import Journal
 from ...captioning.ask.journal_parquet import export_journal, import_journal
-from ...captioning.ask.journal_reader import by_slot, left_out, spent_dollars
+from ...captioning.ask.journal_reader import by_slot, holds_answers, left_out, read_rows, spent_dollars
 from ...captioning.ask.journal_table import journal_files
 from ...captioning.ask.limits import Limits
 from ...captioning.ask.plan import Plan, pictures_of
@@ -76,8 +77,11 @@ def plan(data_args: DataArguments, args: CaptionArguments) -> None:
     say(f"\nNothing was asked. Leave {how} out to start." if left else "\nNothing is left to ask for.")
 
 
-def status(data_args: DataArguments, args: CaptionArguments) -> None:
-    """Shows what a journal holds: results by aspect, checks that fired, failures with their reasons."""
+def status(data_args: DataArguments, args: CaptionArguments, *folders: str) -> None:
+    """Shows what a journal holds: results by aspect or step, checks that fired, failures with their reasons."""
+    if len(folders) > 1:
+        raise UserError(f"caption status: expected one folder, found {' '.join(folders)}.")
+    args = replace(args, output_dir=folders[0]) if folders else args
     folder = CaptionFolder(args.output_dir)
     record = folder.details()
     note_if_changed(record, folder.path / DETAILS_FILE)
@@ -99,7 +103,8 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
             errors.setdefault((state, last["error_class"] or ", ".join(fired) or state), []).append(last)
         elif last["model"]:
             models[last["model"]] += 1
-    say(f"Captions in {journal}\n")
+    of_steps = holds_answers(journal)
+    say(f"{'Answers to the questions of steps' if of_steps else 'Captions'} in {journal}\n")
     total = printing.print_statuses(by_aspect, (made_from.get("prompts") or {}).get("aspects", ()))
     tokens_in, tokens_out = ("unknown" if n is None else f"{n:,}" for n in (spent.tokens_in, spent.tokens_out))
     cost = printing.money(spent.cost) if spent.cost else "cost unknown or none"
@@ -128,7 +133,12 @@ def status(data_args: DataArguments, args: CaptionArguments) -> None:
     again = sum(total[state] for state in OPEN)
     say(f"\n{again:,} of them are asked again by the next run." if again else "\nA run asks for none of these again.")
     final = [state for state in TERMINAL if total[state] and state not in ACCEPTED]
-    if final:
+    if final and of_steps:
+        output = shlex.quote(args.output_dir)
+        say(
+            f"To ask again for the others: mmft-hf caption retry {' '.join(final)} --output_dir {output}, then the command of the run."
+        )
+    elif final:
         typed = f"the command of the run with `retry {' '.join(final)}` after `mmft-hf caption`"
         say(f"To ask again for the others: {typed}.")
 
@@ -149,7 +159,12 @@ def _file_names(folder: CaptionFolder, wanted: set[str]) -> dict[str, str]:
     """File names of the images with these sha256, from the dataset in the folder, if it is written already."""
     found: dict[str, str] = {}
     for name in folder.details().get("files", ()):
-        if name.endswith(".parquet") and len(found) < len(wanted) and (folder.path / name).is_file():
+        if (
+            name.startswith("data/")
+            and name.endswith(".parquet")
+            and len(found) < len(wanted)
+            and (folder.path / name).is_file()
+        ):
             try:
                 with pq.ParquetFile(folder.path / name) as file:
                     shard = file.read(["image.path", "image_sha256"])  # no picture is read
@@ -173,7 +188,14 @@ def _needs_a_model(verb: str, args: CaptionArguments) -> None:
 
 
 def retry(data_args: DataArguments, args: CaptionArguments, *statuses: str) -> None:
-    """Opens the results with these statuses among those that the command asks for, then runs."""
+    """Opens the results with these statuses among those that the command asks for, then runs.
+
+    Of a folder of `caption refine`, it opens answers, of some steps if they are typed too, and does not run.
+    """
+    journal = Path(args.output_dir) / "journal"
+    if journal_files(journal) and holds_answers(journal):
+        _retry_answers(journal, statuses)
+        return
     statuses = statuses or RETRIED
     for status in statuses:
         if status not in STATUSES:
@@ -189,6 +211,25 @@ def retry(data_args: DataArguments, args: CaptionArguments, *statuses: str) -> N
             count += run.journal.reopen(statuses, run.plan().slots)
     say(f"{many(count, 'result')} ({', '.join(statuses)}) {'is' if count == 1 else 'are'} asked for again.\n")
     _caption(workflow)
+
+
+def _retry_answers(journal: Path, words: tuple[str, ...]) -> None:
+    steps = {row["slot"]: row["aspect"] for row in read_rows(journal, ("slot", "aspect"))}
+    known = set(steps.values())
+    for word in words:
+        if word not in STATUSES and word not in known:
+            names = [*sorted(known), *STATUSES]
+            raise UserError(
+                f"retry: expected steps and statuses among {', '.join(names)}, found {word!r}.{nearest(word, names)}"
+            )
+    statuses = [word for word in words if word in STATUSES] or RETRIED
+    chosen = {word for word in words if word in known} or known
+    with Journal(journal) as opened:
+        count = opened.reopen(statuses, {slot for slot, step in steps.items() if step in chosen})
+    say(
+        f"{many(count, 'answer')} ({', '.join(statuses)}) of {', '.join(sorted(chosen))} {'is' if count == 1 else 'are'} asked for again by "
+        "the next run. Type the command of the run to start it."
+    )
 
 
 def bench(data_args: DataArguments, args: CaptionArguments) -> None:
