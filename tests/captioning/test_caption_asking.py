@@ -270,7 +270,7 @@ def test_the_cost_limit_counts_all_roles_together(server, tmp_path):
     judge, writer = COUNT * 0.001, COUNT // 2 * 8 * 0.005
     (done,), _, _ = run(server, tmp_path / "a", prices=str(prices), limit=100)
     assert done.asked["cost_usd"] == pytest.approx(judge + writer)
-    with pytest.raises(PartialResult, match="max_cost_usd 0.5"):  # 100 tokens of the writer
+    with pytest.raises(PartialResult, match="max_cost_usd"):  # 100 tokens of the writer
         run(server, tmp_path / "b", prices=str(prices), limit=0.5)
     spent = sum(row["cost"] for row in read_rows(tmp_path / "b" / "journal"))
     assert spent == pytest.approx(judge)
@@ -278,7 +278,7 @@ def test_the_cost_limit_counts_all_roles_together(server, tmp_path):
 
 def test_what_is_missing_is_named_before_any_call(tmp_path):
     judge = Captioner("openai", "m", sampling=Sampling(temperature=0))
-    with pytest.raises(UserError, match="writer: expected the model .* step 1 doubt.*writer_model"):
+    with pytest.raises(UserError, match=r"writer: expected the model .* step 1 doubt.*writer_model"):
         check_roles([Doubt()], {"judge": judge})
     with pytest.raises(UserError, match="judge_temperature: expected more than 0"):
         check_samples([Doubt(votes=2)], {"judge": judge, "writer": judge})

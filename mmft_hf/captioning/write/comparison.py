@@ -12,7 +12,7 @@ from datasets import Dataset, Image
 
 from ...core.pages import render_page
 from ...version import __version__
-from ..types import DROPPED
+from ..types import ACCEPTED, DROPPED, REPLACED
 from .card import TEMPLATES
 from .figures import accepted, figure_rows
 from .report import SAMPLES, show_row
@@ -20,7 +20,8 @@ from .report import SAMPLES, show_row
 
 @dataclass(frozen=True)
 class Compared:
-    """One image of a page: its row, and `(mark, text, note)` of each caption; mark: `kept`, `dropped`, `new` or `gone`."""
+    """One image of a page: its row, and `(mark, text, note)` of each caption; mark: `kept`, `new` or `gone`; or `dropped`,
+    `replaced` or `written` with the step."""
 
     row: int
     captions: Sequence[tuple[str, str, str]]
@@ -28,8 +29,14 @@ class Compared:
 
 def own_changes(records: Sequence[Mapping]) -> list[tuple[str, str, str]]:
     """What steps did to the captions of one image, as in `Compared`."""
-    marks = [(r, "dropped" if r["status"] == DROPPED else "kept") for r in records if accepted(r, before=True)]
-    return [(mark if mark == "kept" else f"dropped by {r['step']}", r["text"], _scores(r)) for r, mark in marks]
+    texts = [record for record in records if record["text"] and record["status"] in (*ACCEPTED, DROPPED, REPLACED)]
+    return [(_mark(record), record["text"], _scores(record)) for record in texts]
+
+
+def _mark(record: Mapping) -> str:
+    if record["status"] not in ACCEPTED:
+        return f"{record['status']} by {record['step']}"
+    return "kept" if record.get("parents") is None else f"written by {record['step']}"
 
 
 def changes_from(before: Sequence[Mapping], after: Sequence[Mapping]) -> list[tuple[str, str, str]]:

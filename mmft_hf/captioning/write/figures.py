@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..judge.checks import SharedTexts
 from ..judge.wording import words_of
-from ..types import ACCEPTED, DROPPED
+from ..types import ACCEPTED, DROPPED, REPLACED
 
 FIGURES = {
     "captions": "captions",
@@ -26,8 +26,12 @@ VENDI = "different captions of a class (Vendi score, at equal numbers)"
 
 
 def accepted(record: Mapping, before: bool = False) -> bool:
-    """Whether a record is a caption; `before`: whether it was one before steps dropped some."""
-    return bool(record["text"]) and (record["status"] in ACCEPTED or (before and record["status"] == DROPPED))
+    """Whether a record is a caption; `before`: whether it was one before any step. Texts that steps wrote have parents."""
+    if not record["text"]:
+        return False
+    if before:
+        return record["status"] in (*ACCEPTED, DROPPED, REPLACED) and record.get("parents") is None
+    return record["status"] in ACCEPTED
 
 
 def caption_figures(images: Iterable[tuple[str | None, Sequence[Mapping]]], before: bool = False) -> dict:
@@ -35,7 +39,7 @@ def caption_figures(images: Iterable[tuple[str | None, Sequence[Mapping]]], befo
 
     Args:
         images: sha256 and caption records of each image.
-        before: count the captions that steps dropped.
+        before: count the captions that steps dropped or replaced, and not those that they wrote.
     """
     count, captions, without, words, pairs = 0, 0, 0, Counter(), Counter()
     shared, sums = SharedTexts(), defaultdict(lambda: [0.0, 0])

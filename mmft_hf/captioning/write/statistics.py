@@ -16,7 +16,7 @@ from ...core.console import percent
 from ..judge.checks import CHECKS, DEFAULT_ACTIONS, SharedTexts
 from ..judge.cleaning import CLEANINGS
 from ..judge.wording import words_of
-from ..types import ACCEPTED, DROPPED, STATUSES
+from ..types import ACCEPTED, DROPPED, REPLACED, STATUSES
 
 UNANSWERED = ("failed", "bad_image", "not_run")  # there is no text whose checks could be counted
 NOTABLE = ("label_contradicted", "duplicate", "over_token_limit", "other_class", "url")  # shown although accepted
@@ -183,7 +183,9 @@ class CaptionStatistics:
             "images": images,
             "distinct_images": len(self._images),
             **{name: sums[name] for name in ("images_without_caption", "captions", "unreadable_images")},
-            "statuses": {status: self._statuses[status] for status in (*STATUSES, DROPPED) if self._statuses[status]},
+            "statuses": {
+                status: self._statuses[status] for status in (*STATUSES, DROPPED, REPLACED) if self._statuses[status]
+            },
             "asked_again": sums["asked_again"],
             "failures": dict(self._failures.most_common()),
             "all": self._aspects[None].as_dict(),
