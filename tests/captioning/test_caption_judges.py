@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from mmft_hf.captioning.refine import CaptionTable
-from mmft_hf.captioning.steps.asking import answered, rendered
+from mmft_hf.captioning.steps.agreement import Agreement
+from mmft_hf.captioning.steps.arena import Game, bradley_terry, caption_arena
+from mmft_hf.captioning.steps.asking import answered, parsed, rendered
 from mmft_hf.captioning.steps.base import score_of
+from mmft_hf.captioning.steps.choice import Choice
 from mmft_hf.captioning.steps.claims import (
     Claim,
     claim_ask,
@@ -19,6 +22,9 @@ from mmft_hf.captioning.steps.claims import (
     read_claims,
     split_ask,
 )
+from mmft_hf.captioning.steps.pairwise import Pairwise
+from mmft_hf.captioning.steps.questions import Questions, read_bank
+from mmft_hf.captioning.steps.rubric import DIMENSIONS, Rubric
 from mmft_hf.captioning.steps.scorer import Scorer
 from mmft_hf.captioning.steps.settings import make_step
 from mmft_hf.captioning.steps.verify import Verify, decoy_recall
@@ -332,3 +338,293 @@ def test_a_scorer_that_knows_the_drawings_keeps_true_names():
     found, _ = ran(step, rows, None, Scorer("builtin/tiny-clip", table.images()))
     true = [one.verdicts == ["yes"] for own in found for one in own.values()]
     assert np.mean(true) >= 0.9 and decoy_recall(found) >= 0.97, (np.mean(true), decoy_recall(found))
+
+
+# -- rubric -----------------------------------------------------------------------------------------------------------
+def values(records, name):
+    return [[score_of(record, name) for record in own] for own in records]
+
+
+def test_a_judge_that_counts_true_names_rates_captions():
+    rows = [row(0, ["cat0, cat1", "cat0, cat2", "cat2"])]
+    respond = responder({rows[0].image_sha256: ["cat0", "cat1"]})
+    step = Rubric()
+    found, records = ran(step, rows, respond)
+    assert values(records, "rubric") == values(records, "grammar") == [[5, 2, 0]]  # 2.5 is rounded to the even number
+    told = step.told(rows, found)
+    assert told.figures["grammar"] == [1, 0, 1, 0, 0, 1] and not told.notes and len(told.details) == 12
+    assert all(dimension in respond.asked[0].prompt for dimension in DIMENSIONS)
+
+
+def test_ratings_in_another_form_are_left_out():
+    step = Rubric(dimensions=("grammar", "specificity"), styles=("plain", "Poetic"))
+    good = {"grammar": 4, "specificity": 1, "style": "poetic "}
+    for answer, expected in [
+        (good, {"grammar": 4, "specificity": 1, "rubric": 2.5, "style": 1}),
+        (good | {"grammar": 6, "style": "odd"}, {"specificity": 1}),
+        (good | {"grammar": True, "specificity": "5"}, {"style": 1}),
+        (None, {}),
+    ]:
+        [found], [records] = ran(step, [row(0, ["a"])], lambda ask, answer=answer: answer)
+        assert found["a"] == expected and {s["name"]: s["value"] for s in records[0]["scores"]} == expected
+    assert step.told([row(0, ["a"])], [{"a": {}}]).figures["unanswered"] == 1
+
+
+def test_a_criterion_that_is_always_rated_alike_is_noted():
+    rows = [row(i, ["a b", "c"]) for i in range(10)]
+    step = Rubric(dimensions={"colours": "it names colours"})
+    found, records = ran(step, rows, lambda ask: {"colours": 5} if "it names colours" in ask.prompt else None)
+    [note] = step.told(rows, found).notes
+    assert "ratings of colours are 5" in note and values(records, "rubric") == [[5, 5]] * 10
+
+
+# -- choice -----------------------------------------------------------------------------------------------------------
+def writers(number, kinds=4):
+    """Images with a caption of each writer, of which one names more that is true, and its number."""
+    rng, rows, truth, best = np.random.default_rng(0), [], {}, []
+    for i in range(number):
+        own, other = KINDS[0][:8], KINDS[1]
+        best.append(int(rng.integers(kinds)))
+        said = [[*own[: 5 if k == best[-1] else 2], other[k]] for k in range(kinds)]
+        made = row(i, [", ".join(rng.permutation(names)) for names in said])
+        for k, record in enumerate(made.records):
+            record["model"] = f"writer {k}"
+        rows.append(made)
+        truth[made.image_sha256] = own
+    return rows, truth, best
+
+
+def test_a_judge_that_counts_true_names_chooses_the_best_writer():
+    rows, truth, best = writers(200)
+    step = Choice()
+    found, records = ran(step, rows, responder(truth))
+    assert values(records, "chosen") == [[float(k == b) for k in range(4)] for b in best]
+    assert step.told(rows, found).figures["chosen of writer 0"] == best.count(0)
+
+
+def test_a_judge_that_always_says_a_prefers_no_writer():
+    rows, _, _ = writers(400)
+    _, records = ran(Choice(), rows, lambda ask: parsed(ask, "A"))
+    share = np.mean(values(records, "chosen"), axis=0)
+    assert np.all(np.abs(share - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 400)), share
+
+
+def test_one_caption_is_not_asked_about_and_no_answer_is_no_choice():
+    respond = responder({})
+    _, [records] = ran(Choice(), [row(0, ["a", "a"])], respond)
+    assert not respond.asked and values([records], "chosen") == [[None, None]]
+    _, records = ran(Choice(), [row(0, ["a", "b"])], lambda ask: None)
+    assert values(records, "chosen") == [[None, None]]
+
+
+# -- questions --------------------------------------------------------------------------------------------------------
+FACTS = [("colour", "crimson"), ("shape", "oblong"), ("ground", "meadow"), ("light", "dusk"), ("number", "seven")]
+
+
+class Quizmaster:
+    """Writes five questions, of which `named` names the class; answers with the picture; reads by looking for an option."""
+
+    def __init__(self, extra=(), blind=lambda ask: None, seen=lambda ask: 0):
+        asked = [(f"Which {kind}?", [right, *(f"{kind} {k}" for k in range(3))]) for kind, right in FACTS]
+        self.bank = [{"question": text, "options": options} for text, options in (*asked, *extra)]
+        self.blind, self.seen = blind, seen
+
+    def __call__(self, ask):
+        if ask.answer == "json:questions":
+            return {"questions": self.bank}
+        if ask.role == "judge":
+            return self.seen(ask)
+        if "Caption: " not in ask.prompt:
+            return self.blind(ask)
+        said = ask.prompt.split("Caption: ")[1]
+        fitting = [k for k, option in enumerate(ask.options) if option.strip('"') in said]
+        return fitting[0] if fitting else parsed(ask, "A")
+
+
+@pytest.mark.parametrize("known", range(6))
+def test_utility_is_the_share_of_facts_that_the_caption_tells(known):
+    caption = " ".join(right for _, right in FACTS[:known])
+    rows = [row(i, [f"image {i}: {caption}"]) for i in range(300)]
+    _, records = ran(Questions(), rows, Quizmaster())
+    found = np.array(values(records, "utility"))
+    assert np.mean(found) == pytest.approx(known / 5, abs=0.06)
+    if known == 5:
+        assert np.all(found == 1)
+
+
+def test_a_reader_that_always_says_a_is_right_by_chance():
+    rows = [row(i, [f"image {i}"]) for i in range(1000)]
+    found, records = ran(Questions(), rows, Quizmaster())
+    right = [answer == 0 for quiz in found for own in quiz.answers.values() for answer in own]
+    assert np.mean(right) == pytest.approx(0.25, abs=0.03)
+    assert np.mean(values(records, "utility")) == pytest.approx(0, abs=0.05)
+
+
+def test_questions_that_need_no_caption_or_no_picture_are_left_out():
+    def blind(ask):
+        return 0 if "colour" in ask.prompt else 1
+
+    def seen(ask):
+        if "shape" in ask.prompt:
+            return 2  # not what the bank calls right
+        return ask.sample if "light" in ask.prompt else 0  # another one in each order
+
+    extra = [("What is class 0 like?", ["red", "green", "blue", "grey"]), ("What else?", ["a class 1", "b", "c", "d"])]
+    rows = [row(0, ["crimson"]), row(1, ["crimson"], label=1)]
+    step = Questions(number=7)
+    found, _ = ran(step, rows, Quizmaster(extra, blind, seen))
+    assert [question.text for question in found[0].questions] == ["Which ground?", "Which number?"]
+    figures = step.told(rows, found).figures
+    assert figures["left out: names a class"] == 4 and figures["left out: answered without a caption"] == 2
+    assert figures["left out: not answered alike with the picture"] == 4 and figures["questions"] == 4
+
+
+def test_a_bank_of_ones_own_is_answered_for_each_image():
+    rows = [row(0, ["it is red"]), row(1, ["it is blue"])]
+    step = Questions(bank={"Which colour?": ("red", "blue")})
+
+    def respond(ask):
+        if ask.role == "judge":
+            return int(ask.pictures[0].image_sha256, 16)
+        if "Caption: " not in ask.prompt:
+            return None
+        return int('"it is blue"' in ask.prompt)
+
+    found, records = ran(step, rows, respond)
+    assert [quiz.right for quiz in found] == [[0], [1]] and values(records, "utility") == [[1], [1]]
+    assert [d["verdict"] for d in step.told(rows, found).details] == ["right", "right"]
+
+
+def test_questions_about_a_class_are_asked_for_once():
+    rows = [row(i, ["crimson"], label=i % 2) for i in range(6)]
+    respond, asked = Quizmaster(), set()
+
+    def counting(ask):
+        asked.add(ask)
+        return respond(ask)
+
+    ran(Questions(per="class"), rows[::-1], counting)
+    banks = {ask.pictures[0].image_sha256 for ask in asked if ask.answer == "json:questions"}
+    assert banks == {rows[0].image_sha256, rows[1].image_sha256}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"questions": [{"question": "q", "options": ["a", "b", "c", "d"]}] * 9}, 5),
+        ({"questions": [{"question": "q", "options": ["a", "A", "c", "d"]}]}, 0),
+        ({"questions": [{"question": "q", "options": ["a", "b"]}]}, 0),
+        ({"questions": [{"question": 3, "options": []}]}, None),
+        ({"questions": "q"}, None),
+        (None, None),
+    ],
+)
+def test_a_bank_is_read_or_unknown(answer, expected):
+    found = read_bank(answer, 5, 4, 0)
+    assert found is None if expected is None else len(found) == expected
+
+
+# -- agreement --------------------------------------------------------------------------------------------------------
+def test_the_caption_that_contradicts_the_others_is_last():
+    rng, rows, odd = np.random.default_rng(0), [], []
+    for i in range(200):
+        odd.append(int(rng.integers(4)))
+        rows.append(row(i, [f"text {k} says {'no' if k == odd[-1] else 'yes'}" for k in range(4)]))
+
+    def writer(ask):  # it is wrong in a tenth of the answers
+        truth = len({word for word in ("says no", "says yes") if word in ask.prompt}) == 2
+        return "yes" if truth != (rng.random() < 0.1) else "no"
+
+    step = Agreement()
+    found = [answered(step.ask(r, None), writer) for r in rows]
+    lowest = [int(np.argmin(own)) for own in values(step.apply(rows, None, found), "nli")]
+    assert np.mean(np.array(lowest) == odd) >= 0.9
+    honest, records = ran(step, rows, lambda a: "yes" if "says no" in a.prompt and "says yes" in a.prompt else "no")
+    assert [int(np.argmin(own)) for own in values(records, "nli")] == odd
+    assert sorted(values(records, "nli")[0]) == pytest.approx([-1, 1 / 3, 1 / 3, 1 / 3])
+    assert step.told(rows, honest).figures == {"pairs": 1200, "contradictions": 600, "unsure": 0, "unanswered": 0}
+
+
+def test_undecided_pairs_do_not_count():
+    [_], [records] = ran(Agreement(), [row(0, ["a", "b", "c"])], lambda ask: "yes" if '"a"' not in ask.prompt else None)
+    assert values([records], "nli") == [[None, -1, -1]]
+    assert values(ran(Agreement(), [row(0, ["a", "a"])], None)[1], "nli") == [[None, None]]
+
+
+# -- pairwise and the arena ---------------------------------------------------------------------------------------------
+def test_strengths_by_hand():
+    wins = np.array([[0, 8, 9], [2, 0, 6], [1, 4, 0]])
+    assert bradley_terry(wins) == pytest.approx([1.1702, -0.3417, -0.8285], abs=1e-4)
+    ties = np.zeros((3, 3))
+    ties[0, 1] = ties[1, 0] = 1  # two ties
+    assert bradley_terry(wins + ties) == pytest.approx([1.0365, -0.2361, -0.8003], abs=1e-4)
+    assert np.isnan(bradley_terry([[0, 3], [0, 0]])).all()  # the first one never lost
+    both = bradley_terry(np.stack([wins, wins.T, np.zeros((3, 3))]))
+    assert both[0] == pytest.approx(-both[1]) and np.isnan(both[2]).all()
+
+
+def test_the_arena_finds_planted_strengths():
+    """Results are drawn with strengths 0, .7 and −.7; the interval of each has the true value."""
+    rng, true = np.random.default_rng(0), {"a": 0.0, "b": 0.7, "c": -0.7}
+    games = []
+    for i in range(300):
+        for x, y in (("a", "b"), ("b", "c"), ("c", "a")):
+            games.append(Game(str(i), x, y, float(rng.random() < 1 / (1 + np.exp(true[y] - true[x])))))
+    found = caption_arena(games)
+    assert [one.source for one in found] == ["b", "a", "c"]
+    for one in found:
+        assert one.low < true[one.source] < one.high and one.low < one.value < one.high and one.games == 600
+    assert caption_arena(games[::-1]) == found
+
+
+def test_both_orders_must_agree_for_a_win():
+    rows, truth, best = writers(60)
+    step = Pairwise()
+    found, records = ran(step, rows, responder(truth))
+    assert [int(np.argmax(own)) for own in values(records, "wins")] == best
+    assert all(sorted(own) == pytest.approx([1 / 3] * 3 + [1]) for own in values(records, "wins"))
+    figures = step.told(rows, found).figures
+    assert figures["position_bias"] == 0 and figures["pairs"] == 360 and figures["ties"] == 180
+    assert figures["words writer 0"] == np.mean([len(r.records[0]["text"].split()) for r in rows])
+
+
+def test_a_judge_that_always_prefers_the_first_decides_nothing():
+    rows, _, _ = writers(20)
+    step = Pairwise()
+    found, records = ran(step, rows, lambda ask: 1)
+    figures = step.told(rows, found).figures
+    assert figures["position_bias"] == 1 and figures["ties"] == figures["pairs"] == 120
+    assert values(records, "wins") == [[0.5] * 4] * 20
+    assert figures["strength writer 0"] == pytest.approx([0, 0, 0], abs=1e-9)
+    missing, _ = ran(step, rows, lambda ask: None)
+    assert step.told(rows, missing).figures == {"pairs": 120, "unanswered": 120}
+
+
+def test_rounds_and_images_bound_the_comparisons():
+    rows, truth, _ = writers(30)
+    step = Pairwise(rounds=1, images=10)
+    found, _ = ran(step, rows, responder(truth))
+    asked = [own for own in found if own]
+    assert len(asked) == 10 and all(len(own) == 4 for own in asked)  # each caption meets two others
+    again, _ = ran(step, rows[::-1], responder(truth))
+    assert again == found[::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("rubric", {"dimensions": ["gramar"]}, "found 'gramar'"),
+        ("rubric", {"dimensions": {"Style X": "a"}}, "small letters"),
+        ("rubric", {"dimensions": []}, "one or more names"),
+        ("rubric", {"styles": ["one"]}, "two or more"),
+        ("questions", {"options": 1}, "expected 2 to 26"),
+        ("questions", {"per": "split"}, "image or class"),
+        ("questions", {"bank": {"Which?": ["one", "one"]}}, "2 to 26 different options"),
+        ("questions", {"bank": {}}, "found none"),
+        ("pairwise", {"rounds": 0}, "1 or more"),
+        ("pairwise", {"sources": "label"}, "expected one of model"),
+    ],
+)
+def test_options_of_judges_that_cannot_be(name, options, said):
+    with pytest.raises(UserError, match=said):
+        make_step(name, options)

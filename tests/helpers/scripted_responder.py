@@ -61,7 +61,9 @@ class ScriptedResponder:
         *lines, last = prompt.split("\n")
         form = last if last.startswith("Answer with") else ""
         lines += [] if form else [last]
-        strings = [json.loads(found) for found in STRING.findall("\n".join(lines))]
+        options = [found.groups() for line in lines if (found := re.fullmatch(r"([A-Z])\. (.*)", line))]
+        said = [line for line in lines if not re.fullmatch(r"[A-Z]\. .*", line)]
+        strings = [json.loads(found) for found in STRING.findall("\n".join(said))]
         true = self.truth.get(pictures[0], set()) if pictures else None
         asked = (prompt, tuple(pictures), sample)
         if form.startswith("Answer with one word: yes"):
@@ -70,7 +72,7 @@ class ScriptedResponder:
             low, high = map(int, re.findall(r"\d+", form))
             return str(self._number(strings, true or set(), low, high))
         if form.startswith("Answer with the letter"):
-            return self._letter(lines, strings, true)
+            return self._letter(options, strings, true)
         if form.startswith("Answer with one JSON object"):
             keys = [json.loads(found) for found in STRING.findall(form)]
             return json.dumps(self._object(keys, strings, true, asked))
@@ -93,10 +95,10 @@ class ScriptedResponder:
         names = self.names_in(strings[-1])
         return low + round((high - low) * len(true.intersection(names)) / len(names)) if names else low
 
-    def _letter(self, lines: Sequence[str], strings: Sequence[str], true: set[str] | None) -> str:
-        options = [found.groups() for line in lines if (found := re.fullmatch(r"([A-Z])\. (.*)", line))]
+    def _letter(self, options: Sequence[tuple[str, str]], strings: Sequence[str], true: set[str] | None) -> str:
         if true is None:
-            fitting = [letter for letter, text in options if strings and text and text in strings[-1]]
+            said = strings[-1] if strings else ""
+            fitting = [letter for letter, text in options if text.strip('"') in said]
             return fitting[0] if fitting else options[0][0]
         return max(options, key=lambda option: len(true.intersection(self.names_in(option[1]))))[0]
 

@@ -45,6 +45,10 @@ class Row:
         """Positions of the accepted captions in `records`."""
         return [i for i, record in enumerate(self.records) if record["status"] in ACCEPTED and record["text"]]
 
+    def texts(self) -> list[str]:
+        """The accepted captions, each once."""
+        return list(dict.fromkeys(self.records[i]["text"] for i in self.captions()))
+
 
 class Embeddings(Protocol):
     """What a step may ask of the scorer."""
@@ -189,6 +193,17 @@ def scored(rows: Sequence[Row], scores: Mapping[tuple[int, int], Mapping[str, fl
         [with_scores(record, scores.get((i, k), {})) for k, record in enumerate(row.records)]
         for i, row in enumerate(rows)
     ]
+
+
+def scored_texts(rows: Sequence[Row], scores: Sequence[Mapping[str, Mapping] | None]) -> list[list[dict]]:
+    """The records of all rows, with the scores of each caption of a row by its text."""
+    by_place = {
+        (i, k): own[row.records[k]["text"]]
+        for i, (row, own) in enumerate(zip(rows, scores, strict=True))
+        for k in row.captions()
+        if own and row.records[k]["text"] in own
+    }
+    return scored(rows, by_place)
 
 
 def readable(rows: Sequence[Row], images: np.ndarray) -> list[int]:

@@ -10,12 +10,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
+from .agreement import Agreement
 from .base import Step
+from .choice import Choice
 from .clip_score import ClipScore
 from .cycle import Cycle
+from .pairwise import Pairwise
 from .presets import preset_names
+from .questions import Questions
 from .representatives import Representatives
 from .rewrite import Rewrite
+from .rubric import Rubric
 from .select import Select
 from .self_retrieval import SelfRetrieval
 from .verify import Verify
@@ -30,6 +35,11 @@ STEPS: dict[str, type[Step]] = {
         Representatives,
         Rewrite,
         Verify,
+        Rubric,
+        Choice,
+        Questions,
+        Agreement,
+        Pairwise,
     )
 }
 EXAMPLE = "Write steps: [clip_score, select: {by: clip, keep: 2}]."

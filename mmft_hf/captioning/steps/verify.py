@@ -128,8 +128,8 @@ class Verify(Step):
     name: ClassVar[str] = "verify"
     about: ClassVar[str] = "judges what each caption claims, and may remove what is not true"
     after: ClassVar[str] = (
-        "verification and rewriting of captions (arXiv 2404.19752), entity, attribute and relation levels (arXiv 2412.05685), what "
-        "the model can see (KnowAda, arXiv 2411.09018)"
+        "Visual Fact Checker (arXiv 2404.19752); levels and completeness after HMGIE (arXiv 2412.05685); what the student can see "
+        "after KnowAda (arXiv 2411.09018)"
     )
     differs: ClassVar[str] = (
         "Claims are judged by questions about the picture alone: there is no object detector, and no 3D. Levels are weighted "
@@ -174,7 +174,7 @@ class Verify(Step):
         return self.votes
 
     def bound(self, row: Row, fitted: Any) -> Counter:
-        captions = len(_texts(row))
+        captions = len(row.texts())
         found: Counter = Counter()
         if captions and self.by == "judge":
             calls = self.most + self.decoys if self.per_call == "one" else len(KINDS) if self.levels else 1
@@ -222,7 +222,7 @@ class Verify(Step):
 
     # -- the questions ------------------------------------------------------------------------------------------------
     def ask(self, row: Row, fitted: Fitted) -> Asking:
-        texts = _texts(row)
+        texts = row.texts()
         if row.image_sha256 is None or not texts:
             return None
         split, facts = yield from self._split(row, texts, fitted)
@@ -258,7 +258,7 @@ class Verify(Step):
 
     def _decoys(self, row: Row, captions: list, split: Callable[[str], list[Claim] | None]) -> dict[str, list[str]]:
         """The decoys of each caption. `captions`: of `foreign_captions`; `split`: gives the claims of a caption."""
-        texts = _texts(row)
+        texts = row.texts()
         own = [claim.text for text in texts for claim in split(text) or ()]
         found: dict[str, list[str]] = {text: [] for text in texts}
         for text in texts:
@@ -423,12 +423,8 @@ def _details(rows: Sequence[Row], found: Sequence[Mapping[str, Judged] | None]) 
     return details
 
 
-def _texts(row: Row) -> list[str]:
-    return list(dict.fromkeys(row.records[k]["text"] for k in row.captions()))
-
-
 def _clauses_of(row: Row) -> list[str]:
-    return list(dict.fromkeys(claim.text for text in _texts(row) for claim in clauses(text)))
+    return list(dict.fromkeys(claim.text for text in row.texts() for claim in clauses(text)))
 
 
 def _facts_ask(row: Row) -> Ask:
