@@ -26,7 +26,7 @@ from mmft_hf.captioning.steps.pairwise import Pairwise
 from mmft_hf.captioning.steps.questions import Questions, read_bank
 from mmft_hf.captioning.steps.rubric import DIMENSIONS, Rubric
 from mmft_hf.captioning.steps.scorer import Scorer
-from mmft_hf.captioning.steps.settings import make_step
+from mmft_hf.captioning.steps.settings import make_step, read_recipe
 from mmft_hf.captioning.steps.verify import Verify, decoy_recall
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import load_captioned_dataset
@@ -628,3 +628,58 @@ def test_rounds_and_images_bound_the_comparisons():
 def test_options_of_judges_that_cannot_be(name, options, said):
     with pytest.raises(UserError, match=said):
         make_step(name, options)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+def refined(name, rows, respond, scorer=None):
+    """The records after all steps of a recipe, and what each step told."""
+    told = []
+    for step in read_recipe([f"recipes/captions/steps/{name}.yaml"]).steps:
+        found, records = ran(step, rows, respond, scorer)
+        told.append(step.told(rows, found))
+        rows = [replace(r, records=own) for r, own in zip(rows, records, strict=True)]
+    return rows, told
+
+
+def test_the_recipe_of_facts_leaves_true_names():
+    rows, truth = planted(40)
+    scorer = axes(rows, truth)
+    found, told = refined("fact_checked", rows, responder(truth), Lists(scorer))
+    for r in found:
+        [caption] = texts(r.records)
+        assert set(caption.split(", ")) == set(truth[r.image_sha256])
+    assert told[0].figures["decoy_recall"] == 1 and told[0].figures["no"] == 40
+
+
+def test_the_recipe_of_several_writers_repairs_the_chosen_one():
+    rows, truth, best = writers(30)
+    found, told = refined("judge_select_refine", rows, responder(truth))
+    repaired = 0
+    for r, winner in zip(found, best, strict=True):
+        [caption] = [record for record in r.records if record["status"] == "ok"]
+        if caption["step"] == "refine":
+            repaired += 1
+            dropped = texts(r.records, "dropped")
+            assert caption["parents"][0] == f"a#{winner}@caption" and len(caption["parents"]) == 4 - len(dropped)
+        else:  # the judge dropped all others, so that nothing could be settled
+            assert caption is r.records[winner] and len(texts(r.records, "dropped")) == 3
+    assert repaired > 20
+    assert told[2].figures["images"] >= repaired
+
+
+def test_the_recipe_of_the_arena_ranks_the_writers():
+    rows, truth, best = writers(40)
+    found, [told] = refined("arena", rows, responder(truth))
+    assert [texts(r.records) for r in found] == [texts(r.records) for r in rows]
+    strengths = [told.figures[f"strength writer {k}"][0] for k in range(4)]
+    assert int(np.argmax(strengths)) == max(range(4), key=best.count)
+
+
+class Lists:
+    """A scorer that embeds a list of names as their mean."""
+
+    def __init__(self, scorer):
+        self.scorer, self.scale, self.images = scorer, scorer.scale, scorer.images
+
+    def texts(self, texts):
+        return np.stack([self.scorer.texts(text.split(", ")).mean(axis=0) for text in texts])
