@@ -285,7 +285,7 @@ def test_rows_with_heads_of_captions_and_images(name, context, task):
     found = fit(METHODS[name], context, task)
     assert found.classifier(task.validation).shape == (len(task.validation), 3) and found.steps is None
     if name.endswith("+auto"):
-        assert found.chosen == {"head": "mean", "head_alpha": 0.0}  # nine validation images choose nothing
+        assert found.chosen == {"head": "kernel", "head_alpha": 0.0}  # nine validation images choose nothing
     bare = dataclasses.replace(task, train=trainings.without_captions(task))
     if name == "timo-cap":
         with pytest.raises(UserError, match="expected captions"):
@@ -352,7 +352,7 @@ def test_2sfs_starts_its_head_at_tuned_class_texts_or_captions(context, task):
 
 def test_auto_takes_weights_between_untuned_and_trained(context, task):
     found = fit(METHODS["mmft+auto"], context, task)
-    assert found.steps == 2 and found.chosen == {"head": "mean", "head_alpha": 0.5}
+    assert found.steps == 2 and found.chosen == {"head": "kernel", "head_alpha": 0.5}
     kernel = fit(METHODS["mmft+kernel"], context, task)
     assert kernel.steps == 2 and not np.array_equal(
         found.classifier(task.validation), kernel.classifier(task.validation)

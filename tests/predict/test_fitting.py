@@ -178,7 +178,7 @@ def test_with_little_validation_nothing_but_the_default_is_taken():
     groups = torch.arange(len(x))
     for labels in (y, y.flip(0), torch.zeros_like(y)):
         choice = auto.choose(candidates(x, labels, groups, tuned_noise=2.0), groups)
-        assert (choice.chosen.alpha, choice.chosen.name) == (0.5, "mean") and "too few" in choice.reason
+        assert (choice.chosen.alpha, choice.chosen.name) == (0.5, "kernel") and "too few" in choice.reason
 
 
 def test_weights_that_tuning_spoilt_are_left_behind():
@@ -194,14 +194,16 @@ def test_another_head_must_be_better_by_more_than_one_standard_error():
     x, y = validation()
     groups = torch.arange(len(x))
     found = candidates(x, y, groups)
-    default = next(c for c in found if (c.alpha, c.name) == (0.0, "mean"))
+    default = next(c for c in found if (c.alpha, c.name) == (0.0, "kernel"))
     error = auto.standard_error(torch.randn(len(x), dtype=torch.float64), groups)
     assert error == pytest.approx(1 / math.sqrt(len(x)), rel=0.2)
     noise = torch.randn(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = (noise - noise.mean()) / noise.std()
-    for gain, expected in ((0.5, "mean"), (2.0, "kernel")):
+    for gain, accuracy, expected in ((0.5, 1.0, "kernel"), (2.0, 1.0, "mean"), (2.0, default.accuracy - 0.01, "kernel")):
         losses = default.losses - gain / math.sqrt(len(x)) - noise
-        changed = [replace(c, losses=losses) if (c.alpha, c.name) == (0.0, "kernel") else c for c in found]
+        changed = [
+            replace(c, losses=losses, accuracy=accuracy) if (c.alpha, c.name) == (0.0, "mean") else c for c in found
+        ]
         assert auto.choose(changed, groups).chosen.name == expected
 
 
@@ -234,9 +236,9 @@ def test_of_the_heads_that_are_better_the_most_accurate_is_taken():
     def judged(name, loss, accuracy):
         return auto.Candidate(0.0, name, None, loss + 0.1 * noise.roll(len(name)), accuracy)
 
-    default, linear, kernel = judged("mean", 2.0, 0.3), judged("linear", 1.0, 0.4), judged("kernel", 1.1, 0.5)
+    default, linear, mean = judged("kernel", 2.0, 0.3), judged("linear", 1.0, 0.4), judged("mean", 1.1, 0.5)
     lucky = judged("prototypes", 1.999, 0.9)  # not shown to be better
-    assert auto.choose([default, linear, kernel, lucky], groups).chosen is kernel
+    assert auto.choose([default, linear, mean, lucky], groups).chosen is mean
     assert auto.choose([default, linear, lucky], groups).chosen is linear
     assert auto.choose([default, lucky], groups).chosen is default
 
@@ -302,15 +304,15 @@ class Told:
 # Of 80 images of one class and 12 of each of six others: which candidate is best by which metric.
 COUNTS = (80, *[12] * 6)
 BY_METRIC = {
-    "mean": answers_of((60, *[6] * 6), COUNTS, 2.0),
-    "kernel": answers_of((80, *[4] * 6), COUNTS, 2.0),  # most right answers
+    "kernel": answers_of((60, *[6] * 6), COUNTS, 2.0),
+    "mean": answers_of((80, *[4] * 6), COUNTS, 2.0),  # most right answers
     "linear": answers_of((40, *[8] * 6), COUNTS, 2.0),  # most in the mean over the classes
 }
 
 
-@pytest.mark.parametrize(("metric", "expected"), [("accuracy", "kernel"), ("mean_per_class_accuracy", "linear")])
+@pytest.mark.parametrize(("metric", "expected"), [("accuracy", "mean"), ("mean_per_class_accuracy", "linear")])
 def test_weights_and_head_are_chosen_by_the_metric_that_is_named(metric, expected):
-    _, y = BY_METRIC["mean"]
+    _, y = BY_METRIC["kernel"]
     groups = torch.arange(len(y))
 
     def judged(alpha, name, like):
@@ -320,11 +322,11 @@ def test_weights_and_head_are_chosen_by_the_metric_that_is_named(metric, expecte
     choice = auto.choose(heads, groups, metric=metric)
     assert choice.chosen.name == expected and f"this head is better on validation by {metric}" in choice.reason
     assert choice.metric == metric and choice.by_validation
-    weights = [judged(0.0, "mean", "mean"), judged(0.5, "mean", "mean"), judged(1.0, "mean", expected)]
+    weights = [judged(0.0, "kernel", "kernel"), judged(0.5, "kernel", "kernel"), judged(1.0, "kernel", expected)]
     weights[0].errors = weights[0].errors + 0.01
     choice = auto.choose(weights, groups, metric=metric)
     assert choice.chosen.alpha == 1.0 and f"the tuned weights are better on validation by {metric}" in choice.reason
-    spoilt = [judged(0.0, "mean", expected), *weights[1:]]
+    spoilt = [judged(0.0, "kernel", expected), *weights[1:]]
     choice = auto.choose(spoilt, groups, metric=metric)
     assert choice.chosen.alpha == 0.0 and f"tuning did not help on validation by {metric}" in choice.reason
 

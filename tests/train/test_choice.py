@@ -96,11 +96,11 @@ def test_the_results_say_what_was_chosen_and_what_the_others_had(run):
     assert results["head_validation_images"] == 60 >= FEWEST
     assert results["head_reason"] in results["selection"]
     found = {(c["head"], c["alpha"]): c["validation_loss"] for c in results["head_candidates"]}
-    names = ("mean", "prototypes", "linear", "logistic", "kernel")
+    names = ("kernel", "mean", "prototypes", "linear", "logistic")
     assert found.keys() == {(name, a) for name in names for a in (0, 0.5, 1)} | {("zero-shot", 0)}
     # The chosen one is the default, or has a lower loss.
     chosen = found[results["head"], results["head_alpha"]]
-    assert chosen <= found["mean", 0.5]
+    assert chosen <= found["kernel", 0.5]
     assert load_head(str(folder)).fitted["head"] == results["head"] == kept.head.fitted["head"]
     assert results["temperature"] == kept.head.temperature != 1.0
 
@@ -235,7 +235,7 @@ def test_validation_pictures_that_are_training_pictures_choose_and_calibrate_not
     for split, of in (("train", "validation"), ("validation", "validation"), ("test", "test")):
         shutil.copy(data / f"{of}.parquet", tmp_path / "data" / f"{split}.parquet")
     results = finetune(clip_folder, tmp_path / "data", tmp_path / "out", num_train_epochs=0)
-    assert results["head"] == "mean" and results["head_validation_images"] == 0
+    assert results["head"] == "kernel" and results["head_validation_images"] == 0
     assert "60 of validation are among the training images" in results["head_reason"]
     assert results["temperature"] == 1.0
     assert "not calibrated" in (tmp_path / "out" / "README.md").read_text()

@@ -1,12 +1,12 @@
 """`--head auto`: which weights, and which head on them. Shapes: `n` validation images, `C` classes, `D` embedding size.
 
-The default is the head `mean` on weights halfway between untuned and tuned ones. Validation moves it, by cross-entropy, or by
-the errors that a named metric counts:
+The default is the head `kernel` on weights halfway between untuned and tuned ones (`mean` where there are too many images for
+it). Validation moves it, by cross-entropy, or by the errors that a named metric counts:
 
 1. Weights: the untuned ones if their loss is not higher (tuning did not help), the tuned ones if their loss is lower by more
    than one standard error.
 2. Head: another head on these weights, or the untuned model with the class template, if its loss is lower by more than one
-   standard error than that of `mean`; of several such heads, the most accurate one.
+   standard error than that of the default and it is right no less often; of several such heads, the most accurate one.
 
 With several labels per picture the default head is `linear`, the other one `prototypes`, and the loss is binary cross-entropy.
 
@@ -33,9 +33,9 @@ from . import SEVERAL_LABELS
 from .data import HeadData
 from .heads import fit_head, possible
 
-DEFAULT_HEAD, DEFAULT_ALPHA = "mean", 0.5
+DEFAULT_HEADS, DEFAULT_ALPHA = ("kernel", "mean"), 0.5  # the first one that the data allow
 ZERO_SHOT = "zero-shot"  # the untuned model with the class template
-CANDIDATES = ("mean", "prototypes", "linear", "logistic", "kernel")
+CANDIDATES = ("kernel", "mean", "prototypes", "linear", "logistic")
 ADJUSTED = ("linear", "logistic")  # heads that are trained, and so learn the shares of the classes
 FEWEST = 50  # validation images that may move the default
 ALIKE, IDENTICAL = 0.95, 0.9999  # cosines above which two pictures count as one, or are one
@@ -159,8 +159,9 @@ def select(
             candidate(state.alpha, name, found, embeds[usable], state.labels[usable], groups, metric)
             for name, found in heads.items()
         ]
-    default = SEVERAL_LABELS[0] if data.several_labels else DEFAULT_HEAD
-    choice = choose(candidates, groups, default if head == "auto" else head, metric)
+    if head == "auto":
+        head = next(name for name in (SEVERAL_LABELS if data.several_labels else DEFAULT_HEADS) if name in names)
+    choice = choose(candidates, groups, head, metric)
     left_out = int(is_example(state.labels).sum()) - choice.images
     seen = f" ({left_out} of validation are among the training images and choose nothing)" if left_out else ""
     return replace(choice, reason=choice.reason + seen, usable=usable)
@@ -206,7 +207,7 @@ def errors_of(metric: str | None, logits: Tensor, labels: Tensor) -> Tensor | No
 
 
 def choose(
-    candidates: Sequence[Candidate], groups: Tensor, head: str = DEFAULT_HEAD, metric: str | None = None
+    candidates: Sequence[Candidate], groups: Tensor, head: str = DEFAULT_HEADS[0], metric: str | None = None
 ) -> Choice:
     """Chooses a candidate as the module says.
 
@@ -239,9 +240,9 @@ def choose(
         reasons.append(f"the tuned weights are better on validation{by} by more than one standard error")
     chosen = by_key[alpha, head]
     others = [c for c in candidates if (c.alpha == alpha or c.name == ZERO_SHOT) and c is not chosen]
-    better = [c for c in others if lower(c, chosen, groups)]
+    better = [c for c in others if lower(c, chosen, groups) and (metric or c.accuracy >= chosen.accuracy)]
     if better:
-        # A low loss shows that a head is better; of several such heads, the one that is right most often is wanted.
+        # A low loss shows that a head is better, but the one that is right most often is wanted.
         chosen = min(better, key=lambda c: c.cost if metric else (-c.accuracy, c.cost))
         reasons.append(f"this head is better on validation{by} by more than one standard error")
     return Choice(
