@@ -199,7 +199,11 @@ def test_another_head_must_be_better_by_more_than_one_standard_error():
     assert error == pytest.approx(1 / math.sqrt(len(x)), rel=0.2)
     noise = torch.randn(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = (noise - noise.mean()) / noise.std()
-    for gain, accuracy, expected in ((0.5, 1.0, "kernel"), (2.0, 1.0, "mean"), (2.0, default.accuracy - 0.01, "kernel")):
+    for gain, accuracy, expected in (
+        (0.5, 1.0, "kernel"),
+        (2.0, 1.0, "mean"),
+        (2.0, default.accuracy - 0.01, "kernel"),
+    ):
         losses = default.losses - gain / math.sqrt(len(x)) - noise
         changed = [
             replace(c, losses=losses, accuracy=accuracy) if (c.alpha, c.name) == (0.0, "mean") else c for c in found
