@@ -12,7 +12,7 @@ from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
 from .ask.captioner import BACKENDS, WITHOUT_MODEL, Captioner
 from .ask.pictures import PicturePolicy
 from .ask.roles import named_as
-from .types import Sampling
+from .types import Decoding, Sampling
 
 ROLE_SETTINGS = ("model", "base_url", "api_key_env", "tag", "temperature", "max_tokens", "request_options")
 ABOVE_0 = Range(open=("low",))
@@ -58,7 +58,7 @@ class CaptionArguments(
         "captioner": "captioner captioner_model captioner_revision captioner_tag base_url api_key_env allow_http "
         "text_columns class_template",
         "prompts": "aspects domain words prompt_template own_prompts keep_class_names aspects_per_call samples",
-        "requests": "temperature max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
+        "requests": "temperature decoding max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
         "refining": "steps scorer scorer_is_student report_scorer group_column allow_empty_classes compare",
@@ -107,6 +107,11 @@ class CaptionArguments(
         "Sampling temperature; 0 always takes the most likely token. Default: 0.2 for models that are known to take one; "
         "others are sent none and use their own.",
         range=Range(),
+    )
+    decoding: str | None = setting(
+        None,
+        'With --captioner transformers, as JSON: diverse beams, which write the --samples of a prompt together (\'{"beams": 6, '
+        '"groups": 3, "diversity": 0.5}\'), or guidance against the model without the picture (\'{"guidance": 2}\').',
     )
     max_tokens: int = setting(
         200, "Maximum length of a caption in the captioner's tokens; thinking takes thousands.", range=Range(1)
@@ -204,6 +209,7 @@ class CaptionArguments(
             UserError: a setting out of its range or not in its form.
         """
         own, options = _mapping("own_prompts", self.own_prompts), _mapping("request_options", self.request_options)
+        decoding = Decoding.of(_mapping("decoding", self.decoding))
         prompts = PromptSet(
             tuple(self.aspects), self.domain, self.words, self.prompt_template, own, not self.keep_class_names
         )
@@ -212,7 +218,7 @@ class CaptionArguments(
             backend=self.captioner,
             model=self.captioner_model,
             prompts=prompts,
-            sampling=Sampling(self.temperature, self.max_tokens, 0, options, tuple(self.omit or ())),
+            sampling=Sampling(self.temperature, self.max_tokens, 0, options, tuple(self.omit or ()), decoding),
             revision=self.captioner_revision,
             base_url=self.base_url,
             api_key_env=self.api_key_env,

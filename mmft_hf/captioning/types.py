@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
+
+from ..core.errors import UserError, nearest
 
 # -- the status of a request ------------------------------------------------------------------------------------------
 # The next run of the same command asks again for OPEN ones, never for TERMINAL ones.
@@ -36,6 +39,7 @@ class Request:
         max_tokens: token limit of the answer, in the captioner's tokens.
         aspects: one name, or several if the answer must be a JSON object with these keys.
         seed: seed of the sampling, for backends that take one.
+        sample: number of the text among those of the same question, which diverse beams write together.
     """
 
     pictures: tuple[Picture, ...]
@@ -43,6 +47,7 @@ class Request:
     max_tokens: int
     aspects: tuple[str, ...]
     seed: int = 0
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,65 @@ DEFAULT_TEMPERATURE = 0.2  # at which the captions of the method were written
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen, where a model in this process writes.
+
+    Args:
+        beams: beam search with so many beams, instead of sampling; None: none.
+        groups: diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424): the beams form groups, and each group writes one
+            text. `beams` is a multiple of it.
+        diversity: what is taken from the log-probability of a token for each beam of an earlier group that has chosen it at the
+            same position.
+        guidance: γ of log p∅ + γ · (log p − log p∅), with p∅ the model without the picture (after Kornblith et al. 2023, arXiv
+            2307.16686, whose captioner was tuned for the empty condition); 1 is none.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    beams: int | None = None
+    groups: int = 1
+    diversity: float = 0.5
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        for name, kind in (("beams", int), ("groups", int), ("diversity", float), ("guidance", float)):
+            value = getattr(self, name)
+            number = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
+            if not number and not (name == "beams" and value is None):
+                words = "a whole number" if kind is int else "a number"
+                raise UserError(f"decoding, {name}: expected {words}, found {value!r}.")
+        if self.groups < 1 or (self.beams is not None and (self.beams < 1 or self.beams % self.groups)):
+            raise UserError(
+                f"decoding: expected beams to be a multiple of groups, found beams {self.beams} and groups {self.groups}."
+            )
+        if self.groups > 1 and self.beams is None:
+            raise UserError(f"decoding: expected beams where there are groups, found none. Write beams: {self.groups}.")
+        if self.diversity < 0 or self.guidance <= 0:
+            raise UserError(
+                "decoding: expected diversity from 0 on and guidance above 0, found "
+                f"{self.diversity:g} and {self.guidance:g}."
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Decoding:
+        """From names and values. Raises `UserError` for an unknown name."""
+        known = [field.name for field in fields(cls)]
+        if unknown := next((name for name in options if name not in known), None):
+            raise UserError(f"decoding: expected {', '.join(known)}, found {unknown!r}.{nearest(str(unknown), known)}")
+        return cls(**options)
+
+    def spec(self) -> dict:
+        """What changes the text; empty if nothing does."""
+        found: dict[str, Any] = {}
+        if self.beams is not None:
+            found |= {"beams": self.beams, "groups": self.groups}
+        if self.groups > 1:
+            found["diversity"] = float(self.diversity)
+        return found | ({"guidance": float(self.guidance)} if self.guidance != 1 else {})
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How a captioner writes.
 
@@ -174,6 +238,7 @@ class Sampling:
         seed: seed of the sampling.
         options: sent as they are in the body of a request (or given to `generate`); null removes a field.
         omit: fields that are never sent, for servers that refuse them.
+        decoding: beams or guidance, for a model in this process.
     """
 
     temperature: float | None = None
@@ -181,6 +246,7 @@ class Sampling:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     omit: tuple[str, ...] = ()
+    decoding: Decoding = Decoding()
 
     def spec(self) -> dict:
         """What the user asked of the sampling, for the keys of requests.
@@ -195,4 +261,6 @@ class Sampling:
             if name not in BUDGETS
         }
         temperature = DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
-        return {"temperature": float(temperature), "seed": self.seed, "options": options}  # 0 is 0.0
+        found = {"temperature": float(temperature), "seed": self.seed, "options": options}  # 0 is 0.0
+        decoding = self.decoding.spec()
+        return found | ({"decoding": decoding} if decoding else {})

@@ -85,8 +85,28 @@ class Captioner:
                 raise UserError(f"--{name}: expected more than 0, found {value}.")
         if self.backend == "columns" and not self.columns:
             raise UserError("--captioner columns: expected the names of columns of text. Type --text_columns NAME.")
+        self._check_decoding()
         for template in self.templates:
             check_template(template)
+
+    def _check_decoding(self) -> None:
+        decoding = self.sampling.decoding
+        if not decoding.spec():
+            return
+        if self.backend != "transformers":
+            raise UserError(
+                f"--decoding: expected --captioner transformers, found {self.backend}, which has neither beams nor guidance. For "
+                "several texts of a server, type --samples 3 --temperature 1."
+            )
+        if decoding.beams is not None and self.samples != decoding.groups:
+            raise UserError(
+                f"--samples: expected one for each of the {decoding.groups} groups of beams, found {self.samples}. Type --samples "
+                f"{decoding.groups}."
+            )
+        if decoding.beams is not None and self.sampling.temperature:
+            raise UserError(
+                f"--temperature: expected none with beams, which draw nothing, found {self.sampling.temperature:g}. Leave it out."
+            )
 
     @property
     def asks(self) -> bool:

@@ -215,7 +215,7 @@ class Driver:
                 if not self._still_turned_down(item, slot, row, prompt, reask):
                     return
             elif reask or not self.captioner.joint:  # the first try of a joint caption was the call for all aspects
-                request = Request((picture,), prompt, budget, (slot.aspect,), int(key[:7], 16))
+                request = Request((picture,), prompt, budget, (slot.aspect,), int(key[:7], 16), slot.sample)
                 try:
                     answer, spent = await self.calls.ask(request)
                 except CallError as error:

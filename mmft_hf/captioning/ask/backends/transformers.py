@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,6 +26,8 @@ from ....core.reading import refuse_pointers
 from ....data.images import BadImage, read_image
 from ....model.weights import shards_of
 from ...types import DEFAULT_TEMPERATURE, Answer, CallError, Fatal, Request, Sampling, Unanswerable
+from ..pictures import sha256
+from .beams import diverse_beams
 from .device import default_device, empty_cache, out_of_memory, seeded
 
 logger = logging.getLogger(__name__)
@@ -42,12 +45,18 @@ OWN_OPTIONS = ("max_length", "max_new_tokens", "num_return_sequences", "return_d
 THINK, THOUGHT = "<think>", "</think>"
 
 
+GUIDED = ("llava",)
+"""Kinds of models that are tested to write without their picture, too. Others keep positions of pictures from call to call."""
+KEPT_BEAMS = 64  # questions whose diverse beams are kept for the other samples
+
+
 class _Row(NamedTuple):
-    """A request, as the processor takes it."""
+    """A request, as the processor takes it. `bare`: its text without pictures, for guidance."""
 
     request: Request
     images: list[Image]
     text: str
+    bare: str
 
 
 class TransformersBackend:
@@ -91,13 +100,16 @@ class TransformersBackend:
                 raise UserError(f"sampling options: expected one of transformers' generate, found {option!r}.{hint}")
         self._temperature = DEFAULT_TEMPERATURE if sampling.temperature is None else sampling.temperature
         self._most = batch_size
+        self._decoding = sampling.decoding
+        self._beams: OrderedDict[tuple, tuple[list[list[int]], int]] = OrderedDict()
         self._model: Any = None
         self._lock = threading.Lock()
 
     # -- the backend protocol -----------------------------------------------------------------------------------------
     def sampling_fields(self) -> dict[str, Any]:
-        """The temperature and the further options of `generate`."""
-        return {"temperature": self._temperature, **self._options}
+        """The temperature or the decoding, and the further options of `generate`."""
+        drawn = {} if self._decoding.beams is not None else {"temperature": self._temperature}
+        return {**drawn, **self._decoding.spec(), **self._options}
 
     def check_key(self) -> None:
         """A model in this process needs no key."""
@@ -113,6 +125,11 @@ class TransformersBackend:
         """
         config, source = self._config, self._source
         dtype = config.dtype or config.get_text_config().dtype
+        if self._decoding.guidance != 1 and config.model_type not in GUIDED:
+            raise UserError(
+                f"decoding, guidance: expected a model of a kind that is tested to write without its picture ({', '.join(GUIDED)}), "
+                f"found {self.name!r} of the kind {config.model_type}. Leave guidance out."
+            )
         _ = self._processor  # reports a missing chat template before the first picture is read
         return {
             "backend": "transformers",
@@ -317,34 +334,47 @@ class TransformersBackend:
         if found := [token for token in self._controls if token in request.prompt]:
             # It would end the question or stand for a second picture.
             return Unanswerable("control_token", f"expected plain text as the prompt, found the token {found[0]!r}")
-        content = [*({"type": "image"} for _ in request.pictures), {"type": "text", "text": request.prompt}]
         try:
-            text = self._processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **self._chat_options
-            )
-            return _Row(request, [read_image(picture.data) for picture in request.pictures], text)
+            images = [read_image(picture.data) for picture in request.pictures]
+            return _Row(request, images, self._question(request, len(images)), self._question(request, 0))
         except BadImage as error:
             return Unanswerable("bad_image", str(error))
         except Exception as error:  # templates are programs and may raise anything
             return Unanswerable("chat_template", f"{type(error).__name__}: {one_line(error, 300)}")
 
-    def _answers(self, rows: list[_Row]) -> list[Answer]:
-        model, tokenizer = self._model, self._processor.tokenizer
+    def _question(self, request: Request, pictures: int) -> str:
+        content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": request.prompt}]
+        return self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **self._chat_options
+        )
+
+    def _inputs(self, rows: list[_Row]) -> Any:
+        """What the model reads of some rows, on its device."""
+        tokenizer = self._processor.tokenizer
         # Most templates write the begin token themselves, and models are not trained on two of them.
         bos = tokenizer.bos_token
         special = {"add_special_tokens": False} if bos and all(row.text.startswith(bos) for row in rows) else {}
-        inputs = self._processor(
-            images=[row.images for row in rows] if rows[0].images else None,
-            text=[row.text for row in rows],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            **special,
-        )
+        how = {"padding": True, "padding_side": "left", "return_tensors": "pt", **special}
+        pictures = [row.images for row in rows] if rows[0].images else None
+        inputs = self._processor(images=pictures, text=[row.text for row in rows], **how)
+        if self._decoding.guidance != 1 and pictures:
+            bare = tokenizer([row.bare for row in rows], **how)
+            inputs["negative_prompt_ids"], inputs["negative_prompt_attention_mask"] = (
+                bare.input_ids,
+                bare.attention_mask,
+            )
+        return inputs.to(self.device, dtype=self._model.dtype)
+
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
         ends = self._options.get("eos_token_id")
-        ends = model.generation_config.eos_token_id if ends is None else ends
-        ends = tokenizer.eos_token_id if ends is None else ends
-        ends = [ends] if isinstance(ends, int) else ends
+        ends = self._model.generation_config.eos_token_id if ends is None else ends
+        ends = self._processor.tokenizer.eos_token_id if ends is None else ends
+        return [ends] if isinstance(ends, int) else ends
+
+    def _answers(self, rows: list[_Row]) -> list[Answer]:
+        model, tokenizer = self._model, self._processor.tokenizer
+        ends = self._ends()
         options: dict[str, Any] = {
             "do_sample": self._temperature > 0,
             "temperature": self._temperature or None,
@@ -356,13 +386,51 @@ class TransformersBackend:
         options = {name: value for name, value in options.items() if value is not None}
         if "stop_strings" in options:
             options["tokenizer"] = tokenizer
+        if self._decoding.beams is not None:
+            return [self._of_group(row, ends, options) for row in rows]
+        inputs = self._inputs(rows)
+        if "negative_prompt_ids" in inputs:
+            options["guidance_scale"] = self._decoding.guidance
         seeds = [row.request.seed for row in rows]
         with seeded(int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "big"), self.device):
             with torch.inference_mode():
-                tokens = model.generate(**inputs.to(self.device, dtype=model.dtype), **options)
+                tokens = model.generate(**inputs, **options)
         tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         return [self._read(*row, ends, options) for row in zip(rows, tokens, prompts, strict=True)]
+
+    def _of_group(self, row: _Row, ends: list[int], options: Mapping) -> Answer:
+        """The text of the group that has the number of the sample. All groups are searched at once, and kept for the others."""
+        request = row.request
+        place = (*(sha256(picture.data) for picture in request.pictures), request.prompt, request.max_tokens)
+        if place not in self._beams:
+            self._beams[place] = self._searched(row, ends, options)
+            while len(self._beams) > KEPT_BEAMS:
+                self._beams.popitem(last=False)
+        groups, tokens_in = self._beams[place]
+        return self._read(row, groups[request.sample % len(groups)], tokens_in, ends, options)
+
+    def _searched(self, row: _Row, ends: list[int], options: Mapping) -> tuple[list[list[int]], int]:
+        """The likeliest text of each group of beams, and the number of tokens of the question.
+
+        The model reads the question again for each token: so it needs nothing that differs between kinds of models, and any option
+        of `generate` that changes log-probabilities takes part.
+        """
+        inputs, decoding = self._inputs([row]), self._decoding
+        one = {**options, "do_sample": False, "temperature": None, "max_new_tokens": 1}
+        if "negative_prompt_ids" in inputs:
+            one["guidance_scale"] = decoding.guidance
+
+        def log_probs(prefixes: Sequence[tuple[int, ...]]):
+            with torch.inference_mode():
+                found = self._model.generate(
+                    **_continued(inputs, prefixes), **one, output_scores=True, return_dict_in_generate=True
+                )
+                return found.scores[0].double().log_softmax(dim=-1).cpu().numpy()
+
+        size, most = (decoding.beams, decoding.groups, decoding.diversity), row.request.max_tokens
+        found = diverse_beams(log_probs, *size, ends=ends, most=most)
+        return [list(group[0].tokens) for group in found], inputs["input_ids"].shape[1]
 
     def _read(self, row: _Row, ids: list[int], tokens_in: int, ends: Sequence[int], options: Mapping) -> Answer:
         """The answer of one row. The batch ran up to its largest token limit, or until its last row ended."""
@@ -397,6 +465,22 @@ class TransformersBackend:
             tokens_out=len(ids),
             thinking_tokens=thought,
         )
+
+
+def _continued(inputs: Mapping[str, torch.Tensor], prefixes: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """What the model reads of one row (`inputs`), once for each beginning of an answer. All of them have the same length."""
+    count, result = len(prefixes), {}
+    ids = torch.tensor(prefixes, dtype=torch.long).reshape(count, -1)
+    for name, value in inputs.items():
+        value = value.repeat(count, *[1] * (value.dim() - 1))
+        if name in ("input_ids", "negative_prompt_ids"):
+            value = torch.cat([value, ids.to(value)], dim=1)
+        elif name in ("attention_mask", "negative_prompt_attention_mask"):
+            value = torch.cat([value, torch.ones_like(ids).to(value)], dim=1)
+        elif value.shape[1:] == inputs["input_ids"].shape[1:]:  # kinds of tokens: an answer has none of a picture
+            value = torch.cat([value, torch.zeros_like(ids).to(value)], dim=1)
+        result[name] = value
+    return result
 
 
 def _sample(path: Path) -> str:
