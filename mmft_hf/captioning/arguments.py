@@ -61,7 +61,7 @@ class CaptionArguments(
         "requests": "temperature decoding max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
-        "refining": "steps scorer scorer_is_student report_scorer group_column allow_empty_classes compare",
+        "refining": "steps scorer scorer_is_student report_scorer group_column allow_empty_classes compare metrics",
         **{role: " ".join([role, *(f"{role}_{name}" for name in ROLE_SETTINGS)]) for role in ("judge", "writer")},
         "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
     }
@@ -169,6 +169,11 @@ class CaptionArguments(
     )
     allow_empty_classes: bool = setting(False, "Let steps take the last caption of a class.")
     compare: str | None = setting(None, "Another captioned dataset of the same images, for `report`: before.")
+    metrics: list[str] | None = setting(
+        None,
+        "Further figures for `report`: vendi, sce, conditional_retrieval, SCORE@max_K, reconstruction=package.module:function. All but "
+        "SCORE@max_K need --scorer.",
+    )
     overwrite_output_dir: bool = setting(False, "Replace another dataset in output_dir. A journal there is kept.")
 
     def to_roles(self) -> dict[str, Captioner]:

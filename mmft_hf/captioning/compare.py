@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..core.arguments import DataArguments
+from ..core.console import is_main
 from ..core.errors import UserError
 from ..core.files import COMPARED_PAGE, DETAILS_FILE, REFINED_PAGE, atomic_write
 from ..core.markdown import public_name
 from .caption_table import CaptionTable
+from .metrics.table import Metric, metric_of
+from .refine import open_scorer
+from .steps.base import Embeddings, Row
 from .workflow import load_data
 from .write.card import captioned_splits, title
 from .write.comparison import Compared, changes_from, choose, comparison_page, refined_page
-from .write.figures import caption_figures, figure_rows
+from .write.figures import as_before, caption_figures, figure_rows
 from .write.output_folder import CaptionFolder
 
 
 def caption_comparison(
-    data_args: DataArguments, folder: str, other: str | None = None
+    data_args: DataArguments,
+    folder: str,
+    other: str | None = None,
+    metrics: Sequence[str] = (),
+    scorer: str | None = None,
+    group_column: str | None = None,
 ) -> tuple[list[tuple[str, str, str]], Path]:
     """Writes the page of a captioned folder before and after its steps, or of another dataset (before) and it (after).
 
     Args:
         folder: the captioned folder, into which the page is written.
         other: another captioned dataset of the same images.
+        metrics: further figures, as `metrics.table.metric_of` reads them.
+        scorer: the model that metrics compare captions and images with.
+        group_column: see `CaptionArguments`.
 
     Returns:
         The figures, as `figures.figure_rows`, and the page.
 
     Raises:
-        UserError: no captioned folder; no steps to tell of, and no `other`; no image in common.
+        UserError: no captioned folder; no steps to tell of, and no `other`; no image in common; an unknown metric, or no scorer for
+            one.
     """
+    measures = [metric_of(word) for word in metrics]
+    if scorer is None and any(needs for _, needs in measures):
+        raise UserError(
+            "--scorer: expected the model that --metrics compares captions and images with, found none. Type --scorer NAME."
+        )
     details = CaptionFolder(folder).details()
     if not details:
         raise UserError(f"caption report: expected a captioned folder, found no {DETAILS_FILE} in {folder}.")
@@ -44,13 +63,28 @@ def caption_comparison(
                 f"caption report: expected a folder of mmft-hf caption refine, found {folder}, which no step has changed. Type "
                 "--compare OTHER to compare two captioned datasets."
             )
+        comparison = details["comparison"]
+        if measures:
+            table = CaptionTable(folder, data[split], group_column)
+            model = scorer and open_scorer(scorer, table, is_main())
+            sides = ([replace(row, records=as_before(row.records)) for row in table.rows], table.rows)
+            comparison = {
+                side: figures | {"metrics": _measured(measures, rows, model)}
+                for (side, figures), rows in zip(comparison.items(), sides, strict=True)
+            }
         with atomic_write(Path(folder) / REFINED_PAGE) as path:
-            refined_page(path, data[split], f"{name}: before and after", details)
-        return figure_rows(**details["comparison"]), Path(folder) / REFINED_PAGE
+            refined_page(path, data[split], f"{name}: before and after", details | {"comparison": comparison})
+        return figure_rows(**comparison), Path(folder) / REFINED_PAGE
     others, other_train = load_data(replace(data_args, dataset_name=other))
-    after = CaptionTable(folder, data[split])
-    before = CaptionTable(other, others[split if split in others else other_train])
-    figures = figure_rows(*(caption_figures((r.image_sha256, r.records) for r in t.rows) for t in (before, after)))
+    after = CaptionTable(folder, data[split], group_column)
+    before = CaptionTable(other, others[split if split in others else other_train], group_column)
+    figures = figure_rows(
+        *(
+            caption_figures((r.image_sha256, r.records) for r in t.rows)
+            | {"metrics": _measured(measures, t.rows, scorer and measures and open_scorer(scorer, t, is_main()))}
+            for t in (before, after)
+        )
+    )
     there = {(row.image_sha256, row.class_name): row.records for row in before.rows if row.image_sha256}
     pairs = [
         Compared(i, changes_from(there[row.image_sha256, row.class_name], row.records))
@@ -64,3 +98,7 @@ def caption_comparison(
         sides, steps = (public_name(other), public_name(folder)), details.get("steps") or ()
         comparison_page(path, f"{name}: compared", sides, figures, steps, choose(pairs, images["label"][:]), images)
     return figures, Path(folder) / COMPARED_PAGE
+
+
+def _measured(measures: Sequence[tuple[Metric, bool]], rows: Sequence[Row], scorer: Embeddings | None) -> dict:
+    return {label: value for measure, _ in measures for label, value in measure(rows, scorer).items()}

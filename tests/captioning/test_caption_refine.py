@@ -390,3 +390,25 @@ def test_unreadable_copied_and_uncaptioned_images_pass(clip_folder, tmp_path, ca
         assert one["status"] == two["status"] and one["text"] == two["text"]
         values = [{s["name"]: s["value"] for s in r["scores"]} for r in (one, two)]
         assert values[0] == pytest.approx(values[1], abs=1e-6)  # sums of the same numbers in another order
+
+
+def test_a_report_with_further_metrics(refine, clip_folder, tmp_path, capsys):
+    assert refine("--steps", RECIPES / "best_of_n.yaml")[0] == 0
+
+    def report(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in ("caption", "report", tmp_path / "out", "--metrics", *words)])
+        return code, " ".join("".join(capsys.readouterr()).split())
+
+    code, said = report("vendi", "clip@max_2", "--scorer", clip_folder)
+    assert code == 0 and "captions over images (Vendi)" in said, said
+    assert "images with fewer than 2 captions with clip 0 18" in said
+    before, after = re.search(r"best clip of 2 captions (\S+) (\S+)", said).groups()
+    assert float(before) < 1 and after == "–"  # one caption of each image is left
+    assert "captions over images (Vendi)" in (tmp_path / "out" / "refined.html").read_text()
+    code, said = report("clip@max_1")
+    assert code == 0 and "best clip of 1 captions" in said
+    code, said = report("sce")
+    assert code == 2 and "--scorer: expected the model that --metrics compares" in said
+    code, said = report("vendy", "--scorer", clip_folder)
+    assert code == 2 and "Did you mean 'vendi'" in said

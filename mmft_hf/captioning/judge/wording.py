@@ -20,6 +20,15 @@ _UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")  # scripts 
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those it its he she they them their his her i you we who which what whose there here and or but nor so yet "
+    "if as than then of in on at by for from to into onto with without over under above below between behind before after near "
+    "against about around along across through during up down out off is are was were be been being am has have had do does did "
+    "can could may might will would shall should must not no one ones some any each all both other another such very".split()
+)
+"""English words that say how others belong together, and nothing of a picture by themselves."""
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text, folded for comparison."""
     return _WORD.findall(fold(text))

@@ -171,7 +171,9 @@ def report(data_args: DataArguments, args: CaptionArguments, *operands: str) -> 
             f"caption report: expected one captioned folder, found {' '.join(operands) or 'none'}. Type mmft-hf caption report "
             "FOLDER, perhaps with --compare OTHER."
         )
-    figures, page = caption_comparison(data_args, operands[0], args.compare)
+    figures, page = caption_comparison(
+        data_args, operands[0], args.compare, args.metrics or (), args.scorer, args.group_column
+    )
     width = max(len(name) for name, _, _ in figures)
     say(f"{'':<{width}}  {'before':>10}  {'after':>10}")
     for name, before, after in figures:
