@@ -323,7 +323,7 @@ def test_another_model_judges_what_one_has_chosen(refine, clip_folder, tmp_path)
     ("words", "said"),
     [
         (["--steps", "clip_scor"], "Did you mean 'clip_score'"),
-        ([], "--steps: expected one or more of clip_score, self_retrieval, select"),
+        ([], "--steps: expected one or more of clip_score, self_retrieval"),
         (["--steps", "clip_score", "--split", "test"], "expected the split to train on, found 'test'"),
         (["--steps", "clip_score", "--split", "validation"], "Only training captions are refined"),
         (["--steps", "clip_score", "--train_split", "validation"], "Only training captions are refined"),

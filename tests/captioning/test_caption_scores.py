@@ -185,7 +185,9 @@ def test_the_own_caption_beats_three_of_its_class(emoji):
         others = [other for other in rows if other.label == own.label and other.group != own.group]
         foils = [others[i].records[0]["text"] for i in rng.choice(len(others), 3, replace=False)]
         planted.append(replace(own, records=[own.records[0], *(own.records[0] | {"text": text} for text in foils)]))
-    found = kept(Select("clip", keep=1).apply(ClipScore().apply(planted, scorer)))
+    records = ClipScore().apply(planted, scorer)
+    marked = [replace(own, records=found) for own, found in zip(planted, records, strict=True)]
+    found = kept(Select("clip", keep=1).apply(marked))
     assert np.mean([texts == [own.records[0]["text"]] for own, texts in zip(rows, found, strict=True)]) >= 0.85
 
 
