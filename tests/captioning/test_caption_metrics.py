@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from step_rows import Vectors, auroc, row, with_values
+from step_rows import Vectors, auroc, row, unit, with_values
 
 from mmft_hf.captioning.metrics.best_of import best_of
 from mmft_hf.captioning.metrics.conditional import conditional_ranks, conditional_retrieval
@@ -19,10 +19,6 @@ from mmft_hf.captioning.steps.asking import answered, rendered
 from mmft_hf.captioning.steps.diversity import contextual_vendi
 from mmft_hf.captioning.write.figures import as_before, caption_figures
 from mmft_hf.core.errors import UserError
-
-
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 # -- what captions explain --------------------------------------------------------------------------------------------

@@ -56,3 +56,13 @@ def auroc(high, low):
     """How often a value of the first is above one of the second; ties count half."""
     high, low = np.asarray(high)[:, None], np.asarray(low)[None]
     return float(np.mean((high > low) + 0.5 * (high == low)))
+
+
+def spearman(first, second):
+    """The correlation of the ranks of two lists without ties."""
+    return float(np.corrcoef(np.argsort(np.argsort(first)), np.argsort(np.argsort(second)))[0, 1])
+
+
+def unit(vectors):
+    """Vectors of unit norm."""
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

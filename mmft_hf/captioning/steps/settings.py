@@ -19,6 +19,7 @@ from .pairwise import Pairwise
 from .presets import preset_names
 from .questions import Questions
 from .representatives import Representatives
+from .reward import Reward
 from .rewrite import Rewrite
 from .rubric import Rubric
 from .select import Select
@@ -31,6 +32,7 @@ STEPS: dict[str, type[Step]] = {
         ClipScore,
         SelfRetrieval,
         Cycle,
+        Reward,
         Select,
         Representatives,
         Rewrite,
