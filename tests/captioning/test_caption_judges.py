@@ -17,9 +17,12 @@ from mmft_hf.captioning.steps.claims import (
     claim_ask,
     clauses,
     dnli,
+    foreign_caption,
+    foreign_captions,
     majority,
     object_hallucination,
     read_claims,
+    read_numbered,
     split_ask,
 )
 from mmft_hf.captioning.steps.pairwise import Pairwise
@@ -227,6 +230,19 @@ def test_decoys_are_of_another_class_unmarked_and_independent_of_the_order_of_ro
     assert len(set(places)) > 3  # the decoy is not always the last one
     again, _ = ran(step, rows[::-1], responder(truth))
     assert again == found[::-1]
+
+
+def test_captions_of_other_classes_are_drawn_evenly():
+    rows = [row(i, [f"text {i}", "shared"], label=i // 10) for i in range(30)]
+    captions = foreign_captions(rows)
+    drawn = Counter(foreign_caption(captions, rows[12], k) for k in range(4000))
+    assert set(drawn) == {f"text {i}" for i in (*range(10), *range(20, 30))}
+    assert max(drawn.values()) < 600  # 200 each, and those after "shared" twice as often
+    assert foreign_caption(foreign_captions(rows[:10]), rows[0]) is None
+
+
+def test_values_that_are_true_and_false_are_verdicts():
+    assert read_numbered({"1": True, "2": "No ", "3": "maybe"}, 4) == ["yes", "no", None, None]
 
 
 # -- verify: levels and completeness ------------------------------------------------------------------------------------

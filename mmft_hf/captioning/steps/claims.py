@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,12 +80,20 @@ def foreign_captions(rows: Sequence[Row]) -> list[tuple[int, str]]:
 
 
 def foreign_caption(captions: Sequence[tuple[int, str]], row: Row, *seed: Any) -> str | None:
-    """A caption of another class, which no image of the row's class has, drawn by the row's picture and the seed."""
-    own = {row.records[k]["text"] for k in row.captions()}
-    start = number_of(row.image_sha256, *seed) % len(captions)
-    for place in range(len(captions)):
-        label, text = captions[(start + place) % len(captions)]
-        if label != row.label and text not in own:
+    """A caption of another class that the image does not have, drawn by its picture and the seed.
+
+    Args:
+        captions: of `foreign_captions`.
+    """
+    first, last = (bisect_left(captions, (label,)) for label in (row.label, row.label + 1))
+    number, own = len(captions) - (last - first), set(row.texts())
+    if not number:
+        return None
+    start = number_of(row.image_sha256, *seed)
+    for away in range(min(number, len(own) + 1)):
+        place = (start + away) % number
+        text = captions[place if place < first else place + last - first][1]
+        if text not in own:
             return text
     return None
 
@@ -117,7 +126,7 @@ def numbered_ask(
 def read_numbered(answer: Mapping[str, Any] | None, number: int) -> list[str | None]:
     """The verdicts of an answer to `numbered_ask`; None where there is none."""
     words = [str((answer or {}).get(str(n), "")).strip().lower() for n in range(1, number + 1)]
-    return [word if word in (YES, NO, UNSURE) else None for word in words]
+    return [{"true": YES, "false": NO}.get(word, word if word in (YES, NO, UNSURE) else None) for word in words]
 
 
 def majority(votes: Sequence[str | None]) -> str:

@@ -199,25 +199,33 @@ class Verify(Step):
             for claim in _clauses_of(row):
                 pools.setdefault(row.label, {}).setdefault(claim, set()).update((row.group, row.image_sha256))
         ordered = {label: sorted(pool) for label, pool in pools.items()}
-        found = {}
+        compared = []
         for i in readable(rows, images):
-            row = rows[i]
-            own = _clauses_of(row)
-            decoys = [text for one in self._decoys(row, captions, clauses).values() for text in one]
-            pool, names = pools.get(row.label, {}), ordered.get(row.label, [])
-            rivals: list[str] = []
-            for k in np.random.default_rng(number_of(row.image_sha256)).permutation(len(names)):
-                if len(rivals) == self.rivals:
-                    break
-                if names[k] not in own and not pool[names[k]] & {row.group, row.image_sha256}:
-                    rivals.append(names[k])
-            if not own:
-                continue
-            cosines = scorer.texts([*rivals, *own, *decoys]) @ images[i]
+            if own := _clauses_of(rows[i]):
+                decoys = [text for one in self._decoys(rows[i], captions, clauses).values() for text in one]
+                rivals = self._rivals(rows[i], own, pools[rows[i].label], ordered[rows[i].label])
+                compared.append((i, rivals, [*own, *decoys]))
+        texts = sorted({text for _, rivals, own in compared for text in (*rivals, *own)})
+        if not texts:
+            return {}
+        number, embeds = {text: k for k, text in enumerate(texts)}, scorer.texts(texts)
+        found = {}
+        for i, rivals, own in compared:
+            cosines = embeds[[number[text] for text in (*rivals, *own)]] @ images[i]
             highest = cosines[: len(rivals)].max() if rivals else None
-            for text, cosine in zip([*own, *decoys], cosines[len(rivals) :].tolist(), strict=True):
+            for text, cosine in zip(own, cosines[len(rivals) :].tolist(), strict=True):
                 verdict = UNSURE if highest is None else YES if cosine > highest else NO
-                found[row.image_sha256, row.label, text] = verdict
+                found[rows[i].image_sha256, rows[i].label, text] = verdict
+        return found
+
+    def _rivals(self, row: Row, own: Sequence[str], pool: Mapping[str, set], ordered: Sequence[str]) -> list[str]:
+        """Clauses of other images of the class, drawn by the picture."""
+        found: list[str] = []
+        for k in np.random.default_rng(number_of(row.image_sha256)).permutation(len(ordered)):
+            if len(found) == self.rivals:
+                break
+            if ordered[k] not in own and not pool[ordered[k]] & {row.group, row.image_sha256}:
+                found.append(ordered[k])
         return found
 
     # -- the questions ------------------------------------------------------------------------------------------------
