@@ -16,6 +16,8 @@ from .steps.base import Embeddings, Row, Step, Told
 from .types import ACCEPTED, REPLACED
 from .write.dataset import captions_from
 
+SHREDDED = 2.5  # tokens per word from which a tokenizer does not know a language
+
 
 @dataclass
 class Asked:
@@ -100,7 +102,7 @@ def apply_steps(
             asked = Asked([answered(step.ask(row, fitted), _nobody) for row in before])
         records = step.apply(before, scorer, asked.found)
         records = [
-            [_completed(r, row.label, asked.model, checker) for r in own]
+            [_completed(r, row.label, asked.model, checker, step.scripts()) for r in own]
             for row, own in zip(before, records, strict=True)
         ]
         table.rows = [replace(row, records=own) for row, own in zip(before, records, strict=True)]
@@ -115,15 +117,30 @@ def apply_steps(
         unscored = _unscored(step, before if step.reads() else table.rows)
         totals = counts[0].total(), counts[1].total()
         told = step.told(before, asked.found)
+        if step.scripts() and (ratio := _tokens_per_word(before, table.rows)) > SHREDDED:
+            note = f"A word of the new texts has {ratio:.1f} tokens on average: the model that will be trained hardly knows the language."
+            told = replace(told, notes=[*told.notes, note])
         applied.append(AppliedStep(step, *totals, unscored, *counted, asked.figures, told))
     return applied
+
+
+def _tokens_per_word(before: Sequence[Row], after: Sequence[Row]) -> float:
+    """Mean number of tokens of a word of the texts that are new; 0 if there is none."""
+    words = tokens = 0
+    for old, new in zip(before, after, strict=True):
+        for record in new.records[len(old.records) :]:
+            if record["status"] in ACCEPTED and record["clip_tokens"]:
+                words, tokens = words + len(record["text"].split()), tokens + record["clip_tokens"] - 2
+    return tokens / words if words else 0.0
 
 
 def _nobody(ask: Ask) -> None:
     raise RuntimeError(f"a question to the {ask.role}, whom the step does not name among its roles")
 
 
-def _completed(record: dict, label: int, model: str | None, checker: CaptionChecker | None) -> dict:
+def _completed(
+    record: dict, label: int, model: str | None, checker: CaptionChecker | None, scripts: Sequence[str]
+) -> dict:
     """A record with its author and the verdict of the checks, if its text is new."""
     if not record.get("step") or record["status"] not in ACCEPTED or record.get("clip_tokens") is not None:
         return record
@@ -131,9 +148,9 @@ def _completed(record: dict, label: int, model: str | None, checker: CaptionChec
         record = {**record, "model": model}
     if checker is None:
         return record
-    checked = checker.check(record["text"], "stop", label, last_try=True)
+    checked = checker.check(record["text"], "stop", label, last_try=True, scripts=scripts)
     verdict = {
-        "checks": list(checked.checks),
+        "checks": list(dict.fromkeys([*(record["checks"] or ()), *checked.checks])),
         "clip_tokens": checked.clip_tokens,
         "mentions_label": checked.mentions_label,
     }

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
+from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.steps.asking import answered, quoted, rendered
 from mmft_hf.captioning.steps.base import Row
+from mmft_hf.captioning.steps.languages import LANGUAGES
 from mmft_hf.captioning.steps.presets import FOLDER, preset_names, read_preset
 from mmft_hf.captioning.steps.rewrite import Rewrite
 from mmft_hf.captioning.steps.seen import nearest_of_other_classes, other_captions
@@ -237,23 +239,27 @@ def test_a_long_column_is_cut():
     assert len(ask.prompt) < 5_000
 
 
-def test_translations_are_of_the_right_script():
-    """Cyrillic passes with ru and is asked for again with en; nobody looks for an English class name in it."""
-    said = "рыжий кот на траве"
-    rows = [row(1, ["a ginger cat"])]
-    (records,), asks = run(Rewrite("translate", language="ru"), rows, lambda ask: said)
-    assert texts(records) == [said] and len(asks) == 1 and "Russian" in asks[0].prompt
-    assert (asks[0].answer, asks[0].class_name) == ("text", None)
-    (records,), asks = run(Rewrite("translate", language="en"), rows, lambda ask: said)
-    assert len(asks) == 2 and asks[1].prompt.endswith("Write in English.")
-    assert texts(records) == ["a ginger cat"] and records[-1]["status"] == "rejected"
-    assert records[-1]["checks"] == ["foreign_script"]
-    (records,), asks = run(
-        Rewrite("translate", language="ru"), rows, lambda ask: said if "Write in" in ask.prompt else "a cat"
+def test_a_translation_is_asked_for_as_a_text_of_its_script():
+    step, rows = Rewrite("translate", language="ru"), [row(1, ["a ginger cat"])]
+    (records,), (ask,) = run(step, rows, lambda ask: "рыжий кот на траве")
+    assert texts(records) == ["рыжий кот на траве"] and "to Russian" in ask.prompt
+    assert (ask.answer, ask.scripts, step.scripts()) == ("caption", ("CYRILLIC",), ("CYRILLIC",))
+
+
+@pytest.mark.parametrize(("text", "language", "fine"), [
+    ("рыжий кот на траве", "ru", True), ("рыжий кот на траве", "en", False), ("a ginger cat on grass", "ru", False),
+    ("赤いネコ、ケーキの上", "ja", True), ("赤いネコ、ケーキの上", "el", False), ("eine rote Katze im Gras", "de", True),
+    ("црвена мачка na travi", "sr", True),
+])  # fmt: skip
+def test_the_checks_know_the_scripts_of_a_language_and_look_for_no_class_name(text, language, fine):
+    checker = CaptionChecker(["cat", "dog"], actions={"label_missing": "reject"})
+    checked = checker.check(text, "stop", 0, scripts=LANGUAGES[language][1])
+    assert (checked.status, checked.checks) == (("ok", ()) if fine else ("rejected", ("foreign_script",)))
+    assert fine or checked.reask.startswith(
+        f"Use {' or '.join(s.title() for s in LANGUAGES[language][1])} letters only."
     )
-    assert texts(records) == [said] and len(asks) == 2
-    (records,), asks = run(Rewrite("translate", language="ja"), rows, lambda ask: "赤いネコ、ケーキの上")
-    assert len(asks) == 1
+    assert checker.check("a ginger cat", "stop", 0).status == "ok"
+    assert checker.check("a ginger one", "stop", 0).status == "rejected"
 
 
 def test_equal_captions_are_diversified_with_different_examples():
@@ -286,6 +292,8 @@ def test_what_is_known_already_is_no_new_caption():
     assert (records[-1]["status"], records[-1]["checks"]) == ("rejected", ["duplicate"])
     (records,), _ = run(step, [row(1, ["A cat.", "a mat"])], lambda ask: "a window behind")
     assert texts(records) == ["A cat.", "a mat", "a window behind"] and records[-1]["aspect"] == "complement"
+    (records,), _ = run(Rewrite("diversify"), [row(1, ["A cat.", "One cat."])], lambda ask: "there is a cat")
+    assert texts(records) == ["there is a cat"] and texts(records, "replaced") == ["A cat.", "One cat."]
     own = [row(1, ["A cat."])]
     assert run(Rewrite("diversify"), own, lambda ask: "a cat")[0] == [list(own[0].records)]  # left as it was
 
@@ -306,6 +314,19 @@ def test_a_captioner_that_minds_the_length_on_the_second_try_is_not_flagged():
         Rewrite("length", words=5), [row(1)], lambda ask: "one two three four five" if "last" in ask.prompt else "one"
     )
     assert len(asks) == 2 and (records[0]["text"], records[0]["checks"]) == ("one two three four five", [])
+
+
+def test_what_is_longer_than_the_student_reads_is_told_before():
+    assert "some 156 tokens, and the model that will be trained reads 77" in Rewrite("dense").cautions(77)[0]
+    assert (
+        not Rewrite("dense").cautions(None) and not Rewrite("dense").cautions(256) and not Rewrite("short").cautions(77)
+    )
+    assert Rewrite("dense", words=50).cautions(77) == [] and Rewrite("structured").cautions(77)
+
+
+def test_what_a_backend_has_to_know_is_told():
+    assert Rewrite("difference").needs() == {"captioner": ("pictures",)} == Rewrite("unique_region").needs()
+    assert Rewrite("refine").needs() == {"writer": ("text",)} and Rewrite("short").needs() == {"captioner": ()}
 
 
 def test_regions_are_boxes_of_a_column_or_quarters():
@@ -471,7 +492,7 @@ def test_one_neighbour_of_each_of_several_classes():
 def test_sentences_meet_their_own_part():
     """Those below the median of the class stay out, and the others are shown with where they are from."""
     views = ["whole", "quadrant:2"]
-    own = row(1, ["Good. Bad.", "Left. Wrong."], views=views)
+    own = row(1, ["Good. Bad.", "Left. Wrong."], views=views)  # and the median is .5
     known = {"Good.": [0.9, 0, 0], "Bad.": [0.1, 0.9, 0], "Left.": [0, 0.8, 0], "Wrong.": [0.9, 0.2, 0]}
     scorer = Vectors([[1, 0, 0]], known, quadrant_2=[[0, 1, 0]])
     (records,), (ask,) = run(Rewrite("merge_local"), [own], lambda ask: "Good, left.", scorer)

@@ -239,7 +239,10 @@ class QuestionDriver:
         text, finish_reason, thinking = answer
         if ask.answer == "caption":
             # Captions within the prompt are data that an answer may repeat, and not its wording.
-            checked = self.checker.check(text, finish_reason, label, _DATA.sub('""', prompt), thinking, last_try=last)
+            words = _DATA.sub('""', prompt)
+            checked = self.checker.check(
+                text, finish_reason, label, words, thinking, last_try=last, scripts=ask.scripts
+            )
             if checked.reask and not last:
                 again = f"{rendered(ask)}\n{checked.reask}"
                 return _Judged(None, "rejected", again, checked.needs_larger_budget, checked.checks)

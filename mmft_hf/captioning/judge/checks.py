@@ -43,6 +43,7 @@ class Candidate:
         clip_tokens: of `text` alone, begin and end tokens included; None without a tokenizer.
         over_limit: whether template and caption together were longer than the text tower reads.
         echo: runs of eight words of the prompt.
+        scripts: in which it may be written.
     """
 
     whole: str
@@ -61,6 +62,7 @@ class Candidate:
     clip_tokens: int | None = None
     over_limit: bool = False
     echo: frozenset[tuple[str, ...]] = frozenset()
+    scripts: Sequence[str] = ("LATIN",)
 
 
 # -- the checks -------------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ class Check:
         finds: whether the check fires for a candidate. None: it needs more than one row to tell.
         action: what follows by default: one of `ACTIONS` or `own_action`.
         meaning: what it found, in words for the report and the card.
-        advice: added to the prompt when the caption is asked for again; `{name}` is filled in.
+        advice: added to the prompt when the caption is asked for again; `{name}` (of the class) and `{letters}` are filled in.
         own_action: an action that only this check offers: `trim` or `prefix`.
     """
 
@@ -128,10 +130,10 @@ TABLE = {  # in the order in which `checks` of a caption record lists them
         lambda c: has_loop(c.words), "reask", "the text repeats itself", advice="Do not repeat yourself."
     ),
     "foreign_script": Check(
-        lambda c: is_foreign(c.text),
+        lambda c: is_foreign(c.text, c.scripts),
         "reask",
         "letters of another script",
-        advice="Use Latin letters only.",
+        advice="Use {letters} letters only.",
     ),
     "prompt_echo": Check(
         lambda c: not c.echo.isdisjoint(_runs_of_eight(c.words)),
@@ -271,6 +273,7 @@ class CaptionChecker:
         prompt: str = "",
         thinking_tokens: int = 0,
         last_try: bool = False,
+        scripts: Sequence[str] = (),
     ) -> Checked:
         """Cleans and checks one answer.
 
@@ -281,10 +284,13 @@ class CaptionChecker:
             prompt (*optional*): the question; a caption that repeats eight consecutive words of it is an echo.
             thinking_tokens: spent before the answer.
             last_try: the caption will not be asked for again.
+            scripts: of the language that was asked for; names of classes, which are in another one, are not looked for. Empty:
+                Latin letters.
         """
         cleaned, changed, unclosed = clean_caption(text or "")
         whole = cleaned if self.clean else " ".join((text or "").split())
         c = Candidate(whole, finish_reason, changed, unclosed, thinking_tokens, text=whole)
+        c.scripts = scripts or c.scripts
         if whole:
             self._trim_to_sentences(c, last_try)
             marked, c.names_class, c.names_other = self._classes.mark(c.text, label)
@@ -292,6 +298,8 @@ class CaptionChecker:
             # A denial counts even if it was trimmed away: the model doubted the label of the whole picture.
             c.all_words = self._classes.mark(whole, label)[0] if c.trimmed else marked
             c.mentions_label = c.names_class
+            if scripts:
+                c.names_class, c.names_other = True, False
             if not c.names_class and self.actions["label_missing"] == "prefix":
                 c.text, c.mentions_label = f"{class_prompt(self.template, self.class_names[label])} {c.text}", True
             self._fit_to_token_limit(c, label, last_try)
@@ -352,7 +360,8 @@ class CaptionChecker:
         if not asking or rejecting or last_try:
             return status, None
         own_name = clean_class_name(self.class_names[label])
-        advice = [TABLE[name].advice.format(name=own_name) for name in asking if TABLE[name].advice]
+        letters = " or ".join(script if script == "CJK" else script.title() for script in c.scripts)
+        advice = [TABLE[name].advice.format(name=own_name, letters=letters) for name in asking if TABLE[name].advice]
         return status, " ".join([*advice, f"Answer in one plain paragraph of at most {self.words} words."])
 
     def _echo(self, prompt: str, label: int) -> frozenset:

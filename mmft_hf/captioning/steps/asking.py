@@ -46,6 +46,7 @@ class Ask:
         options: for `choice`. They are shown in an order that depends on the question, and lead to the index in this one.
         sample: the same question again, for votes: 0, 1, ….
         class_name: for `caption`: the class whose name the checks look for. The model does not see it.
+        scripts: for `caption`: those of the language that is asked for, as Unicode names them. Class names are not looked for then.
     """
 
     role: str
@@ -55,6 +56,7 @@ class Ask:
     options: tuple[str, ...] = ()
     sample: int = 0
     class_name: str | None = None
+    scripts: tuple[str, ...] = ()
 
 
 Asking = Generator[Sequence[Ask], Sequence[Any], Any]

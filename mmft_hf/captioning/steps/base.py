@@ -141,6 +141,14 @@ class Step:
         """What its questions need of the backend of a role, beyond one picture and a text: some of `types.FEATURES`, by role."""
         return {role: ("text",) for role in self.roles() if role == "writer"}
 
+    def scripts(self) -> tuple[str, ...]:
+        """Scripts of the language that it writes, as Unicode names them. Empty: Latin letters, and class names are looked for."""
+        return ()
+
+    def cautions(self, token_limit: int | None) -> list[str]:
+        """What to know before it asks, a sentence each. `token_limit`: of the text tower that will be trained."""
+        return []
+
     def samples(self) -> int:
         """How often it asks one and the same question. More than once makes sense at a temperature above 0 only."""
         return 1

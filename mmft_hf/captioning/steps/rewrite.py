@@ -17,10 +17,9 @@ from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
 from ..ask.pictures import OUTLINE_NAME
 from ..judge.checks import duplicate_key
-from ..judge.wording import is_foreign
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
-from .base import Embeddings, Row, Step, readable, replaced, score_of, written
+from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, written
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
 from .seen import Seen, look
@@ -40,6 +39,8 @@ PLACES = {
     "quadrant:3": "its lower right quarter",
     "centre": "its centre",
 }
+NEW = -1  # in place of the position of a caption
+TOKENS_PER_WORD = 1.3  # of English in the tokenizer of CLIP
 _NOTHING = re.compile(r"\W*(not visible|not applicable|n/?a|none|unknown)\W*", re.IGNORECASE)
 _OUTLINE = re.compile(rf"\b({OUTLINE_NAME}|outlin\w+|bounding box)\b", re.IGNORECASE)
 
@@ -220,6 +221,25 @@ class Rewrite(Step):
     def columns(self) -> tuple[str, ...]:
         return tuple(name for name in (self.column, *self.hints, self.regions_column) if name)
 
+    def needs(self) -> Mapping[str, Sequence[str]]:
+        several = ("pictures",) if len(self._preset.pictures) > 1 else ()
+        return {self._preset.role: ("text",) if self._preset.role == "writer" else several}
+
+    def scripts(self) -> tuple[str, ...]:
+        return LANGUAGES[self.language][1] if self.language else ()
+
+    def cautions(self, token_limit: int | None) -> list[str]:
+        words = self.words or self._preset.words or 0
+        if self._preset.joined:
+            words *= len(self._preset.fields)
+        tokens = round(TOKENS_PER_WORD * words)
+        if token_limit is None or tokens <= token_limit:
+            return []
+        return [
+            f"{self._preset.name} writes about {words} words, some {tokens} tokens, and the model that will be trained reads "
+            f"{token_limit}. Choose fewer words, or another --model_name_or_path."
+        ]
+
     def reads(self) -> tuple[str, ...]:
         return (self.rank_by,) if self.rank_by else ()
 
@@ -242,7 +262,7 @@ class Rewrite(Step):
 
     def bound(self, row: Row, fitted: Seen) -> Counter:
         questions, preset = self.asked(row, fitted), self._preset
-        again = preset.exact_words or "marked" in preset.pictures or bool(self.language)
+        again = preset.exact_words or "marked" in preset.pictures
         found = Counter({preset.role: sum((1 + again) * (1 + len(question.singles)) for question in questions)})
         return found + Counter({"judge": 2 * len(questions)} if preset.check else {})
 
@@ -295,7 +315,7 @@ class Rewrite(Step):
         return found
 
     def _question(self, row: Row, prompt: str, pictures: tuple[View, ...], values: Mapping[str, str]) -> Ask:
-        own = {"answer": "text"} if self.language else {"answer": "caption", "class_name": row.class_name}
+        own = {"answer": "caption", "class_name": row.class_name, "scripts": self.scripts()}
         return Ask(self._preset.role, filled(prompt, values), pictures, **own)
 
     def _columns_of(self, row: Row) -> dict[str, str] | None:
@@ -393,8 +413,6 @@ class Rewrite(Step):
             return "length_off", f"Your last answer had {words} words. It has to have {wanted}."
         if "marked" in self._preset.pictures and _OUTLINE.search(text):
             return "speaks_of_mark", "Do not mention the line or its colour."
-        if self.language and is_foreign(text, LANGUAGES[self.language][1]):
-            return "foreign_script", f"Write in {LANGUAGES[self.language][0]}."
         return None
 
     def _asked_again(self, texts: list[Written]) -> Asking:
@@ -427,6 +445,10 @@ class Rewrite(Step):
             checks = ("not_different",) if refused else ("unanswered",) if None in (here, there) else ()
             texts[i] = replace(text, checks=(*text.checks, *checks), refused=text.refused or refused)
         return texts
+
+    def told(self, rows: Sequence[Row], found: Sequence[Any]) -> Told:
+        """Number of texts by what was wrong with them."""
+        return Told(dict(Counter(check for texts in found for text in texts or () for check in text.checks)))
 
     # -- what it writes ---------------------------------------------------------------------------------------------------
     def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> list[list[dict]]:
@@ -462,11 +484,12 @@ class Rewrite(Step):
                 written(row, preset.name, text.text, source, **names)
                 | {"prompt_id": prompt, "status": status, "checks": list(checks), **more}
             )
+            # A text that two captions have led to takes the place of both.
+            if preset.replaces and (status == "ok" or present.get(key) == NEW):
+                for k in parents:
+                    records[k] = replaced(row.records[k], preset.name)
             if status == "ok":
-                present[key] = -1
-                if preset.replaces:
-                    for k in parents:
-                        records[k] = replaced(row.records[k], preset.name)
+                present[key] = NEW
         return [*records, *new]
 
     def _worse(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence) -> dict[int, set[int]]:

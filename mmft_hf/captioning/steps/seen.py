@@ -14,6 +14,7 @@ from ..judge.cleaning import sentence_ends
 from .base import Embeddings, Row, readable
 
 OTHERS = 5  # captions of other images that a question shows
+LEAST = 2  # sentences of an image that are shown, however well they fit
 BLOCK = 512  # images that are compared with all others at a time
 
 
@@ -34,7 +35,7 @@ class Seen:
         neighbours: sha256 and class name of the most similar images of other classes, one of each, nearest first.
         others: captions of other images of the class.
         partners: sha256 and first caption of another image.
-        sentences: of all captions, those that fit at least as well as the median of the class, best first.
+        sentences: of all captions, those that fit at least as well as the median of the class, and the best two; best first.
     """
 
     neighbours: dict[tuple, list[tuple[str, str]]] = field(default_factory=dict)
@@ -129,7 +130,10 @@ def fitting_sentences(rows: Sequence[Row], scorer: Embeddings) -> dict[tuple, li
         found[row.image_sha256, row.label] = sorted(own, key=lambda s: (-s.score, s.place, s.text))
         by_class.setdefault(row.label, []).extend(sentence.score for sentence in own)
     medians = {label: float(np.median(scores)) for label, scores in by_class.items() if scores}
-    return {key: [s for s in own if s.score >= medians[key[1]]] for key, own in found.items() if own}
+    return {
+        key: [s for place, s in enumerate(own) if place < LEAST or s.score >= medians[key[1]]]
+        for key, own in found.items()
+    }
 
 
 def _sentences(text: str) -> list[str]:

@@ -101,6 +101,9 @@ def _print_heading(verb: str, workflow: RefineWorkflow) -> None:
             f"\n  Note: {many(found.shared, 'image')} {'has' if found.shared == 1 else 'have'} all captions in common with another one; "
             "these are not compared with each other. --group_column NAME says better which images show the same thing."
         )
+    for step in workflow.steps if workflow.roles else ():
+        for caution in step.cautions(workflow.checker.tokens.limit):
+            say(f"\n  Note: {printable_text(caution)}")
     for model in workflow.judges_itself():
         say(
             f"\n  Note: {printable_text(model)} judges captions that it wrote itself, which the card tells. Another --judge_model is a "
