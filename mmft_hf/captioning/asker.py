@@ -19,7 +19,7 @@ from .apply import Asked
 from .ask.dispatch import Outcome
 from .ask.driver import Gone
 from .ask.journal import Journal
-from .ask.journal_reader import by_slot, settled_slots
+from .ask.journal_reader import by_slot, read_rows, settled_slots
 from .ask.limits import Limits
 from .ask.pictures import sha256
 from .ask.questions import QuestionDriver
@@ -86,6 +86,7 @@ class Asker:
 
     def __enter__(self) -> Asker:
         self.journal = Journal(self.folder)
+        self._known = {bytes.fromhex(row["slot"]) for row in read_rows(self.folder, ("slot",))}
         return self
 
     def __exit__(self, *_) -> None:
@@ -128,7 +129,17 @@ class Asker:
                 )
                 bar.write(plain(f"Note: {role.name}: {what} from now on. {error}"))
 
-            asked = (roles, self.journal, self.checker, self.data, self.limits, self.run_id, step.name, self._seen)
+            asked = (
+                roles,
+                self.journal,
+                self.checker,
+                self.data,
+                self.limits,
+                self.run_id,
+                step.name,
+                self._known,
+                self._seen,
+            )
             driver = QuestionDriver(*asked, done, without)
             outcome = finished(driver, lambda: driver.run(rows, lambda row: step.ask(row, fitted)), bar.write)
         self.outcome += outcome

@@ -1,6 +1,7 @@
 """Measures the captioning driver against a local server that answers after 200 ms: captions per second, CPU time, memory.
 
     python recipes/captions/speed.py --images 20000 --noop 100000
+    python recipes/captions/speed.py --images 2000 --questions 3 --noop 0    # the questions of refining steps
 
 The server runs in its own process and does not look at the pictures. The script prints the captions per second with
 64 requests in flight, as a share of the 320 that 200 ms allow; the CPU time per caption, split into the picture (read,
@@ -19,7 +20,9 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 # Python looks for modules in this folder first; processes that are spawned inherit the path.
 sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
@@ -27,6 +30,7 @@ sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.absp
 import numpy as np
 from aiohttp import web
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as Picture
 from PIL import Image
 
 from mmft_hf.captioning import Captioner
@@ -34,7 +38,12 @@ from mmft_hf.captioning.ask import driver
 from mmft_hf.captioning.ask.journal import Journal
 from mmft_hf.captioning.ask.limits import Limits
 from mmft_hf.captioning.ask.plan import Keys
+from mmft_hf.captioning.ask.roles import open_roles
+from mmft_hf.captioning.asker import Asker, PicturesOfDataset
+from mmft_hf.captioning.caption_table import CaptionTable
 from mmft_hf.captioning.split import SplitCaptioner, make_checker
+from mmft_hf.captioning.steps.asking import Ask
+from mmft_hf.captioning.steps.base import Step
 from mmft_hf.data.texts import PromptSet
 
 LATENCY_S, IN_FLIGHT = 0.2, 64
@@ -145,6 +154,12 @@ def main() -> None:
     parser.add_argument(
         "--noop", type=int, default=100_000, help="Number of journaled requests in the run with nothing to do."
     )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=0,
+        help="Questions about each picture, instead of captions; half as many follow.",
+    )
     args = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
@@ -158,6 +173,10 @@ def main() -> None:
         make_images(work / "images", args.images, args.bytes)
         data = dataset_of(work / "images")
         captioner = Captioner("openai", "speed", PromptSet(("visual",)), base_url=url)
+        if args.questions:
+            ask_questions(work, data, captioner, args.questions)
+            server.terminate()
+            return
         checker = make_checker(captioner, data.features["label"].names)
         limits = Limits(concurrency=IN_FLIGHT)
         before, memory = anonymous_mb(), Memory()
@@ -181,6 +200,53 @@ def main() -> None:
         server.terminate()
         if args.noop:
             nothing_to_do(work, args.noop)
+
+
+@dataclass(frozen=True)
+class Questions(Step):
+    """Asks about each picture, then about half of the answers."""
+
+    count: int = 1
+    name: ClassVar[str] = "questions"
+    about: ClassVar[str] = "asks"
+
+    def roles(self):
+        return ("judge",)
+
+    def ask(self, row, fitted):
+        answers = yield [
+            Ask("judge", f"Question {k} about {row.image_sha256}.", row.picture()) for k in range(self.count)
+        ]
+        again = yield [Ask("judge", f"And {k}: {answers[k]}", row.picture()) for k in range((self.count + 1) // 2)]
+        return len(answers) + len(again)
+
+    def apply(self, rows, scorer, found=()):
+        return [row.records for row in rows]
+
+
+def ask_questions(work: Path, data: Dataset, captioner: Captioner, count: int) -> None:
+    """Times the questions of a step, and a second run which finds all of them in the journal."""
+    table = CaptionTable("data", data.cast_column("image", Picture()).add_column("captions", [["a text"]] * len(data)))
+    pictures = PicturesOfDataset(table.part.images, table.part.hashes)
+    checker = make_checker(captioner, data.features["label"].names)
+    step, calls = Questions(count), len(data) * (count + (count + 1) // 2)
+    before, memory = anonymous_mb(), Memory()
+    for _ in range(2):
+        roles = open_roles({"judge": captioner}, IN_FLIGHT, None, 0.0, None)
+        with Asker(roles, pictures, work / "run", checker, Limits(IN_FLIGHT), "speed", progress=False) as asker:
+            cpu, started = cpu_s(), time.monotonic()
+            asked = asker(step, table.rows, None)
+            cpu, seconds = cpu_s() - cpu, time.monotonic() - started
+        assert asked.figures["answered"] == calls and sum(asked.found) == calls, asked.figures
+        if asker.outcome.calls:
+            possible = IN_FLIGHT / LATENCY_S
+            print(
+                f"questions/s            {calls / seconds:.1f} of {possible:.0f} possible: {calls / seconds / possible:.1%}"
+            )
+            print(f"CPU per question       {1000 * cpu / calls:.2f} ms, the picture included")
+        else:
+            print(f"nothing to ask         {seconds:.1f} s for {calls:,} questions")
+    print(f"peak memory            {memory.peak / 1024:.0f} MB, {before:.0f} MB of it before the first question")
 
 
 def anonymous_mb() -> float:

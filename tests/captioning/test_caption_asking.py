@@ -185,6 +185,12 @@ def test_equal_questions_are_asked_once_even_in_flight(server, tmp_path):
     assert first.asked["calls"] == 2 and second.asked["calls"] == 2 and second.asked["questions"] == 4
 
 
+def test_rows_overlap_up_to_the_limit(server, tmp_path):
+    server.server.script = {"rules": [{"do": "ok", "delay_ms": 40}]}
+    run(server, tmp_path, found=table(30), concurrency=6)
+    assert len(server.requests()) == 45 and max(row["in_flight"] for row in server.requests()) == 6
+
+
 def test_an_answer_in_another_form_is_asked_once_more_and_is_never_no(server, tmp_path):
     tries = Counter()
 

@@ -26,9 +26,9 @@ from ..types import ACCEPTED, OPEN, CallError, FieldRefused, Picture, Request
 from .cost import Spending
 from .dispatch import Dispatcher, Outcome, Stopped
 from .driver import LARGER_BUDGET, Gone
-from .journal import Journal
+from .journal import SUMMED, Journal
 from .journal_reader import JournalReader
-from .journal_table import JournalError
+from .journal_table import COLUMNS, JournalError
 from .limits import Limits
 from .pictures import PicturePolicy, shown
 from .roles import Role, in_words_of
@@ -73,6 +73,29 @@ class _Judged:
     text: str | None = None
 
 
+@dataclass(frozen=True)
+class _Try:
+    """One try of a question.
+
+    Args:
+        label: of the class that a caption is checked for.
+        slot: key of the first try, which names the question; `key`: of this one.
+        prompt: its whole text; `budget`: token limit of the answer.
+        number: 0, 1, …; `last`: whether no other one follows.
+    """
+
+    row: Row
+    ask: Ask
+    role: Role
+    label: int | None
+    slot: str
+    key: str
+    prompt: str
+    budget: int
+    number: int
+    last: bool
+
+
 @dataclass(eq=False)
 class QuestionDriver:
     """Asks the questions of one step. One object serves one step of one run.
@@ -81,6 +104,7 @@ class QuestionDriver:
         step: its name, for the journal.
         data: the bytes of a picture, by its sha256. Raises `Gone`.
         checker: checks answers that are captions.
+        known: keys of the questions that the journal has, to which those of this step are added.
         seen: keys of the tries that were counted for earlier steps, to which those of this one are added.
         done: called after each row that has ended.
         left_out: called with each field that a server refuses, and that is left out from then on.
@@ -93,6 +117,7 @@ class QuestionDriver:
     limits: Limits
     run_id: str
     step: str
+    known: set[bytes]
     seen: set[bytes]
     done: Callable[[], None] = lambda: None
     left_out: Callable[[Role, FieldRefused], None] = lambda role, error: None
@@ -119,7 +144,7 @@ class QuestionDriver:
         """
         started = time.monotonic()
         self.found: list[Any] = [None] * len(rows)
-        self._known = JournalReader(self.journal.folder)
+        self._reader = JournalReader(self.journal.folder)
         by_backend: dict[int, Dispatcher] = {}
         for role in self.roles.values():
             if id(role.backend) not in by_backend:
@@ -147,7 +172,7 @@ class QuestionDriver:
             self._pool.shutdown(wait=False, cancel_futures=True)
             for calls in self._dispatchers:
                 await calls.aclose()
-            self._known.close()
+            self._reader.close()
         outcome = self.outcome
         outcome.seconds = time.monotonic() - started
         if error := next((calls.error for calls in self._dispatchers if calls.error is not None), None):
@@ -218,62 +243,55 @@ class QuestionDriver:
         prompt, budget = rendered(ask), role.max_tokens
         slot = key = role.key(ask, prompt, 0)
         last = self.limits.max_reasks if ask.answer == "caption" else REASKS
-        for reask in range(last + 1):
-            tried = await self._tried(row, ask, slot, key, prompt, budget, reask, reask == last)
-            answer = (
-                None
-                if tried["raw_text"] is None
-                else (tried["raw_text"], tried["finish_reason"], tried["thinking_tokens"] or 0)
-            )
-            judged = (
-                self._judged(ask, label, prompt, answer, reask == last) if answer else _Judged(None, tried["status"])
-            )
+        tries = []
+        for number in range(last + 1):
+            made = _Try(row, ask, role, label, slot, key, prompt, budget, number, number == last)
+            tries.append(await self._tried(made))
+            judged = self._judged(made, tries[-1])
             if judged.again is None:
                 break
             prompt, budget = judged.again, role.max_tokens * (LARGER_BUDGET if judged.larger else 1)
-            key = role.key(ask, prompt, reask + 1)
-        self._count(slot + (ask.class_name or ""), tried, judged, role)
+            key = role.key(ask, prompt, number + 1)
+        self._count(made, tries, judged)
         return judged.value
 
-    def _judged(self, ask: Ask, label: int | None, prompt: str, answer: tuple, last: bool) -> _Judged:
-        text, finish_reason, thinking = answer
+    def _judged(self, made: _Try, found: Mapping) -> _Judged:
+        """What a try says. `found`: its row of the journal."""
+        text, finish_reason, ask = found["raw_text"], found["finish_reason"], made.ask
+        if text is None:
+            return _Judged(None, found["status"])
         if ask.answer == "caption":
             # Captions within the prompt are data that an answer may repeat, and not its wording.
-            words = _DATA.sub('""', prompt)
+            asked, thinking = _DATA.sub('""', made.prompt), found["thinking_tokens"] or 0
             checked = self.checker.check(
-                text, finish_reason, label, words, thinking, last_try=last, scripts=ask.scripts
+                text, finish_reason, made.label, asked, thinking, last_try=made.last, scripts=ask.scripts
             )
-            if checked.reask and not last:
+            if checked.reask and not made.last:
                 again = f"{rendered(ask)}\n{checked.reask}"
                 return _Judged(None, "rejected", again, checked.needs_larger_budget, checked.checks)
             fine = checked.status in ACCEPTED
             status = "rejected" if checked.status == "empty" and finish_reason != "length" else checked.status
             return _Judged(checked.text if fine else None, status, None, False, checked.checks, checked.text)
-        value = None if finish_reason == "refusal" else parsed(ask, text)
-        if value is not None:
-            return _Judged(value, "ok", text=text)
         if finish_reason == "refusal":
             return _Judged(None, "refused")
-        if last:
+        if (value := parsed(ask, text)) is not None:
+            return _Judged(value, "ok", text=text)
+        if made.last:
             return _Judged(None, "truncated" if finish_reason == "length" else "rejected")
-        form = rendered(ask)[len(ask.prompt) :].strip() or "Answer in a few words."
-        return _Judged(
-            None, "rejected", f"{rendered(ask)}\nThe answer could not be read. {form}", finish_reason == "length"
-        )
+        whole = rendered(ask)
+        form = whole[len(ask.prompt) :].strip() or "Answer in a few words."
+        return _Judged(None, "rejected", f"{whole}\nThe answer could not be read. {form}", finish_reason == "length")
 
-    async def _tried(
-        self, row: Row, ask: Ask, slot: str, key: str, prompt: str, budget: int, reask: int, last: bool
-    ) -> dict:
-        """The row of the journal for one try. Nothing is awaited between the look-up and the call, so no try is made twice."""
-        role = self.roles[ask.role]
-        tried = self._stored(slot, key)
-        if tried is not None and not _to_be_asked(tried, role.max_tokens):
-            return tried
-        if flight := self._flights.get(key):
+    async def _tried(self, made: _Try) -> dict:
+        """The row of the journal for a try. Nothing is awaited between the look-up and the call, so no try is made twice."""
+        stored = self._stored(made) if bytes.fromhex(made.slot) in self.known else None
+        if stored is not None and not _to_be_asked(stored, made.role.max_tokens):
+            return stored
+        if flight := self._flights.get(made.key):
             return await asyncio.shield(flight)
-        flight = self._flights[key] = asyncio.get_running_loop().create_future()
+        flight = self._flights[made.key] = asyncio.get_running_loop().create_future()
         try:
-            found = await self._call(row, ask, slot, key, prompt, budget, reask, last)
+            found = await self._call(made, stored)
             flight.set_result(found)
             return found
         except BaseException:
@@ -281,46 +299,49 @@ class QuestionDriver:
             flight.exception()  # nobody may be waiting for it
             raise
         finally:
-            del self._flights[key]
+            del self._flights[made.key]
 
-    def _stored(self, slot: str, key: str) -> dict | None:
-        return next((row for row in self._known.history([slot]).get(slot, ()) if row["key"] == key), None)
+    def _stored(self, made: _Try) -> dict | None:
+        rows = self._reader.history([made.slot]).get(made.slot, ())
+        return next((row for row in rows if row["key"] == made.key), None)
 
-    async def _call(
-        self, row: Row, ask: Ask, slot: str, key: str, prompt: str, budget: int, reask: int, last: bool
-    ) -> dict:
-        role = self.roles[ask.role]
+    async def _call(self, made: _Try, stored: dict | None) -> dict:
+        ask, role = made.ask, made.role
+        image = ask.pictures[0].image_sha256 if ask.pictures else made.row.image_sha256
+        found = dict.fromkeys(COLUMNS) | {"key": made.key, "slot": made.slot, "image_sha256": image, "pending": 0}
+        found |= {"label": made.row.class_name, "prompt_id": ask.role, "aspect": self.step, "sample": ask.sample}
+        found |= {"reask": made.number, "run_id": self.run_id, "max_tokens": role.max_tokens}
         async with self._ready:
             try:
                 pictures = [await self._picture(view, role.pictures) for view in ask.pictures]
-                request = Request(tuple(pictures), prompt, budget, (self.step,), int(key[:7], 16))
+                request = Request(tuple(pictures), made.prompt, made.budget, (self.step,), int(made.key[:7], 16))
                 answer, spent = await self._calls[ask.role].ask(request)
             except (BadImage, Gone) as error:
                 status = "bad_image" if isinstance(error, BadImage) else "failed"
-                found = {"status": status, "error_class": "picture", "error": str(error), "attempts": 0}
+                found |= {"status": status, "error_class": "picture", "error": str(error), "attempts": 0}
             except CallError as error:
-                found = {"status": "failed", "error_class": error.kind, "error": str(error), "attempts": 1}
+                found |= {"status": "failed", "error_class": error.kind, "error": str(error), "attempts": 1}
             else:
-                said = answer.text, answer.finish_reason, answer.thinking_tokens
-                judged = self._judged(ask, self._labels.get(ask.class_name), prompt, said, last)
-                found = {**spent, "raw_text": answer.text, "finish_reason": answer.finish_reason, "model": answer.model}
-                found |= {"thinking_tokens": answer.thinking_tokens, "status": judged.status, "text": judged.text}
-                found |= {"pending": int(judged.again is not None), "checks": json.dumps(judged.checks)}
-        image = ask.pictures[0].image_sha256 if ask.pictures else row.image_sha256
-        same = {"key": key, "slot": slot, "image_sha256": image, "label": row.class_name, "prompt_id": ask.role}
-        same |= {
-            "aspect": self.step,
-            "sample": ask.sample,
-            "reask": reask,
-            "run_id": self.run_id,
-            "max_tokens": role.max_tokens,
-        }
+                found |= {
+                    **spent,
+                    "raw_text": answer.text,
+                    "finish_reason": answer.finish_reason,
+                    "model": answer.model,
+                }
+                found |= {"thinking_tokens": answer.thinking_tokens}
+                judged = self._judged(made, found)
+                found |= {"status": judged.status, "pending": int(judged.again is not None), "text": judged.text}
+                found |= {"checks": json.dumps(judged.checks)}
+        found["updated_at"] = time.time()
         try:
-            self.journal.put([{**same, **found}])
+            self.journal.put([found])
+            self.known.add(bytes.fromhex(made.slot))
         except JournalError as error:
             self._dispatchers[0].crashed(error)
             raise
-        return self._stored(slot, key)
+        if stored is not None:  # the journal adds what both calls took
+            found |= {name: (stored[name] or 0) + (found[name] or 0) for name in SUMMED if stored[name] or found[name]}
+        return found
 
     async def _picture(self, view: View, policy: PicturePolicy) -> Picture:
         """What is sent of a picture. Questions about one picture come together, so the last ones are kept."""
@@ -328,34 +349,35 @@ class QuestionDriver:
         if place not in self._shown:
             loop = asyncio.get_running_loop()
             self._shown[place] = loop.run_in_executor(self._pool, self._rendered, view, policy)
-            while len(self._shown) > self._ahead:
+            while len(self._shown) > 2 * self._ahead:
                 self._shown.popitem(last=False)
         self._shown.move_to_end(place)
-        return await asyncio.shield(self._shown[place])
+        picture = self._shown[place]
+        return picture.result() if picture.done() else await asyncio.shield(picture)
 
     def _rendered(self, view: View, policy: PicturePolicy) -> Picture:
         return shown(self.data(view.image_sha256), view.what, policy)
 
     # -- counting -----------------------------------------------------------------------------------------------------
-    def _count(self, question: str, tried: Mapping, judged: _Judged, role: Role) -> None:
+    def _count(self, made: _Try, tries: Sequence[Mapping], judged: _Judged) -> None:
         """Counts a question once, and what its tries took once in all steps."""
-        name = question.encode()
-        if name in self._counted:
+        question = f"{made.slot}{made.ask.class_name or ''}".encode()
+        if question in self._counted:
             return
-        self._counted.add(name)
+        self._counted.add(question)
+        last = tries[-1]
         if judged.value is not None:
             kind = "unsure" if judged.value == UNSURE else "answered"
-        elif tried["raw_text"] is None:
+        elif last["raw_text"] is None:
             kind = "failed"
         else:
             kind = "refused" if judged.status == "refused" else "unparsable"
         self.tally.kinds[kind] += 1
-        self.tally.open += judged.value is None and _to_be_asked(tried, role.max_tokens)
-        slot = tried["slot"]
-        for row in self._known.history([slot]).get(slot, ()):
-            if (key := row["key"].encode()) not in self.seen:
+        self.tally.open += judged.value is None and _to_be_asked(last, made.role.max_tokens)
+        for tried in tries:
+            if (key := bytes.fromhex(tried["key"])) not in self.seen:
                 self.seen.add(key)
-                self.tally.spent.add(row)
+                self.tally.spent.add(tried)
 
 
 def _to_be_asked(tried: Mapping, max_tokens: int) -> bool:
