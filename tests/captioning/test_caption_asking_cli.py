@@ -3,17 +3,24 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from caption_server import serving
 from caption_tools import NAMES, dataset, image_folder, picture, written
+from scripted_responder import ScriptedResponder
 
+import mmft_hf
 from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "captions" / "steps"
 COUNT = 6
 CANARY = "canary-5t7u9w1x3z"
 
@@ -182,3 +189,102 @@ def test_kills_at_any_time_ask_nothing_twice(source, tmp_path):
         assert len(rows) == 60 and all(row["captions"] for row in rows) and len(NAMES) == 2
         process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         assert "nothing was computed" in process.stdout and sum(asked.values()) == len(server.requests())
+
+
+# -- recipes against a truthful judge -----------------------------------------------------------------------------------
+FRUITS = "apple pear plum cherry lemon grape melon peach fig date olive mango".split()
+TOOLS = "hammer saw drill file wrench plane chisel level rasp clamp spade rake".split()
+
+
+def truthful(count=12):
+    """A dataset whose captions name what is true of its images; in the second of each image one name is of another class."""
+    data, truth, texts = [], {}, []
+    for i in range(count):
+        own, foreign = (FRUITS, TOOLS) if i % 2 == 0 else (TOOLS, FRUITS)
+        first, second = own[i % 12], own[(i + 5) % 12]
+        data.append(picture(i))
+        truth[hashlib.sha256(data[-1]).hexdigest()] = {first, second}
+        texts.append([f"it shows a {first}, beside it a {second}", f"it shows a {first}, beside it a {foreign[i]}"])
+    records = [
+        [{"aspect": f"a{k}", "text": t, "status": "ok", "model": f"m{k}", "sample": 0} for k, t in enumerate(own)]
+        for own in texts
+    ]
+    return dataset(data).add_column("captions", texts).add_column("caption_records", records), truth
+
+
+@pytest.mark.parametrize("recipe", ["fact_checked", "judge_select_refine", "arena"])
+def test_recipes_that_ask(recipe, server, clip_folder, tmp_path, capsys):
+    data, truth = truthful()
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "train.parquet")
+    responder = ScriptedResponder(truth, names=[*FRUITS, *TOOLS])
+    empty = hashlib.sha256(b"").hexdigest()
+    server.server.reply = lambda prompt, shown: responder.reply(prompt, [] if shown == empty else [shown])
+    more = [
+        "--judge",
+        "openai",
+        "--judge_model",
+        "vlm",
+        "--judge_base_url",
+        f"{server.url}/v1",
+        "--scorer",
+        clip_folder,
+    ]
+    start = words(server, tmp_path / "data", tmp_path / "out", *more, steps=(RECIPES / f"{recipe}.yaml",))
+    assert main([*start, "--dry_run"]) == 0 and not server.requests()
+    plan = capsys.readouterr().out
+    most = sum(int(n.replace(",", "")) for n in re.findall(r"^ *([\d,]+) .* (?:judge|writer) ", plan, re.MULTILINE))
+    assert main(start) == 0, "".join(capsys.readouterr())
+    said = capsys.readouterr().out
+    assert 0 < len(server.requests()) <= most and "vlm judges captions that it wrote" not in said
+    details = json.loads((tmp_path / "out" / "captions.json").read_text())
+    asked = [step["asked"] for step in details["steps"] if "asked" in step]
+    assert sum(one["calls"] for one in asked) == len(server.requests())
+    assert all(one["unparsable"] == one["failed"] == one["refused"] == 0 for one in asked)
+    rows = written(tmp_path / "out")
+    assert all(row["captions"] for row in rows)
+    if recipe == "fact_checked":
+        assert details["steps"][0]["figures"]["decoy_recall"] == 1
+        for row in rows:
+            named = responder.names_in(" ".join(row["captions"]))
+            assert set(named) <= truth[row["image_sha256"]]
+        facts = pq.read_table(tmp_path / "out" / "steps.parquet").to_pylist()
+        denied = {
+            (fact["image_sha256"], fact["text"])
+            for fact in facts
+            if fact["verdict"] == "no" and fact["kind"] != "decoy"
+        }
+        assert {image for image, _ in denied} == set(truth) and {fact["step"] for fact in facts} == {"verify"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It asked the judge" in card
+    count = len(server.requests())
+    assert main(start) == 0 and len(server.requests()) == count
+
+
+def test_a_judge_of_its_own_captions_is_named(server, source, tmp_path, capsys):
+    url = f"{server.url}/v1"
+    server.server.reply = lambda prompt, shown: "yes" if "Answer with one word" in prompt else "a text"
+    start = words(
+        server, source, tmp_path / "out", "--judge", "openai", "--judge_model", "llm", "--judge_base_url", url
+    )
+    start[start.index("diversify")] = "verify"
+    assert main([*start, "--dry_run"]) == 0
+    assert "llm judges captions that it wrote itself" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_python_function_asks_too(server, tmp_path):
+    data, truth = truthful(4)
+    responder = ScriptedResponder(truth, names=[*FRUITS, *TOOLS])
+    empty = hashlib.sha256(b"").hexdigest()
+    server.server.reply = lambda prompt, shown: responder.reply(prompt, [] if shown == empty else [shown])
+    roles = dict.fromkeys(("judge", "writer"), mmft_hf.Captioner("openai", "m", base_url=f"{server.url}/v1"))
+    step = {"verify": {"then": "drop", "decoys": 0}}
+    with pytest.raises(UserError, match="run_dir"):
+        mmft_hf.refine_captions(data, [step], roles=roles)
+    with pytest.raises(UserError, match="judge: expected the model"):
+        mmft_hf.refine_captions(data, [step], run_dir=tmp_path)
+    found = mmft_hf.refine_captions(data, [step], roles=roles, run_dir=tmp_path, progress=False)
+    assert [len(own) for own in found["captions"]] == [1] * 4
+    count = len(server.requests())
+    mmft_hf.refine_captions(data, [step], roles=roles, run_dir=tmp_path, progress=False)
+    assert len(server.requests()) == count > 0
