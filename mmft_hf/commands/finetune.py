@@ -209,6 +209,8 @@ def _captions(config: MMFTConfig, splits) -> str:
     text = f'{per_image.mean():.1f} per training image, after "{config.class_template}"'
     if without := int((per_image == 0).sum()):
         text += f"; {without} images have none and use that alone"
+    if config.sample_weight:
+        text += f"; they count by {config.sample_weight}"
     if config.caption_dropout:
         text += f"; left out with probability {config.caption_dropout:g}"
     return text

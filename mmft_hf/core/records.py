@@ -30,6 +30,7 @@ class Identity(_Identity, total=False):
     class_template: str
     per_device_train_batch_size: Count
     world_size: Count
+    caption_weights: str
     other_settings: dict
 
 
@@ -147,6 +148,7 @@ class CardIdentity(_CardIdentity, total=False):
 
     supcon_weight_end: float | None
     template_weight: float
+    other_settings: dict
 
 
 class _CardRecord(TypedDict):

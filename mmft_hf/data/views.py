@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..core.console import some
 from ..core.errors import UserError
 from .cache import DecodedPictures, Features
+from .caption_weights import WEIGHTS
 from .columns import check_plain, column_of, entries_of, with_values
 from .images import BadImage, random_crop_box, read_image
 from .labels import MISSING, ClassList, Labels, class_label, class_names_of, has_several, one_form
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    """A bad picture is met again in every epoch, but reported once."""
+def warn_once(message: str) -> None:
+    """Logs a warning once: for example a bad picture is met again in every epoch."""
     logger.warning(message)
 
 
@@ -44,7 +45,8 @@ class TextView:
         caption_dropout: probability of the class template alone instead of a caption.
         seed: of all draws.
 
-    A row is a mapping with `label`, a class or a list of classes, and, perhaps, `captions`. In a text of several classes, their
+    A row is a mapping with `label`, a class or a list of classes, and, perhaps, `captions` and `caption_weights` (how much each of
+    them counts). In a text of several classes, their
     names are joined.
     """
 
@@ -75,8 +77,9 @@ class TextView:
 
     def draw(
         self, row: Mapping, epoch: int, place: int, crop: Callable[[np.random.Generator], tuple] | None = None
-    ) -> tuple[str, tuple | None]:
-        """The text of a row in one epoch, and what `crop` draws: a function of (seed, epoch, place) alone.
+    ) -> tuple[str, tuple | None, float]:
+        """The text of a row in one epoch, what `crop` draws, and how much the text counts (the class template alone: 1): a
+        function of (seed, epoch, place) alone.
 
         Args:
             place: number of the row in its dataset.
@@ -85,13 +88,16 @@ class TextView:
         # 1: a separate stream from the sampler's (seed, epoch).
         rng = generator(self.seed, epoch, place, 1)
         captions = captions_of(row.get("captions"))
-        caption = captions[rng.integers(len(captions))] if captions else None
+        number = rng.integers(len(captions)) if captions else None
         # 2: another separate stream, so that every other draw is what it would be without dropout.
         if self.caption_dropout and generator(self.seed, epoch, place, 2).random() < self.caption_dropout:
-            caption = None
+            number = None
         drawn = crop(rng) if crop else None
         template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
-        return training_text(template, joined_class_names(self.class_names, row["label"]), caption), drawn
+        caption = None if number is None else captions[number]
+        weights = row.get(WEIGHTS)
+        weight = 1.0 if number is None or weights is None else weights[number]
+        return training_text(template, joined_class_names(self.class_names, row["label"]), caption), drawn, weight
 
 
 def text_rows(dataset: Dataset) -> Iterator[dict]:
@@ -130,7 +136,8 @@ class ImageView(TorchDataset):
     def __init__(
         self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation", short_side: int | None = None
     ):
-        columns = [c for c in ("image", "label", "captions", "source_row") if c in dataset.column_names]
+        wanted = ("image", "label", "captions", WEIGHTS, "source_row")
+        columns = [name for name in wanted if name in dataset.column_names]
         # Undecoded: datasets would raise inside itself at a bad picture, without the row's number.
         self.rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))
         self.on_bad_image = on_bad_image
@@ -166,7 +173,7 @@ class ImageView(TorchDataset):
                 raise UserError(
                     f"{where} cannot be read: {error}. Repair or remove it, or type --on_bad_image skip."
                 ) from error
-            _warn_once(f"{where} is skipped: {error}")
+            warn_once(f"{where} is skipped: {error}")
             values[self.key] = None
         return values
 
@@ -199,7 +206,8 @@ class ImageView(TorchDataset):
 
 
 class TrainingView(ImageView):
-    """Rows for training: `image`, `box`, `label`, `text`, `skipped`, as a function of (seed, epoch, row) alone.
+    """Rows for training: `image`, `box`, `label`, `text`, `skipped`, as a function of (seed, epoch, row) alone; where the dataset
+    has weights of its captions, `weight`, too.
 
     Indexed by `epoch * length + row`, which `EpochSampler` yields. With `on_bad_image="skip"` the next readable row takes
     the place of a bad one, so that batches keep their size in every process, and `skipped` counts the skipped rows. The
@@ -227,6 +235,7 @@ class TrainingView(ImageView):
         self.horizontal_flip = horizontal_flip
         self.text_features: tuple[dict[str, int], Features] | None = None
         self.text_key = "text"
+        self.weighted = WEIGHTS in self.rows.column_names
 
     def use_text_features(self, positions: dict[str, int], features: Features, part: str = "embeds") -> None:
         """From now on a row has `text_embeds` `(D,)` or, with `part="trunk"`, `text_trunk` `(H,)` instead of `text`, and `cut`
@@ -244,10 +253,11 @@ class TrainingView(ImageView):
         return {self.text_key: features.embeds[positions[text]], "cut": bool(features.flags[positions[text]])}
 
     def _no_text(self) -> dict:
+        weight = {"weight": 1.0} if self.weighted else {}
         if self.text_features is None:
-            return {"text": ""}
+            return {"text": "", **weight}
         embeds = self.text_features[1].embeds
-        return {self.text_key: embeds.new_zeros(embeds.shape[1]), "cut": False}
+        return {self.text_key: embeds.new_zeros(embeds.shape[1]), "cut": False, **weight}
 
     def __getitem__(self, key: int) -> dict:
         if key == PADDING:
@@ -265,11 +275,12 @@ class TrainingView(ImageView):
         crop = None
         if self.crop_min_area < 1:
             crop = functools.partial(random_crop_box, *image.size, self.crop_min_area)
-        text, box = self.texts.draw(values, epoch, row, crop)
+        text, box, weight = self.texts.draw(values, epoch, row, crop)
         if self.horizontal_flip and generator(self.texts.seed, epoch, row, 8).random() < 0.5:  # 8: a stream of its own
             image = ImageOps.mirror(image)
         label = self._label(values["label"])
-        return {self.key: image, "box": box, "label": label, "skipped": skipped} | self._text(text)
+        counting = {"weight": weight} if self.weighted else {}
+        return {self.key: image, "box": box, "label": label, "skipped": skipped} | self._text(text) | counting
 
 
 def check_dataset(name: str, dataset: Dataset, class_names: list[str] | None = None) -> Dataset:

@@ -92,7 +92,8 @@ class MMFTDataCollator:
 
     A row has `image` (a PIL image, or None for one that could not be read), or what `prepare` made of it, and `label`. A training row also has `text`, and
     `box` (left, top, right, bottom in pixels): the crop that is resized to the model's input. Without a box the processor's
-    own resize and centre crop apply. `skipped` counts the unreadable images that the row stands for. Embeddings of a frozen
+    own resize and centre crop apply. `skipped` counts the unreadable images that the row stands for; `weight`, if there is one, says
+    how much the pair of image and text counts. Embeddings of a frozen
     tower (see `train.frozen`) come as `image_embeds` and `text_embeds` `(D,)`, pooled outputs of a frozen trunk as `image_trunk`
     and `text_trunk` `(H,)`, instead of `image` and `text`; `cut` says whether such a text was truncated.
 
@@ -101,7 +102,7 @@ class MMFTDataCollator:
         training `input_ids`, `attention_mask` `(U, T)` of U texts and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
         of the U texts each image has, `class_rows` `(C,)` which are the class texts; without `text_rows` the first B texts
         are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` instead of pixels and
-        tokens; those with pooled outputs `image_trunk`, `text_trunk` `(B, H)`.
+        tokens; those with pooled outputs `image_trunk`, `text_trunk` `(B, H)`. Rows with weights give `weights` `(B,)`.
     """
 
     processor: ProcessorMixin
@@ -120,6 +121,8 @@ class MMFTDataCollator:
         batch |= {"labels": labels, "skipped": torch.tensor([row.get("skipped", 0) for row in rows])}
         if kept_texts:
             batch["captions_cut"] = torch.tensor([row["cut"] for row in rows])
+        if "weight" in rows[0]:
+            batch["weights"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         if "text" in rows[0] or kept_texts:
             batch |= self._texts([row["text"] for row in rows] if self.texts and "text" in rows[0] else [])
         return batch

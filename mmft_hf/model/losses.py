@@ -61,6 +61,7 @@ class Batch:
         text_embeds: Tensor | None = None,
         equal_sizes: bool = False,
         image_extras: Mapping[str, Tensor] | None = None,
+        weights: Tensor | None = None,
         **more,
     ) -> Batch:
         """The batch of all processes, in rank order and with gradient, from the rows of this one.
@@ -69,6 +70,7 @@ class Batch:
             image_embeds (`(B, D)`), labels (`(B,)` or `(B, C)`), text_embeds (`(B, D)`): text i belongs to image i.
             equal_sizes: whether every process is known to have the same B. Otherwise they exchange the sizes first, which waits for the
                 GPU.
+            weights (`(B,)`, *optional*): how much each pair of an image and its text counts, as an anchor in both directions.
             image_extras (`(B, …)`): extras of the images of this process, by name.
             more: fields that are the same in every process.
 
@@ -81,6 +83,8 @@ class Batch:
         embeds = both.split([part.shape[1] for part in parts], dim=1)
         own = {name: gather(rows, equal_sizes) for name, rows in (image_extras or {}).items()}
         extras = {**more.pop("extras", {}), **own}
+        if weights is not None:
+            more["weights"] = more["text_weights"] = gather(weights, equal_sizes)
         return cls(embeds[0], gather(labels, equal_sizes), scale, *embeds[1:], extras=extras, **more)
 
     @cached_property

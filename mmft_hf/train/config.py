@@ -15,6 +15,7 @@ from ..core.arguments import Range, check_settings, setting
 from ..core.console import some
 from ..core.errors import UserError
 from ..core.reading import parse_json, read_bytes
+from ..data.caption_weights import check_weighting
 from ..data.texts import DEFAULT_TEMPLATE, check_template
 from ..predict.fitting import NAMES
 from .selection import METRICS, metric_name
@@ -66,8 +67,8 @@ class MMFTConfig(TrainingArguments):
     """
 
     GROUPS: ClassVar = {
-        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout prototypes template_weight "
-        "samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
+        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout sample_weight prototypes "
+        "template_weight samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
         "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate tune lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
@@ -108,6 +109,11 @@ class MMFTConfig(TrainingArguments):
         0.0,
         "Probability, from 0 to 1, that a training text is the class template alone, without a caption.",
         range=SHARE,
+    )
+    sample_weight: str | None = setting(
+        None,
+        "score:NAME, for example score:clip_gain: an image and its caption count in the loss by the score of the caption, a score that "
+        "mmft-hf caption refine wrote. The lowest eighth of all scores counts 0.125, the highest 1.875. Default: all count alike.",
     )
     samples_per_class: int | None = setting(
         None,
@@ -323,6 +329,8 @@ class MMFTConfig(TrainingArguments):
                     "by the sampler, per_device_train_batch_size to each process. Leave it out."
                 )
         check_template(self.class_template)
+        if self.sample_weight:
+            check_weighting(self.sample_weight)
         check_settings(self)
         if self.template_weight and self.prototypes != "captions":
             raise UserError(

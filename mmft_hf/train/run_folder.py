@@ -21,6 +21,7 @@ from ..core.launch import check_shared
 from ..core.reading import read_json
 from ..core.records import RunRecord, Tuning
 from ..core.seals import digests_of, note_if_changed, sealed
+from ..data.caption_weights import weights_digest, with_caption_weights
 from ..data.splits import Splits
 from ..hub import cards
 from ..hub.cards.sources import run_sources
@@ -70,6 +71,7 @@ class RunFolder:
         # Through JSON, because that is how they will be read back: enums become text.
         plain = json.loads(json.dumps({**config.to_dict(), "world_size": config.world_size}, default=str))
         self.defaults = default = {field.name: field.default for field in fields(MMFTConfig)}
+        weights = with_caption_weights(splits.train, config.sample_weight)[0] if config.sample_weight else None
         self.identity = {
             "base_model": model_args.model_name_or_path,
             "base_model_revision": model_args.model_revision,
@@ -82,6 +84,7 @@ class RunFolder:
             "captions": splits.has_captions,
             "shots": data_args.shots,
             "shots_seed": data_args.shots_seed,
+            **({"caption_weights": weights_digest(weights)} if weights else {}),
             **{key: plain[key] for key in DECIDING},
             "other_settings": {
                 k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and config.decides(k)

@@ -55,10 +55,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..core.console import say
 from ..core.errors import UserError
 from ..data.cache import check_short_side
+from ..data.caption_weights import WEIGHTS, with_caption_weights
 from ..data.labels import class_names_of, has_several, labels_of
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler, is_example
 from ..data.texts import class_prompt
-from ..data.views import ImageView, TextView, TrainingView, check_dataset
+from ..data.views import ImageView, TextView, TrainingView, check_dataset, warn_once
 from ..model.collator import KEPT, MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters, untuned_images
 from ..model.loading import encode_images, is_dual_encoder, logit_scale, run_head
@@ -218,6 +219,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             self._adjustment = args.logit_adjustment * log_priors(torch.from_numpy(counts)).to(args.device)
         add_embedding_forward(model, {term.name: term.parameters for term in self.terms})
         needs = {need for term in self.terms for need in term.needs}
+        if train_dataset is not None:
+            train_dataset = _weighted(train_dataset, args, "texts" in needs)
         class_texts = (class_prompt(args.class_template, name) for name in self.class_names or ())
         data_collator = kwargs.pop("data_collator", None) or MMFTDataCollator(
             processing_class,
@@ -280,7 +283,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
     # -- data -------------------------------------------------------------------------------------------------------
     def _set_signature_columns_if_needed(self):
         # Rows go to the collator, not to model.forward: nothing is unused.
-        self._signature_columns = ["image", "pixel_values", "label", "text", "box", "skipped", "cut", *KEPT]
+        self._signature_columns = ["image", "pixel_values", "label", "text", "box", "skipped", "cut", "weight", *KEPT]
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if isinstance(dataset, Dataset):
@@ -346,6 +349,10 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             for term in self.terms:
                 own |= term.local(outputs)
         shared = {"parameters": outputs["parameters"], "extras": extras, "image_extras": own, "equal_sizes": True}
+        if self.args.sample_weight:
+            if "weights" not in inputs:  # of a collator of the user's
+                raise UserError("data_collator: expected weights in each batch with --sample_weight, found none.")
+            shared["weights"] = inputs["weights"]
         batch = Batch.gathered(labels=inputs["labels"], scale=outputs["scale"], **embeds, **shared)
         loss = 0.0
         with torch.autocast(batch.labels.device.type, enabled=False):
@@ -521,6 +528,24 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
     def create_model_card(self, *args, **kwargs):
         """Does nothing: the stock card would overwrite the one with the results."""
+
+
+def _weighted(dataset: Dataset, args: MMFTConfig, texts: bool) -> Dataset:
+    """The training images with the weights of their captions that `args.sample_weight` asks for, and with no others.
+
+    Args:
+        texts: whether the loss has texts that could be weighted.
+    """
+    if not args.sample_weight:
+        return dataset.remove_columns(WEIGHTS) if WEIGHTS in dataset.column_names else dataset
+    if not texts:
+        raise UserError(
+            f"--sample_weight: expected a loss of images and texts, found one without texts, with {args.sample_weight}. Leave it out."
+        )
+    dataset, notes = with_caption_weights(dataset, args.sample_weight)
+    for note in notes if args.process_index == 0 else ():
+        warn_once(note)
+    return dataset
 
 
 class _Beginnings(TrainerCallback):

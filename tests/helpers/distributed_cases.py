@@ -51,6 +51,7 @@ CASES = {
         "caption_dropout": 0.5,
         "template_weight": 0.3,
     },
+    "sample weights": {"scores": True, "sample_weight": "score:clip", "caption_dropout": 0.2},
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }
@@ -108,6 +109,12 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     settings = dict(CASES[name])
     rows, captions = settings.pop("rows", UNEVEN), settings.pop("captions", True)
     data = colour_dataset(9, captions=captions).select(rows), colour_dataset(4, seed=1).select(range(11))
+    if settings.pop("scores", False):
+        records = [
+            [{"text": text, "scores": [{"name": "clip", "value": (7 * i + k) % 11}]} for k, text in enumerate(own)]
+            for i, own in enumerate(data[0]["captions"][:])
+        ]
+        data = data[0].add_column("caption_records", records), data[1]
     if settings.pop("several", False):
         data = striped_dataset(19, captions=True), striped_dataset(11, seed=1)
     model, processor = build_clip()

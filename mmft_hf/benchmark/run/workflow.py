@@ -190,6 +190,11 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
         ("resume_from_checkpoint", None, no_model),
         ("data_seed", None, "Each of --seeds draws an order, crops and captions of its own. Leave it out."),
         ("prototypes", "captions", prototypes),
+        (
+            "sample_weight",
+            None,
+            "Methods shuffle and replace captions, which their scores do not follow. Leave it out.",
+        ),
         ("tune", None, "Type --learning_rates with the rates that each method may choose from."),
     ):
         found = settings[name]
