@@ -11,11 +11,11 @@ from step_rows import Vectors, auroc, row, unit, with_values
 from mmft_hf.captioning.metrics.best_of import best_of
 from mmft_hf.captioning.metrics.conditional import conditional_ranks, conditional_retrieval
 from mmft_hf.captioning.metrics.difference import propose, ranked
-from mmft_hf.captioning.metrics.entropy import attribute_entropy
 from mmft_hf.captioning.metrics.explained import explained_images, held_out, moments, nullified, sce
 from mmft_hf.captioning.metrics.reconstruction import reconstruction
 from mmft_hf.captioning.metrics.table import metric_of
 from mmft_hf.captioning.steps.asking import answered, rendered
+from mmft_hf.captioning.steps.attribute_entropy import AttributeEntropy, attribute_entropy, proposed
 from mmft_hf.captioning.steps.diversity import contextual_vendi
 from mmft_hf.captioning.write.figures import as_before, caption_figures
 from mmft_hf.core.errors import UserError
@@ -94,6 +94,37 @@ def test_entropy_is_divided_by_the_proposed_values():
     assert attribute_entropy([9, 0]) == 0 and attribute_entropy([3, 3, 3]) == pytest.approx(1)
     with pytest.raises(ValueError, match="not all 0"):
         attribute_entropy([0, 0])
+
+
+def test_attributes_of_a_class_are_asked_of_its_images():
+    """Of four images three are red, one is unanswered and none is wild: the values of the other question are left unseen."""
+    colours = [0, 0, 0, None]
+    rows = [row(i, ["t"]) for i in range(4)] + [replace(row(4, []), image_sha256=None)]
+    asked = []
+
+    def respond(ask):
+        asked.append(ask)
+        if ask.role == "writer":
+            return ["Colour? | red | blue | green | gold", "Wild? | yes | no", "no values", "One? | a | a"]
+        return colours[int(ask.pictures[0].image_sha256, 16)] if "Colour" in ask.prompt else 2  # none of the above
+
+    step = AttributeEntropy()
+    found = [answered(step.ask(own, None), respond) for own in rows]
+    judged = [ask for ask in asked if ask.role == "judge"]
+    assert len(judged) == 8 and judged[0].options[-1] == "none of the above"
+    assert (
+        not any("class 0" in ask.prompt for ask in judged) and len({ask for ask in asked if ask.role == "writer"}) == 1
+    )
+    assert step.apply(rows, None, found) == [list(own.records) for own in rows]
+    told = step.told(rows, found)
+    assert told.figures == {"attributes": 1, "mean_entropy": 0, "defaults": 1, "unanswered": 1}
+    assert [d["verdict"] for d in told.details][:2] == ["red: 3", "blue: 0"]
+    assert answered(step.ask(rows[0], None), lambda ask: None) == []  # unanswered: nothing is asked of the judge
+    assert sum(step.bound(rows[0], None).values()) == 6 and not step.bound(rows[4], None)
+
+
+def test_proposals_in_another_form_are_left_out():
+    assert proposed(["a? | x | none of the above | y", "b? | x", "", "| x | y"]) == [("a?", ("x", "y"))]
 
 
 def test_density_by_hand():

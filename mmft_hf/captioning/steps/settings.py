@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
 from .agreement import Agreement
+from .attribute_entropy import AttributeEntropy
 from .base import Step
 from .choice import Choice
 from .clip_score import ClipScore
@@ -42,6 +43,7 @@ STEPS: dict[str, type[Step]] = {
         Questions,
         Agreement,
         Pairwise,
+        AttributeEntropy,
     )
 }
 EXAMPLE = "Write steps: [clip_score, select: {by: clip, keep: 2}]."
