@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from mmft_hf.captioning.refine import CaptionTable
 from mmft_hf.captioning.steps.agreement import Agreement
@@ -35,6 +37,7 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import load_captioned_dataset
 from tests.helpers.scripted_responder import ScriptedResponder
 from tests.helpers.step_rows import Vectors, row
+from tests.helpers.tiny_encoders import word_pieces
 
 
 def ran(step, rows, respond, scorer=None):
@@ -565,6 +568,55 @@ def test_undecided_pairs_do_not_count():
     [_], [records] = ran(Agreement(), [row(0, ["a", "b", "c"])], lambda ask: "yes" if '"a"' not in ask.prompt else None)
     assert values([records], "nli") == [[None, -1, -1]]
     assert values(ran(Agreement(), [row(0, ["a", "a"])], None)[1], "nli") == [[None, None]]
+
+
+def inference_model(folder, labels):
+    """A random model with these classes, and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = word_pieces()
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        id2label=dict(enumerate(labels)),
+        label2id={word: i for i, word in enumerate(labels)},
+        max_position_embeddings=64,
+        initializer_range=1.0,
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def test_a_local_model_judges_all_pairs_in_both_directions(tmp_path):
+    model, tokenizer = inference_model(tmp_path, ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"])
+    rows = [row(0, ["a b c", "d e", "f"]), row(1, ["g"]), row(2, ["a b c", "l o n g " * 40])]
+    step = Agreement(model=str(tmp_path))
+    assert step.roles() == () and not step.needs_scorer()
+    found, records = ran(step, rows, None)
+
+    def contradiction(premise, text):  # one pair at a time, without padding
+        with torch.no_grad():
+            logits = model(**tokenizer(premise, text, return_tensors="pt", truncation=True, max_length=62)).logits
+        return logits.softmax(dim=-1)[0, 2].item()
+
+    for r, own in zip(rows, values(records, "nli"), strict=True):
+        for text, value in zip(r.texts(), own, strict=True):
+            others = [contradiction(other, text) for other in r.texts() if other != text]
+            assert value == (pytest.approx(1 - 2 * np.mean(others), abs=1e-5) if others else None)
+    assert len({round(value, 4) for value in found[0].values()}) == 6  # the direction counts
+    assert step.told(rows, found).figures["pairs"] == 8
+
+
+def test_a_model_without_a_class_for_contradiction_is_refused(tmp_path):
+    inference_model(tmp_path, ["bad", "good"])
+    with pytest.raises(UserError, match="a class contradiction, found bad, good"):
+        Agreement(model=str(tmp_path)).fit([row(0, ["a", "b"])], None)
+    with pytest.raises(UserError, match="none: expected a model of natural language inference"):
+        Agreement(model=str(tmp_path / "none")).fit([row(0, ["a", "b"])], None)
 
 
 # -- pairwise and the arena ---------------------------------------------------------------------------------------------
