@@ -39,6 +39,8 @@ class Request:
         max_tokens: token limit of the answer, in the captioner's tokens.
         aspects: one name, or several if the answer must be a JSON object with these keys.
         seed: seed of the sampling, for backends that take one.
+        forced: a text whose log-probabilities are asked for, instead of an answer. The answer is JSON: for each token its begin and end
+            in the text, its log-probability and its logit.
         sample: number of the text among those of the same question, which diverse beams write together.
     """
 
@@ -48,6 +50,7 @@ class Request:
     aspects: tuple[str, ...]
     seed: int = 0
     sample: int = 0
+    forced: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...data.images import BadImage
 from ..judge.checks import CaptionChecker
-from ..steps.asking import UNSURE, Ask, Asking, View, parsed, rendered
+from ..steps.asking import UNSURE, Ask, Asking, View, forced, parsed, rendered
 from ..steps.base import Row
 from ..types import ACCEPTED, OPEN, CallError, FieldRefused, Picture, Request
 from .cost import Spending
@@ -314,7 +314,10 @@ class QuestionDriver:
         async with self._ready:
             try:
                 pictures = [await self._picture(view, role.pictures) for view in ask.pictures]
-                request = Request(tuple(pictures), made.prompt, made.budget, (self.step,), int(made.key[:7], 16))
+                seed = int(made.key[:7], 16)
+                request = Request(
+                    tuple(pictures), made.prompt, made.budget, (self.step,), seed, ask.sample, forced(ask)
+                )
                 answer, spent = await self._calls[ask.role].ask(request)
             except (BadImage, Gone) as error:
                 status = "bad_image" if isinstance(error, BadImage) else "failed"

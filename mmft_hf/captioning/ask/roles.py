@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import UserError
-from ..steps.asking import Ask
+from ..steps.asking import Ask, forced
 from ..steps.base import Step
 from ..types import FEATURES, Backend
 from .captioner import BACKENDS, EXAMPLES, Captioner
@@ -62,11 +62,9 @@ class Role:
             prompt: the whole text of this try.
         """
         shown = [[view.image_sha256, view.what, self.pictures.spec()] for view in ask.pictures]
-        return sha256(
-            canonical(
-                {**self._same, "pictures": shown, "prompt": prompt, "sample": ask.sample, "reask": reask}
-            ).encode()
-        )
+        same = {**self._same, "pictures": shown, "prompt": prompt, "sample": ask.sample, "reask": reask}
+        text = forced(ask)
+        return sha256(canonical(same if text is None else same | {"forced": text}).encode())
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class Ask:
         prompt: captions and columns in it are data: see `quoted`.
         pictures: none for the writer.
         answer: `text`; `caption` (a text that has to pass the checks of captions); `yes_no`; `choice`, one of `options`;
-            `score:0-5`; `json:name,name`, an object with these keys; `list`, a JSON list of texts.
+            `score:0-5`; `json:name,name`, an object with these keys; `list`, a JSON list of texts; `log_probs`, how likely the
+            model is to answer with the one text of `options`.
         options: for `choice`. They are shown in an order that depends on the question, and lead to the index in this one.
         sample: the same question again, for votes: 0, 1, ….
         class_name: for `caption`: the class whose name the checks look for. The model does not see it.
@@ -83,7 +84,7 @@ def rendered(ask: Ask) -> str:
         ValueError: an unknown form of answer.
     """
     kind, _, form = ask.answer.partition(":")
-    if kind in ("text", "caption"):
+    if kind in ("text", "caption", "log_probs"):
         return ask.prompt
     if kind == "yes_no":
         return f"{ask.prompt}\nAnswer with one word: yes, no or unsure."
@@ -105,12 +106,15 @@ def parsed(ask: Ask, text: str) -> Any:
     """What an answer says; None if that cannot be told, which is never a "no".
 
     Returns:
-        A text; `"yes"`, `"no"` or `"unsure"`; the index of the chosen option; a number; a dict; or a list of texts.
+        A text; `"yes"`, `"no"` or `"unsure"`; the index of the chosen option; a number; a dict; a list of texts; or for `log_probs` a
+        list with begin and end of each token in the text, its log-probability and its logit.
     """
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     kind, _, form = ask.answer.partition(":")
     if kind in ("text", "caption"):
         return text or None
+    if kind == "log_probs":
+        return _tokens(text)
     if kind in ("json", "list"):
         return _parsed_json(text, form.split(",") if form else None)
     word = text.strip(" \t\n.,:;!()*\"'`").split("\n")[0]
@@ -126,6 +130,15 @@ def parsed(ask: Ask, text: str) -> Any:
     return int(found.group(1)) if found and low <= int(found.group(1)) <= high else None
 
 
+def _tokens(text: str) -> list[tuple[float, ...]] | None:
+    """A list of four numbers for each token."""
+    try:
+        found = [tuple(token) for token in json.loads(text)]
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return found if all(len(token) == 4 and all(isinstance(x, int | float) for x in token) for token in found) else None
+
+
 def _parsed_json(text: str, keys: Sequence[str] | None) -> dict | list | None:
     """An object with exactly these keys, or a list of texts. A Markdown fence around it is removed; nothing is guessed."""
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
@@ -136,6 +149,11 @@ def _parsed_json(text: str, keys: Sequence[str] | None) -> dict | list | None:
     if keys is None:
         return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else None
     return found if isinstance(found, dict) and set(found) == set(keys) else None
+
+
+def forced(ask: Ask) -> str | None:
+    """The text whose log-probabilities are asked for; None: the model writes one."""
+    return ask.options[0] if ask.answer == "log_probs" else None
 
 
 def answered(asking: Asking, respond: Callable[[Ask], Any], most_rounds: int = 8) -> Any:

@@ -25,6 +25,7 @@ from .rewrite import Rewrite
 from .rubric import Rubric
 from .select import Select
 from .self_retrieval import SelfRetrieval
+from .sentence_rating import SentenceRating
 from .verify import Verify
 
 STEPS: dict[str, type[Step]] = {
@@ -37,6 +38,7 @@ STEPS: dict[str, type[Step]] = {
         Select,
         Representatives,
         Rewrite,
+        SentenceRating,
         Verify,
         Rubric,
         Choice,

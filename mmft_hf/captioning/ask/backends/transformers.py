@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import threading
 from collections import OrderedDict
@@ -76,7 +77,7 @@ class TransformersBackend:
         UserError: an argument that cannot be used.
     """
 
-    features = frozenset({"text", "pictures"})
+    features = frozenset({"text", "pictures", "logprobs", "beams", "guidance"})
 
     def __init__(
         self,
@@ -311,8 +312,10 @@ class TransformersBackend:
             return results
 
     def _batches(self, prepared: Sequence, rows: list[int]) -> list[list[int]]:
-        """Numbers of prepared rows that are answered together: those with pictures, then those of text alone."""
-        kinds = ([i for i in rows if prepared[i].images], [i for i in rows if not prepared[i].images])
+        """Numbers of prepared rows that are answered together: those with pictures, of text alone, and with a given answer."""
+        kinds: tuple[list[int], ...] = ([], [], [])
+        for i in rows:
+            kinds[2 if prepared[i].request.forced is not None else not prepared[i].images].append(i)
         return [kind[start : start + self._most] for kind in kinds for start in range(0, len(kind), self._most)]
 
     def _try(self, rows: list[_Row]) -> tuple[list[Answer], Unanswerable | None]:
@@ -331,7 +334,7 @@ class TransformersBackend:
         return [], Unanswerable(kind, message)
 
     def _prepare(self, request: Request) -> _Row | Unanswerable:
-        if found := [token for token in self._controls if token in request.prompt]:
+        if found := [token for token in self._controls if token in request.prompt + (request.forced or "")]:
             # It would end the question or stand for a second picture.
             return Unanswerable("control_token", f"expected plain text as the prompt, found the token {found[0]!r}")
         try:
@@ -373,6 +376,8 @@ class TransformersBackend:
         return [ends] if isinstance(ends, int) else ends
 
     def _answers(self, rows: list[_Row]) -> list[Answer]:
+        if rows[0].request.forced is not None:
+            return [self._rated(row) for row in rows]
         model, tokenizer = self._model, self._processor.tokenizer
         ends = self._ends()
         options: dict[str, Any] = {
@@ -398,6 +403,22 @@ class TransformersBackend:
         tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         return [self._read(*row, ends, options) for row in zip(rows, tokens, prompts, strict=True)]
+
+    def _rated(self, row: _Row) -> Answer:
+        """How likely the model is to give a given answer: see `Request.forced`."""
+        found = self._processor.tokenizer(row.request.forced, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = found["input_ids"], found["offset_mapping"]
+        inputs = {name: v for name, v in self._inputs([row]).items() if not name.startswith("negative")}
+        with torch.inference_mode():
+            # The logits at each token are those of the next one.
+            logits = self._model(**_continued(inputs, [tuple(ids)])).logits[0, -len(ids) - 1 : -1].double()
+            chosen = torch.tensor(ids, dtype=torch.long, device=logits.device)[:, None]
+            values = (logits.log_softmax(dim=-1).gather(1, chosen)[:, 0], logits.gather(1, chosen)[:, 0])
+        told = [
+            [*place, log_prob, logit]
+            for place, log_prob, logit in zip(places, *(v.tolist() for v in values), strict=True)
+        ]
+        return Answer(json.dumps(told), "stop", self.identity()["model"], inputs["input_ids"].shape[1] + len(ids), 0)
 
     def _of_group(self, row: _Row, ends: list[int], options: Mapping) -> Answer:
         """The text of the group that has the number of the sample. All groups are searched at once, and kept for the others."""
