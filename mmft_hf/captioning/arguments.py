@@ -122,7 +122,7 @@ class CaptionArguments(
     )
     max_side: int = setting(512, "Longer side in pixels of the pictures that are sent.", range=Range(16))
     captioner_batch_size: int = setting(8, "Batch size in pictures of --captioner transformers.", range=Range(1))
-    concurrency: int = setting(16, "Maximum number of calls in flight.", range=Range(1))
+    concurrency: int = setting(16, "Maximum number of calls in flight, to each model.", range=Range(1))
     requests_per_minute: float | None = setting(None, "Maximum number of calls per minute.", range=ABOVE_0)
     tokens_per_minute: float | None = setting(
         None, "Maximum number of tokens per minute, in prompts and answers.", range=ABOVE_0
