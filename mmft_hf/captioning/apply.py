@@ -68,7 +68,8 @@ class AppliedStep:
         entry |= {"dropped": dict(self.dropped), "replaced": dict(self.replaced), "written": self.written}
         if step.roles():
             entry |= {"roles": list(step.roles()), "sees_label": step.sees_label, "asked": dict(self.asked)}
-        return entry | {"figures": dict(self.told.figures), "notes": list(self.told.notes)}
+        figures = {name: _rounded(value) for name, value in self.told.figures.items()}
+        return entry | {"figures": figures, "notes": list(self.told.notes)}
 
 
 def apply_steps(
@@ -132,6 +133,13 @@ def _tokens_per_word(before: Sequence[Row], after: Sequence[Row]) -> float:
             if record["status"] in ACCEPTED and record["clip_tokens"]:
                 words, tokens = words + len(record["text"].split()), tokens + record["clip_tokens"] - 2
     return tokens / words if words else 0.0
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to four digits after the point, for people."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _nobody(ask: Ask) -> None:

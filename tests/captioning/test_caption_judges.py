@@ -31,6 +31,8 @@ from mmft_hf.captioning.steps.pairwise import Pairwise
 from mmft_hf.captioning.steps.questions import Questions, read_bank
 from mmft_hf.captioning.steps.rubric import DIMENSIONS, Rubric
 from mmft_hf.captioning.steps.scorer import Scorer
+from mmft_hf.captioning.steps.select import Select
+from mmft_hf.captioning.steps.self_retrieval import SelfRetrieval
 from mmft_hf.captioning.steps.settings import make_step, read_recipe
 from mmft_hf.captioning.steps.verify import Verify, decoy_recall
 from mmft_hf.core.errors import UserError
@@ -171,7 +173,8 @@ def test_a_judge_that_always_says_yes_changes_nothing(then):
     assert decoy_recall(found) == 0 and not step.trusted(found)
     assert [[r["status"] for r in own] for own in records] == [["ok"]] * 20
     told = step.told(rows, found)
-    assert told.figures["decoy_recall"] == 0 and "denied 0.0 %" in told.notes[0]
+    assert told.figures["decoy_recall"] == 0 and "denied 0.0 %." in told.notes[0]
+    assert "Below 80.0 %" in told.notes[1]
 
 
 @pytest.mark.parametrize("word", [None, "unsure"])
@@ -696,6 +699,44 @@ def test_rounds_and_images_bound_the_comparisons():
 def test_options_of_judges_that_cannot_be(name, options, said):
     with pytest.raises(UserError, match=said):
         make_step(name, options)
+
+
+# -- the whole, on the embedded data ------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_planted_faults_are_found_on_the_embedded_data():
+    """A fifth of the images have captions of another one of their class, another fifth have a foreign name in each caption."""
+    table = CaptionTable("emoji", load_captioned_dataset(captions_column="text")["train"], "concept")
+    rng, rows, truth = np.random.default_rng(0), [], {}
+    parts = [[clause.text for text in r.texts() for clause in clauses(text)] for r in table.rows]
+    of_class = {
+        r.label: {text for o, own in zip(table.rows, parts, strict=True) if o.label == r.label for text in own}
+        for r in table.rows
+    }
+    fault = rng.choice(["none", "swapped", "foreign"], len(table.rows), p=[0.6, 0.2, 0.2])
+    planted = {}
+    for i, r in enumerate(table.rows):
+        truth[r.image_sha256] = parts[i]
+        said = r.texts()
+        if fault[i] == "swapped":
+            said = rng.choice([o for o in table.rows if o.label == r.label and o.group != r.group]).texts()
+        elif fault[i] == "foreign":
+            names = sorted(set().union(*of_class.values()) - of_class[r.label])
+            planted[i] = names[rng.integers(len(names))]
+            said = [f"{text}, {planted[i]}" for text in said]
+        rows.append(replace(r, records=[r.records[0] | {"text": text, "sample": k} for k, text in enumerate(said)]))
+    scorer = Scorer("builtin/tiny-clip", table.images())
+    rows = [replace(r, records=own) for r, own in zip(rows, SelfRetrieval().apply(rows, scorer), strict=True)]
+    step = Verify(claims="clauses", per_call="all", then="flag")
+    found, records = ran(step, rows, ScriptedResponder(truth))
+    rows = [replace(r, records=own) for r, own in zip(rows, records, strict=True)]
+    denied = [planted[i] in one.denied() for i in planted for one in found[i].values()]
+    assert np.mean(denied) >= 0.9 and decoy_recall(found) >= 0.8
+    assert not any(one.denied() for i, own in enumerate(found) if fault[i] == "none" for one in own.values())
+
+    strict = Select(by="sr_pct", keep_share=0.8, per="split", empty_images=True).apply(rows)
+    gone = [r["status"] == "dropped" for i, own in enumerate(strict) if fault[i] == "swapped" for r in own]
+    assert np.mean(gone) >= 0.7, np.mean(gone)
+    assert all(texts(own) for own in Select(by="sr_pct", keep_share=0.8).apply(rows))
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,9 @@ class Pairwise(Step):
             figures[f"words {one.source}"] = sum(words[one.source]) / len(words[one.source])
         notes = []
         if strengths and strengths[0].value is None:
-            notes.append("pairwise: no strengths, because some sources won, or lost, all comparisons with the others.")
+            notes.append("There are no strengths, because some sources won, or lost, all comparisons with the others.")
+        elif strengths:
+            notes.append("Strengths: " + ", ".join(f"{one.source} {one.value:+.2f}" for one in strengths) + ".")
         return Told(figures, details, notes)
 
 

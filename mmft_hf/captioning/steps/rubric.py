@@ -129,7 +129,7 @@ class Rubric(Step):
             figures[name] = counts
             if len(values) > 1 and max(counts) >= FLAT * len(values):
                 notes.append(
-                    f"rubric: {percent(max(counts) / len(values))} of the ratings of {name} are {counts.index(max(counts))}, so it "
+                    f"{percent(max(counts) / len(values))} of the ratings of {name} are {counts.index(max(counts))}, so it "
                     "hardly tells captions apart."
                 )
         for k, style in enumerate(self.styles):

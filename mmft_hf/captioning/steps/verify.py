@@ -394,12 +394,13 @@ class Verify(Step):
             **dnli(verdicts, facts),
         }
         notes = []
-        if not self.trusted(found):
-            denied = "no statement" if recall is None else percent(recall)
+        if self.decoys:
+            denied = "answered none" if recall is None else f"denied {percent(recall)}"
             notes.append(
-                f"verify: expected at least {percent(self.trust)} of the statements about other classes to be denied, but the "
-                f"{self.by} denied {denied}. Its verdicts were recorded, and no caption was changed."
+                f"Of {figures['decoys']:,} statements about other classes among the claims, the {self.by} {denied}."
             )
+        if not self.trusted(found):
+            notes.append(f"Below {percent(self.trust)}, verdicts are recorded and no caption is changed.")
         return Told({name: value for name, value in figures.items() if value is not None}, _details(rows, found), notes)
 
 
