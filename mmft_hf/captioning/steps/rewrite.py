@@ -22,7 +22,7 @@ from .asking import Ask, Asking, View, quoted
 from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, written
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
-from .seen import Seen, look
+from .seen import Seen, look, part_embeddings
 
 OPTIONS = {  # the options that fill slots, and the slots
     "column": ("column",),
@@ -344,12 +344,15 @@ class Rewrite(Step):
             rows = (f"[{quoted(s.place)}, {s.score:.3f}, {quoted(s.text)}]" for s in sentences)
             return [(tuple(captions), "[" + ",\n".join(rows) + "]")]
         if self.rank_by:
-            captions = sorted(captions, key=lambda k: _rank(row.records[k], self.rank_by))[: self.top_k]
+            captions = sorted(captions, key=lambda k: _rank(row.records[k], self.rank_by))
+        # A text that an image has twice is one caption, and goes with all of its records.
+        chosen = list(dict.fromkeys(row.records[k]["text"] for k in captions))[: self.top_k]
+        captions = [k for text in chosen for k in captions if row.records[k]["text"] == text]
         if preset.captions == "each":
             return [((k,), quoted(row.records[k]["text"])) for k in captions]
-        if len({row.records[k]["text"] for k in captions}) < preset.least:
+        if len(chosen) < preset.least:
             return []
-        return [(tuple(captions), _listed([row.records[k]["text"] for k in captions]))]
+        return [(tuple(captions), _listed(chosen))]
 
     def _pictures(self, row: Row, seen: Seen) -> Iterable[tuple[tuple[View, ...], dict, tuple[str, ...], str | None]]:
         """For each question: its pictures, values of slots, sha256 of other images, and the view."""
@@ -506,15 +509,17 @@ class Rewrite(Step):
     def _margins(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence) -> dict[int, dict[int, float]]:
         """For each row, by how much its new texts fit their own region better than any other region that has a text."""
         margins: dict[int, dict[int, float]] = {}
+        parts = part_embeddings(scorer, {(i, text.question.view) for i, own in enumerate(found) for text in own or ()})
         for i, texts in enumerate(found):
-            views = list(dict.fromkeys(text.question.view for text in texts or ()))
+            texts = {n: text for n, text in enumerate(texts or ()) if (i, text.question.view) in parts}
+            views = list(dict.fromkeys(text.question.view for text in texts.values()))
             if len(views) < 2:
                 continue
-            regions = np.stack([scorer.images(view)[i] for view in views])
-            fits = scorer.texts([text.text for text in texts]) @ regions.T
-            for n, text in enumerate(texts):
+            regions = np.stack([parts[i, view] for view in views])
+            fits = dict(zip(texts, scorer.texts([text.text for text in texts.values()]) @ regions.T, strict=True))
+            for n, text in texts.items():
                 own = views.index(text.question.view)
-                margins.setdefault(i, {})[n] = float(np.float32(fits[n, own] - np.delete(fits[n], own).max()))
+                margins.setdefault(i, {})[n] = float(np.float32(fits[n][own] - np.delete(fits[n], own).max()))
         return margins
 
 

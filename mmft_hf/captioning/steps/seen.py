@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
-from ..judge.cleaning import sentence_ends
+from ...data.images import BadImage
+from ..ask.pictures import part
+from ..judge.cleaning import sentences_of
 from .base import Embeddings, Row, readable
 
 OTHERS = 5  # captions of other images that a question shows
@@ -120,12 +122,17 @@ def fitting_sentences(rows: Sequence[Row], scorer: Embeddings) -> dict[tuple, li
     """See `Seen.sentences`. A caption of a part of the image is compared with that part."""
     found: dict[tuple, list[Sentence]] = {}
     by_class: dict[int, list[float]] = {}
-    for i in readable(rows, scorer.images()):
+    can = readable(rows, scorer.images())
+    views = {(i, k): rows[i].records[k].get("view") or "whole" for i in can for k in rows[i].captions()}
+    parts = part_embeddings(scorer, {(i, view) for (i, _), view in views.items()})
+    for i in can:
         row, own = rows[i], []
         for k in row.captions():
-            view = row.records[k].get("view") or "whole"
-            texts = _sentences(row.records[k]["text"])
-            scores = scorer.texts(texts) @ scorer.images(view)[i]
+            view = views[i, k]
+            if (i, view) not in parts:
+                continue
+            texts = sentences_of(row.records[k]["text"])
+            scores = scorer.texts(texts) @ parts[i, view]
             own += [Sentence(text, view, score) for text, score in zip(texts, scores.tolist(), strict=True)]
         found[row.image_sha256, row.label] = sorted(own, key=lambda s: (-s.score, s.place, s.text))
         by_class.setdefault(row.label, []).extend(sentence.score for sentence in own)
@@ -136,6 +143,15 @@ def fitting_sentences(rows: Sequence[Row], scorer: Embeddings) -> dict[tuple, li
     }
 
 
-def _sentences(text: str) -> list[str]:
-    ends = [0, *sentence_ends(text), len(text)]
-    return [part for a, b in pairwise(ends) if (part := text[a:b].strip())]
+def part_embeddings(scorer: Embeddings, places: Collection[tuple[int, str]]) -> dict[tuple[int, str], np.ndarray]:
+    """Unit-norm embeddings `(D,)` of parts of images, by number of the row and view. Boxes outside of their picture have none."""
+    boxes = sorted(place for place in places if place[1].startswith("box:"))
+    found = {(i, what): scorer.images(what)[i] for i, what in places if not what.startswith("box:")}
+    for start in range(0, len(boxes), BLOCK):
+        shown = {}
+        for i, what in boxes[start : start + BLOCK]:
+            with suppress(BadImage):
+                shown[i, what] = part(scorer.picture(i), what)
+        if shown:
+            found |= dict(zip(shown, scorer.encode(list(shown.values())), strict=True))
+    return found
