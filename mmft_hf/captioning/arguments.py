@@ -9,9 +9,8 @@ from typing import ClassVar
 from ..core.arguments import Range, check_settings, setting
 from ..core.errors import UserError
 from ..data.texts import DEFAULT_TEMPLATE, PROMPT, PromptSet
-from .ask.captioner import BACKENDS, WITHOUT_MODEL, Captioner
+from .ask.captioner import BACKENDS, WITHOUT_MODEL, Captioner, named_as
 from .ask.pictures import PicturePolicy
-from .ask.roles import named_as
 from .types import Decoding, Sampling
 
 ROLE_SETTINGS = ("model", "base_url", "api_key_env", "tag", "temperature", "max_tokens", "request_options")

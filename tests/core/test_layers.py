@@ -72,3 +72,9 @@ def test_captioning_through_a_server_loads_neither_torch_nor_the_trainer():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'mmft_hf.commands.caption.actions'" in loaded
     assert "'torch'" not in loaded and "'transformers.trainer'" not in loaded
+
+
+def test_the_help_of_captioning_loads_no_datasets():
+    code = "import sys, mmft_hf.commands.caption; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'mmft_hf.commands.caption'" in loaded and "'datasets'" not in loaded and "'torch'" not in loaded

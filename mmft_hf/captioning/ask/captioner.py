@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +23,8 @@ EXAMPLES = {
 BACKENDS = tuple(EXAMPLES)
 WITHOUT_MODEL = ("columns", "template")
 KEY_VERSION = 1
+# Settings of a captioner, as its messages name them, whose names have the role before them if another role is meant.
+_SETTING = re.compile(r"--(?:captioner_)?(model|base_url|api_key_env|max_tokens|request_options|omit)\b|--captioner\b")
 
 
 @dataclass(frozen=True)
@@ -160,3 +164,20 @@ class Captioner:
             "aspects_per_call": self.aspects_per_call,
             "samples": self.samples,
         }
+
+
+@contextmanager
+def named_as(role: str) -> Iterator[None]:
+    """Within it, messages about settings of the captioner name those of another role: `--judge_model`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(in_words_of(role, error.args[0])) from error
+
+
+def in_words_of(role: str, message: str) -> str:
+    """A message about a captioner as one about another role."""
+    if role == "captioner":
+        return message
+    message = _SETTING.sub(lambda found: f"--{role}_{found[1]}" if found[1] else f"--{role}", message)
+    return re.sub(r"^captioner (?=')", f"{role} ", message)

@@ -23,6 +23,7 @@ from ..judge.checks import CaptionChecker
 from ..steps.asking import UNSURE, Ask, Asking, View, forced, parsed, rendered
 from ..steps.base import Row
 from ..types import ACCEPTED, OPEN, CallError, FieldRefused, Picture, Request
+from .captioner import in_words_of
 from .cost import Spending
 from .dispatch import Dispatcher, Outcome, Stopped
 from .driver import LARGER_BUDGET, Gone
@@ -31,7 +32,7 @@ from .journal_reader import JournalReader
 from .journal_table import COLUMNS, JournalError
 from .limits import Limits
 from .pictures import PicturePolicy, shown
-from .roles import Role, in_words_of
+from .roles import Role
 
 MOST_ROUNDS = 8
 REASKS = 1  # how often an answer that cannot be read is asked for again

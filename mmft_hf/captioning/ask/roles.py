@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +10,12 @@ from ...core.errors import UserError
 from ..steps.asking import Ask, forced
 from ..steps.base import Step
 from ..types import FEATURES, Backend
-from .captioner import BACKENDS, EXAMPLES, Captioner
+from .captioner import BACKENDS, EXAMPLES, Captioner, named_as
 from .cost import CostMeter, price_of
 from .pictures import PicturePolicy, sha256
 from .plan import canonical
 
 KEY_VERSION = 1
-# Settings of a captioner, as its messages name them, whose names have the role before them if another role is meant.
-_SETTING = re.compile(r"--(?:captioner_)?(model|base_url|api_key_env|max_tokens|request_options|omit)\b|--captioner\b")
 
 
 @dataclass
@@ -65,23 +61,6 @@ class Role:
         same = {**self._same, "pictures": shown, "prompt": prompt, "sample": ask.sample, "reask": reask}
         text = forced(ask)
         return sha256(canonical(same if text is None else same | {"forced": text}).encode())
-
-
-@contextmanager
-def named_as(role: str) -> Iterator[None]:
-    """Within it, messages about settings of the captioner name those of another role: `--judge_model`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(in_words_of(role, error.args[0])) from error
-
-
-def in_words_of(role: str, message: str) -> str:
-    """A message about a captioner as one about another role."""
-    if role == "captioner":
-        return message
-    message = _SETTING.sub(lambda found: f"--{role}_{found[1]}" if found[1] else f"--{role}", message)
-    return re.sub(r"^captioner (?=')", f"{role} ", message)
 
 
 def open_roles(
