@@ -1,6 +1,8 @@
 """The driver of questions: what is asked, once, of whom, and what is made of the answers. Against a real server on loopback."""
 
 import json
+import os
+import signal
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -303,6 +305,24 @@ def test_a_step_that_needs_log_probabilities_is_refused_by_a_server(server):
     with pytest.raises(UserError, match="expected a backend with the log-probabilities of a given text"):
         check_features([Rates()], roles)
     assert not server.requests()
+
+
+def test_ctrl_c_keeps_the_answers_on_their_way(server, tmp_path):
+    asked = []
+
+    def reply(prompt, picture):
+        asked.append(prompt)
+        if len(asked) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return replies(prompt, picture)
+
+    server.server.reply, server.server.script = reply, {"rules": [{"do": "ok", "delay_ms": 100}]}
+    with pytest.raises(PartialResult, match="stopped by you") as caught:
+        run(server, tmp_path, concurrency=3)
+    kept = [row["status"] for row in read_rows(tmp_path / "journal")]
+    assert caught.value.again and len(asked) < COUNT and kept == ["ok"] * len(asked)
+    _, found, _ = run(server, tmp_path)
+    assert texts(found) == EXPECTED and len(asked) == len(set(asked)) == COUNT * 3 // 2
 
 
 def test_a_defect_of_a_step_ends_the_run_and_is_raised(server, tmp_path):

@@ -152,8 +152,7 @@ def test_the_cost_limit_ends_with_3_and_what_to_type(refine, server, tmp_path):
     assert code == 0 and len({row["prompt"] for row in server.requests()}) == len(server.requests()) > count, said
 
 
-def test_without_questions_a_folder_is_what_it_was(refine, source, tmp_path, server):
-    """A preset that finds nothing to ask changes nothing, and no class loses its last caption."""
+def test_rewriting_without_a_preset_is_refused(refine, server):
     code, said = refine(steps=("rewrite",))
     assert code == 2 and "preset" in said and not server.requests()
 
