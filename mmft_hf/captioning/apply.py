@@ -150,6 +150,8 @@ def _completed(
     record: dict, label: int, model: str | None, checker: CaptionChecker | None, scripts: Sequence[str]
 ) -> dict:
     """A record with its author and the verdict of the checks, if its text is new."""
+    if "model" not in record:  # a new text, which may have been refused
+        record = {**record, "model": model}
     if not record.get("step") or record["status"] not in ACCEPTED or record.get("clip_tokens") is not None:
         return record
     if model and not record.get("model"):

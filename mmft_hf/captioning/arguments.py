@@ -150,8 +150,8 @@ class CaptionArguments(
     )
     steps: list[str] | None = setting(
         None,
-        "What `refine` does, in order: clip_score, self_retrieval, select, or a YAML file of steps with their options "
-        "(recipes/captions/steps).",
+        "What `refine` does, in order: names of steps (clip_score, verify, select …) or presets (short, translate …), or a YAML file of "
+        "steps with their options (recipes/captions/steps).",
     )
     scorer: str | None = setting(None, "Model that scores captions: Hub id or folder of a dual encoder, or builtin/….")
     scorer_is_student: bool = setting(

@@ -11,6 +11,8 @@ from datasets import DatasetDict, Image, load_dataset
 from scripted_responder import ScriptedResponder
 from tiny_clip import COLOURS, colour_dataset
 
+import mmft_hf
+from mmft_hf.captioning.ask.captioner import Captioner
 from mmft_hf.captioning.ask.pictures import PicturePolicy, prepare, sha256
 from mmft_hf.cli import main
 
@@ -154,3 +156,28 @@ def test_a_translation_is_checked_in_its_own_script(refine, tmp_path):
     code, said = refine("--steps", tmp_path / "steps.yaml", output=tmp_path / "other")
     assert code == 0 and len(refine.server.requests()) == 12 + 2 * 12, said
     assert not any(re.match("лист", text) for row in written(tmp_path / "other") for text in row["captions"])
+
+
+def test_two_pictures_reach_the_captioner_and_a_refused_text_is_recorded(refine, tmp_path):
+    """The judge says yes to both pictures, so nothing differs. Its six questions serve both directions of each pair."""
+    refine.server.server.reply = lambda prompt, picture: (
+        "A view of one colour." if "two images" in prompt else "yes" if prompt.startswith("Is all") else "a thing in it"
+    )
+    code, said = refine("--steps", "difference")
+    assert code == 0, said
+    asked = [row["model"] for row in refine.server.requests()]
+    assert (asked.count("captioner-model"), asked.count("judge-model")) == (6, 6)
+    refused = [r for row in written(tmp_path / "out") for r in row["caption_records"] if r["step"] == "difference"]
+    assert [r["status"] for r in refused] == ["rejected"] * 6 and all(len(r["refs"]) == 1 for r in refused)
+    assert all(r["checks"] == ["not_different"] for r in refused)
+
+
+def test_captions_are_rated_by_a_model_in_this_process(vlm, source, tmp_path):
+    data = load_dataset(str(source))["train"].select(range(2))
+    step = ["sentence_rating"]
+    roles = {"captioner": Captioner("transformers", str(vlm))}
+    found = mmft_hf.refine_captions(data, step, roles=roles, run_dir=str(tmp_path / "run"), progress=False)
+    records = [r for row in found for r in row["caption_records"]]
+    gaps = [score["value"] for r in records for score in r["scores"] or () if score["name"] == "gap"]
+    assert len(gaps) >= 4 and len({*gaps}) > 1
+    assert all(row["captions"] for row in found)
