@@ -90,7 +90,9 @@ def refine(source, clip_folder, tmp_path, capsys):
         yield run
 
 
-@pytest.mark.parametrize("recipe", CALLS)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("enrich", "short_and_dense"))) for name in CALLS]
+)
 def test_recipes_write_what_was_answered_and_ask_nothing_twice(recipe, refine, source, tmp_path):
     code, said = refine("--steps", RECIPES / f"{recipe}.yaml")
     assert code == 0, said
@@ -118,6 +120,7 @@ def test_recipes_write_what_was_answered_and_ask_nothing_twice(recipe, refine, s
     assert len(refine.server.requests()) == CALLS[recipe]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["diversify", "multi_captioner"])
 def test_recipes_with_judges(recipe, refine, source, tmp_path):
     seen = colours(source)
