@@ -175,6 +175,23 @@ def test_a_rewriting_that_is_not_answered_leaves_the_caption():
     assert all(own[0]["status"] == "ok" and own[0]["checks"] == ["contradicted"] for own in records)
 
 
+def test_an_image_without_a_caption_stays_without_one():
+    rows, truth = planted(4)
+    rows[0] = replace(rows[0], records=[])
+    for then in ("flag", "drop", "rewrite"):
+        _, records = ran(Verify(then=then), rows, responder(truth))
+        assert records[0] == [] and records[1] != []
+
+
+def test_a_judge_that_answered_no_decoy_is_not_trusted_and_the_note_says_so():
+    rows, truth = planted(2)
+    step, respond = Verify(then="drop"), responder(truth)
+    found, records = ran(step, rows, lambda ask: respond(ask) if ask.role == "writer" else None)
+    assert all(texts(own, "dropped") == [] for own in records)
+    [note] = step.told(rows, found).notes
+    assert note.startswith("The judge answered no statement about another class") and "no caption is changed" in note
+
+
 def test_decoys_are_of_another_class_unmarked_and_independent_of_the_order_of_rows():
     rows, truth = planted(30)
     step, respond = Verify(per_call="all"), responder(truth)

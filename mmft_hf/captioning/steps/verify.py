@@ -368,7 +368,7 @@ class Verify(Step):
                 bad.append(k)
             elif one.unknown() and then != "flag" and self.on_unanswered == "reject":
                 bad.append(k)
-        if not new and len(bad) == len(row.captions()):
+        if bad and not new and len(bad) == len(row.captions()):
             bad.remove(min(bad, key=lambda k: -(accuracy(judged[records[k]["text"]].verdicts) or 0)))
         for k in bad:
             records[k] = {**records[k], "status": DROPPED, "step": self.name}
@@ -394,12 +394,16 @@ class Verify(Step):
             **dnli(verdicts, facts),
         }
         notes = []
-        if self.decoys:
-            denied = "answered none" if recall is None else f"denied {percent(recall)}"
+        if self.decoys and recall is None:
             notes.append(
-                f"Of {figures['decoys']:,} statements about other classes among the claims, the {self.by} {denied}."
+                f"The {self.by} answered no statement about another class, so it is not known whether it can be trusted. Verdicts "
+                "are recorded and no caption is changed."
             )
-        if not self.trusted(found):
+        elif self.decoys:
+            notes.append(
+                f"Of {figures['decoys']:,} statements about other classes among the claims, the {self.by} denied {percent(recall)}."
+            )
+        if recall is not None and not self.trusted(found):
             notes.append(f"Below {percent(self.trust)}, verdicts are recorded and no caption is changed.")
         return Told({name: value for name, value in figures.items() if value is not None}, _details(rows, found), notes)
 
