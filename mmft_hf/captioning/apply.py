@@ -118,6 +118,8 @@ def apply_steps(
         unscored = _unscored(step, before if step.reads() else table.rows)
         totals = counts[0].total(), counts[1].total()
         told = step.told(before, asked.found)
+        if asked.figures.get("questions") == 0:
+            told = replace(told, notes=[*told.notes, "No image has what it asks about, so nothing was asked."])
         if step.scripts() and (ratio := _tokens_per_word(before, table.rows)) > SHREDDED:
             note = f"A word of the new texts has {ratio:.1f} tokens on average: the model that will be trained hardly knows the language."
             told = replace(told, notes=[*told.notes, note])

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
+from mmft_hf.captioning.apply import Asked, apply_steps
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.steps.asking import answered, quoted, rendered
 from mmft_hf.captioning.steps.base import Row
@@ -419,6 +421,23 @@ def test_questions_are_of_the_image_or_of_its_class(tmp_path):
             Rewrite("question", questions=str(file))
 
 
+def test_images_that_a_column_says_nothing_of_are_counted():
+    rows = [
+        row(0, ["a"], columns={"alt": "shop"}),
+        row(1, ["a"], columns={"alt": None}),
+        row(2, ["a"], columns={"alt": " "}),
+    ]
+    assert Rewrite("column_fusion", column="alt").told(rows, [[], [], []]).notes == [
+        "2 of 3 images have nothing in the column alt, so nothing was asked about them."
+    ]
+    boxes = [row(0, columns={"boxes": [[0, 0, 9, 9]]}), row(1, columns={"boxes": None})]
+    assert Rewrite("marked_region", regions_column="boxes").told(boxes, [[], []]).notes == [
+        "1 of 2 images has nothing in the column boxes, so nothing was asked about it."
+    ]
+    assert not Rewrite("column_fusion", column="alt").told(rows[:1], [[]]).notes
+    assert not Rewrite("short").told(rows, [[], [], []]).notes
+
+
 # -- other images -------------------------------------------------------------------------------------------------------
 ANGLES = [0.0, 0.1, 0.2, 0.3, 0.9]
 
@@ -525,3 +544,10 @@ def test_a_text_that_fits_another_region_as_well_is_dropped():
         {"name": "region_margin", "value": 1.0}
     ]
     assert [view.what for view in asks[2].pictures] == ["quadrant:2", "whole"]
+
+
+def test_a_step_that_finds_nothing_to_ask_says_so():
+    table = SimpleNamespace(rows=[row(0, ["a"])])
+    for questions in (0, 1):
+        [applied] = apply_steps(table, [Rewrite("short")], None, lambda *_, n=questions: Asked([[]], {"questions": n}))
+        assert applied.told.notes == ["No image has what it asks about, so nothing was asked."][: 1 - questions]

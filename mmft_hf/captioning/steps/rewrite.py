@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ...core.console import many
 from ...core.errors import UserError, nearest
 from ...core.reading import read_yaml
 from ..ask.pictures import OUTLINE_NAME
@@ -450,8 +451,15 @@ class Rewrite(Step):
         return texts
 
     def told(self, rows: Sequence[Row], found: Sequence[Any]) -> Told:
-        """Number of texts by what was wrong with them."""
-        return Told(dict(Counter(check for texts in found for text in texts or () for check in text.checks)))
+        """Number of texts by what was wrong with them, and how many images the columns say nothing of."""
+        columns = self.columns()
+        empty = sum(
+            self._columns_of(row) is None or bool(self.regions_column and not self._regions(row)) for row in rows
+        )
+        has, it = ("has", "it") if empty == 1 else ("have", "them")
+        note = f"{empty:,} of {many(len(rows), 'image')} {has} nothing in the column {' or '.join(columns)}, so nothing was asked about {it}."
+        counts = Counter(check for texts in found for text in texts or () for check in text.checks)
+        return Told(dict(counts), notes=[note] if columns and empty else [])
 
     # -- what it writes ---------------------------------------------------------------------------------------------------
     def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> list[list[dict]]:
