@@ -49,6 +49,11 @@ class CaptionTable:
                     f"{what}: expected one of {', '.join(dataset.column_names)}, found {column!r}."
                     f"{nearest(column, dataset.column_names)}"
                 )
+        if {"captions", "caption_records"}.isdisjoint(dataset.column_names):
+            raise UserError(
+                f"{name}: expected a column captions, found {', '.join(dataset.column_names)}. If the captions are in another column, "
+                "type --captions_column NAME."
+            )
         self.part = part = LabelledImages(name, dataset, captioned=True)
         records = [with_all(r, c) for r, c in zip(part.records, part.captions, strict=True)]
         if not any(map(captions_from, records)):

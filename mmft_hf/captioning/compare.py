@@ -12,7 +12,7 @@ from ..core.errors import UserError
 from ..core.files import COMPARED_PAGE, DETAILS_FILE, REFINED_PAGE, atomic_write
 from ..core.markdown import public_name
 from .caption_table import CaptionTable
-from .metrics.table import Metric, metric_of
+from .metrics.table import Metric, check_scores, metric_of
 from .refine import open_scorer
 from .steps.base import Embeddings, Row
 from .workflow import load_data
@@ -43,8 +43,8 @@ def caption_comparison(
         The figures, as `figures.figure_rows`, and the page.
 
     Raises:
-        UserError: no captioned folder; no steps to tell of, and no `other`; no image in common; an unknown metric, or no scorer for
-            one.
+        UserError: no captioned folder; no steps to tell of, and no `other`; no image in common; an unknown metric or score, or no
+            scorer for a metric.
     """
     measures = [metric_of(word) for word in metrics]
     if scorer is None and any(needs for _, needs in measures):
@@ -66,6 +66,7 @@ def caption_comparison(
         comparison = details["comparison"]
         if measures:
             table = CaptionTable(folder, data[split], group_column)
+            check_scores(metrics, table.scores())
             model = scorer and open_scorer(scorer, table, is_main())
             sides = ([replace(row, records=as_before(row.records)) for row in table.rows], table.rows)
             comparison = {
@@ -78,6 +79,7 @@ def caption_comparison(
     others, other_train = load_data(replace(data_args, dataset_name=other))
     after = CaptionTable(folder, data[split], group_column)
     before = CaptionTable(other, others[split if split in others else other_train], group_column)
+    check_scores(metrics, [*before.scores(), *after.scores()])
     figures = figure_rows(
         *(
             caption_figures((r.image_sha256, r.records) for r in t.rows)

@@ -13,7 +13,7 @@ from mmft_hf.captioning.metrics.conditional import conditional_ranks, conditiona
 from mmft_hf.captioning.metrics.difference import propose, ranked
 from mmft_hf.captioning.metrics.explained import explained_images, held_out, moments, nullified, sce
 from mmft_hf.captioning.metrics.reconstruction import reconstruction
-from mmft_hf.captioning.metrics.table import metric_of
+from mmft_hf.captioning.metrics.table import check_scores, metric_of
 from mmft_hf.captioning.steps.asking import answered, rendered
 from mmft_hf.captioning.steps.attribute_entropy import AttributeEntropy, attribute_entropy, proposed
 from mmft_hf.captioning.steps.diversity import contextual_vendi
@@ -283,6 +283,14 @@ def test_reconstruction_reads_the_gap_to_the_class_name():
 def test_metrics_that_cannot_be(word, said):
     with pytest.raises(UserError, match=said):
         metric_of(word)
+
+
+def test_the_best_of_a_score_that_no_caption_has():
+    check_scores(["vendi", "clip@max_2"], ["clip"])
+    with pytest.raises(
+        UserError, match=r"expected a score that the captions have \(clip, sr_pct\), found 'clipp'. Did you mean 'clip'"
+    ):
+        check_scores(["clipp@max_2"], ["clip", "sr_pct"])
 
 
 def test_a_function_of_the_working_folder_is_found(tmp_path, monkeypatch):

@@ -25,6 +25,21 @@ _BEST_OF = re.compile(r"(\w+)@max_(\d+)")
 FORMS = (*METRICS, "SCORE@max_K", "reconstruction=package.module:function")
 
 
+def check_scores(words: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `UserError` for `SCORE@max_K` with a score that no caption has.
+
+    Args:
+        words: metrics as they are typed.
+        known: names of the scores that captions have.
+    """
+    for word in words:
+        if (found := _BEST_OF.fullmatch(word)) and found[1] not in known:
+            raise UserError(
+                f"--metrics {word}: expected a score that the captions have ({', '.join(known) or 'they have none'}), found "
+                f"{found[1]!r}.{nearest(found[1], known)}"
+            )
+
+
 def metric_of(word: str) -> tuple[Metric, bool]:
     """A metric as it is typed, and whether it needs a scorer.
 
@@ -38,6 +53,4 @@ def metric_of(word: str) -> tuple[Metric, bool]:
     name, given, function = word.partition("=")
     if name == "reconstruction" and given:
         return partial(reconstruction, generator=named_function(function, "--metrics reconstruction")), True
-    raise UserError(
-        f"--metrics: expected some of {', '.join(FORMS)}, found {word!r}.{nearest(word, [*METRICS, 'reconstruction='])}"
-    )
+    raise UserError(f"--metrics: expected some of {', '.join(FORMS)}, found {word!r}.{nearest(word, FORMS)}")
