@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .console import percent, printable_text
+from .console import many, percent, printable_text
 from .markdown import code, fenced, md, one_line
 
 
@@ -21,7 +21,7 @@ def render_page(template: Path, filters: Mapping[str, Callable] | None = None, *
     styles that pages share in `page.css`.
 
     A value that is None prints nothing, and control characters are removed. Filters of ours: `one_line(limit=120)`,
-    `thousands` (`1,234`), `percent` (a share as `31.5 %`) and `base64` (of bytes), and those that the caller adds.
+    `thousands` (`1,234`), `many(noun)` (`1 caption`), `percent` (a share as `31.5 %`) and `base64` (of bytes), and those that the caller adds.
 
     Raises:
         jinja2.UndefinedError: the template uses a name that `values` lacks.
@@ -33,7 +33,7 @@ def render_page(template: Path, filters: Mapping[str, Callable] | None = None, *
 def render_card(template: Path, **values: object) -> str:
     """Renders a Markdown template. Values become text on one line (`markdown.md`) unless they are `Markup`.
 
-    A value that is None prints nothing. Filters of ours: `one_line`, `thousands` and `percent` as in `render_page`, and
+    A value that is None prints nothing. Filters of ours: `one_line`, `thousands`, `many` and `percent` as in `render_page`, and
     `md(limit=120)`, `code` and `fenced` of `core.markdown`.
 
     Raises:
@@ -57,7 +57,13 @@ def _render(template: Path, finalize: Callable, filters: dict, values: dict) -> 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"one_line": one_line, "thousands": "{:,}".format, "percent": percent, **filters}
+    environment.filters |= {
+        "one_line": one_line,
+        "thousands": "{:,}".format,
+        "many": many,
+        "percent": percent,
+        **filters,
+    }
     return environment.get_template(template.name).render(values)
 
 

@@ -243,6 +243,30 @@ def test_the_card_of_peoples_own_texts(tmp_path):
     assert str(tmp_path.parent) not in text
 
 
+def test_the_card_of_refined_captions_tells_who_wrote_which():
+    step = {
+        "name": "verify",
+        "options": {},
+        "about": "judges",
+        "follows": None,
+        "differs": None,
+        "before": 1,
+        "after": 1,
+    }
+    step |= {"unscored": 1, "dropped": {}, "roles": ["judge"], "sees_label": False}
+    step["asked"] = dict.fromkeys(("answered", "unsure", "unparsable", "refused", "failed"), 0)
+    step["asked"] |= {"questions": 1, "calls": 1, "cost_usd": None}
+    own, new = record(model="columns", checks=["contradicted"]), record(sample=1, text="a new text", model="tiny/vlm")
+    sides = {side: {"captions": 1, "scores": {}} for side in ("before", "after")}
+    _, text = card_of(captioned([[own, new]]), {"steps": [step], "comparison": sides, "roles": {}})
+    assert ", written by `tiny/vlm` or taken from the dataset." in text
+    assert "- model: `tiny/vlm`, 1 caption\n- taken from the dataset: 1 caption, neither" in text
+    assert "1 question in 1 call:" in text and "1 caption before, 1 after. 1 caption without a score." in text
+    assert "| `contradicted` | a judge denies something that it says | 1 |" in text
+    # A table that follows a list at once would be part of its last entry.
+    assert re.search(r"\n1\. `verify`.*\n\n+\| figure \| before", text)
+
+
 def test_the_folder_of_a_card_opens(tmp_path):
     dataset = captioned(MIXED)
     (tmp_path / "data").mkdir()

@@ -164,6 +164,16 @@ TABLE = {  # in the order in which `checks` of a caption record lists them
     "duplicate": Check(None, None, "another image has the same text"),  # added by `duplicates`, which sees all rows
 }
 CHECKS = tuple(TABLE)
+MEANINGS = {name: check.meaning for name, check in TABLE.items()} | {  # of all checks, those that steps add included
+    "duplicate": "another caption has the same text",
+    "contradicted": "a judge denies something that it says",
+    "unanswered": "a question about it has no answer",
+    "length_off": "more than a quarter longer or shorter than was asked for",
+    "speaks_of_mark": "it speaks of the line around the object, which is not in the image",
+    "not_different": "a judge does not find it true of this image and false of the other one",
+    "worse": "it fits the image less than the captions that it was made from",
+    "not_unique": "it fits another region of the image as well",
+}
 DEFAULT_ACTIONS = {name: check.action for name, check in TABLE.items() if check.action}
 
 

@@ -12,7 +12,7 @@ from ...core.markdown import code, front_matter, listed, one_line, public_name
 from ...core.pages import render_card
 from ...core.repositories import describe_recorded_dataset
 from ...version import __version__
-from ..judge.checks import TABLE
+from ..judge.checks import MEANINGS
 from .figures import figure_rows
 from .statistics import CaptionStatistics, percentage, spread
 
@@ -88,8 +88,9 @@ def caption_card(
         figures=figures,
         models=models,
         written_by=Markup(listed(map(code, models))) if models else None,
+        given=figures["models"].get("columns", 0),
         templates="template" in figures["models"],
-        checks=TABLE,
+        checks=MEANINGS,
         fired={name: count for name, count in figures["all"]["checks"].items() if count},
         picture=PICTURE_FILE,
         page=PAGE_FILE,

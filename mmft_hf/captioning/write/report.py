@@ -17,7 +17,7 @@ from ...core.pages import render_page
 from ...data.images import BadImage, read_image
 from ...data.texts import clean_class_name, printable
 from ...version import __version__
-from ..judge.checks import CHECKS, TABLE
+from ..judge.checks import CHECKS, MEANINGS
 from ..types import ACCEPTED, OPEN
 from .card import TEMPLATES, captioned_splits, title
 from .statistics import CaptionStatistics, percentage, spread
@@ -66,7 +66,7 @@ def caption_report(
             for kind, row, position in notable[:NOTABLE_SAMPLES]
         ],
         limit=(details.get("checks") or {}).get("token_limit"),
-        checks=TABLE,
+        checks=MEANINGS,
         percentage=percentage,
         spread=spread,
         card=CARD_FILE,
