@@ -60,10 +60,7 @@ class AppliedStep:
     def summary(self) -> dict:
         """Entry of `captions.json`."""
         step = self.step
-        options = {
-            key: value for key, value in step.spec().items() if key not in ("step", "version") and value is not None
-        }
-        entry = {"name": step.name, "options": options, "about": step.about, "follows": step.after}
+        entry = {"name": step.title, "options": step.typed_options(), "about": step.about, "follows": step.after}
         entry |= {"differs": step.differs, "before": self.before, "after": self.after, "unscored": self.unscored}
         entry |= {"dropped": dict(self.dropped), "replaced": dict(self.replaced), "written": self.written}
         if step.roles():
@@ -96,7 +93,7 @@ def apply_steps(
         if step.roles():
             if ask is None:
                 raise RuntimeError(
-                    f"step {step.name} asks the {', '.join(step.roles())}, and nobody is there to answer"
+                    f"step {step.title} asks the {', '.join(step.roles())}, and nobody is there to answer"
                 )
             asked = ask(step, before, fitted)
         else:
@@ -112,7 +109,7 @@ def apply_steps(
         lost = [name for name in counts[0] if not counts[1][name]]
         if lost and not allow_empty_classes:
             raise UserError(
-                f"step {number} {step.name}: expected each class to keep a caption, but {some(lost)} would lose the last one. "
+                f"step {number} {step.title}: expected each class to keep a caption, but {some(lost)} would lose the last one. "
                 "Choose a lower threshold, keep instead of above, or type --allow_empty_classes true. Nothing was written."
             )
         unscored = _unscored(step, before if step.reads() else table.rows)

@@ -112,7 +112,7 @@ class Asker:
         for role in roles.values():
             role.check_key()
         every = 0.2 if sys.stderr.isatty() else 10
-        options = {"desc": step.name, "unit": " images", "disable": not self.progress, "mininterval": every}
+        options = {"desc": step.title, "unit": " images", "disable": not self.progress, "mininterval": every}
         with tqdm(total=len(rows), **options) as bar:
 
             def done() -> None:
@@ -136,7 +136,7 @@ class Asker:
                 self.data,
                 self.limits,
                 self.run_id,
-                step.name,
+                step.title,
                 self._known,
                 self._seen,
             )
@@ -155,7 +155,7 @@ class Asker:
             f"{many(len(settled_slots(self.folder)), 'answer')} in {self.folder} stay, and will not be asked for again"
         )
         if outcome.stopped == "fatal":
-            return UserError(f"step {step.name}: {outcome.why.rstrip('.')}. {kept}; the corrected command continues.")
+            return UserError(f"step {step.title}: {outcome.why.rstrip('.')}. {kept}; the corrected command continues.")
         if outcome.stopped == "cost":
-            return PartialResult(f"step {step.name}: {outcome.why}: type a larger limit to continue. {kept}.")
-        return PartialResult(f"step {step.name}: {outcome.why.rstrip('.')}. {kept}.", again=True)
+            return PartialResult(f"step {step.title}: {outcome.why}: type a larger limit to continue. {kept}.")
+        return PartialResult(f"step {step.title}: {outcome.why.rstrip('.')}. {kept}.", again=True)

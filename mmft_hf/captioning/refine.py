@@ -96,7 +96,7 @@ class RefineWorkflow:
         recipe = read_recipe(args.steps or ())
         self.steps = recipe.steps
         self.group_column = args.group_column or recipe.group_column
-        needs = [step.name for step in self.steps if step.needs_scorer()]
+        needs = [step.title for step in self.steps if step.needs_scorer()]
         self.scorer = (args.scorer or recipe.scorer) if needs else None
         self.flatters = False
         is_student = args.scorer_is_student or bool(recipe.scorer_is_student)
@@ -264,7 +264,7 @@ class RefineWorkflow:
         if asker:
             roles = {name: role_summary(role) for name, role in self.roles.items()}
             details |= {"roles": roles, "judges_itself": self.judges_itself()}
-        rows = [{"step": a.step.name, **detail} for a in applied for detail in a.told.details]
+        rows = [{"step": a.step.title, **detail} for a in applied for detail in a.told.details]
         statistics = write_folder(self.folder, splits, self.train, details, step_details=rows)
         return RefineResult(applied, statistics, asker.outcome if asker else Outcome(), open_)
 
@@ -342,7 +342,7 @@ def refine_captions(
     made = [make_step(*named_step(entry, "steps")) for entry in steps]
     table = CaptionTable("dataset", dataset, group_column, columns_of(made))
     check_order(made, table.scores())
-    if scorer is None and (needs := [step.name for step in made if step.needs_scorer()]):
+    if scorer is None and (needs := [step.title for step in made if step.needs_scorer()]):
         raise UserError(f"--scorer: expected the model that step {needs[0]} scores captions with, found none.")
     check_roles(made, roles)
     check_samples(made, roles)
@@ -365,7 +365,7 @@ def refine_captions(
 
 def columns_of(steps: Sequence[Step]) -> dict[str, str]:
     """The columns of the dataset that steps read, each with the name of the first step that does."""
-    return {column: step.name for step in reversed(steps) for column in step.columns()}
+    return {column: step.title for step in reversed(steps) for column in step.columns()}
 
 
 def open_scorer(name: str, table: CaptionTable, progress: bool) -> Scorer:

@@ -66,8 +66,8 @@ def test_a_dry_run_tells_the_most_that_would_be_asked_and_asks_nothing(refine, s
     prices.write_text("models: {llm: {input: 1, output: 2}, vlm: {input: 1, output: 2}}")
     code, said = refine("--dry_run", "--prices", prices, "--max_cost_usd", 0.001, steps=("short", "diversify"))
     assert code == 0 and "Nothing was asked" in said and not server.requests() and not (tmp_path / "out").exists()
-    assert "captioner 1 rewrite" in said and "writer 2 rewrite" in said
-    assert "[1 rewrite · captioner · whole]" in said and "[2 rewrite · writer · text alone]" in said
+    assert "captioner 1 short" in said and "writer 2 diversify" in said
+    assert "[1 short · captioner · whole]" in said and "[2 diversify · writer · text alone]" in said
     assert '"a first text' in said and "--max_cost_usd 0.001 will stop it" in said
 
 
@@ -76,7 +76,7 @@ def test_missing_roles_and_the_test_split_are_refused(server, source, tmp_path, 
     assert main(start) == 2
     said = " ".join("".join(capsys.readouterr()).split())
     assert (
-        "--writer: expected the model that answers the questions of step 1 rewrite" in said and "--writer_model" in said
+        "--writer: expected the model that answers the questions of step 1 diversify" in said and "--writer_model" in said
     )
     assert main(words(server, source, tmp_path / "out", "--split", "test")) == 2
     assert main(["caption", "refine", str(source), "--steps", "diversify", "--writer", "openai"]) == 2
@@ -118,7 +118,7 @@ def test_a_run_writes_records_card_page_and_status(refine, server, tmp_path, mon
     capsys.readouterr()
     assert main(["caption", "status", str(tmp_path / "out")]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Answers to the questions of steps" in said and f"rewrite {count}" in said
+    assert "Answers to the questions of steps" in said and f"all {count}" in said and "short 6" in said
 
 
 def test_failures_end_with_3_and_the_same_command_continues(refine, server, tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_failures_end_with_3_and_the_same_command_continues(refine, server, tmp_
     assert json.loads((tmp_path / "out" / "captions.json").read_text())["complete"] is True
     # What cannot be used is opened by `retry`, for one step.
     capsys.readouterr()
-    assert main(["caption", "retry", "ok", "rewrite", "--output_dir", str(tmp_path / "out")]) == 0
+    assert main(["caption", "retry", "ok", "diversify", "--output_dir", str(tmp_path / "out")]) == 0
     opened = int(capsys.readouterr().out.split()[0])
     assert opened == len({row["prompt"] for row in server.requests()}) > 0
     assert main(["caption", "retry", "verifi", "--output_dir", str(tmp_path / "out")]) == 2

@@ -100,7 +100,7 @@ def check_roles(steps: Sequence[Step], captioners: Mapping[str, Captioner]) -> N
             prefix = "captioner_model" if role == "captioner" else f"{role}_model"
             url = "base_url" if role == "captioner" else f"{role}_base_url"
             raise UserError(
-                f"--{role}: expected the model that answers the questions of step {number} {step.name}, found none. For example, type "
+                f"--{role}: expected the model that answers the questions of step {number} {step.title}, found none. For example, type "
                 f"--{role} openai --{prefix} NAME --{url} http://localhost:8000/v1, or --{role} transformers --{prefix} "
                 f"{EXAMPLES['transformers']}."
             )
@@ -113,7 +113,7 @@ def check_samples(steps: Sequence[Step], captioners: Mapping[str, Captioner]) ->
             if captioners[role].sampling.temperature == 0:
                 flag = "--temperature" if role == "captioner" else f"--{role}_temperature"
                 raise UserError(
-                    f"{flag}: expected more than 0 for step {number} {step.name}, which asks the same question {step.samples()} times, "
+                    f"{flag}: expected more than 0 for step {number} {step.title}, which asks the same question {step.samples()} times, "
                     f"found 0. Type {flag} 0.7, or let the step ask once."
                 )
 
@@ -127,7 +127,7 @@ def check_features(steps: Sequence[Step], roles: Mapping[str, Role]) -> None:
                     continue
                 able = [name for name in BACKENDS if feature in features_of(name)]
                 raise UserError(
-                    f"--{role} {roles[role].captioner.backend}: step {number} {step.name} expected a backend with {FEATURES[feature]}, "
+                    f"--{role} {roles[role].captioner.backend}: step {number} {step.title} expected a backend with {FEATURES[feature]}, "
                     f"which this one does not have. Type {' or '.join(f'--{role} {name}' for name in able)}."
                 )
 

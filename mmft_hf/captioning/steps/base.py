@@ -112,6 +112,17 @@ class Step:
     version: ClassVar[int] = 1
     sees_label: ClassVar[bool] = False
 
+    @property
+    def title(self) -> str:
+        """What messages, tables and the card call it: `name`, or the name of its preset."""
+        return self.name
+
+    def typed_options(self) -> dict:
+        """The options that are not the default ones, for people."""
+        return {
+            key: value for key, value in self.spec().items() if key not in ("step", "version") and value is not None
+        }
+
     def writes(self) -> tuple[str, ...]:
         """Names of the scores that it writes."""
         return ()

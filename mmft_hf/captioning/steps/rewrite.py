@@ -196,6 +196,13 @@ class Rewrite(Step):
 
     # -- what it is -----------------------------------------------------------------------------------------------------
     @property
+    def title(self) -> str:
+        return self._preset.name
+
+    def typed_options(self) -> dict:
+        return {key: value for key, value in super().typed_options().items() if value != self.title}
+
+    @property
     def about(self) -> str:
         return self._preset.about
 

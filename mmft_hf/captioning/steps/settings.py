@@ -173,20 +173,20 @@ def check_order(steps: Sequence[Step], present: Iterable[str]) -> None:
         for score in step.reads():
             if score in written or score in present:
                 continue
-            later = [f"step {k} {s.name}" for k, s in enumerate(steps, 1) if k > number and score in s.writes()]
+            later = [f"step {k} {s.title}" for k, s in enumerate(steps, 1) if k > number and score in s.writes()]
             known = sorted(present | set(written))
             found = f"only {later[0]} after it" if later else ", ".join(known) or "no scores"
             raise UserError(
-                f"--steps, step {number} {step.name}: expected the score {score!r} to be written by a step before it, found "
+                f"--steps, step {number} {step.title}: expected the score {score!r} to be written by a step before it, found "
                 f"{found}.{nearest(score, known) if not later else ''}"
             )
         if again := next((score for score in step.writes() if score in written), None):
             raise UserError(
                 f"--steps: expected each score to be written once, found {again!r} in step {written[again]} and in step "
-                f"{number} {step.name}. Leave one of them out."
+                f"{number} {step.title}. Leave one of them out."
             )
         written |= dict.fromkeys(step.writes(), number)
         if earlier := next((k for k, other in enumerate(steps[: number - 1], 1) if other == step), None):
             raise UserError(
-                f"--steps: expected each step once, found step {number} {step.name} to repeat step {earlier}."
+                f"--steps: expected each step once, found step {number} {step.title} to repeat step {earlier}."
             )

@@ -57,7 +57,7 @@ def _partial(workflow: RefineWorkflow, result: RefineResult) -> PartialResult:
 def _print_steps(applied: list[AppliedStep]) -> None:
     say("\ncaptions before      after  without a score  step")
     for number, step in enumerate(applied, 1):
-        say(f"{step.before:>15,} {step.after:>10,} {step.unscored:>16,}  {number} {step.step.name}")
+        say(f"{step.before:>15,} {step.after:>10,} {step.unscored:>16,}  {number} {step.step.title}")
     asking = [(number, step) for number, step in enumerate(applied, 1) if step.asked]
     if asking:
         say("\nquestions  unsure  unparsable  unanswered      calls    dollars  step")
@@ -67,11 +67,11 @@ def _print_steps(applied: list[AppliedStep]) -> None:
         cost = "unknown" if dollars is None else f"{dollars:.4f}"
         say(
             f"{asked['questions']:>9,} {asked['unsure']:>7,} {asked['unparsable']:>11,} {unanswered:>11,} {asked['calls']:>10,} "
-            f"{cost:>10}  {number} {step.step.name}"
+            f"{cost:>10}  {number} {step.step.title}"
         )
     for number, step in enumerate(applied, 1):
         for note in step.told.notes:
-            say(f"\nStep {number} {step.step.name}: {printable_text(note)}")
+            say(f"\nStep {number} {step.step.title}: {printable_text(note)}")
 
 
 def _print_heading(verb: str, workflow: RefineWorkflow) -> None:
@@ -88,12 +88,8 @@ def _print_heading(verb: str, workflow: RefineWorkflow) -> None:
         "output": workflow.args.output_dir,
     }
     for number, step in enumerate(workflow.steps, 1):
-        options = ", ".join(
-            f"{key} {value}"
-            for key, value in step.spec().items()
-            if key not in ("step", "version") and value is not None
-        )
-        lines[f"step {number}"] = f"{step.name}{f' ({options})' if options else ''}: {step.about}"
+        options = ", ".join(f"{key} {value}" for key, value in step.typed_options().items())
+        lines[f"step {number}"] = f"{step.title}{f' ({options})' if options else ''}: {step.about}"
     table({name: printable_text(str(text)) for name, text in lines.items()})
     compares = any(step.name == "self_retrieval" for step in workflow.steps)
     if compares and found.shared and not workflow.group_column:
@@ -131,7 +127,7 @@ def _print_plan(workflow: RefineWorkflow) -> None:
             cost = "unknown" if dollars is None else f"{dollars:.4f}"
             say(
                 f"{count:>9,} {step.tokens_in[name]:>10,} {step.tokens_out[name]:>11,} {cost:>10}  {name:<9}  {step.number} "
-                f"{step.step.name}"
+                f"{step.step.title}"
             )
     _print_cost(workflow, total)
     _print_prompts(plan)
@@ -158,7 +154,7 @@ def _print_prompts(plan: list[PlannedStep]) -> None:
     for step in plan:
         for ask in step.prompts:
             shown = ", ".join(view.what for view in ask.pictures) or "text alone"
-            say(f"  [{step.number} {step.step.name} · {ask.role} · {shown}]")
+            say(f"  [{step.number} {step.step.title} · {ask.role} · {shown}]")
             say(indent(printable_lines(rendered(ask)), "    "))
 
 
