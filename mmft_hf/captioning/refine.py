@@ -241,14 +241,16 @@ class RefineWorkflow:
         fingerprints = self._fingerprints(identity, asker)
         if not self.args.overwrite_output_dir and self.folder.is_current(fingerprints, self.made_from):
             return RefineResult()
-        before = self.table.rows
+        before, name = self.table.rows, self.args.report_scorer
+        # A name that is wrong is found before anything is asked.
+        report_scorer = name and open_scorer(name, self.table, is_main(), "--report_scorer")
         checker = self.checker if asker else None
         applied = apply_steps(self.table, self.steps, scorer, asker, checker, self.args.allow_empty_classes)
         refined = self.table.dataset()
         splits = {name: completed(name, split) for name, split in self.data.items() if name != self.train}
         splits = {self.train: refined} | splits
         comparison = own_figures(refined)
-        self._add_figures(comparison, before, scorer)
+        self._add_figures(comparison, before, scorer, report_scorer)
         open_ = asker.open if asker else 0
         details = {key: self.earlier[key] for key in KEPT if key in self.earlier} | {
             "made_from": self.made_from,
@@ -277,19 +279,23 @@ class RefineWorkflow:
             seen += [asker.digest(), self.checker.spec(), self.args.max_reasks]
         return {n: d._fingerprint for n, d in self.data.items()} | {self.train: Hasher.hash(tuple(seen))}
 
-    def _add_figures(self, comparison: dict, before: Sequence[Row], scorer: Scorer | None) -> None:
+    def _add_figures(
+        self, comparison: dict, before: Sequence[Row], scorer: Scorer | None, report_scorer: Scorer | None
+    ) -> None:
         """Adds what needs a model: how different captions are, and what `--report_scorer` says of them."""
         sides = (before, self.table.rows)
         if scorer:
             for side, score in zip(comparison.values(), vendi_of_classes(sides, scorer), strict=True):
                 side["vendi"] = score
-        if self.args.report_scorer:
-            name = public_name(self.args.report_scorer)
-            judge = open_scorer(self.args.report_scorer, self.table, is_main())
+        if report_scorer:
+            name = public_name(report_scorer.name)
             for side, rows in zip(comparison.values(), sides, strict=True):
                 for step, score in ((ClipScore(), "clip"), (SelfRetrieval(), "sr_pct")):
                     found = [
-                        score_of(r, score) for own in step.apply(rows, judge) for r in own if r["status"] in ACCEPTED
+                        score_of(r, score)
+                        for own in step.apply(rows, report_scorer)
+                        for r in own
+                        if r["status"] in ACCEPTED
                     ]
                     values = [value for value in found if value is not None]
                     mean = sum(values) / len(values) if values else None
@@ -368,8 +374,8 @@ def columns_of(steps: Sequence[Step]) -> dict[str, str]:
     return {column: step.title for step in reversed(steps) for column in step.columns()}
 
 
-def open_scorer(name: str, table: CaptionTable, progress: bool) -> Scorer:
+def open_scorer(name: str, table: CaptionTable, progress: bool, flag: str = "--scorer") -> Scorer:
     """The scorer of a table's images. Loads torch."""
     from .steps.scorer import Scorer
 
-    return Scorer(name, table.images(), progress)
+    return Scorer(name, table.images(), progress, flag)

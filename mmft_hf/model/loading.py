@@ -52,13 +52,18 @@ OWN_PROCESSOR = (
 )
 EXAMPLES = {
     "--model_name_or_path": "openai/clip-vit-base-patch32",
+    "--scorer": "google/siglip2-base-patch16-224",
+    "--report_scorer": "google/siglip2-base-patch16-224",
     "--vision_model": "facebook/convnext-tiny-224",
     "--text_model": "sentence-transformers/all-MiniLM-L6-v2",
 }
 
 
 def load_model(
-    name_or_path: str | Path = "builtin/tiny-clip", revision: str | None = None, allow_pickle: bool = False
+    name_or_path: str | Path = "builtin/tiny-clip",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    flag: str = "--model_name_or_path",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads a dual encoder and its processor, in float32 whatever precision it is stored in.
 
@@ -71,19 +76,20 @@ def load_model(
         revision: branch, tag or commit on the Hub.
         allow_pickle: if there are no safetensors, neither there nor in the Hub's own conversion, read a pickle, with
             `weights_only=True`. `model.mmft_weights` (`weights.Weights`) tells where the weights are from.
+        flag: the setting that names the model, for messages.
 
     Raises:
         UserError: it is not found, is none of `families.FAMILIES`, or has only a pickle, which is not allowed.
     """
     name_or_path = str(name_or_path)
     path = builtin(name_or_path)
-    config = open_config(name_or_path, "--model_name_or_path", revision)
+    config = open_config(name_or_path, flag, revision)
     family = FAMILIES.get(config.model_type)
     if family is None:
         reason = f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""
         raise UserError(
             f"model {name_or_path!r}: expected a CLIP-style dual encoder (model_type {', '.join(FAMILIES)}), found model_type "
-            f"{config.model_type!r}{reason}. For example, type --model_name_or_path openai/clip-vit-base-patch32."
+            f"{config.model_type!r}{reason}. For example, type {flag} {EXAMPLES[flag]}."
         )
     check_config(config, name_or_path)
     _check_pooling(config, name_or_path)

@@ -76,12 +76,15 @@ def test_missing_roles_and_the_test_split_are_refused(server, source, tmp_path, 
     assert main(start) == 2
     said = " ".join("".join(capsys.readouterr()).split())
     assert (
-        "--writer: expected the model that answers the questions of step 1 diversify" in said and "--writer_model" in said
+        "--writer: expected the model that answers the questions of step 1 diversify" in said
+        and "--writer_model" in said
     )
     assert main(words(server, source, tmp_path / "out", "--split", "test")) == 2
     assert main(["caption", "refine", str(source), "--steps", "diversify", "--writer", "openai"]) == 2
     assert "--writer_model" in "".join(capsys.readouterr())
-    assert not server.requests() and not (tmp_path / "out").exists()
+    assert main(words(server, source, tmp_path / "out", "--report_scorer", str(tmp_path / "no-model"))) == 2
+    assert "For example, type --report_scorer google/" in "".join(capsys.readouterr())
+    assert not server.requests() and not (tmp_path / "out" / "data").exists()
 
 
 def test_a_run_writes_records_card_page_and_status(refine, server, tmp_path, monkeypatch, capsys):

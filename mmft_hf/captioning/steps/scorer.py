@@ -46,14 +46,15 @@ class Scorer:
         images: columns `image` and `label`, in an order that depends on the pictures alone: batches, and with them the last
             bits of embeddings, follow it.
         progress: whether bars are shown.
+        flag: the setting that names the model, for messages.
 
     Raises:
         UserError: no such model.
     """
 
-    def __init__(self, name: str, images: Dataset, progress: bool = False):
+    def __init__(self, name: str, images: Dataset, progress: bool = False, flag: str = "--scorer"):
         self.name, self._rows = name, images
-        self.model, self.processor = load_model(name)
+        self.model, self.processor = load_model(name, flag=flag)
         self.model.to(default_device())
         self.scale = logit_scale(self.model).item()
         self._how = Encoding(progress=progress)
