@@ -75,6 +75,7 @@ def test_a_model_in_this_process(in_process, pictures):
     assert str(pictures) not in (in_process / "captions.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_model_behind_a_real_server(server, in_process, pictures, vlm, tmp_path, capsys):
     command = ["caption", "--captioner", "openai", "--captioner_model", vlm, "--base_url", server, *SETTINGS]
     command = [str(word) for word in (*command, "--dataset_name", pictures, "--output_dir", tmp_path / "out")]

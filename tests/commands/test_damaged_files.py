@@ -387,6 +387,7 @@ OPTIONS = {"derandomize": True, "database": None, "deadline": None, "phases": [P
 OPTIONS["suppress_health_check"] = list(HealthCheck)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_or_changes_nothing(left):
     expected = {}
 

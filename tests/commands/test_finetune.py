@@ -105,7 +105,7 @@ def test_it_says_what_it_will_do_before_and_what_came_out_after(run):
     ):
         assert text in before, text
     why = "the default, since 12 validation images are too few to choose by"
-    for text in ("fine-tuned      100.0 % (82.4 to 100.0)", "with the mean of prototypes", why, f"mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {folder}"):  # fmt: skip
+    for text in ("fine-tuned      100.0 % (82.4 to 100.0)", "with class texts and a kernel regression", why, f"mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {folder}"):  # fmt: skip
         assert text in after, text
 
 

@@ -57,7 +57,7 @@ An image classifier for 3 classes: red thing, green thing and blue thing\. It is
 
 Fine-tuning gained {NUMBER} points\. The two intervals do not overlap: the gain is larger than the choice of test images explains\.
 
-What was kept \(selection policy `val-full`\): weights halfway to the tuned ones, with the mean of prototypes, Gaussians and kernel regression; the tuned ones are of epoch \d+ of 10; the default, since 12 validation images are too few to choose by\. Its accuracy on the 12 validation images is {PERCENT}; the untuned model has {PERCENT} zero-shot\. The test images were read once, after the selection\.
+What was kept \(selection policy `val-full`\): weights halfway to the tuned ones, with class texts and a kernel regression on the training images; the tuned ones are of epoch \d+ of 10; the default, since 12 validation images are too few to choose by\. Its accuracy on the 12 validation images is {PERCENT}; the untuned model has {PERCENT} zero-shot\. The test images were read once, after the selection\.
 
 \*\*Scores\*\* are probabilities, calibrated on validation \(temperature {NUMBER}\)\. Their expected calibration error on the test images is {NUMBER}; on so few images a perfectly calibrated classifier shows {NUMBER}\. The area under the risk–coverage curve is {NUMBER}, {NUMBER} above that of a perfect order\.
 

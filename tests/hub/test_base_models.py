@@ -182,6 +182,7 @@ def test_the_hub_fails_when_it_is_asked_for_a_conversion(hub, alice, files):
     assert "the Hub could not be asked for a conversion" in out["refused"], out
 
 
+@pytest.mark.slow
 def test_a_run_its_adapter_and_the_pipeline(hub, alice, files, tmp_path):
     """LoRA on a converted base, whose name is all that the adapter has; a classifier that has only a pickle."""
     others, weights = files

@@ -44,6 +44,7 @@ def test_the_stock_class_gives_our_embeddings(photo):
         torch.testing.assert_close(found.text_embeds, texts, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_knows_drawings_of_its_validation_split(photo):
     # 46.5 % of all 213; chance is 4.2 %. Two of each class, so that it takes seconds.
     data = mmft_hf.load_captioned_dataset("builtin/emoji-mini")["validation"]

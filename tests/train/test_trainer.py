@@ -340,6 +340,7 @@ def test_another_data_set_is_evaluated_though_workers_stay(clip, tmp_path):
     assert seen == [12, 6, 12]
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_or_predicted_must_have_labels_and_the_same_classes(clip, tmp_path):
     trainer = make_trainer(clip, tmp_path)
     with pytest.raises(UserError, match="test data: expected columns image and label"):
