@@ -188,6 +188,7 @@ def test_empty(pets, text):
     assert first.text is None and first.status == last.status == "empty" and "empty" in first.checks
     assert first.reask == "Answer in one plain paragraph of at most 50 words." and last.reask is None
     assert not first.needs_larger_budget
+    assert pets.check(text, "stop", CAT, says_length=True).reask == "Answer in one plain paragraph."
 
 
 @pytest.mark.parametrize("text", ["", "<think>I look at the cat and", "<think>All of it</think>"])

@@ -191,6 +191,12 @@ def test_steps_that_contradict_each_other_are_refused(steps, said):
         check_order(steps, ["old"])
 
 
+def test_new_texts_may_be_scored_once_more():
+    check_order([ClipScore(), make_step("short", {}), ClipScore(), Select("clip", keep=1)], [])
+    with pytest.raises(UserError, match="found 'clip' in step 3 and in step 4"):
+        check_order([ClipScore(), make_step("short", {}), ClipScore(), ClipScore(strata=3)], [])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -265,7 +265,7 @@ class QuestionDriver:
             # Captions within the prompt are data that an answer may repeat, and not its wording.
             asked, thinking = _DATA.sub('""', made.prompt), found["thinking_tokens"] or 0
             checked = self.checker.check(
-                text, finish_reason, made.label, asked, thinking, last_try=made.last, scripts=ask.scripts
+                text, finish_reason, made.label, asked, thinking, made.last, ask.scripts, says_length=True
             )
             if checked.reask and not made.last:
                 again = f"{rendered(ask)}\n{checked.reask}"

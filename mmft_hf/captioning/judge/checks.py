@@ -284,6 +284,7 @@ class CaptionChecker:
         thinking_tokens: int = 0,
         last_try: bool = False,
         scripts: Sequence[str] = (),
+        says_length: bool = False,
     ) -> Checked:
         """Cleans and checks one answer.
 
@@ -296,6 +297,7 @@ class CaptionChecker:
             last_try: the caption will not be asked for again.
             scripts: of the language that was asked for; names of classes, which are in another one, are not looked for. Empty:
                 Latin letters.
+            says_length: the question says how long the answer is to be, which is not repeated.
         """
         cleaned, changed, unclosed = clean_caption(text or "")
         whole = cleaned if self.clean else " ".join((text or "").split())
@@ -317,7 +319,9 @@ class CaptionChecker:
         else:
             c.status = "empty"
         checks = tuple(name for name, check in TABLE.items() if check.finds and check.finds(c))
-        status, reask = self._decide(c, checks, label, last_try)
+        status, advice = self._decide(c, checks, label, last_try)
+        length = "" if says_length else f" of at most {self.words} words"
+        reask = None if advice is None else " ".join([*advice, f"Answer in one plain paragraph{length}."])
         return Checked(c.text or None, status, checks, c.clip_tokens, c.mentions_label, reask)
 
     def _trims(self, check: str, last_try: bool) -> bool:
@@ -353,8 +357,10 @@ class CaptionChecker:
         """Whether a caption exceeds the limit together with its class template."""
         return self.tokens.exceeds(training_text(self.template, self.class_names[label], text))
 
-    def _decide(self, c: Candidate, checks: tuple[str, ...], label: int, last_try: bool) -> tuple[str, str | None]:
-        """The status that follows from the checks, and what to say when asking again."""
+    def _decide(
+        self, c: Candidate, checks: tuple[str, ...], label: int, last_try: bool
+    ) -> tuple[str, list[str] | None]:
+        """The status that follows from the checks, and what to say if it is asked again."""
         asking = [name for name in checks if self.actions.get(name) == "reask"]
         rejecting = [name for name in checks if self.actions.get(name) == "reject"]
         status = c.status
@@ -372,7 +378,7 @@ class CaptionChecker:
         own_name = clean_class_name(self.class_names[label])
         letters = " or ".join(script if script == "CJK" else script.title() for script in c.scripts)
         advice = [TABLE[name].advice.format(name=own_name, letters=letters) for name in asking if TABLE[name].advice]
-        return status, " ".join([*advice, f"Answer in one plain paragraph of at most {self.words} words."])
+        return status, advice
 
     def _echo(self, prompt: str, label: int) -> frozenset:
         """Runs of eight words of a prompt. The class name counts as one word, since a caption should contain it."""

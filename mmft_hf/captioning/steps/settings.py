@@ -169,6 +169,7 @@ def check_order(steps: Sequence[Step], present: Iterable[str]) -> None:
         raise UserError(f"--steps: expected one or more of {', '.join(STEPS)}, or a YAML file, found none.")
     written: dict[str, int] = {}
     present = set(present)
+    texts = 0  # the last step that may have written texts, whose scores are not those of the texts before
     for number, step in enumerate(steps, 1):
         for score in step.reads():
             if score in written or score in present:
@@ -180,13 +181,15 @@ def check_order(steps: Sequence[Step], present: Iterable[str]) -> None:
                 f"--steps, step {number} {step.title}: expected the score {score!r} to be written by a step before it, found "
                 f"{found}.{nearest(score, known) if not later else ''}"
             )
-        if again := next((score for score in step.writes() if score in written), None):
+        if again := next((score for score in step.writes() if written.get(score, 0) > texts), None):
             raise UserError(
-                f"--steps: expected each score to be written once, found {again!r} in step {written[again]} and in step "
-                f"{number} {step.title}. Leave one of them out."
+                f"--steps: expected each score to be written once for the same captions, found {again!r} in step "
+                f"{written[again]} and in step {number} {step.title}. Leave one of them out."
             )
         written |= dict.fromkeys(step.writes(), number)
-        if earlier := next((k for k, other in enumerate(steps[: number - 1], 1) if other == step), None):
+        if earlier := next((k for k, other in enumerate(steps[: number - 1], 1) if other == step and k > texts), None):
             raise UserError(
                 f"--steps: expected each step once, found step {number} {step.title} to repeat step {earlier}."
             )
+        if {"writer", "captioner"} & set(step.roles()):
+            texts = number
