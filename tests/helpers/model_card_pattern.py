@@ -133,7 +133,7 @@ shape
 
 ### Classifier
 
-16 candidates were compared on 12 validation images, by cross-entropy after calibration \(each half by the other's temperature\)\. Weights are `\(1 − a\) · untuned \+ a · tuned`\. Kept: \*\*mean\*\* at a = 0\.5: the default, since 12 validation images are too few to choose by\.
+16 candidates were compared on 12 validation images, by cross-entropy after calibration \(each half by the other's temperature\)\. Weights are `\(1 − a\) · untuned \+ a · tuned`\. Kept: \*\*kernel\*\* at a = 0\.5: the default, since 12 validation images are too few to choose by\.
 
 \| head \| a \| validation loss \| validation accuracy \|
 \| --- \| --- \| --- \| --- \|
