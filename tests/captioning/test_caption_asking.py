@@ -280,8 +280,9 @@ def test_the_cost_limit_counts_all_roles_together(server, tmp_path):
     assert done.asked["cost_usd"] == pytest.approx(judge + writer)
     with pytest.raises(PartialResult, match="max_cost_usd"):  # 100 tokens of the writer
         run(server, tmp_path / "b", prices=str(prices), limit=0.5)
-    spent = sum(row["cost"] for row in read_rows(tmp_path / "b" / "journal"))
-    assert spent == pytest.approx(judge)
+    paid = [row["cost"] for row in read_rows(tmp_path / "b" / "journal")]
+    # How many questions the judge had answered when the writer's first one came depends on the machine.
+    assert paid and paid == pytest.approx([0.001] * len(paid)) and len(paid) <= COUNT
 
 
 def test_what_is_missing_is_named_before_any_call(tmp_path):
