@@ -84,6 +84,20 @@ def captions_of_all(images: Dataset, captions: Dataset, name: str) -> list[list[
     return joined
 
 
+def records_of_all(images: Dataset, captions: Dataset) -> list[list[dict]]:
+    """Text and scores of the caption records of the images, under whatever class.
+
+    Args:
+        images: column `image` (not decoded).
+        captions: columns `caption_records` and `image_sha256`.
+    """
+    found: dict[str, list[dict]] = {}
+    for row in captions.select_columns(["caption_records", "image_sha256"]):
+        own = [{"text": r["text"], "scores": r.get("scores")} for r in row["caption_records"] or () if r["text"]]
+        found.setdefault(row["image_sha256"], []).extend(own)
+    return [found.get(_digest(row["image"]), []) for row in images.select_columns("image")]
+
+
 def _texts(entries: Iterable[tuple[set[str], list[str]]], label: int | list[int], names: Sequence[str]) -> list[str]:
     """The captions of an image, each once, out of `entries` for its content.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 from benchmark_tools import command
@@ -208,6 +209,68 @@ def test_methods_that_read_captions_are_known_as_such():
     assert {"mmft", "zs-cap", "zs+auto", "zs+mean", "ce+auto", "clip-lora+kernel", "mmft-test-captions"} <= reading
     without = {"zs", "lp", "flyp", "flyp+auto", "flyp+kernel", "mmft-no-captions+auto", "zs-no-captions+auto", "ce"}
     assert not without & reading
+
+
+# -- captions that count by a score --------------------------------------------------------------------------------------
+def with_scores(data, sign=1):
+    """Records whose score `clip` depends on the text."""
+
+    def score(text):
+        return sign * int(hashlib.sha256(text.encode()).hexdigest()[:4], 16) / 16**4
+
+    records = [
+        [{"text": text, "scores": [{"name": "clip", "value": score(text)}]} for text in own or ()]
+        for own in data["captions"][:]
+    ]
+    return data.add_column("caption_records", records)
+
+
+def test_weights_are_for_the_method_that_weighs_alone(both, clip_folder, data_folder, refined, tmp_path, capsys):
+    """On a refined folder it is what it is on a dataset with these captions and scores."""
+    scored, own, out = tmp_path / "scored", tmp_path / "own", tmp_path / "out"
+    for folder in (scored, own):
+        folder.mkdir()
+    with_scores(split_of(refined, "train")).to_parquet(scored / "train.parquet")
+    weight = ("--sample_weight", "score:clip")
+    arms = ("mmft", "mmft@refined", "mmft-weighted@refined", "--refined", scored, *weight)
+    assert main(command(clip_folder, data_folder, tmp_path / "arms", *SOME, *arms)) == 0
+    captions = split_of(whole(own, data_folder), "train")
+    with_scores(captions).to_parquet(own / "train.parquet")
+    words = command(clip_folder, own, out, *SOME, "mmft", "mmft-weighted", *weight)
+    assert main(words) == 0
+    found, expected = numbers(tmp_path / "arms", "@refined"), numbers(out)
+    assert found == expected and found["mmft"] != found["mmft-weighted"]
+    assert {one["status"] for one in found.values()} == {"done"}
+    assert numbers(tmp_path / "arms")["mmft"] == numbers(both)["mmft"]  # which weighs nothing
+
+    identities = {row["method"]: row["identity"] for row in read_results(out / RESULTS_FILE)}
+    assert "weights" not in identities["mmft"] and "sample_weight" not in identities["mmft"]["settings"]
+    assert re.fullmatch(r"score:clip [0-9a-f]{16}", identities["mmft-weighted"]["weights"][""])
+    assert "--sample_weight score:clip" in (out / "report.html").read_text()
+
+    with_scores(captions, -1).to_parquet(own / "train.parquet")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "the scores of the captions have changed since" in capsys.readouterr().err
+    assert main(command(clip_folder, own, out, *SOME, "mmft")) == 0  # scores are not its business
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["mmft-weighted"], "--methods mmft-weighted: expected the score by which captions count, found none"),
+        (
+            ["mmft", "--sample_weight", "score:clip"],
+            "expected a method that weighs captions, found none, with score:clip",
+        ),
+        (["mmft-weighted", "--sample_weight", "score:clip"], "expected columns captions and caption_records"),
+    ],
+)
+def test_a_score_and_a_method_that_reads_it_belong_together(
+    words, expected, clip_folder, data_folder, tmp_path, capsys
+):
+    assert main(command(clip_folder, data_folder, tmp_path / "out", *SOME, *words)) == 2
+    assert expected in capsys.readouterr().err
 
 
 # -- the answer ------------------------------------------------------------------------------------------------------------

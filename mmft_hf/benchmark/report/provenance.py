@@ -48,6 +48,7 @@ def command(results: Findings) -> str:
             for name, found in (results.data.get("refined") or {}).items()
             if (folder := without_folder(found["folder"]))
         ],
+        "sample_weight": next((said.split()[0] for said in (identity.get("weights") or {}).values()), None),
         "shift_splits": list(identity.get("shift_splits") or {}),
         "group_column": (results.data.get("made_from") or {}).get("group_column"),
         **(arguments if isinstance(arguments, dict) else {}),

@@ -18,7 +18,7 @@ from ...core.errors import UserError
 from ...core.files import no_room
 from ...data.splits import Splits, captions_of
 from .context import Context
-from .methods import AT, METHODS, fit, method_named
+from .methods import AT, METHODS, fit, method_named, weighs
 from .processes import Claims
 from .protocol import Cell, SealedTest, Shots, Task, make_task, write_rows
 from .results import (
@@ -134,7 +134,7 @@ class Grid:
             **cell._asdict(),
             **run_cell(cell, context, self._task_of(cell), self.sealed),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "identity": identity_of_row(self.identity, method_named(cell.method).captions),
+            "identity": identity_of_row(self.identity, method_named(cell.method).captions, weighs(cell.method)),
         }
         with self.claims.alone("results"):
             append_row(self.folder / RESULTS_FILE, row)

@@ -19,7 +19,7 @@ from ...data.splits import Splits, labels_of
 from ...version import __version__
 from .arguments import BenchmarkArguments, BenchmarkData
 from .budgets import DECIDED, EQUAL
-from .refined import fingerprint_of_captions
+from .refined import fingerprint_of_captions, weights_of_methods
 
 LIBRARIES = ("torch", "transformers", "peft", "scikit-learn")
 
@@ -38,10 +38,12 @@ def identity_of(
     """
     plain = json.loads(json.dumps(config.to_dict(), default=str))  # enums become text
     default = {f.name: f.default for f in fields(config)}
-    without = ("seed", *DECIDED[args.budget])  # each cell has its own seed
+    # Each cell has its own seed, and only some methods weigh captions.
+    without = ("seed", "sample_weight", *DECIDED[args.budget])
     chosen = {k: v for k, v in plain.items() if v != default.get(k) and config.decides(k) and k not in without}
     budget = {} if args.budget == EQUAL else {"budget": args.budget}
     captions = {source: fingerprint_of_captions(splits, source) for source in args.sources}
+    weights = weights_of_methods(splits, args.methods, config.sample_weight)
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
         "base_model": describe_source(model, revision, "model", offline=True)["name"],
@@ -52,6 +54,7 @@ def identity_of(
         "settings": {**chosen, "learning_rates": args.learning_rates, "min_steps": args.min_steps, **budget},
         "versions": {"mmft_hf": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
         **({"captions": captions} if captions else {}),
+        **({"weights": weights} if weights else {}),
     }
 
 

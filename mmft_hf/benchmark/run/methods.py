@@ -95,7 +95,7 @@ class Method:
         return self.needs_captions or self.takes_captions
 
 
-MMFT, NO_CAPTIONS = contrastive(), contrastive(without_captions)
+MMFT, NO_CAPTIONS, WEIGHTED = contrastive(), contrastive(without_captions), contrastive(weighted=True)
 
 # fmt: off
 _ROWS = (
@@ -178,6 +178,8 @@ _ROWS = (
            "The running average of the weights (decay 0.95) instead of the last ones.", True),
     Method("mmft-dropout", contrastive(caption_dropout=0.5), training_texts, "mmft",
            "Half of the captions dropped in training: do class templates among them help?", True),
+    Method("mmft-weighted", WEIGHTED, training_texts, "mmft",
+           "Captions count in the loss by the score of --sample_weight: are better captions worth more?", True),
     Method("mmft-lora-all", contrastive(vision_tower="lora", text_tower="lora", recipe=None), training_texts, "mmft",
            "LoRA of rank 8 in all layers of both towers instead of whole towers.", True),
     Method("mmft-frozen-text", contrastive(text_tower="frozen"), training_texts, "mmft",
@@ -241,6 +243,11 @@ def method_named(name: str) -> Method:
     if not at:
         return method
     return replace(method, name=name, about=f"{own} with the captions of {source}.", captions=source)
+
+
+def weighs(name: str) -> bool:
+    """Whether a method weighs captions by their scores."""
+    return method_named(name).training is WEIGHTED
 
 
 @dataclass

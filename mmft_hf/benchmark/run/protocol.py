@@ -79,15 +79,22 @@ class Task:
 
     def with_captions(self, source: str) -> Task:
         """The task with refined captions instead of those of the dataset; unchanged for an empty name."""
-        if not source:
-            return self
-        train = self.train.remove_columns([name for name in ("captions",) if name in self.train.column_names])
-        return replace(self, train=train.rename_column(refined_column(source), "captions"), captions=source)
+        return replace(self, train=with_captions_of(self.train, source), captions=source)
 
 
-def refined_column(source: str) -> str:
-    """The column of the training images that has the captions of a refined folder."""
-    return f"captions@{source}"
+def with_captions_of(train: Dataset, source: str) -> Dataset:
+    """Training images with refined captions, and their records, instead of those of the dataset; unchanged for an empty name."""
+    if not source:
+        return train
+    own = [name for name in ("captions", "caption_records") if name in train.column_names]
+    refined = {refined_column(source, name): name for name in ("captions", "caption_records")}
+    there = {old: new for old, new in refined.items() if old in train.column_names}
+    return train.remove_columns(own).rename_columns(there)
+
+
+def refined_column(source: str, column: str = "captions") -> str:
+    """The column of the training images that has the captions of a refined folder, or their records."""
+    return f"{column}@{source}"
 
 
 def make_task(splits: Splits, shots: Shots, seed: int, allow_fewer: bool = False) -> tuple[Task, dict[str, list[int]]]:

@@ -17,14 +17,16 @@ from datasets import List, Value
 from ...core.arguments import DataArguments
 from ...core.errors import UserError
 from ...core.repositories import describe_source
-from ...data.join import captions_of_all
+from ...data.caption_weights import weights_digest, with_caption_weights
+from ...data.join import captions_of_all, records_of_all
 from ...data.raw import split_for
 from ...data.sources import open_source
 from ...data.splits import Splits, captions_of
 from ...hub.cards.sources import captioning_cost
-from .methods import AT, METHODS
-from .protocol import refined_column, undecoded
+from .methods import AT, METHODS, weighs
+from .protocol import refined_column, undecoded, with_captions_of
 
+SCORED = List({"text": Value("string"), "scores": List({"name": Value("string"), "value": Value("float32")})})
 DEFAULT = "refined"  # the name of a folder that is typed without one
 # The methods of a benchmark of refined captions: untuned and trained, each on both captions, and the two controls.
 BOTH, CONTROLS = ("zs-cap", "mmft"), ("mmft-shuffle-within", "mmft-no-captions")
@@ -84,11 +86,12 @@ def check_sources(methods: Sequence[str], sources: Iterable[str]) -> None:
         )
 
 
-def with_refined(splits: Splits, folders: Mapping[str, str]) -> Splits:
+def with_refined(splits: Splits, folders: Mapping[str, str], scores: bool = False) -> Splits:
     """The splits, whose training images have the captions of each folder in a column of their own.
 
     Args:
         folders: by name.
+        scores: whether the scores of these captions are wanted, too.
 
     Raises:
         UserError: no such folder, or it lacks a training image.
@@ -108,6 +111,9 @@ def with_refined(splits: Splits, folders: Mapping[str, str]) -> Splits:
         if not any(map(captions_of, texts)):
             raise UserError(f"{place}: expected captions, found none.")
         train = train.add_column(refined_column(name), texts, feature=List(Value("string")))
+        if scores and "caption_records" in captions.column_names:
+            records = records_of_all(images, captions)
+            train = train.add_column(refined_column(name, "caption_records"), records, feature=SCORED)
     return replace(splits, train=train)
 
 
@@ -115,6 +121,19 @@ def fingerprint_of_captions(splits: Splits, source: str) -> str:
     """16 hex digits of the refined captions of the training images."""
     texts = [captions_of(own) for own in splits.train[refined_column(source)][:]]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def weights_of_methods(splits: Splits, methods: Iterable[str], setting: str | None) -> dict[str, str]:
+    """What the methods that weigh captions read, by the name of the captions: the score, and 16 hex digits of all weights.
+
+    Raises:
+        UserError: the captions of one of them have no such score.
+    """
+    found = {}
+    for source in dict.fromkeys(name.partition(AT)[2] for name in methods if weighs(name)):
+        train = with_captions_of(splits.train, source)
+        found[source] = f"{setting} {weights_digest(with_caption_weights(train, setting)[0])}"
+    return found
 
 
 def summary_of(splits: Splits, source: str, folder: str) -> dict:

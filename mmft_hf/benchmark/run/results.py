@@ -160,31 +160,40 @@ def latest(rows: Iterable[dict]) -> list[dict]:
 
 
 # -- identities --------------------------------------------------------------------------------------------------------------
-def identity_of_row(identity: dict, captions: str) -> dict:
-    """The identity of a result: that of the grid, with the refined captions that its method reads and no others."""
-    rest = {key: value for key, value in identity.items() if key != "captions"}
-    return rest | {"captions": {captions: identity["captions"][captions]}} if captions else rest
+OF_METHODS = ("captions", "weights")  # entries of an identity that not all methods read
+
+
+def identity_of_row(identity: dict, captions: str, weighs: bool = False) -> dict:
+    """The identity of a result: that of the grid, with what its method reads and nothing else.
+
+    Args:
+        captions: the refined captions that the method reads, by name; empty: those of the dataset.
+        weighs: whether it weighs captions.
+    """
+    rest = {key: value for key, value in identity.items() if key not in OF_METHODS}
+    read = {"captions": bool(captions), "weights": weighs}
+    return rest | {key: {captions: identity[key][captions]} for key, reads in read.items() if reads}
 
 
 def joined(identities: Iterable[dict]) -> dict:
-    """The identity of results that have no `differences`: each knows only the refined captions that its method reads."""
+    """The identity of results that have no `differences`: each knows only the captions and weights that its method reads."""
     first, *others = identities
-    captions: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
     for one in (first, *others):
-        captions = (one.get("captions") or {}) | captions
-    return first | {"captions": captions} if captions else first
+        found |= {key: one[key] | found.get(key, {}) for key in OF_METHODS if one.get(key)}
+    return first | found
 
 
 def differences(one: dict, other: dict, above: str = "") -> list[tuple[str, object, object]]:
     """Where two identities differ: `("settings.learning_rate", 0.001, 0.0001)`.
 
-    The name of the dataset is not compared: its fingerprint says more, and a folder may have been moved. Of refined captions, those
+    The name of the dataset is not compared: its fingerprint says more, and a folder may have been moved. Refined captions and weights
     that one of them does not know are not compared: its method does not read them.
     """
     found = []
     for key in sorted({*one, *other} - {"dataset"}):
         a, b = one.get(key), other.get(key)
-        if key == "captions":
+        if key in OF_METHODS:
             a, b = (
                 {name: value for name, value in (x or {}).items() if name in (y or {})} for x, y in ((a, b), (b, a))
             )
@@ -219,6 +228,13 @@ def _in_words(name: str, there: object, here: object) -> str:
         return "the pictures, labels or captions have changed since"
     if part == "captions":
         return f"the captions of --refined {last} have changed since"
+    if part == "weights":
+        there, here = (str(value).split()[0] for value in (there, here))
+        return (
+            "the scores of the captions have changed since"
+            if there == here
+            else f"--sample_weight {there} there, {here} here"
+        )
     if part == "shift_splits" and None not in (there, here):
         return f"the pictures or labels of split {last} have changed since"
     if part == "shift_splits":

@@ -111,6 +111,7 @@ def settings_for(
         "disable_tqdm": True,
         "learning_rate": learning_rate,
         "patience": None,  # equal budgets
+        "sample_weight": None,  # only `mmft-weighted` weighs captions
         "save_only_model": True,  # nothing is resumed here, and Adam's moments are twice the size of the weights
         **settings_of(context.budget, recipe, task.shots),
         **(long_settings(task.shots, len(task.train), len(task.class_names), config) if context.budget == LONG else {}),
@@ -149,6 +150,7 @@ def contrastive(
     text_tower: str = "full",
     small_lora: bool = False,
     templates: bool = False,
+    weighted: bool = False,
     recipe: Recipe | None = MMFT_RECIPE,
     **settings,
 ) -> Training:
@@ -159,6 +161,7 @@ def contrastive(
         vision_tower, text_tower: modes of `set_towers`.
         small_lora: uses the LoRA of `clip_lora` instead of the default one.
         templates: each image is paired with one of 80 class templates, drawn at random in each epoch.
+        weighted: captions count by `sample_weight` of the benchmark.
         recipe: see `Training`. Variants of MMFT train as MMFT does.
         settings: of `MMFTConfig`, instead of the benchmark's.
     """
@@ -171,7 +174,8 @@ def contrastive(
         images = texts(task)
         lora = "lora" in (vision_tower, text_tower)
         rate = LORA_FACTOR * learning_rate if lora else learning_rate
-        with set_up(context, task, rate, recipe, **settings) as (model, config, validation):
+        more = {"sample_weight": context.config.sample_weight} if weighted else {}
+        with set_up(context, task, rate, recipe, **settings, **more) as (model, config, validation):
             where = (RANK, ALPHA, DROPOUT, attention_inputs(model)) if small_lora else ()
             set_towers(model, vision_tower, text_tower, *where)
             trainer = MMFTTrainer(model, config, images, validation, context.processor)

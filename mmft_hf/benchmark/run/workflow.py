@@ -30,7 +30,7 @@ from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, un
 from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
 from .grid import Grid, cells
 from .identity import identity_of
-from .methods import AT, METHODS, method_named
+from .methods import AT, METHODS, method_named, weighs
 from .processes import Claims, count_of_processes, number_of_process
 from .protocol import Shots, make_task, parse_shots
 from .refined import check_sources, summary_of, with_refined
@@ -92,7 +92,7 @@ def run_benchmark(
     check_labels(data_args.whole, args.shift_splits or [])
     splits = load_splits(data_args.whole)
     refuse_several(splits.train, "benchmark")
-    splits = with_refined(splits, args.sources)
+    splits = with_refined(splits, args.sources, scores=bool(config.sample_weight))
     check_metric(config.metric_for_best_model, splits.class_names)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)
@@ -176,6 +176,7 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
         if name.partition(AT)[0] not in METHODS:
             raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
     check_sources(args.methods, args.sources)
+    check_weighted(args.methods, config.sample_weight)
     towers = "A method says what it trains: --methods mmft-lora."
     no_model = "A benchmark keeps and publishes no model, and an interrupted one continues by itself. Leave it out."
     prototypes = (  # an epoch must be selected by the prototypes that are judged
@@ -190,16 +191,25 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
         ("resume_from_checkpoint", None, no_model),
         ("data_seed", None, "Each of --seeds draws an order, crops and captions of its own. Leave it out."),
         ("prototypes", "captions", prototypes),
-        (
-            "sample_weight",
-            None,
-            "Methods shuffle and replace captions, which their scores do not follow. Leave it out.",
-        ),
         ("tune", None, "Type --learning_rates with the rates that each method may choose from."),
     ):
         found = settings[name]
         if found is not None and found is not False and found != expected:
             raise UserError(f"--{name}: expected {expected or 'nothing'}, found {found}. {why}")
+
+
+def check_weighted(methods: Sequence[str], setting: str | None) -> None:
+    """Raises `UserError` unless there is a score exactly where a method weighs captions by one."""
+    weighted = [name for name in methods if weighs(name)]
+    if weighted and not setting:
+        raise UserError(
+            f"--methods {weighted[0]}: expected the score by which captions count, found none. Type --sample_weight score:clip_gain, or "
+            "another score that mmft-hf caption refine wrote."
+        )
+    if setting and not weighted:
+        raise UserError(
+            f"--sample_weight: expected a method that weighs captions, found none, with {setting}. Type --methods mmft mmft-weighted."
+        )
 
 
 def check_budget(args: BenchmarkArguments, config: MMFTConfig) -> None:
