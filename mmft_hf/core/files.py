@@ -36,6 +36,9 @@ CERTAINTY_FILE = "certainty.png"
 RUN_FILES = {RUN_FILE, RESULTS_FILE, STATE_FILE, PREDICTIONS_FILE, HEAD_FILE, PROTOTYPES_FILE, CARD_FILE}
 RUN_FILES |= {SHEET_FILE, CONFUSION_FILE, CURVES_FILE, CERTAINTY_FILE}
 ADAPTER_FOLDER, ADAPTER_FILES = "adapter", ("adapter_config.json", "adapter_model.safetensors")
+# The caption encoder of an AdaptedCLIP: what names its base model, and its own LoRA weights, if it has any.
+TRUNK_FOLDER, TRUNK_FILES = "text_trunk", ("caption_encoder.json", *ADAPTER_FILES)
+SUBFOLDERS = {ADAPTER_FOLDER: ADAPTER_FILES, TRUNK_FOLDER: TRUNK_FILES}  # of a run's folder, with the files in each
 
 # The files that a captioning run writes into its folder, apart from the data and the card.
 DETAILS_FILE, PAGE_FILE, PICTURE_FILE = "captions.json", "captions.html", "captions.png"

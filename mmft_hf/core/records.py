@@ -310,6 +310,7 @@ class CheckpointConfig(TypedDict, total=False):
     projection_dim: int | None
     vision_config: dict
     text_config: dict
+    text_trunk: dict | None
 
 
 class ShardIndex(TypedDict):

@@ -15,12 +15,12 @@ from pathlib import Path
 from .errors import UserError
 from .files import (
     ADAPTER_FILES,
-    ADAPTER_FOLDER,
     CARD_FILE,
     HEAD_FILE,
     MODEL_FILES,
     PROTOTYPES_FILE,
     RUN_FILE,
+    SUBFOLDERS,
     belongs_to_run,
     is_weights,
 )
@@ -73,13 +73,16 @@ def is_loaded(name: str) -> bool:
 
 def is_of_run(name: str) -> bool:
     """Whether a file belongs to a run, apart from the card, which is meant to be edited, and the record itself."""
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return file in SUBFOLDERS.get(folder, ())
     own = belongs_to_run(name) and name not in (RUN_FILE, CARD_FILE)
-    return own or name.removeprefix(f"{ADAPTER_FOLDER}/") in ADAPTER_FILES  # without the folder: published alone
+    return own or name in ADAPTER_FILES  # published without their folder
 
 
 def digests_of(folder: str | Path, which: Callable[[str], bool] = is_of_run) -> dict[str, str]:
     """The digests of the run's files in a folder, by name."""
-    places = (*Path(folder).iterdir(), *(Path(folder) / ADAPTER_FOLDER).glob("*"))
+    places = [*Path(folder).iterdir(), *(path for name in SUBFOLDERS for path in (Path(folder) / name).glob("*"))]
     names = {path.relative_to(folder).as_posix(): path for path in places if path.is_file()}
     return {name: digest_of(names[name]) for name in sorted(names) if which(name)}
 

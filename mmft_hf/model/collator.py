@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from ..data.sampling import IGNORED
 from ..data.texts import beginning, class_prompt
+from .adapted_processor import AdaptedProcessor
 from .families import is_padded
 
 # What rows hold of a frozen tower, or of its trunk.
@@ -25,15 +26,18 @@ def tokenize(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tokenizes texts, truncated at the text tower's limit; the end token is kept.
 
-    SigLIP was trained on lower-case texts padded to the limit, and reads the padding, so it gets exactly that.
+    SigLIP was trained on lower-case texts padded to the limit, and reads the padding, so it gets exactly that. An AdaptedCLIP
+    reads vectors of whole texts instead, which its processor gives.
 
     Args:
         padding: True pads to the longest text, `max_length` to the limit.
 
     Returns:
-        `{"input_ids", "attention_mask"}`, both `(B, T)`, for SigLIP without the mask; and which texts were truncated, bool
-        `(B,)`.
+        `{"input_ids", "attention_mask"}`, both `(B, T)`, for SigLIP without the mask, for an AdaptedCLIP `{"text_vectors"}`
+        `(B, d)`; and which texts were truncated, bool `(B,)`.
     """
+    if isinstance(processor, AdaptedProcessor):
+        return {"text_vectors": processor.trunk.vectors(texts)}, torch.zeros(len(texts), dtype=torch.bool)
     padded = is_padded(processor)
     texts = [text.lower() for text in texts] if padded else list(texts)
     tokenizer = processor.tokenizer
@@ -55,14 +59,15 @@ def tokenize(
 
 
 def same_prompts(processor: ProcessorMixin, class_names: Sequence[str], template: str) -> list[list[str]]:
-    """The groups of classes whose prompts are the same tokens: no text tower tells them apart.
+    """The groups of classes whose prompts are the same tokens, or the same vector: no text tower tells them apart.
 
     They differ beyond the limit, in letters that the tokenizer does not distinguish, or in signs that it does not know.
     """
     tokens, _ = tokenize(processor, [class_prompt(template, name) for name in class_names])
     groups: dict[tuple, list[str]] = {}
-    masks = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"])).bool()
-    for name, ids, mask in zip(class_names, tokens["input_ids"], masks, strict=True):
+    read = next(iter(tokens.values()))
+    masks = tokens.get("attention_mask", torch.ones_like(read)).bool()
+    for name, ids, mask in zip(class_names, read, masks, strict=True):
         groups.setdefault(tuple(ids[mask].tolist()), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
@@ -99,7 +104,7 @@ class MMFTDataCollator:
 
     Returns:
         `pixel_values` `(B, 3, height, width)`, `labels` `(B,)`, or `(B, C)` where the rows have several (-100 where the image is None), `skipped` `(B,)`, and in
-        training `input_ids`, `attention_mask` `(U, T)` of U texts and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
+        training `input_ids`, `attention_mask` `(U, T)` of U texts (`tokenize`) and `captions_cut` `(B,)`. `text_rows` `(B,)` says which
         of the U texts each image has, `class_rows` `(C,)` which are the class texts; without `text_rows` the first B texts
         are those of the images. Rows with embeddings give `image_embeds`, `text_embeds` `(B, D)` instead of pixels and
         tokens; those with pooled outputs `image_trunk`, `text_trunk` `(B, H)`. Rows with weights give `weights` `(B,)`.

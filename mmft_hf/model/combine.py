@@ -129,10 +129,11 @@ def _timm_processor(config: PreTrainedConfig) -> BaseImageProcessor:
 def _text_tower(name: str, allow_pickle: bool, notes: list[str]):
     config = open_config(name, "--text_model")
     if config.model_type in FAMILIES:
-        if FAMILIES[config.model_type].padded:
+        family = FAMILIES[config.model_type]
+        if family.padded or family.texts != "tokens":
+            expected = "does not read its padding" if family.padded else "reads tokens"
             raise UserError(
-                f"--text_model {name}: expected a text tower that does not read its padding, found a {config.model_type}. Type "
-                "another model."
+                f"--text_model {name}: expected a text tower that {expected}, found a {config.model_type}. Type another model."
             )
         model, processor = load_model(name, allow_pickle=allow_pickle)
         return model.text_model, processor.tokenizer

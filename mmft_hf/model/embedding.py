@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .families import TEXT_INPUTS
 from .loading import encode_images, encode_images_and_tokens, encode_texts, logit_scale, run_head
 
 
@@ -31,8 +32,8 @@ def add_embedding_forward(
             (`model.loss_terms`), and so of its optimizer, checkpoints and forward.
 
     Inputs of the call:
-        pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*): what the towers
-            encode. A tower without inputs has no output.
+        pixel_values (`(B, 3, height, width)`, *optional*), input_ids, attention_mask (`(U, T)`, *optional*), or text_vectors
+            (`(U, d)`): what the towers encode. A tower without inputs has no output.
         image_trunk, text_trunk (`(B, H)`, *optional*): pooled outputs of a frozen trunk, see `loading.run_trunk`.
         tokens (`bool`): whether tokens of the images are returned, too.
         chunk_size (`int`): rows encoded at a time; 0: all at once. Chunks leave only their embeddings behind. They are
@@ -84,7 +85,7 @@ def embedding_forward(self, *args, chunk_size: int | None = None, tokens: bool =
             found["image_embeds"], found["image_tokens"] = images
         else:
             found["image_embeds"] = images
-    texts = [inputs[name] for name in ("input_ids", "attention_mask") if name in inputs]
+    texts = [inputs[name] for name in TEXT_INPUTS if name in inputs]
     if texts:
         found["text_embeds"] = _in_chunks(lambda *x: encode_texts(self, *x), texts, chunk_size)
     trunks = {"image": "vision", "text": "text"}

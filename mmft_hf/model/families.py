@@ -26,6 +26,7 @@ class Family:
             its fastest kernels.
         max_tokens: limit of texts, if it is below what the positions allow.
         zero_shot: whether it works in transformers' zero-shot pipeline.
+        texts: what its text tower reads: `tokens`, or `vectors` of a caption encoder, see `adapted_clip`.
     """
 
     title: str
@@ -40,6 +41,12 @@ class Family:
     causal: bool = False
     max_tokens: int | None = None
     zero_shot: bool = True
+    texts: str = "tokens"
+
+    @property
+    def text_inputs(self) -> tuple[str, ...]:
+        """What `get_text_features` takes, by name."""
+        return ("text_vectors",) if self.texts == "vectors" else ("input_ids", "attention_mask")
 
 
 FAMILIES = {
@@ -79,7 +86,17 @@ FAMILIES = {
         unused=("vision_model.embeddings.mask_token",),  # only used in pre-training with masked patches
         zero_shot=False,
     ),
+    "mmft_adapted_clip": Family(
+        "AdaptedCLIP",
+        "one that mmft-hf finetune --text_trunk made",
+        "AdaptedCLIP",
+        "AdaptedProcessor",
+        zero_shot=False,
+        texts="vectors",
+    ),
 }
+# Of all families, see `Family.text_inputs`.
+TEXT_INPUTS = ("input_ids", "attention_mask", "text_vectors")
 REFUSED = {
     "siglip2": "the NaFlex kind, whose pictures have any number of patches. Those of one size have model_type siglip"
 }

@@ -35,6 +35,7 @@ from ..data.labels import labels_of
 from ..data.sampling import IGNORED, is_example
 from ..data.views import ImageView
 from ..version import __version__
+from .adapted_processor import AdaptedProcessor
 from .collator import MMFTDataCollator, PreparedRows, tokenize
 from .loading import encode_images, encode_texts, head_of, run_head, run_trunk
 from .towers import TOWERS
@@ -150,7 +151,7 @@ def encode_texts_once(model, processor, texts: list[str], how: Encoding) -> Feat
     """`Features` of `sorted_distinct` texts, in their order; `flags` says which were truncated at the tower's limit."""
     batches = _batches(len(texts), how.batch_size)
     mine = _share(batches, how.shard)
-    settings = {**_computation(model, "text", how), "tokenizer": _tokenizer(processor.tokenizer)}
+    settings = {**_computation(model, "text", how), "tokenizer": _text_inputs(processor)}
     digests = [hashlib.sha256(json.dumps(texts[b.start : b.stop]).encode()).digest() for b in mine]
 
     def encode() -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,6 +159,21 @@ def encode_texts_once(model, processor, texts: list[str], how: Encoding) -> Feat
         return encode_text_batches(model, processor, own, how.batch_size, how.progress, trunk=how.trunk)
 
     return _once(model, "texts", settings, digests, batches, encode, how)
+
+
+def prepare_texts(processor, texts: Iterable[str], how: Encoding) -> None:
+    """Encodes the texts whose vectors the processor of an AdaptedCLIP does not know yet. For other processors it does nothing.
+
+    Afterwards the caption encoder is closed. With `how.shard` all processes must call this.
+    """
+    if not isinstance(processor, AdaptedProcessor):
+        return
+    trunk = processor.trunk
+    unknown = trunk.unknown(texts)
+    if _everywhere(not unknown, how.shard):
+        return
+    trunk.keep(unknown, trunk.open(len(unknown)).encode(unknown, batch_size=how.batch_size))
+    trunk.close()
 
 
 # -- one loop for pictures, one for texts ----------------------------------------------------------------------------
@@ -201,6 +217,7 @@ def encode_text_batches(
     Args:
         trunk: as in `encode_image_batches`.
     """
+    prepare_texts(processor, texts, Encoding(batch_size))
     encode = partial(run_trunk, model, "text") if trunk else partial(encode_texts, model)
     model.eval()
     for batch in tqdm(_batches(len(texts), batch_size), desc=name, disable=not progress, leave=False, delay=1):
@@ -411,7 +428,11 @@ def _plain(settings: dict) -> dict:
     }
 
 
-def _tokenizer(tokenizer) -> list:
+def _text_inputs(processor) -> list | dict:
+    """What the inputs of a text tower depend on besides the texts."""
+    if isinstance(processor, AdaptedProcessor):
+        return processor.trunk.known_as
+    tokenizer = processor.tokenizer
     sides = [tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -34,6 +34,8 @@ from ..core.files import model_files
 from ..core.reading import parse_json, refuse_pointers
 from ..core.repositories import read_text_file
 from ..core.schema import shown
+from . import adapted_clip  # noqa: F401 - registers it with the Auto classes
+from .adapted_processor import AdaptedProcessor, TextTrunk
 from .collator import input_size, pixels_of
 from .families import FAMILIES, POOLINGS, REFUSED, token_limit, unused_parameters
 from .pooling import pool_outputs, text_pooling
@@ -97,7 +99,8 @@ def load_model(
         weights = find_weights(path, revision, allow_pickle, getattr(config, "transformers_weights", None))
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, found = weights.from_pretrained(AutoModel, path, config, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        hub = {"revision": revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub) if family.texts == "tokens" else None
         image_processor = load_image_processor(path, revision)
     except UserError:
         raise
@@ -117,16 +120,20 @@ def load_model(
             f"model {name_or_path!r}: expected all weights of a {type(model).__name__}, found none of {missing[0]} and "
             f"{len(missing) - 1} others. A checkpoint of a lora run holds only what was trained; type the run's --output_dir."
         )
-    # Without its vocabulary file a tokenizer still loads, with hardly any words, and everything would run.
-    vocabulary = config.text_config.vocab_size
-    if not 0.9 * vocabulary <= len(tokenizer) <= vocabulary:
-        raise UserError(
-            f"model {name_or_path!r}: expected a tokenizer of {vocabulary} tokens, as config.json says, found "
-            f"{len(tokenizer)}. Is its tokenizer.json (or vocab.json and merges.txt) missing, or another model's?"
-        )
-    check_tokenizer(tokenizer, name_or_path)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, token_limit(config))
-    processor = getattr(transformers, family.processor)(image_processor, tokenizer)
+    if tokenizer is None:
+        trunk = TextTrunk(known_as=config.text_trunk, model=name_or_path, revision=revision)
+        processor = AdaptedProcessor(image_processor, trunk)
+    else:
+        # Without its vocabulary file a tokenizer still loads, with hardly any words, and everything would run.
+        vocabulary = config.text_config.vocab_size
+        if not 0.9 * vocabulary <= len(tokenizer) <= vocabulary:
+            raise UserError(
+                f"model {name_or_path!r}: expected a tokenizer of {vocabulary} tokens, as config.json says, found "
+                f"{len(tokenizer)}. Is its tokenizer.json (or vocab.json and merges.txt) missing, or another model's?"
+            )
+        check_tokenizer(tokenizer, name_or_path)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, token_limit(config))
+        processor = getattr(transformers, family.processor)(image_processor, tokenizer)
     check_weights(model, name_or_path)
     _check_towers(name_or_path, model, processor)
     freeze_unused(model)
@@ -336,13 +343,19 @@ def encode_images_and_tokens(model: PreTrainedModel, pixel_values: Tensor) -> tu
     return F.normalize(found.pooler_output.float(), dim=-1), F.normalize(tokens, dim=-1)
 
 
-def encode_texts(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Unit-norm text embeddings `(B, D)` in float32 of token ids and mask, both `(B, T)`; SigLIP has no mask."""
-    if FAMILIES[model.config.model_type].causal:
-        attention_mask = None
+def encode_texts(model: PreTrainedModel, *inputs: Tensor | None, **named: Tensor | None) -> Tensor:
+    """Unit-norm text embeddings `(B, D)` in float32.
+
+    Args:
+        inputs, named: what the model reads (`Family.text_inputs`), in that order or by name: token ids and mask, both `(B, T)`,
+            of which SigLIP has no mask; or vectors `(B, d)`.
+    """
+    family = FAMILIES[model.config.model_type]
+    named |= dict(zip(family.text_inputs, inputs, strict=False))
+    if family.causal:
+        named["attention_mask"] = None
     pool_outputs(model)
-    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
-    return F.normalize(features.pooler_output.float(), dim=-1)
+    return F.normalize(model.get_text_features(**named).pooler_output.float(), dim=-1)
 
 
 # -- a tower as trunk and head ---------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def _kept(model: PreTrainedModel, processor: ProcessorMixin, text: str, rows: in
     held = []  # so that no storage is reused for another tensor
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), autocast:
         held.append(encode_images(model, torch.zeros(rows, 3, height, width, device=model.device)))
-        held.append(encode_texts(model, **{k: v.to(model.device) for k, v in tokens.items()}))
+        held.append(encode_texts(model, *(value.to(model.device) for value in tokens.values())))
     return sum(kept.values())
 
 

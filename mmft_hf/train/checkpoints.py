@@ -144,6 +144,7 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
         towers = {tower: config.get(tower, {}) for tower in ("vision_config", "text_config")}
         sizes = {f"{tower}.{key}": values.get(key) for tower, values in towers.items() for key in keys}
         whole = {key: config.get(key) for key in ("model_type", "projection_dim", "text_pooling")}
+        whole["text_trunk"] = (config.get("text_trunk") or {}).get("digest", "")[:12]
         return whole | sizes
 
     expected = shape(model.config.to_dict())
@@ -152,7 +153,7 @@ def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
     if differ:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: it is a checkpoint of another model. Expected {', '.join(differ)}. "
-            "Type the --model_name_or_path that the run was started with, or a new --output_dir."
+            "Type the --model_name_or_path (and --text_trunk) that the run was started with, or a new --output_dir."
         )
     own = {name: list(value.shape) for name, value in checkpoint_state(model).items()}
     stored = {}

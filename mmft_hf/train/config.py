@@ -70,7 +70,7 @@ class MMFTConfig(TrainingArguments):
         "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout sample_weight prototypes "
         "template_weight samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
         "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy",
-        "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate tune lr_scheduler_type warmup_steps "
+        "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate head_learning_rate tune lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
         "greater_is_better patience",
         "speed and memory": "use_cpu bf16 per_device_eval_batch_size loss_chunk_size auto_find_batch_size *",
@@ -216,6 +216,11 @@ class MMFTConfig(TrainingArguments):
 
     # Defaults of the method, or of what a classifier's user expects, where they differ from the Trainer's.
     learning_rate: float = setting(1e-5, "Peak learning rate of AdamW.", range=Range(0, open=("low", "high")))
+    head_learning_rate: float | None = setting(
+        None,
+        "Peak learning rate of the adaptor of --text_trunk. Default: 10 times learning_rate.",
+        range=Range(0, open=("low", "high")),
+    )
     tune: int | None = setting(
         None,
         "Try this many learning rates around learning_rate (6, for example) in short trainings, and train with the one that is best "

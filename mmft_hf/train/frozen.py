@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -15,7 +16,14 @@ from ..core.errors import UserError
 from ..data.cache import Features
 from ..data.views import ImageView, TrainingView, text_rows
 from ..model.collator import MMFTDataCollator
-from ..model.features import Encoding, encode_pictures_once, encode_texts_once, sorted_distinct, weights_digest
+from ..model.features import (
+    Encoding,
+    encode_pictures_once,
+    encode_texts_once,
+    prepare_texts,
+    sorted_distinct,
+    weights_digest,
+)
 from ..model.loading import head_of
 from ..model.towers import TOWERS
 from .config import MMFTConfig
@@ -36,7 +44,7 @@ class FrozenTowers(TrainerCallback):
     """
 
     def __init__(self, model, processor, args: MMFTConfig, collator: Callable):
-        self.model, self.processor, self.args = model, processor, args
+        self.model, self.processor, self.args, self.collator = model, processor, args, collator
         on = args.cache_frozen_features and isinstance(collator, MMFTDataCollator)
         self.used = [tower for tower in TOWERS if on and (tower == "vision" or collator.texts)]
         self.towers: dict[str, str] | None = None  # which part of a tower is kept: `embeds` or `trunk`
@@ -48,6 +56,10 @@ class FrozenTowers(TrainerCallback):
     def attach(self, view: ImageView, dataset: Dataset) -> None:
         """Gives a view of `dataset` the features of the frozen towers. All processes must call; a repeated call is free."""
         training = isinstance(view, TrainingView)
+        if training and getattr(self.collator, "texts", True):
+            texts = {text for row in text_rows(dataset) for text in view.texts.possible_texts(row)}
+            texts.update(getattr(self.collator, "class_texts", ()))
+            prepare_texts(self.processor, texts, self._how())
         if training or self.towers is None:
             parts = {tower: self._frozen_part(tower) for tower in self.used}
             self.towers = {tower: part for tower, part in parts.items() if part}
@@ -121,6 +133,12 @@ class FrozenTowers(TrainerCallback):
         features = self._once(key, dataset, encode_texts_once, texts, "training texts")
         return features and ({text: i for i, text in enumerate(texts)}, features)
 
+    def _how(self) -> Encoding:
+        progress = is_main() and not self.args.disable_tqdm
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        workers, batch_size = self.args.dataloader_num_workers, self.args.per_device_eval_batch_size
+        return Encoding(batch_size, workers, autocast, shard=True, progress=progress)
+
     def _once(self, key: tuple, dataset: Dataset, encode: Callable, inputs, what: str) -> Features | None:
         """What `encode` makes of the inputs, computed once per key; prints how many were encoded and how long it took."""
         tower, part = key[:2]
@@ -131,10 +149,7 @@ class FrozenTowers(TrainerCallback):
         if _sharded(self.model):
             return None
         start = time.monotonic()
-        progress = is_main() and not self.args.disable_tqdm
-        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        workers, batch_size = self.args.dataloader_num_workers, self.args.per_device_eval_batch_size
-        how = Encoding(batch_size, workers, autocast, shard=True, progress=progress, trunk=part == "trunk")
+        how = replace(self._how(), trunk=part == "trunk")
         features = encode(self.model, self.processor, inputs, how)
         done = "read from the cache" if features.hit else "encoded once"
         name = NAMES[part].format(tower)

@@ -38,6 +38,7 @@ class EpochLines(ProgressCallback):
         mean_weights: mean weight of each scheduled term since the last log, by name; the Trainer updates it.
         head: returns the head of the last validation.
         bar: False prints the lines without a bar, for log files.
+        start: what epoch 0 is.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class EpochLines(ProgressCallback):
         mean_weights: Mapping[str, float],
         head: Callable[[], Head | None],
         bar: bool = True,
+        start: str = "untuned model",
     ):
         super().__init__()
         self.terms, self.mean_weights, self.head = terms, mean_weights, head
-        self.bar = bar
+        self.bar, self.start = bar, start
         self.losses: dict[str, float] = {}
         self.metric, self.higher, self.best = "accuracy", True, None
         self.training = False
@@ -131,7 +133,7 @@ class EpochLines(ProgressCallback):
                 FORMATS.get(name, f"{name.replace('_', ' ')} {{:.3g}}").format(v) for name, v in sorted(scalars.items())
             ]
         elif state.global_step == 0:
-            parts.append(f"untuned model, {self.head().about}")
+            parts.append(f"{self.start}, {self.head().about}")
         if validation is not None:
             main = "accuracy" if "eval_accuracy" in validation else SEVERAL
             parts.append(f"validation {'mAP ' * (main == SEVERAL)}{validation[f'eval_{main}']:.1%}")

@@ -11,7 +11,7 @@ Public methods of `transformers.Trainer` that are overridden:
 | `evaluate`, `predict`, `evaluation_loop`, `prediction_step` | class logits against a head of the current weights |
 | `log` | means of what the loss terms return |
 | `get_eval_dataloader` | persistent workers would keep serving the first dataset |
-| `create_optimizer` | the last moment before FSDP shards the model |
+| `create_optimizer` | the last moment before FSDP shards the model; the rate of an adaptor |
 | `save_model`, `push_to_hub`, `init_hf_repo`, `create_model_card` | a complete classifier, without pickles |
 
 Private ones, which a release of transformers may change; `PRIVATE_HOOKS` lists them, and a test fails when one is gone:
@@ -62,6 +62,7 @@ from ..data.texts import class_prompt
 from ..data.views import ImageView, TextView, TrainingView, check_dataset, warn_once
 from ..model.collator import KEPT, MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters, untuned_images
+from ..model.families import FAMILIES, TEXT_INPUTS
 from ..model.loading import encode_images, is_dual_encoder, logit_scale, run_head
 from ..model.losses import Batch, class_cross_entropy
 from ..model.towers import TOWERS, frozen_batch_norms
@@ -168,6 +169,11 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                     f"--{name}: expected a model that can, found a {type(model).__name__}. Type --loss_chunk_size 16 instead: the "
                     "loss is that of the whole batch, and the memory that of 16 images."
                 )
+        if args.head_learning_rate and FAMILIES[model.config.model_type].texts != "vectors":
+            raise UserError(
+                f"--head_learning_rate: expected a model with an adaptor, as --text_trunk makes one, found a {type(model).__name__}. Leave "
+                "it out, or type --text_trunk too."
+            )
         if args.decode_cache:
             check_short_side(args.decode_cache, input_size(processing_class))
         if args.n_gpu > 1:
@@ -273,7 +279,9 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
             self.add_callback(_Patience())
         # One line per epoch instead of a dictionary.
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(EpochLines(self.terms, self.mean_weights, lambda: self.prototypes, bar=not args.disable_tqdm))
+        start = getattr(model, "mmft_start", "untuned model")
+        bar = not args.disable_tqdm
+        self.add_callback(EpochLines(self.terms, self.mean_weights, lambda: self.prototypes, bar, start))
 
     @property
     def _data_seed(self) -> int:
@@ -331,6 +339,21 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         return self._sampler
 
     # -- training ---------------------------------------------------------------------------------------------------
+    def create_optimizer(self, *args, **kwargs):
+        """The stock optimizer; the adaptor of an `AdaptedCLIP` has a learning rate of its own."""
+        new, model = self.optimizer is None, self.model
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and FAMILIES[model.config.model_type].texts == "vectors":
+            rate = self.args.head_learning_rate or 10 * self.args.learning_rate
+            adaptor = {id(p) for name, p in model.named_parameters() if name.startswith(TOWERS["text"])}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in adaptor]
+                group["params"] = [p for p in group["params"] if id(p) not in adaptor]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+            # A group that is left without parameters has nothing to train, but stays: states of checkpoints are by group.
+        return optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum of the loss terms, through exactly one forward of the wrapped model."""
         for layer in self._batch_norms:  # the stock step has just called model.train()
@@ -368,7 +391,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
 
     def _forward(self, model, inputs: dict[str, torch.Tensor]) -> dict:
         """Embeddings of the images of this process, of their texts and of the class texts, and the scale of the logits."""
-        names = ("pixel_values", "input_ids", "attention_mask", "image_trunk", "text_trunk")
+        names = ("pixel_values", *TEXT_INPUTS, "image_trunk", "text_trunk")
         encoded = {name: inputs[name] for name in names if name in inputs}
         options = {"chunk_size": self._chunk_size()} | ({"tokens": True} if self._tokens else {})
         outputs = dict(model(**encoded, **options))
