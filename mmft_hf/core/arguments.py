@@ -143,6 +143,12 @@ class ModelArguments:
         choices=TOWER_MODES,
     )
     text_tower: str = setting("full", "How the text tower is trained.", choices=TOWER_MODES)
+    text_trunk: str | None = setting(
+        None,
+        "Hub id or folder of a caption encoder, that is a language model or a sentence encoder, whose vectors take the place of the "
+        "text tower: an adaptor on them is trained, and the encoder itself is not needed to predict. Default: the model's own text "
+        "tower.",
+    )
     lora_rank: int = setting(8, "Rank of the LoRA matrices.", range=Range(1))
     lora_alpha: int = setting(16, "LoRA matrices are scaled by lora_alpha / lora_rank.", range=Range(1))
     lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.", range=Range(0, 1, open=("high",)))

@@ -77,6 +77,7 @@ class RunFolder:
             "base_model_revision": model_args.model_revision,
             "vision_tower": model_args.vision_tower,
             "text_tower": model_args.text_tower,
+            "text_trunk": model_args.text_trunk,
             "lora": model_args.lora,
             "dataset": data_args.dataset_name,
             "dataset_config_name": data_args.dataset_config_name,
@@ -196,8 +197,8 @@ class RunFolder:
                 shutil.rmtree(entry)
             elif entry.is_file() and files.belongs_to_run(entry.name):
                 entry.unlink()
-            elif entry.is_dir() and entry.name == files.ADAPTER_FOLDER:
-                if {file.name for file in entry.iterdir()} <= set(files.ADAPTER_FILES):
+            elif entry.is_dir() and entry.name in files.SUBFOLDERS:
+                if {file.name for file in entry.iterdir()} <= set(files.SUBFOLDERS[entry.name]):
                     shutil.rmtree(entry)
 
     def results(
@@ -328,7 +329,7 @@ def _same(setting: str, before, now) -> bool:
     """Whether a setting has the value that it had. Data are known by their fingerprint, wherever they are now."""
     if setting == "dataset" or before == now:
         return True
-    if setting != "base_model" or before is None:
+    if setting not in ("base_model", "text_trunk") or before is None or now is None:
         return False
     return Path(before).exists() and os.path.realpath(before) == os.path.realpath(now)
 

@@ -31,16 +31,21 @@ from ..core.seals import note_changed_files
 from ..data.identical import find_identical
 from ..data.labels import labels_of, refuse_without_classes
 from ..data.splits import Splits, load_splits
+from ..data.texts import class_prompt
 from ..data.views import TextView, text_rows
 from ..hub.client import check_access, check_name, make_repo
 from ..hub.publish import push_model
+from ..model.adapted_processor import TextTrunk
+from ..model.adapted_start import with_text_trunk
 from ..model.collator import same_prompts
+from ..model.features import Encoding
 from ..model.loading import load_model
 from ..model.memory import MemoryEstimate, estimate_memory
 from ..model.towers import Adapter, merge, parameter_counts, set_towers
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
 from ..predict.fitting.auto import ZERO_SHOT
+from ..predict.fitting.data import templates_like
 from ..predict.fitting.heads import check_several
 from ..predict.heads import ClassPrototypes
 from ..predict.heads.base import check_unknown
@@ -255,8 +260,13 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     # -- the untuned model: baseline, and first candidate --------------------------------------------------------------
     set_seed(config.seed)
     load = partial(load_model, model_args.model_name_or_path, model_args.model_revision, model_args.allow_pickle)
-    model, processor = load()
-    model.to(config.device)
+    base, base_processor = load()
+    start = (
+        partial(_with_text_trunk, TextTrunk(model_args.text_trunk), splits, config)
+        if model_args.text_trunk
+        else _as_it_is
+    )
+    model, processor = start(base.to(config.device), base_processor)
     for names in same_prompts(processor, splits.class_names, config.class_template):
         splits.notes.append(
             f"The text tower reads the same prompt for {' and '.join(shorten(name, 60) for name in names[:3])}"
@@ -280,7 +290,11 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     set_towers(model, model_args.vision_tower, model_args.text_tower, **(model_args.lora or {}))
     if trains:
         check_learnable(labels, terms, config, model)
-    zero_shot = ClassPrototypes.from_templates(model, processor, splits.class_names, config.class_template, shard=True)
+    # By the model's own text tower, also where another one is trained.
+    zero_shot = ClassPrototypes.from_templates(
+        base, base_processor, splits.class_names, config.class_template, shard=True
+    )
+    del base
     zero_shot = replace(zero_shot, several_labels=several)
     untuned_scores = score(ImageClassifier(model, processor, zero_shot), splits.validation, name="validation")
     if several:  # there is no decision without
@@ -323,7 +337,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
             trainer.stop_at("the output of the trained model", math.nan, state.global_step)
 
     # -- the classifier: which weights, and which head on them ---------------------------------------------------------
-    untuned = ImageClassifier(load()[0].to(config.device), processor, zero_shot)
+    untuned = ImageClassifier(start(load()[0].to(config.device), base_processor)[0], processor, zero_shot)
     kept = None
     if config.head == "prototypes":
         # The zero-shot classifier wins only if no epoch was as good by the metric that compared the epochs.
@@ -368,12 +382,32 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     fallback = (kept.prototypes if kept else chosen.head).fallback_classes
     source = (kept.prototypes if kept else chosen.head).source
     if is_main():
-        folder.save(chosen, predictions, metrics, state, untuned.model.mmft_weights, source, adapter)
+        # The base of an adapter with an adaptor would be its start, which is nowhere to be had.
+        kept_adapter = None if model_args.text_trunk else adapter
+        folder.save(chosen, predictions, metrics, state, untuned.model.mmft_weights, source, kept_adapter)
     result = FinetuneResult(folder.path, metrics, fallback, no_threshold)
     reporter.finished(result)
     if trainer and config.push_to_hub and is_main():
         trainer._finish_current_push()
     return _pushed(result, config, reporter)
+
+
+def _as_it_is(model, processor):
+    return model, processor
+
+
+def _with_text_trunk(trunk: TextTrunk, splits: Splits, config: MMFTConfig, model, processor):
+    """The model and processor with which a training on vectors of a caption encoder starts."""
+    names, template = splits.class_names, config.class_template
+    view = TextView(names, template, config.caption_dropout)
+    texts = {text for row in text_rows(splits.train.remove_columns("image")) for text in view.possible_texts(row)}
+    texts.update(class_prompt(template, name) for name in names)
+    # Heads, and prototypes of several templates, read these.
+    several = config.head != "prototypes" or config.prototypes == "templates"
+    further = (class_prompt(other, name) for other in templates_like(template) for name in names) if several else ()
+    progress = is_main() and not config.disable_tqdm
+    how = Encoding(config.per_device_eval_batch_size, shard=True, progress=progress)
+    return with_text_trunk(model, processor, trunk, texts, how, further)
 
 
 def _trainer(model, config: MMFTConfig, splits: Splits, processor) -> MMFTTrainer:

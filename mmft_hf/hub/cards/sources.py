@@ -29,7 +29,7 @@ LONGEST_PROMPT = 4000
 TOLD = set(
     "dataset_name dataset_config_name dataset_revision model_name_or_path model_revision output_dir seed".split()
 )
-TOLD |= set("image_root shots shots_seed accelerator_config greater_is_better".split())
+TOLD |= set("image_root shots shots_seed accelerator_config greater_is_better text_trunk".split())
 
 
 def run_sources(identity: dict, data_settings: dict, splits: Splits, training: type) -> dict:
