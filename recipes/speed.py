@@ -44,8 +44,9 @@ from mmft_hf.data.texts import training_text
 from mmft_hf.data.views import ImageView
 from mmft_hf.model.collator import tokenize
 from mmft_hf.model.embedding import add_embedding_forward, embedding_forward
-from mmft_hf.model.loading import default_device, encode_texts
+from mmft_hf.model.loading import encode_texts
 from mmft_hf.model.losses import MMFTLoss
+from mmft_hf.model.opening import default_device
 
 GEOMETRIES = {"ViT-B/32": 32, "ViT-B/16": 16, "tiny-clip": None}
 CLASSES = 37  # as in Oxford Pets

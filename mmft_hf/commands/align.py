@@ -55,7 +55,7 @@ def run(data_args: DataArguments, args: AlignArguments) -> None:
     from ..data.splits import load_splits
     from ..model.align import align_towers, classifier_rows
     from ..model.combine import combine_towers
-    from ..model.loading import default_device
+    from ..model.opening import default_device
 
     check_settings(args)
     check_template(args.class_template)

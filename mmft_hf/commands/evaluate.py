@@ -56,7 +56,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..data.identical import find_identical
     from ..data.labels import refuse_without_classes
     from ..data.texts import DEFAULT_TEMPLATE
-    from ..model.loading import default_device, load_model
+    from ..model.loading import load_model
+    from ..model.opening import default_device
     from ..predict.classifier import ImageClassifier
     from ..predict.evaluation import classify
     from ..predict.heads import ClassPrototypes

@@ -50,7 +50,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
     from tqdm.auto import tqdm
 
     from ..data.images import BadImage, read_image
-    from ..model.loading import default_device
+    from ..model.opening import default_device
     from ..predict.classifier import ImageClassifier
 
     files, notes = find_images(images)

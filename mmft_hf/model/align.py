@@ -22,7 +22,7 @@ from ..data.sampling import IGNORED, hold_out
 from ..data.splits import captions_of
 from ..data.texts import DEFAULT_TEMPLATE, class_prompt
 from .features import BATCH_SIZE, image_features, text_features
-from .loading import first_line, open_config
+from .opening import first_line, open_config
 from .weights import find_weights
 
 RIDGES = tuple(10.0**power for power in range(-4, 3))

@@ -25,7 +25,8 @@ from ..core.builtin import builtin
 from ..core.errors import UserError
 from .collator import input_size
 from .families import FAMILIES, POOLINGS, token_limit
-from .loading import OWN_PROCESSOR, first_line, freeze_unused, load_image_processor, load_model, open_config
+from .loading import OWN_PROCESSOR, freeze_unused, load_image_processor, load_model
+from .opening import first_line, open_config
 from .pooling import pool_outputs
 from .sanity import check_tokenizer, check_weights
 from .sentence_encoders import SentenceEncoder, read_sentence_encoder

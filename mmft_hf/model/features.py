@@ -38,6 +38,7 @@ from ..version import __version__
 from .adapted_processor import AdaptedProcessor
 from .collator import MMFTDataCollator, PreparedRows, tokenize
 from .loading import encode_images, encode_texts, head_of, run_head, run_trunk
+from .opening import tokenizer_identity
 from .towers import TOWERS
 
 logger = logging.getLogger(__name__)
@@ -432,12 +433,4 @@ def _text_inputs(processor) -> list | dict:
     """What the inputs of a text tower depend on besides the texts."""
     if isinstance(processor, AdaptedProcessor):
         return processor.trunk.known_as
-    tokenizer = processor.tokenizer
-    sides = [tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), *sides]
-    content = json.loads(backend.to_str())
-    # These are left over from the last call and do not define the tokenizer.
-    content.pop("padding", None), content.pop("truncation", None)
-    return [content, *sides]
+    return tokenizer_identity(processor.tokenizer)

@@ -5,7 +5,6 @@ Shapes: `B` images or texts, `T` tokens, `D` embedding size.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -26,18 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.builtin import builtin
-from ..core.errors import UserError, nearest
-from ..core.files import model_files
-from ..core.reading import parse_json, refuse_pointers
-from ..core.repositories import read_text_file
-from ..core.schema import shown
+from ..core.errors import UserError
 from . import adapted_clip  # noqa: F401 - registers it with the Auto classes
 from .adapted_processor import AdaptedProcessor, TextTrunk
 from .collator import input_size, pixels_of
 from .families import FAMILIES, POOLINGS, REFUSED, token_limit, unused_parameters
+from .opening import EXAMPLES, first_line, open_config
 from .pooling import pool_outputs, text_pooling
 from .sanity import check_config, check_image_processor, check_tokenizer, check_weights
 from .sentence_encoders import read_sentence_encoder
@@ -46,19 +41,11 @@ from .weights import find_weights, say_once
 # A large step could take a temperature below zero, which would reverse all logits. It is clamped to this value, a scale of
 # 1,000: ten times the highest scale that CLIP was trained with.
 LOWEST_TEMPERATURE = 1e-3
-LONGEST_REASON = 300  # characters; some errors of transformers list all models that there are
 OWN_PROCESSOR = (
     "Write another one into its folder, in place of preprocessor_config.json and processor_config.json: transformers."
     'CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, image_mean=[…], '
     "image_std=[…]).save_pretrained(FOLDER)."
 )
-EXAMPLES = {
-    "--model_name_or_path": "openai/clip-vit-base-patch32",
-    "--scorer": "google/siglip2-base-patch16-224",
-    "--report_scorer": "google/siglip2-base-patch16-224",
-    "--vision_model": "facebook/convnext-tiny-224",
-    "--text_model": "sentence-transformers/all-MiniLM-L6-v2",
-}
 
 
 def load_model(
@@ -138,47 +125,6 @@ def load_model(
     _check_towers(name_or_path, model, processor)
     freeze_unused(model)
     return model, processor
-
-
-def open_config(name: str, flag: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model.
-
-    Args:
-        flag: the setting that names the model.
-
-    Raises:
-        UserError: it is not found, or is of a kind that transformers does not know.
-    """
-    refuse_pointers(*model_files(builtin(name)))
-    try:
-        return AutoConfig.from_pretrained(builtin(name), revision=revision, trust_remote_code=False)
-    except Exception as error:  # missing, or content for which each config class has errors of its own
-        if unknown := _unknown_types(name, revision):
-            place, kind = unknown
-            raise UserError(
-                f"model {name!r}, config.json, {place}: expected a model_type that transformers {transformers.__version__} knows, "
-                f"found {shown(kind)}.{nearest(kind, CONFIG_MAPPING)} A class of your own works from Python, where it is registered "
-                "first: AutoConfig.register(…), AutoModel.register(…)."
-            ) from error
-        raise UserError(
-            f"model {name!r}: expected a Hub id or a folder with a config.json of a model; it could not be loaded "
-            f"({first_line(error)}). For example, type {flag} {EXAMPLES[flag]}."
-        ) from error
-
-
-def _unknown_types(name: str, revision: str | None) -> tuple[str, str] | None:
-    """The place and the value of the first `model_type` in a `config.json` that transformers does not know."""
-    with contextlib.suppress(UserError):
-        text = read_text_file(name, "config.json", revision, "model")
-        config = parse_json(text, "config.json") if text else {}
-        for place, part in (
-            ("model_type", config),
-            *((f"{t}_config.model_type", config.get(f"{t}_config")) for t in ("vision", "text")),
-        ):
-            kind = part.get("model_type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind not in CONFIG_MAPPING:
-                return place, kind
-    return None
 
 
 def _check_pooling(config: PreTrainedConfig, name: str) -> None:
@@ -288,17 +234,6 @@ def load_image_processor(path: str, revision: str | None = None, **hub) -> BaseI
         )
     check_image_processor(processor, path)
     return processor
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or what fits into a message of it."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 1] + "…"
-
-
-def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def is_dual_encoder(model) -> bool:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ...core.builtin import builtin
 from ...core.errors import UserError
-from ...model.loading import default_device, first_line
+from ...model.opening import default_device, first_line
 from ...model.weights import find_weights
 
 BATCH_SIZE = 32  # pairs in a pass

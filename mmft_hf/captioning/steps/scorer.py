@@ -20,7 +20,8 @@ from ...model.features import (
     sorted_distinct,
     weights_digest,
 )
-from ...model.loading import default_device, load_model, logit_scale
+from ...model.loading import load_model, logit_scale
+from ...model.opening import default_device
 from ..ask.pictures import part
 from ..judge.cleaning import sentences_of
 
