@@ -53,7 +53,8 @@ def with_text_trunk(
 
 
 def _untrained(model: PreTrainedModel, size: int) -> AdaptedCLIP:
-    """An `AdaptedCLIP` with the image tower and the scale of a dual encoder, and a random adaptor of vectors of this size."""
+    """An `AdaptedCLIP` with the image tower and the scale of a dual encoder, and an adaptor of vectors of this size, random but
+    the same every time."""
     projection = head_of(model, "vision")
     config = AdaptedCLIPConfig(
         vision_config=model.config.vision_config.to_dict(),
@@ -62,7 +63,9 @@ def _untrained(model: PreTrainedModel, size: int) -> AdaptedCLIP:
         vision_projection=projection is not None,
         logit_scale_init_value=logit_scale(model).log().item(),
     )
-    found = AdaptedCLIP(config)
+    with torch.random.fork_rng(devices=[]):  # a run makes it twice: to train it, and to compare with the start
+        torch.manual_seed(0)
+        found = AdaptedCLIP(config)
     found.vision_model = model.vision_model
     if projection:
         found.visual_projection = model.get_submodule(projection)

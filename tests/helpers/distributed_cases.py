@@ -11,12 +11,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from term_cases import differences, every_term
-from tiny_clip import build_clip, colour_dataset, striped_dataset
+from tiny_clip import COLOURS, build_clip, colour_dataset, striped_dataset
 from transformers import TrainerCallback, set_seed
+from word_trunk import HashedWords
 
 from mmft_hf import MMFTConfig, MMFTLoss, MMFTTrainer, set_towers
 from mmft_hf.baselines.clip_lora import class_texts_trainer
 from mmft_hf.baselines.cross_entropy import head_trainer
+from mmft_hf.model.adapted_processor import TextTrunk
+from mmft_hf.model.adapted_start import with_text_trunk
+from mmft_hf.model.features import Encoding
 from mmft_hf.predict.heads import LinearHead
 
 SIZES = {2: [[4, 4], [5, 2]], 3: [[3, 1, 4]]}  # rows of each process
@@ -52,6 +56,8 @@ CASES = {
         "template_weight": 0.3,
     },
     "sample weights": {"scores": True, "sample_weight": "score:clip", "caption_dropout": 0.2},
+    "adapted": {"adapted": True},
+    "adapted, frozen text": {"adapted": True, "towers": ("lora", "frozen"), "loss_chunk_size": 2},
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }
@@ -63,6 +69,7 @@ FAST = (
     "several labels",
     "cross-entropy, head",
     "options for few images",
+    "adapted",
 )
 
 
@@ -118,6 +125,10 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     if settings.pop("several", False):
         data = striped_dataset(19, captions=True), striped_dataset(11, seed=1)
     model, processor = build_clip()
+    if settings.pop("adapted", False):  # its texts are new to it, so that all processes encode some of them
+        texts = [f"a {word}" for word in COLOURS]
+        torch.manual_seed(0)
+        model, processor = with_text_trunk(model, processor, TextTrunk(HashedWords(20)), texts, Encoding(shard=True))
     set_seed(0)
     set_towers(model, *settings.pop("towers", ("full", "full")))
     # Adam would blow the rounding of gradients that are zero (those of k_proj.bias) up to whole steps.
