@@ -62,7 +62,7 @@ class CaptionArguments(
         "checks": "model_name_or_path on_check max_reasks",
         "refining": "steps scorer scorer_is_student report_scorer group_column allow_empty_classes compare metrics",
         **{role: " ".join([role, *(f"{role}_{name}" for name in ROLE_SETTINGS)]) for role in ("judge", "writer")},
-        "output": "output_dir overwrite_output_dir dry_run split classes key_rule *",
+        "output": "output_dir overwrite_output_dir dry_run split classes representatives key_rule *",
     }
 
     output_dir: str = setting(
@@ -140,6 +140,11 @@ class CaptionArguments(
     dry_run: bool = setting(False, "Show the plan, some prompts, calls and cost; send nothing and write nothing.")
     split: list[str] | None = setting(None, "Splits to caption. Default: the training split.")
     classes: list[str] | None = setting(None, "Caption only these classes.")
+    representatives: float | None = setting(
+        None,
+        "Caption only this share of the images of each class: those that stand for the others, by the embeddings of --scorer.",
+        range=Range(0, 1, open=("low",)),
+    )
     key_rule: str | None = setting(
         None, "What the keys of imported JSON files are: file_name, class/file_name, class_file_name or index."
     )
@@ -153,7 +158,10 @@ class CaptionArguments(
         "What `refine` does, in order: names of steps (clip_score, verify, select …) or presets (short, translate …), or a YAML file of "
         "steps with their options (recipes/captions/steps).",
     )
-    scorer: str | None = setting(None, "Model that scores captions: Hub id or folder of a dual encoder, or builtin/….")
+    scorer: str | None = setting(
+        None,
+        "Model that scores captions, and chooses --representatives: Hub id or folder of a dual encoder, or builtin/….",
+    )
     scorer_is_student: bool = setting(
         False, "Let the model that will be trained score its own captions, although it may flatter them."
     )
@@ -203,6 +211,13 @@ class CaptionArguments(
                 )
         return roles
 
+    def to_prompts(self) -> PromptSet:
+        """The prompts of these settings. Raises `UserError` for one that cannot be used."""
+        own = _mapping("own_prompts", self.own_prompts)
+        return PromptSet(
+            tuple(self.aspects), self.domain, self.words, self.prompt_template, own, not self.keep_class_names
+        )
+
     def to_captioner(self, text_columns: list[str] | None = None) -> Captioner:
         """The captioner of these settings.
 
@@ -212,11 +227,9 @@ class CaptionArguments(
         Raises:
             UserError: a setting out of its range or not in its form.
         """
-        own, options = _mapping("own_prompts", self.own_prompts), _mapping("request_options", self.request_options)
+        options = _mapping("request_options", self.request_options)
         decoding = Decoding.of(_mapping("decoding", self.decoding))
-        prompts = PromptSet(
-            tuple(self.aspects), self.domain, self.words, self.prompt_template, own, not self.keep_class_names
-        )
+        prompts = self.to_prompts()
         check_settings(self)
         return Captioner(
             backend=self.captioner,

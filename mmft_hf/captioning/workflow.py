@@ -28,11 +28,13 @@ from .ask.dispatch import Outcome
 from .ask.journal_reader import settled_slots
 from .ask.journal_table import journal_files
 from .ask.limits import Limits
-from .ask.plan import Plan, pictures_of
+from .ask.plan import Plan, digests, pictures_of
 from .ask.processes import Processes
 from .judge.checks import CaptionChecker, parse_actions
 from .judge.tokens import load_counter
 from .split import SplitCaptioner, add_texts, make_checker, new_run_id
+from .steps.base import Row, readable
+from .steps.representatives import Representatives
 from .types import OPEN
 from .write.card import CLASS_MARK, caption_card, title
 from .write.comparison import refined_page
@@ -213,6 +215,11 @@ class CaptionWorkflow:
         for split in self.splits:
             if split not in self.data:
                 raise UserError(f"--split: expected one of {', '.join(self.data)}, found {split!r}.")
+        if args.representatives is not None and not args.scorer:
+            raise UserError(
+                "--scorer: expected the model by whose embeddings --representatives are chosen, found none. Type --scorer NAME, for "
+                "example google/siglip2-base-patch16-224."
+            )
         self.class_names: list[str] = self.data[self.train].features["label"].names
         self.captioner = args.to_captioner(self._text_columns())
         self.actions = parse_actions(args.on_check or ())
@@ -265,7 +272,21 @@ class CaptionWorkflow:
             wanted = {names.index(name) for name in self.args.classes}
             of_class = {i for i, label in enumerate(labels_of(self.data[split])) if label in wanted}
             rows = of_class if rows is None else rows & of_class
-        return rows
+        return rows if self.args.representatives is None else self._representatives(self.data[split], rows)
+
+    def _representatives(self, split: Dataset, among: set[int] | None) -> set[int]:
+        """The rows whose images stand for the others. Loads torch."""
+        from .steps.scorer import Scorer
+
+        split = split.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+        numbers = sorted(range(len(split)) if among is None else among)
+        own = split.select(numbers)
+        found = [(label, digest if isinstance(digest, str) else "") for digest, label in digests(own)]
+        order = sorted(range(len(own)), key=lambda i: found[i])
+        images = Scorer(self.args.scorer, own.select(order), is_main()).images()
+        rows = [Row(found[i][1] or None, found[i][0], self.class_names[found[i][0]], "", ()) for i in order]
+        chosen = Representatives(self.args.representatives).chosen(rows, images, readable(rows, images))
+        return {numbers[order[i]] for i in chosen}
 
     def _made_from(self) -> dict:
         """What distinguishes this dataset from another one in the same folder."""
@@ -377,6 +398,12 @@ class CaptionWorkflow:
             "complete": not result.missing,
             "fingerprints": self._all_fingerprints(fingerprints),
         }
+        if self.args.representatives is not None:
+            details["representatives"] = {
+                "share": self.args.representatives,
+                "scorer": public_name(self.args.scorer),
+                "images": {split: len(rows) for split, rows in self.rows.items()},
+            }
         if self.captioner.asks:
             prompts = self.captioner.prompts
             details["prompt_texts"] = {aspect: prompts.prompt(aspect, CLASS_MARK) for aspect in prompts.aspects}

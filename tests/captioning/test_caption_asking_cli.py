@@ -214,7 +214,7 @@ def truthful(count=12):
     return dataset(data).add_column("captions", texts).add_column("caption_records", records), truth
 
 
-@pytest.mark.parametrize("recipe", ["fact_checked", "judge_select_refine", "arena"])
+@pytest.mark.parametrize("recipe", ["fact_checked", "seed_then_scale", "judge_select_refine", "arena"])
 def test_recipes_that_ask(recipe, server, clip_folder, tmp_path, capsys):
     data, truth = truthful()
     (tmp_path / "data").mkdir()
@@ -245,7 +245,7 @@ def test_recipes_that_ask(recipe, server, clip_folder, tmp_path, capsys):
     assert all(one["unparsable"] == one["failed"] == one["refused"] == 0 for one in asked)
     rows = written(tmp_path / "out")
     assert all(row["captions"] for row in rows)
-    if recipe == "fact_checked":
+    if recipe in ("fact_checked", "seed_then_scale"):
         assert details["steps"][0]["figures"]["decoy_recall"] == 1
         for row in rows:
             named = responder.names_in(" ".join(row["captions"]))

@@ -57,7 +57,17 @@ class Representatives(Step):
 
     def apply(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence = ()) -> list[list[dict]]:
         images = scorer.images()
-        seen = sorted((i for i in readable(rows, images) if rows[i].captions()), key=lambda i: rows[i].image_sha256)
+        seen = [i for i in readable(rows, images) if rows[i].captions()]
+        chosen = self.chosen(rows, images, seen)
+        records = [list(row.records) for row in rows]
+        for i in set(seen) - chosen:
+            for k in rows[i].captions():
+                records[i][k] = {**records[i][k], "status": DROPPED, "step": self.name}
+        return records
+
+    def chosen(self, rows: Sequence[Row], images: np.ndarray, among: Sequence[int]) -> set[int]:
+        """The rows that stand for those `among` which they are. `images` `(n, D)`: see `Embeddings`."""
+        seen = sorted(among, key=lambda i: rows[i].image_sha256)
         once = list({rows[i].image_sha256: i for i in reversed(seen)}.values())[::-1]  # of copies, one may be chosen
         pools: dict[int, list[int]] = {}
         for i in once:
@@ -69,11 +79,7 @@ class Representatives(Step):
         for label in {rows[i].label for i in once} - {rows[i].label for i in chosen}:
             own = [i for i in once if rows[i].label == label]
             chosen.add(own[farthest_first(images[own], 1)[0]])
-        records = [list(row.records) for row in rows]
-        for i in set(seen) - chosen:
-            for k in rows[i].captions():
-                records[i][k] = {**records[i][k], "status": DROPPED, "step": self.name}
-        return records
+        return chosen
 
 
 def farthest_first(embeds: np.ndarray, number: int, seed: int = 0) -> list[int]:

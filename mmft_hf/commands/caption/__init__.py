@@ -13,9 +13,23 @@ POSITIONAL = (
     "ask again for results that were rejected, refused, …; bench: time a few calls; export FILE.parquet: write the journal to "
     "one file; import FILE …: read such a file, or JSON files of captions; merge FOLDER …: join several captioned datasets; "
     "refine FOLDER: score, judge and rewrite its captions and keep the best, by --steps; report FOLDER: its captions before and after; "
-    "prices FILE.yaml: write today's prices, for --prices.",
+    "chats FOLDER: write its captions as conversations, to tune a captioner of your own; prices FILE.yaml: write today's prices, for "
+    "--prices.",
 )
-ACTIONS = ("run", "plan", "status", "retry", "bench", "export", "import", "merge", "refine", "report", "prices")
+ACTIONS = (
+    "run",
+    "plan",
+    "status",
+    "retry",
+    "bench",
+    "export",
+    "import",
+    "merge",
+    "refine",
+    "report",
+    "chats",
+    "prices",
+)
 ARGUMENTS = (DataArguments, CaptionArguments)
 
 

@@ -21,12 +21,14 @@ from ...captioning.ask.journal_parquet import export_journal, import_journal
 from ...captioning.ask.journal_reader import by_slot, holds_answers, left_out, read_rows, spent_dollars
 from ...captioning.ask.journal_table import journal_files
 from ...captioning.ask.limits import Limits
+from ...captioning.ask.pictures import PicturePolicy
 from ...captioning.ask.plan import Plan, pictures_of
 from ...captioning.ask.refresh import refresh_prices
 from ...captioning.judge.checks import CaptionChecker, parse_actions
 from ...captioning.judge.tokens import load_counter
 from ...captioning.types import ACCEPTED, OPEN, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionWorkflow, load_data, write_folder
+from ...captioning.write.chats import prompt_flags, recorded_prompts, write_chats
 from ...captioning.write.dataset import without_captions
 from ...captioning.write.imports import KEY_RULES, import_captions
 from ...captioning.write.merges import merge_captions
@@ -335,6 +337,42 @@ def merge(data_args: DataArguments, args: CaptionArguments, *names: str) -> None
             raise UserError(f"{name}: expected split {train!r}, found {', '.join(data)}. Type --train_split NAME.")
     merged, report = merge_captions({name: data[train] for name, data in loaded.items()})
     _write(folder, first, train, merged, report, made_from, sources, None)
+
+
+def chats(data_args: DataArguments, args: CaptionArguments, *operands: str) -> None:
+    """Writes the training captions of a captioned folder as conversations, to tune a captioner of one's own."""
+    if len(operands) != 1:
+        raise UserError(
+            f"caption chats: expected one captioned folder, found {' '.join(operands) or 'none'}. Type mmft-hf caption chats FOLDER "
+            "--output_dir OUT"
+        )
+    (source,) = operands
+    details = CaptionFolder(source).details()
+    if not details:
+        raise UserError(f"caption chats: expected a captioned folder, found no {DETAILS_FILE} in {source}.")
+    data, train = load_data(replace(data_args, dataset_name=source))
+    recorded = recorded_prompts(details.get("made_from") or {})
+    if recorded is None:
+        policy = PicturePolicy(args.max_side)
+        recorded = args.to_prompts(), policy
+        say(
+            f"Note: {source} does not say with which prompts its captions were asked for. Those of the settings are taken."
+        )
+    sealed = pictures_of({name: split for name, split in data.items() if name != train})
+    out = Path(args.output_dir)
+    found = write_chats(out, data[train], *recorded, sealed, details, args.overwrite_output_dir)
+    say(f"{many(found.chats, 'caption')} of {many(found.images, 'picture')} are in {out}.")
+    if found.sealed:
+        say(
+            f"Left out: {many(found.sealed, 'picture')} that {'is' if found.sealed == 1 else 'are'} also in another split."
+        )
+    for aspect, count in found.unprompted.items():
+        say(f"Left out: {many(count, 'caption')} of the aspect {printable_text(aspect)}, which no prompt asks for.")
+    flags = prompt_flags(*recorded)
+    say(
+        "\nNext: tune a model of images and text on it, for example with TRL's SFTTrainer, then mmft-hf caption --captioner transformers "
+        f"--captioner_model TUNED{' ' * bool(flags)}{flags}"
+    )
 
 
 def prices(data_args: DataArguments, args: CaptionArguments, *files: str) -> None:
