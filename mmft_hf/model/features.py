@@ -38,7 +38,7 @@ from ..version import __version__
 from .adapted_processor import AdaptedProcessor
 from .collator import MMFTDataCollator, PreparedRows, tokenize
 from .loading import encode_images, encode_texts, head_of, run_head, run_trunk
-from .opening import tokenizer_identity
+from .opening import tensor_bytes, tensors_digest, tokenizer_identity
 from .towers import TOWERS
 
 logger = logging.getLogger(__name__)
@@ -355,13 +355,8 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(_bytes(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy if it is on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 # -- the key ---------------------------------------------------------------------------------------------------------
@@ -410,13 +405,9 @@ def _matmul_precision() -> str | None:
 
 def weights_digest(model, tower: str, trunk: bool = False) -> str:
     """sha256 of a tower's weights, with its projection unless `trunk`: names, types, shapes, bytes."""
-    digest = hashlib.sha256()
     without = f"{head_of(model, tower)}." if trunk else ()
-    for name, value in sorted(model.state_dict().items()):
-        if name.startswith(TOWERS[tower]) and not name.startswith(without):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(_bytes(value))
-    return digest.hexdigest()
+    state = model.state_dict().items()
+    return tensors_digest({n: v for n, v in state if n.startswith(TOWERS[tower]) and not n.startswith(without)})
 
 
 def _plain(settings: dict) -> dict:

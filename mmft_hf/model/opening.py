@@ -1,13 +1,16 @@
 """What opening a model of transformers needs, of any kind: its configuration, reasons for failures, a device, and what tells two
-tokenizers apart."""
+models or tokenizers apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -91,3 +94,17 @@ def tokenizer_identity(tokenizer) -> list:
     # These are left over from the last call and do not define the tokenizer.
     content.pop("padding", None), content.pop("truncation", None)
     return [content, *sides]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """sha256 of tensors: names, types, shapes, bytes; and of a text about them."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

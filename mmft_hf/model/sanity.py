@@ -32,7 +32,8 @@ SIZES = {
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
     """Raises `UserError` if a size in a `config.json` is one that no model has."""
-    for place, part in (("", config), ("text_config.", config.text_config), ("vision_config.", config.vision_config)):
+    towers = ((f"{name}.", getattr(config, name, None)) for name in ("text_config", "vision_config"))
+    for place, part in (("", config), *towers):
         for key, allowed in SIZES.items():
             value = getattr(part, key, None)
             for one in value if isinstance(value, (list, tuple)) else [value]:
