@@ -20,7 +20,7 @@ from ..ask.pictures import OUTLINE_NAME
 from ..judge.checks import duplicate_key
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
-from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, written
+from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, text_of, written
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
 from .seen import Seen, look, part_embeddings
@@ -330,11 +330,11 @@ class Rewrite(Step):
         """What the columns of a row put into slots; None: nothing, so that nothing is asked."""
         found = {}
         if self.column:
-            if not (text := _text(row.columns.get(self.column))):
+            if not (text := text_of(row.columns.get(self.column))):
                 return None
             found["column"] = quoted(text)
         if self.hints:
-            hints = {name: text for name in self.hints if (text := _text(row.columns.get(name)))}
+            hints = {name: text for name in self.hints if (text := text_of(row.columns.get(name)))}
             if not hints:
                 return None
             found["hints"] = "{" + ", ".join(f"{quoted(name)}: {quoted(text)}" for name, text in hints.items()) + "}"
@@ -546,9 +546,3 @@ def _rank(record: Mapping, score: str) -> tuple:
 
 def _listed(texts: Iterable[str]) -> str:
     return "\n".join(f"{i}. {quoted(text)}" for i, text in enumerate(texts, 1))
-
-
-def _text(value: Any) -> str:
-    """The value of a column as text; empty if there is none."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return "; ".join(" ".join(str(one).split()) for one in values if one is not None and str(one).strip())
