@@ -12,7 +12,7 @@ from mmft_hf.captioning.apply import Asked, apply_steps
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.steps.asking import answered, quoted, rendered
 from mmft_hf.captioning.steps.base import Row
-from mmft_hf.captioning.steps.languages import LANGUAGES
+from mmft_hf.captioning.steps.languages import LANGUAGES, read_class_names
 from mmft_hf.captioning.steps.presets import FOLDER, preset_names, read_preset
 from mmft_hf.captioning.steps.rewrite import Rewrite
 from mmft_hf.captioning.steps.seen import nearest_of_other_classes, other_captions
@@ -267,6 +267,49 @@ def test_the_checks_know_the_scripts_of_a_language_and_look_for_no_class_name(te
     )
     assert checker.check("a ginger cat", "stop", 0).status == "ok"
     assert checker.check("a ginger one", "stop", 0).status == "rejected"
+
+
+@pytest.mark.parametrize(("text", "language", "checks"), [
+    ("рыжий кот на траве", "ru", ()), ("рыжая Кошка спит", "ru", ()), ("кто-то рыжий", "ru", ("label_missing",)),
+    ("рыжий пес", "ru", ("label_missing", "other_class")), ("eine rote Katze", "de", ()), ("ein Hund", "de", ("label_missing", "other_class")),
+    ("ein roter cat", "de", ("label_missing",)),
+])  # fmt: skip
+def test_translated_class_names_are_looked_for_in_their_language_alone(text, language, checks):
+    names = {"ru": [["кот", "кошка"], ["пес"]], "de": [["Katze"], ["Hund"]]}[language]
+    checker = CaptionChecker(["cat", "dog"], actions={"label_missing": "reask"}, translated=names)
+    checked = checker.check(text, "stop", 0, scripts=LANGUAGES[language][1])
+    assert checked.checks == checks and checked.mentions_label == (not checks)
+    assert (
+        checked.reask is None
+        if not checks
+        else f"Use the words {names[0][0].lower()!r}." in checked.reask.replace("Katze", "katze")
+    )
+    english = checker.check("a ginger cat", "stop", 0)
+    assert english.checks == () and checker.check("ein Hund", "stop", 0).checks == ("label_missing",)
+    assert checker.spec() != CaptionChecker(["cat", "dog"], actions={"label_missing": "reask"}).spec()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{cat: кот, dog: [пес, собака]}", None),
+        ("{cat: кот}", "expected a name for each class, found none for dog"),
+        ("{cat: кот, dig: пес}", "expected class names, found 'dig'. Did you mean 'dog'?"),
+        ("{cat: кот, dog: []}", "dog: expected a name or a list of names"),
+        ("[кот, пес]", "expected a name for each class"),
+    ],
+)
+def test_a_file_of_class_names_has_all_of_them(content, said, tmp_path):
+    path = tmp_path / "names.yaml"
+    path.write_text(content, encoding="utf-8")
+    if said is None:
+        assert read_class_names(str(path), ["cat", "dog"]) == [["кот"], ["пес", "собака"]]
+        with pytest.raises(UserError, match="found no such file"):
+            read_class_names(str(tmp_path / "none.yaml"), ["cat"])
+        return
+    with pytest.raises(UserError) as error:
+        read_class_names(str(path), ["cat", "dog"])
+    assert said in str(error.value)
 
 
 def test_equal_captions_are_diversified_with_different_examples():
