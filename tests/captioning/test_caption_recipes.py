@@ -136,6 +136,21 @@ def test_recipes_with_judges(recipe, refine, source, tmp_path):
     assert all(row["captions"] for row in written(tmp_path / "out"))
 
 
+def test_parts_that_are_not_unique_are_asked_for_once_more(refine, tmp_path):
+    code, said = refine("--steps", RECIPES / "unique_region.yaml")
+    assert code == 0, said
+    failed = 0
+    for row in written(tmp_path / "out"):
+        first = [r for r in row["caption_records"] if r["step"] == "unique_region"]
+        assert sorted(r["view"] for r in first) == ["centre", *(f"quadrant:{i}" for i in range(4))]
+        failed += sum(r["status"] != "ok" and r["scores"][0]["value"] <= 0 for r in first)
+        again = [r for r in row["caption_records"] if r["step"] == "tell_apart"]
+        assert all(r["view"] in {one["view"] for one in first if one["status"] != "ok"} for r in again)
+    prompts = [row["prompt"] for row in refine.server.requests()]
+    assert failed and sum("fits the second one as well" in prompt for prompt in prompts) == failed
+    assert len(prompts) == 6 * 5 + failed
+
+
 def test_a_column_reaches_the_writer_and_a_missing_one_is_refused_first(refine, tmp_path):
     (tmp_path / "steps.yaml").write_text("steps: [column_fusion: {column: alt}]")
     code, said = refine("--steps", tmp_path / "steps.yaml")
