@@ -164,9 +164,21 @@ def _training(plan: FinetunePlan) -> dict[str, str]:
     if config.supcon_weight_end is not None:
         loss = f"w SupCon + (1 - w) CLIP with w from {w:g} to {config.supcon_weight_end:g}"
     rate = "to be found" if config.tune else f"{config.learning_rate:g}"
+    trunk = plan.text_trunk
+    if trunk and config.head_learning_rate:
+        rate += f" (adaptor {config.head_learning_rate:g})"
+    elif trunk:
+        rate += " (adaptor 10 times that)" if config.tune else f" (adaptor {10 * config.learning_rate:g})"
     rows = {"loss": f"{loss}, learning rate {rate}, seed {config.seed}"}
+    if trunk:
+        from ..model.adapted_processor import parameters_shown
+
+        rows["texts"] = (
+            f"vectors of {trunk['name']} ({parameters_shown(trunk['parameters'])}), computed once, in place of the text tower"
+        )
+    parts = {"vision": "vision tower", "text": "adaptor" if trunk else "text tower"}
     rows["trained"] = ", ".join(
-        f"{tower} tower {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
+        f"{parts[tower]} {getattr(model_args, f'{tower}_tower')} ({trained:,} of {total:,} parameters"
         + (f", {layers} layers)" if layers else ")")
         for tower, (trained, total, layers) in plan.parameters.items()
     )

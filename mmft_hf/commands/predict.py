@@ -21,6 +21,11 @@ class PredictArguments:
     model_name_or_path: str = setting("outputs/mmft", "Output folder of finetune, or its Hub repository.")
     model_revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     allow_pickle: bool = setting(False, ALLOW_PICKLE)
+    classes: list[str] | None = setting(
+        None,
+        "Names of any classes, which pictures are compared with by the class template, in place of the classifier's own; accuracy on "
+        "them was not measured. A model with --text_trunk opens its caption encoder for them.",
+    )
     top_k: int = setting(
         3,
         "Classes printed for each picture. With several labels per picture: all that hold, whatever this is.",
@@ -62,7 +67,11 @@ def run(args: PredictArguments, images: list[str]) -> None:
     if args.output_file:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     source = (args.model_name_or_path, args.model_revision, args.allow_pickle)
-    classifier = ImageClassifier.from_pretrained(*source).to(default_device())
+    classifier = (
+        ImageClassifier.zero_shot(source[0], args.classes, *source[1:])
+        if args.classes is not None
+        else ImageClassifier.from_pretrained(*source)
+    ).to(default_device())
     if args.reject_below is not None:
         classifier.head = classifier.head.rejecting(args.reject_below)
     # Other programs may read the answers on standard output; this line is not one of them.

@@ -31,8 +31,9 @@ class PushArguments:
     )
     parts: str = setting(
         "merged",
-        "Part of a LoRA run: merged (a plain model), adapter (for peft), or both.",
-        choices=("merged", "adapter", "both"),
+        "What is published of a model. merged: all of it; for a LoRA run adapter (for peft), or both; vision: of a CLIP or MetaCLIP 2 the "
+        "image tower and the head, which open in transformers without mmft_hf.",
+        choices=("merged", "adapter", "both", "vision"),
     )
     with_inference_code: bool = setting(
         False, "Add a file with which pipeline(…, trust_remote_code=True) works without mmft_hf."
@@ -72,6 +73,8 @@ def run(args: PushArguments, folders: list[str]) -> None:
             folder, args.repo_id, parts=args.parts, with_inference_code=args.with_inference_code, **options
         )
         use = f"mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {args.repo_id}"
+        if args.parts == "vision":
+            use = "Python of its card, with transformers alone"
     else:
         url = push_captioned_dataset(folder, args.repo_id, captions_only=args.captions_only, **options)
         use = f"mmft-hf finetune --dataset_name {args.repo_id}"

@@ -96,9 +96,7 @@ class SplitSizes(TypedDict):
     test: Count
 
 
-class Sources(TypedDict):
-    """Where a run's model, data and captions came from."""
-
+class _Sources(TypedDict):
     base_model: Source
     dataset: DataSource
     splits: SplitSizes
@@ -106,6 +104,19 @@ class Sources(TypedDict):
     captions: CaptionsSource | None
     settings: dict[str, list]
     device: str | None
+
+
+class TrunkSource(Source, total=False):
+    """The base model of a caption encoder."""
+
+    parameters: Count | None
+    lora: bool
+
+
+class Sources(_Sources, total=False):
+    """Where a run's model, data and captions came from; with `--text_trunk` also its caption encoder."""
+
+    text_trunk: TrunkSource
 
 
 class BaseWeights(TypedDict, total=False):

@@ -68,12 +68,11 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
         with atomic_write(path) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps an OSError in its own class
-        cannot_write(path.parent, getattr(error, "strerror", None) or str(error).splitlines()[0])
+        _cannot_write(path.parent, getattr(error, "strerror", None) or str(error).splitlines()[0])
 
 
 @cache
-def cannot_write(folder: Path, reason: str) -> None:
-    """Warns, once, that a folder of the cache cannot be written to."""
+def _cannot_write(folder: Path, reason: str) -> None:
     logger.warning(
         "Nothing can be kept in %s: %s. It is computed again when needed. To use another folder, set %s.",
         folder,

@@ -20,9 +20,11 @@ from ..core.seals import digest_of, is_of_run, note_changed_files, note_if_chang
 from ..predict.heads import Head, load_head
 from .cards import card_for_repository
 from .client import check_access, push_files
+from .vision import vision_files
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("merged", "adapter", "both", "vision")
 INFERENCE_FILE = "mmft_inference.py"
 DATA_FILES = re.compile(r"(data|captions)/[\w.-]+-\d{5}-of-\d{5}\.parquet")
 
@@ -44,7 +46,8 @@ def push_model(
     Args:
         folder: the output folder of a finished run.
         repo_id, private, revision, create_pr, token: see `push_files`.
-        parts: for a LoRA run: `merged` (a plain model), `adapter` (for peft), or `both`.
+        parts: `merged` (the whole model); for a LoRA run also `adapter` (for peft) or `both`; or `vision`: of a CLIP or MetaCLIP 2 the
+            image tower with its projection, as a stock model, and the head.
         with_inference_code: adds a file with which `pipeline("image-classification", model=…, trust_remote_code=True)`
             works without this library.
         license: of the model, e.g. `mit`. Default: the licence of the base model, if known.
@@ -72,6 +75,11 @@ def folder_files(folder: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and names.belongs_to_run(path.name)
     }
+    for name in names.TRUNK_FILES:
+        if (path := folder / names.TRUNK_FOLDER / name).is_file():
+            files[f"{names.TRUNK_FOLDER}/{name}"] = path
+            if path.suffix == ".json":  # each names the base model of the caption encoder
+                files[f"{names.TRUNK_FOLDER}/{name}"] = _as_json(without_local_paths(read_json(path)))
     if names.STATE_FILE in files:  # it names the best checkpoint
         files[names.STATE_FILE] = _as_json(without_local_paths(read_json(folder / names.STATE_FILE)))
     if names.RUN_FILE in files:  # it names the data
@@ -119,14 +127,17 @@ def model_files(
     note_changed_files(folder)
     load_head(folder)  # damaged ones are not published
     adapter = [path for name in names.ADAPTER_FILES if (path := folder / names.ADAPTER_FOLDER / name).is_file()]
-    if parts not in ("merged", "adapter", "both"):
-        raise UserError(f"--parts: expected merged, adapter or both, found {parts!r}.")
-    if parts != "merged" and not adapter:
+    if parts not in PARTS:
+        raise UserError(f"--parts: expected {', '.join(PARTS)}, found {parts!r}.")
+    if parts in ("adapter", "both") and not adapter:
         raise UserError(f"--parts {parts}: expected the adapter of a LoRA run in {folder / 'adapter'}, found none.")
     files = folder_files(folder)
     if parts == "adapter":
         files = {name: path for name, path in files.items() if not names.is_weights(name)}
         files |= {path.name: path for path in adapter}
+    elif parts == "vision":
+        whole = {name for name in files if name in names.MODEL_FILES or names.is_weights(name) or "/" in name}
+        files = {name: path for name, path in files.items() if name not in whole} | vision_files(folder)
     elif parts == "both":
         files |= {f"{names.ADAPTER_FOLDER}/{path.name}": path for path in adapter}
     files[names.CARD_FILE] = card_for_repository(folder, repo_id, parts, license, with_inference_code).encode()
@@ -134,7 +145,9 @@ def model_files(
     if base.startswith("builtin/"):
         files["NOTICE"] = Path(builtin(base)) / "NOTICE"  # as its licence requires
     if with_inference_code:
-        config = read_json(folder / "config.json", ModelConfig)
+        config = (
+            json.loads(files["config.json"]) if parts == "vision" else read_json(folder / "config.json", ModelConfig)
+        )
         name = INFERENCE_FILE.removesuffix(".py")
         classes = {"impl": f"{name}.MMFTImageClassificationPipeline", "pt": config["architectures"]}
         # The code is for the stock task, since ours needs none with this library. The stock pipeline, which would put a

@@ -26,6 +26,7 @@ from ..core.console import is_main
 from ..core.errors import UserError
 from ..core.files import TRUNK_FILES, TRUNK_FOLDER
 from ..core.markdown import public_name
+from ..core.reading import parse_json
 
 if TYPE_CHECKING:
     from .caption_encoder import CaptionEncoder
@@ -37,11 +38,13 @@ class TextTrunk:
     """The caption encoder of an `AdaptedCLIP`, and the vectors that are known.
 
     Args:
-        source: a folder or Hub id that `CaptionEncoder.from_pretrained` opens; or a caption encoder, which stays open.
+        source: a folder or Hub id that `CaptionEncoder.from_pretrained` opens, or the path of a GGUF file; or a caption encoder, which
+            stays open.
         known_as: what the model's configuration says about the encoder that it was made with (see `describe`): another one is
             refused. None: the first one that is opened is taken.
         model: the folder or Hub repository of the model, whose folder `text_trunk` is the source; instead of `source`.
         revision: of that repository.
+        allow_pickle: as in `load_model`.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class TextTrunk:
         known_as: Mapping | None = None,
         model: str | None = None,
         revision: str | None = None,
+        allow_pickle: bool = False,
     ):
+        self._allow_pickle = allow_pickle
         self._source, self.known_as, self._model, self._revision = source, known_as, model, revision
         self._encoder: CaptionEncoder | None = None
         self._files: dict[str, bytes] = {}  # what `save_pretrained` of the encoder writes
@@ -109,15 +114,16 @@ class TextTrunk:
 
         if is_main():
             known = self.known_as or {}
-            size = f" ({known['parameters'] / 1e6:,.0f} million parameters)" if known.get("parameters") else ""
+            size = f" ({parameters_shown(known['parameters'])})" if known.get("parameters") else ""
             logger.warning(
                 "Opening the caption encoder %s%s to encode %s.",
                 known.get("name") or public_name(place),
                 size,
                 "a text" if texts == 1 else f"{texts:,} texts",
             )
+        folder, file = (str(Path(place).parent), Path(place).name) if place.endswith(".gguf") else (place, None)
         try:
-            return CaptionEncoder.from_pretrained(place)
+            return CaptionEncoder.from_pretrained(folder, gguf_file=file, allow_pickle=self._allow_pickle)
         except UserError as error:
             if self._source is not None:
                 raise
@@ -157,28 +163,45 @@ class TextTrunk:
         if self._encoder is not None and not self._files:
             with tempfile.TemporaryDirectory() as folder:
                 self._encoder.save_pretrained(folder)
-                self._files = {
-                    name: (Path(folder) / name).read_bytes() for name in TRUNK_FILES if (Path(folder) / name).is_file()
-                }
+                self._files = _read(Path(folder))
         self._encoder = None
+
+    def _find_files(self) -> None:
+        """Makes the files of the encoder known, of which a model that was loaded may have none."""
+        if self._files:
+            return
+        if self._model is None:
+            self.open(0)
+            self.close()
+            return
+        try:
+            self._files = _read(Path(self._own_folder()))
+        except UserError as error:  # the classifier does without
+            logger.warning("Note: the folder %s of the model is missing. %s", TRUNK_FOLDER, error)
+
+    def record(self) -> dict:
+        """What `caption_encoder.json` says; empty if it is missing."""
+        self._find_files()
+        return parse_json(self._files.get(TRUNK_FILES[0], b"{}"), TRUNK_FILES[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `text_trunk` into the folder of a model: what `CaptionEncoder.from_pretrained` opens, without the base model."""
+        self._find_files()
         if not self._files:
-            if self._model is not None:
-                try:
-                    own = Path(self._own_folder())
-                except UserError as error:  # the classifier does without
-                    logger.warning("Note: %s is saved without %s. %s", folder, TRUNK_FOLDER, error)
-                    return
-                self._files = {name: (own / name).read_bytes() for name in TRUNK_FILES if (own / name).is_file()}
-            else:
-                self.open(0)
-                self.close()
+            return
         place = Path(folder) / TRUNK_FOLDER
         place.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (place / name).write_bytes(content)
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in TRUNK_FILES if (folder / name).is_file()}
+
+
+def parameters_shown(count: int) -> str:
+    """`135 million parameters`."""
+    return f"{count / 1e6:,.0f} million parameters" if count >= 1e6 else f"{count:,} parameters"
 
 
 def describe(encoder: CaptionEncoder) -> dict:

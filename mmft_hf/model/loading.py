@@ -108,7 +108,7 @@ def load_model(
             f"{len(missing) - 1} others. A checkpoint of a lora run holds only what was trained; type the run's --output_dir."
         )
     if tokenizer is None:
-        trunk = TextTrunk(known_as=config.text_trunk, model=name_or_path, revision=revision)
+        trunk = TextTrunk(known_as=config.text_trunk, model=name_or_path, revision=revision, allow_pickle=allow_pickle)
         processor = AdaptedProcessor(image_processor, trunk)
     else:
         # Without its vocabulary file a tokenizer still loads, with hardly any words, and everything would run.

@@ -14,13 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
+from ..core.console import some
 from ..core.errors import UserError
-from ..core.files import atomic_folder
+from ..core.files import RUN_FILE, atomic_folder
+from ..core.reading import parse_json
+from ..core.records import RunRecord
+from ..core.repositories import read_text_file
 from ..core.seals import is_loaded, note_changed_files
 from ..data.images import BadImage, read_image
+from ..data.texts import DEFAULT_TEMPLATE
 from ..model.collator import pixels_of
 from ..model.loading import encode_images, load_model
-from .heads import UNKNOWN, Head, load_head
+from .heads import UNKNOWN, ClassPrototypes, Head, load_head
 
 
 class ImageClassifier(nn.Module):
@@ -58,6 +63,38 @@ class ImageClassifier(nn.Module):
             note_changed_files(name, is_loaded)
         model, processor = load_model(name, revision, allow_pickle)
         head.check_model(model, name)
+        return cls(model, processor, head).eval()
+
+    @classmethod
+    def zero_shot(
+        cls,
+        folder_or_hub_id: str | Path,
+        class_names: Sequence[str],
+        revision: str | None = None,
+        allow_pickle: bool = False,
+    ) -> ImageClassifier:
+        """A dual encoder that compares pictures with the names of any classes, by the class template of its run.
+
+        An AdaptedCLIP needs its caption encoder for this, which says its size before it is opened.
+
+        Args:
+            folder_or_hub_id: a dual encoder, or a saved classifier, whose head is left out.
+            class_names: `C` different names.
+            revision, allow_pickle: as in `from_pretrained`.
+
+        Raises:
+            UserError: there is no model; fewer than two names, or equal ones; the caption encoder is missing.
+        """
+        name, names = str(folder_or_hub_id), [one.strip() for one in class_names]
+        if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+            raise UserError(f"--classes: expected two or more different names, found {some(names)}.")
+        if Path(name).is_dir():
+            note_changed_files(name, is_loaded)
+        model, processor = load_model(name, revision, allow_pickle)
+        text = read_text_file(name, RUN_FILE, revision, "model")
+        record = parse_json(text, f"{name}, {RUN_FILE}", RunRecord) if text else {}
+        template = record.get("identity", {}).get("class_template", DEFAULT_TEMPLATE)
+        head = ClassPrototypes.from_templates(model.eval(), processor, names, template)
         return cls(model, processor, head).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -24,7 +24,8 @@ from ..core.seals import digests_of, note_if_changed, sealed
 from ..data.caption_weights import weights_digest, with_caption_weights
 from ..data.splits import Splits
 from ..hub import cards
-from ..hub.cards.sources import run_sources
+from ..hub.cards.sources import run_sources, trunk_source
+from ..model.adapted_processor import AdaptedProcessor
 from ..model.towers import Adapter
 from ..model.weights import Weights
 from ..predict import figures, sheet
@@ -298,7 +299,7 @@ class RunFolder:
             "notes": self.splits.notes,
             "prototypes": source,
             "head": classifier.head.kind,
-            "sources": run_sources(self.identity, self.data_settings, self.splits, MMFTConfig),
+            "sources": self._sources(classifier),
             "versions": cards.versions(),
         }
         with files.atomic_folder(self.path) as folder:
@@ -323,6 +324,12 @@ class RunFolder:
             state.save_to_json(str(folder / files.STATE_FILE))
             self._write(folder, completed=True, **record, files=digests_of(folder))
             cards.write_model_card(folder)
+
+    def _sources(self, classifier: ImageClassifier) -> dict:
+        found = run_sources(self.identity, self.data_settings, self.splits, MMFTConfig)
+        if isinstance(classifier.processor, AdaptedProcessor):
+            found["text_trunk"] = trunk_source(classifier.processor.trunk.record())
+        return found
 
 
 def _same(setting: str, before, now) -> bool:

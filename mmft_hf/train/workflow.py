@@ -74,6 +74,7 @@ class FinetunePlan:
         zero_shot_accuracy: of the untuned model with the class template, on validation, from 0 to 1; with several labels per
             picture its mean average precision.
         memory: estimate of a training step in one process.
+        text_trunk: the name and the number of parameters of the caption encoder of `text_trunk`, if there is one.
     """
 
     model_args: ModelArguments
@@ -83,6 +84,7 @@ class FinetunePlan:
     parameters: dict[str, tuple[int, int, int]]
     zero_shot_accuracy: float
     memory: MemoryEstimate
+    text_trunk: Mapping | None = None
 
 
 @dataclass
@@ -262,7 +264,9 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     load = partial(load_model, model_args.model_name_or_path, model_args.model_revision, model_args.allow_pickle)
     base, base_processor = load()
     start = (
-        partial(_with_text_trunk, TextTrunk(model_args.text_trunk), splits, config)
+        partial(
+            _with_text_trunk, TextTrunk(model_args.text_trunk, allow_pickle=model_args.allow_pickle), splits, config
+        )
         if model_args.text_trunk
         else _as_it_is
     )
@@ -303,7 +307,14 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     untuned_validation = untuned_scores.report()
     parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
     plan = FinetunePlan(
-        model_args, data_args, config, splits, parameters, untuned_validation[metric if several else "accuracy"], memory
+        model_args,
+        data_args,
+        config,
+        splits,
+        parameters,
+        untuned_validation[metric if several else "accuracy"],
+        memory,
+        model.config.text_trunk if model_args.text_trunk else None,
     )
     reporter.started(plan)
 

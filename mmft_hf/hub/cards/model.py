@@ -27,6 +27,7 @@ from ...model.families import FAMILIES
 from ...predict.figures import legible
 from ...predict.metrics import uneven_note, wilson_interval
 from ...version import __version__
+from ..vision import vision_class
 from .sources import has_lora, images_of, model_authors, short
 from .use import snippets
 
@@ -56,7 +57,7 @@ def model_card(
     Args:
         folder: of a finished run.
         repo_id: where the model will be published; the snippets load it from there. Default: they run in the folder.
-        parts: which part of a LoRA run is published: `merged`, `adapter` or `both`. Default: what the folder has.
+        parts: what is published, see `push_model`. Default: what the folder has.
         license: of the model. Default: that of the base model, if known.
         inference_code: whether `mmft_inference.py` is published too.
     """
@@ -70,10 +71,12 @@ def model_card(
             f"for each class, found {len(record['sources']['train_images_per_class'])}. {REMEDY}"
         )
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
-    images, names = images_of(data), record["class_names"]
+    images, names, trunk = images_of(data), record["class_names"], record["sources"].get("text_trunk")
     parts = parts or ("both" if has_lora(record) and (folder / files.ADAPTER_FOLDER).is_dir() else "merged")
     title = repo_id.split("/")[-1] if repo_id else f"{short(base)} fine-tuned on {short(images)}"
     license_fields = {"license": license} if license else _license_of(base)
+    family = FAMILIES[record.get("model_type", "clip")]
+    stock_class = vision_class(folder) if parts == "vision" else family.model if family.texts == "tokens" else None
     check_metrics(results, str(folder / files.RESULTS_FILE), REMEDY)
     several = results.get("several_labels", False)
     classes = _per_class(folder / files.PREDICTIONS_FILE, names, record["sources"]["train_images_per_class"], several)
@@ -90,9 +93,11 @@ def model_card(
         uneven=_uneven(results),
         validation_role=_validation_role(record["identity"], results),
         images=images,
-        family=FAMILIES[record.get("model_type", "clip")],
+        family=family,
         class_names=Markup(listed(md(name, 60) for name in shown)),
-        use=Markup(snippets(record, repo_id, parts, inference_code, results)),
+        use=Markup(snippets(record, repo_id, parts, inference_code, results, stock_class)),
+        trunk=trunk,
+        trunk_licence=_licenses(trunk) if trunk else None,
         classes=sorted(tested, key=lambda row: row["right"] / row["images"]),
         untested=Markup(listed(md(row["label"], 60) for row in classes if not row["images"])),
         models=model_authors(captions) if captions else [],
@@ -185,7 +190,8 @@ def _metadata(record: Mapping, results: Mapping, name: str, parts: str, license_
     base, data, captions = (record["sources"][key] for key in ("base_model", "dataset", "captions"))
     front = {"library_name": "peft" if parts == "adapter" else "transformers"}
     kind = record.get("model_type", "clip")
-    task = "zero-shot-image-classification" if FAMILIES[kind].zero_shot else "image-classification"
+    zero_shot = FAMILIES[kind].zero_shot and parts != "vision"
+    task = "zero-shot-image-classification" if zero_shot else "image-classification"
     front |= {"pipeline_tag": task, **license_fields}
     front["tags"] = [kind, "image-classification", "mmft"]
     front["tags"] += ["synthetic-captions"] if captions and model_authors(captions) else []

@@ -64,6 +64,18 @@ def run_sources(identity: dict, data_settings: dict, splits: Splits, training: t
     }
 
 
+def trunk_source(record: Mapping) -> dict:
+    """The base model of a caption encoder as `describe_source` describes one, with its `parameters` and whether it has `lora`.
+
+    Args:
+        record: its `caption_encoder.json`.
+    """
+    source = describe_source(str(record.get("base")), record.get("revision"), "model")
+    if record.get("license"):  # known when the encoder was made, perhaps on another machine
+        source["license"] = record["license"]
+    return source | {"parameters": record.get("parameters"), "lora": bool(record.get("lora"))}
+
+
 def captioning_cost(dataset_name: str, revision: str | None = None) -> dict | None:
     """The calls, tokens, time and cost of captioning a dataset, according to its `captions.json`.
 

@@ -23,11 +23,14 @@ PROTOTYPES_FROM = {
 }
 
 
-def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: bool, results: Mapping) -> str:
+def snippets(
+    record: Mapping, repo_id: str | None, parts: str, inference_code: bool, results: Mapping, stock_class: str | None
+) -> str:
     """How to use what is published (see `model_card`), as Markdown from `templates/model_use.md.j2`.
 
     Args:
         results: of the run.
+        stock_class: of transformers, which opens the model; None: there is none.
     """
     names = [clean_class_name(name) for name in record["class_names"]]
     base, template = record["sources"]["base_model"], record["identity"]["class_template"]
@@ -63,6 +66,8 @@ def snippets(record: Mapping, repo_id: str | None, parts: str, inference_code: b
         repo_id=repo_id,
         parts=parts,
         inference_code=inference_code,
+        stock_class=stock_class,
+        opener="AutoImageProcessor" if parts == "vision" else "AutoProcessor",
         family=family,
         many=len(names) > 10,
         least=results.get("reject_below"),
