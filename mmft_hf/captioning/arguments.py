@@ -60,7 +60,7 @@ class CaptionArguments(
         "requests": "temperature decoding max_tokens request_options omit max_side captioner_batch_size concurrency requests_per_minute "
         "tokens_per_minute timeout max_cost_usd prices",
         "checks": "model_name_or_path on_check max_reasks",
-        "refining": "steps scorer scorer_is_student report_scorer group_column allow_empty_classes compare metrics",
+        "refining": "steps scorer scorer_is_student report_scorer group_column class_names_file allow_empty_classes compare metrics",
         **{role: " ".join([role, *(f"{role}_{name}" for name in ROLE_SETTINGS)]) for role in ("judge", "writer")},
         "output": "output_dir overwrite_output_dir dry_run split classes representatives key_rule *",
     }
@@ -173,6 +173,11 @@ class CaptionArguments(
         None,
         "Column that is equal for images of the same thing, which self_retrieval does not compare. Default: images with the same "
         "captions.",
+    )
+    class_names_file: str | None = setting(
+        None,
+        "YAML file with the name of each class in the language that a step writes in (dog: собака), so that label_missing and other_class "
+        "are checked there, too.",
     )
     allow_empty_classes: bool = setting(False, "Let steps take the last caption of a class.")
     compare: str | None = setting(None, "Another captioned dataset of the same images, for `report`: before.")

@@ -38,6 +38,7 @@ from .split import new_run_id
 from .steps.base import Row, Step, score_of
 from .steps.clip_score import ClipScore
 from .steps.diversity import vendi_of_classes
+from .steps.languages import read_class_names
 from .steps.self_retrieval import SelfRetrieval
 from .steps.settings import check_order, make_step, named_step, read_recipe
 from .types import ACCEPTED
@@ -116,6 +117,13 @@ class RefineWorkflow:
         self._check_split(data_args)
         self.table = CaptionTable(source, self.data[self.train], self.group_column, columns_of(self.steps))
         check_order(self.steps, self.table.scores())
+        if args.class_names_file:
+            if not any(step.scripts() for step in self.steps):
+                raise UserError(
+                    "--class_names_file: expected a step that writes in another language, such as translate: {language: de}, found none. "
+                    "Leave it out."
+                )
+            read_class_names(args.class_names_file, self.table.part.class_names)
         self.folder = CaptionFolder(args.output_dir)
         self.earlier = self._earlier()
         needed = {role: captioners[role] for step in self.steps for role in step.roles()}
@@ -130,7 +138,9 @@ class RefineWorkflow:
         """The checks of texts that steps write."""
         tokens, args = load_counter(self.args.model_name_or_path or COUNTER), self.args
         actions = parse_actions(args.on_check or ())
-        return CaptionChecker(self.table.part.class_names, tokens, args.words, args.class_template, actions)
+        names = self.table.part.class_names
+        translated = read_class_names(args.class_names_file, names) if args.class_names_file else None
+        return CaptionChecker(names, tokens, args.words, args.class_template, actions, translated=translated)
 
     def _check_scorer(self, step: str, is_student: bool) -> None:
         if not self.scorer:

@@ -68,11 +68,12 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
         with atomic_write(path) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps an OSError in its own class
-        _cannot_write(path.parent, getattr(error, "strerror", None) or str(error).splitlines()[0])
+        cannot_write(path.parent, getattr(error, "strerror", None) or str(error).splitlines()[0])
 
 
 @cache
-def _cannot_write(folder: Path, reason: str) -> None:
+def cannot_write(folder: Path, reason: str) -> None:
+    """Warns, once, that a folder of the cache cannot be written to."""
     logger.warning(
         "Nothing can be kept in %s: %s. It is computed again when needed. To use another folder, set %s.",
         folder,

@@ -10,12 +10,15 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
@@ -27,12 +30,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..core.console import is_main
 from ..core.distributed import communication_device, process_index, world_size
 from ..core.errors import UserError
 from ..data.cache import Features, cache_folder, keep
 from ..data.images import content_hash
 from ..data.labels import labels_of
 from ..data.sampling import IGNORED, is_example
+from ..data.vectors import KeptVectors
 from ..data.views import ImageView
 from ..version import __version__
 from .adapted_processor import AdaptedProcessor
@@ -40,6 +45,9 @@ from .collator import MMFTDataCollator, PreparedRows, tokenize
 from .loading import encode_images, encode_texts, head_of, run_head, run_trunk
 from .opening import tensor_bytes, tensors_digest, tokenizer_identity
 from .towers import TOWERS
+
+if TYPE_CHECKING:
+    from .caption_encoder import CaptionEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +181,57 @@ def prepare_texts(processor, texts: Iterable[str], how: Encoding) -> None:
     unknown = trunk.unknown(texts)
     if _everywhere(not unknown, how.shard):
         return
-    trunk.keep(unknown, trunk.open(len(unknown)).encode(unknown, batch_size=how.batch_size))
+    trunk.keep(unknown, encode_captions_once(trunk.open(len(unknown)), unknown, how).embeds)
     trunk.close()
+
+
+def encode_captions_once(encoder: CaptionEncoder, texts: list[str], how: Encoding) -> Features:
+    """`Features` of `sorted_distinct` texts by a caption encoder, in their order; `flags` says which were truncated.
+
+    An encoder may be large, and its texts many. Each vector is therefore kept by its text, for every data set that has it, as
+    soon as its batch is computed; a run that was killed goes on from there. Vectors are rounded to half precision. They are
+    computed in the precision of the encoder's weights, whatever `how.autocast` is.
+
+    Raises:
+        UserError: a vector is not finite in half precision.
+    """
+    identity = encoder.identity()
+    key = _key({"format": (FORMAT, __version__), **identity, "base": None}, [], 0, how.shard)
+    store = KeptVectors((how.folder or cache_folder("features")) / f"captions-{key}", encoder.size)
+    start = time.monotonic()
+    vectors, cut, there = store.read(texts)
+    if how.shard and world_size() > 1:  # another machine's disk may lack some; all must encode the same ones
+        everyone: list = [None] * world_size()
+        dist.all_gather_object(everyone, there)
+        there = np.logical_and.reduce(everyone)
+    # The batches of the whole list, without what is there: the rest of a run that was killed is encoded as it would have been.
+    batches = [[i for i in batch if not there[i]] for batch in _batches(len(texts), how.batch_size)]
+    batches = [batch for batch in batches if batch]
+    parts = []
+    for batch in tqdm(
+        _share(batches, how.shard), desc="Caption encoder", disable=not how.progress, leave=False, delay=1
+    ):
+        own = [texts[i] for i in batch]
+        embeds, flags = encoder.encode_batch(own)
+        if not (embeds := embeds.half()).isfinite().all():
+            raise UserError(
+                f"caption encoder {identity['base']}: expected vectors that are finite in half precision, found others. Let it normalize "
+                "them (normalize=True), or take another model."
+            )
+        store.append(own, embeds.numpy(), flags.numpy())
+        parts.append((embeds, flags))
+    if batches:
+        sizes, rows = [len(batch) for batch in batches], [i for batch in batches for i in batch]
+        columns = (gather_rows_in_order([part[i] for part in parts], sizes, how.shard) for i in (0, 1))
+        vectors[rows], cut[rows] = (column.numpy() for column in columns)
+    new = sum(map(len, batches))
+    read = f", {len(texts) - new:,} of them read from the cache" if new < len(texts) else ""
+    note = f"; {cut.sum():,} truncated at {encoder.max_length} tokens" if cut.any() else ""
+    if is_main():
+        logger.warning(
+            "Caption encoder: %s texts%s in %.1f s%s.", f"{len(texts):,}", read, time.monotonic() - start, note
+        )
+    return Features(torch.from_numpy(vectors).float(), torch.from_numpy(cut), not new)
 
 
 # -- one loop for pictures, one for texts ----------------------------------------------------------------------------

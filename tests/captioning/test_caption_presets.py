@@ -12,7 +12,7 @@ from mmft_hf.captioning.apply import Asked, apply_steps
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.steps.asking import answered, quoted, rendered
 from mmft_hf.captioning.steps.base import Row
-from mmft_hf.captioning.steps.languages import LANGUAGES
+from mmft_hf.captioning.steps.languages import LANGUAGES, read_class_names
 from mmft_hf.captioning.steps.presets import FOLDER, preset_names, read_preset
 from mmft_hf.captioning.steps.rewrite import Rewrite
 from mmft_hf.captioning.steps.seen import nearest_of_other_classes, other_captions
@@ -94,6 +94,9 @@ def test_every_preset_says_what_it_follows_and_fills_its_slots(name):
         assert "data, not" in preset.prompt
     step = Rewrite(name, **NEEDS.get(name, {}))
     rows = [row(i, ["one thing. other thing.", "two things", "more"], i % 2, COLUMNS) for i in range(4)]
+    if preset.captions == "failed":
+        fields = {"status": "dropped", "scores": [{"name": "region_margin", "value": -0.1}]}
+        rows = [row(0, ["one thing.", "more"], views=["centre", "quadrant:1"], **fields)]
     known = {text: [1, 0] for text in ("one thing. other thing.", "one thing.", "other thing.", "two things", "more")}
     parts = dict.fromkeys(["quadrant_0", "quadrant_1", "quadrant_2", "quadrant_3", "centre"], np.eye(4, 2))
     scorer = Vectors(np.eye(2)[[0, 1, 0, 1]], known, **parts)
@@ -267,6 +270,49 @@ def test_the_checks_know_the_scripts_of_a_language_and_look_for_no_class_name(te
     )
     assert checker.check("a ginger cat", "stop", 0).status == "ok"
     assert checker.check("a ginger one", "stop", 0).status == "rejected"
+
+
+@pytest.mark.parametrize(("text", "language", "checks"), [
+    ("рыжий кот на траве", "ru", ()), ("рыжая Кошка спит", "ru", ()), ("кто-то рыжий", "ru", ("label_missing",)),
+    ("рыжий пес", "ru", ("label_missing", "other_class")), ("eine rote Katze", "de", ()), ("ein Hund", "de", ("label_missing", "other_class")),
+    ("ein roter cat", "de", ("label_missing",)),
+])  # fmt: skip
+def test_translated_class_names_are_looked_for_in_their_language_alone(text, language, checks):
+    names = {"ru": [["кот", "кошка"], ["пес"]], "de": [["Katze"], ["Hund"]]}[language]
+    checker = CaptionChecker(["cat", "dog"], actions={"label_missing": "reask"}, translated=names)
+    checked = checker.check(text, "stop", 0, scripts=LANGUAGES[language][1])
+    assert checked.checks == checks and checked.mentions_label == (not checks)
+    assert (
+        checked.reask is None
+        if not checks
+        else f"Use the words {names[0][0].lower()!r}." in checked.reask.replace("Katze", "katze")
+    )
+    english = checker.check("a ginger cat", "stop", 0)
+    assert english.checks == () and checker.check("ein Hund", "stop", 0).checks == ("label_missing",)
+    assert checker.spec() != CaptionChecker(["cat", "dog"], actions={"label_missing": "reask"}).spec()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{cat: кот, dog: [пес, собака]}", None),
+        ("{cat: кот}", "expected a name for each class, found none for dog"),
+        ("{cat: кот, dig: пес}", "expected class names, found 'dig'. Did you mean 'dog'?"),
+        ("{cat: кот, dog: []}", "dog: expected a name or a list of names"),
+        ("[кот, пес]", "expected a name for each class"),
+    ],
+)
+def test_a_file_of_class_names_has_all_of_them(content, said, tmp_path):
+    path = tmp_path / "names.yaml"
+    path.write_text(content, encoding="utf-8")
+    if said is None:
+        assert read_class_names(str(path), ["cat", "dog"]) == [["кот"], ["пес", "собака"]]
+        with pytest.raises(UserError, match="found no such file"):
+            read_class_names(str(tmp_path / "none.yaml"), ["cat"])
+        return
+    with pytest.raises(UserError) as error:
+        read_class_names(str(path), ["cat", "dog"])
+    assert said in str(error.value)
 
 
 def test_equal_captions_are_diversified_with_different_examples():
@@ -544,6 +590,39 @@ def test_a_text_that_fits_another_region_as_well_is_dropped():
         {"name": "region_margin", "value": 1.0}
     ]
     assert [view.what for view in asks[2].pictures] == ["quadrant:2", "whole"]
+
+
+def test_regions_that_are_not_unique_are_asked_for_again_beside_their_rival():
+    """Three of five texts fail; of those that are asked for again one fits its region alone, and one still fits another."""
+    parts = {f"quadrant_{i}": [np.eye(5)[i]] for i in range(4)} | {"centre": [np.eye(5)[4]]}
+    known = {"all": [0.5, 0.2, 0.1, 0, 0], "two": [0, 0.6, 0.7, 0, 0], "own 1": np.eye(5)[1], "own 3": np.eye(5)[3]}
+    known |= {"own 4": np.eye(5)[4], "worse": [0, 0, 0, 0.1, 0.9]}
+    scorer = Vectors(np.ones((1, 5)), known, **parts)
+    first = iter(["all", "two", "own 3", "all", "own 4"])
+    (records,), _ = run(Rewrite("unique_region"), [row(1)], lambda ask: next(first), scorer)
+    fits = [("ok", "quadrant:0"), ("dropped", "quadrant:1"), ("dropped", "quadrant:2"), ("rejected", "quadrant:3")]
+    assert [(r["status"], r["view"]) for r in records] == [*fits, ("ok", "centre")]
+    step, again = Rewrite("tell_apart"), replace(row(1), records=records)
+    answers = {"quadrant:1": "own 1", "quadrant:2": "worse", "quadrant:3": None}
+    (new,), asks = run(step, [again], lambda ask: answers[ask.pictures[0].what], scorer)
+    assert [[view.what for view in ask.pictures] for ask in asks] == [
+        ["quadrant:1", "quadrant:2", "whole"],
+        ["quadrant:2", "quadrant:3", "whole"],  # "own 3" was said of it
+        ["quadrant:3", "quadrant:0", "whole"],
+    ]
+    assert (
+        '"two"' in asks[0].prompt and "its upper right quarter), and so is the second (its lower left" in asks[0].prompt
+    )
+    assert new[:5] == records and [(r["status"], r["view"], r["text"]) for r in new[5:]] == [
+        ("ok", "quadrant:1", "own 1"),
+        ("dropped", "quadrant:2", "worse"),
+    ]
+    assert new[5]["parents"] == ["unique_region#1@unique_region"] and new[5]["scores"][0]["value"] == 1.0
+    (last,), asks = run(step, [replace(again, records=new)], lambda ask: None, scorer)
+    assert [ask.pictures[0].what for ask in asks] == ["quadrant:3", "quadrant:2"] and '"worse"' in asks[1].prompt
+    assert last == new and run(step, [row(1, ["no region"])], lambda ask: "x", scorer)[1] == []
+    with pytest.raises(UserError, match="expected no option regions_column"):
+        Rewrite("tell_apart", regions_column="boxes")
 
 
 def test_a_step_that_finds_nothing_to_ask_says_so():

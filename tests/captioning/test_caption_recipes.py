@@ -136,6 +136,21 @@ def test_recipes_with_judges(recipe, refine, source, tmp_path):
     assert all(row["captions"] for row in written(tmp_path / "out"))
 
 
+def test_parts_that_are_not_unique_are_asked_for_once_more(refine, tmp_path):
+    code, said = refine("--steps", RECIPES / "unique_region.yaml")
+    assert code == 0, said
+    failed = 0
+    for row in written(tmp_path / "out"):
+        first = [r for r in row["caption_records"] if r["step"] == "unique_region"]
+        assert sorted(r["view"] for r in first) == ["centre", *(f"quadrant:{i}" for i in range(4))]
+        failed += sum(r["status"] != "ok" and r["scores"][0]["value"] <= 0 for r in first)
+        again = [r for r in row["caption_records"] if r["step"] == "tell_apart"]
+        assert all(r["view"] in {one["view"] for one in first if one["status"] != "ok"} for r in again)
+    prompts = [row["prompt"] for row in refine.server.requests()]
+    assert failed and sum("fits the second one as well" in prompt for prompt in prompts) == failed
+    assert len(prompts) == 6 * 5 + failed
+
+
 def test_a_column_reaches_the_writer_and_a_missing_one_is_refused_first(refine, tmp_path):
     (tmp_path / "steps.yaml").write_text("steps: [column_fusion: {column: alt}]")
     code, said = refine("--steps", tmp_path / "steps.yaml")
@@ -155,9 +170,18 @@ def test_a_translation_is_checked_in_its_own_script(refine, tmp_path):
     assert code == 0 and "tokens on average" in said, said
     assert all(re.match("лист", text) for row in written(tmp_path / "out") for text in row["captions"])
     assert len(refine.server.requests()) == 12
+    names = {name: f"лист {i}" for i, name in enumerate(COLOURS)}  # no text names its class now
+    (tmp_path / "names.yaml").write_text(json.dumps(names))
+    flags = ("--class_names_file", tmp_path / "names.yaml", "--on_check", "label_missing=reject")
+    code, said = refine("--steps", tmp_path / "steps.yaml", *flags, output=tmp_path / "named")
+    refused = [r for row in written(tmp_path / "named") for r in row["caption_records"] if r["step"] == "translate"]
+    assert all("label_missing" in r["checks"] and r["status"] == "rejected" for r in refused)
+    code, said = refine("--steps", "rank_and_fuse", *flags, output=tmp_path / "none")
+    assert code == 2 and "--class_names_file: expected a step that writes in another language" in said
+    asked = len(refine.server.requests())
     (tmp_path / "steps.yaml").write_text("steps: [translate: {language: en}]")
     code, said = refine("--steps", tmp_path / "steps.yaml", output=tmp_path / "other")
-    assert code == 0 and len(refine.server.requests()) == 12 + 2 * 12, said
+    assert code == 0 and len(refine.server.requests()) == asked + 2 * 12, said
     assert not any(re.match("лист", text) for row in written(tmp_path / "other") for text in row["captions"])
 
 

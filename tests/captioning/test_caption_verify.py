@@ -113,6 +113,24 @@ def test_a_truthful_judge_finds_what_was_made_up(per_call):
         assert score_of(own[0], "accuracy") == 0.75
 
 
+def test_the_share_of_hint_words_that_are_denied():
+    """A fifth of the hints are false, and captions copy all of them; what no caption copies is not counted."""
+    rows, truth = planted(100)
+    hinted = []
+    for i, one in enumerate(rows):
+        names = one.records[0]["text"].split(", ")
+        true = [name for name in names if name in truth[one.image_sha256]]
+        tool = next(name for name in names if name not in true) if i % 5 == 0 else true[0]
+        hinted.append(replace(one, columns={"tags": [f"the {tool}", None], "ocr": "unsaid"}))
+    step = Verify(hints=("tags", "ocr"))
+    assert step.columns() == ("tags", "ocr") and Verify().columns() == ()
+    found, _ = ran(step, hinted, responder(truth))
+    told = step.told(hinted, found)
+    assert (told.figures["hint_words"], told.figures["hint_words_denied"]) == (100, 0.2)
+    assert "Of 100 words of hints in the claims, the judge denied 20.0 %." in told.notes
+    assert "hint_words" not in Verify().told(rows, found).figures
+
+
 @pytest.mark.parametrize(("votes", "recall", "precision"), [(1, 0.9, 0.75), (3, 0.972, 0.921), (5, 0.991, 0.975)])
 def test_votes_make_up_for_mistakes(votes, recall, precision):
     rows, truth = planted(500)

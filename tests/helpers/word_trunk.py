@@ -18,6 +18,7 @@ class HashedWords:
     """
 
     parameters_count = 1_500_000
+    max_length = 512
 
     def __init__(self, size: int = 256, seed: int = 0):
         self.size, self.seed = size, seed
@@ -29,6 +30,9 @@ class HashedWords:
             torch.stack([self._word(word) for word in ["", *re.findall(r"\w+", text.lower())]]).sum(0) for text in texts
         ]
         return F.normalize(torch.stack(rows), dim=-1)
+
+    def encode_batch(self, texts) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encode(texts), torch.zeros(len(texts), dtype=torch.bool)
 
     def _word(self, word: str) -> torch.Tensor:
         number = int.from_bytes(hashlib.sha256(f"{self.seed} {word}".encode()).digest()[:7], "big")

@@ -44,6 +44,7 @@ class Candidate:
         over_limit: whether template and caption together were longer than the text tower reads.
         echo: runs of eight words of the prompt.
         scripts: in which it may be written.
+        class_name: of the picture, in the language of the text.
     """
 
     whole: str
@@ -63,6 +64,7 @@ class Candidate:
     over_limit: bool = False
     echo: frozenset[tuple[str, ...]] = frozenset()
     scripts: Sequence[str] = ("LATIN",)
+    class_name: str = ""
 
 
 # -- the checks -------------------------------------------------------------------------------------------------------
@@ -239,6 +241,7 @@ class CaptionChecker:
             of their own. `reject` drops the caption without asking again. `trim` (`truncated` and `over_token_limit`)
             shortens the text to complete sentences. `prefix` (`label_missing`) puts the class template in front.
         clean: False for texts written by people: they are left unchanged, and every check defaults to `keep`.
+        translated (*optional*): names of each class in the language of texts in other scripts (`check`), the first one for questions.
 
     Raises:
         UserError: an unknown check or action, or an invalid template.
@@ -252,6 +255,7 @@ class CaptionChecker:
         template: str = DEFAULT_TEMPLATE,
         actions: Mapping[str, str] | None = None,
         clean: bool = True,
+        translated: Sequence[Sequence[str]] | None = None,
     ):
         self.class_names, self.words, self.clean = tuple(class_names), words, clean
         counts = tokenizer is None or isinstance(tokenizer, TokenCounter)
@@ -260,6 +264,8 @@ class CaptionChecker:
         defaults = DEFAULT_ACTIONS if clean else dict.fromkeys(DEFAULT_ACTIONS, "keep")
         self.actions = {**defaults, **check_actions(actions or {})}
         self._classes = ClassWords(self.class_names)
+        self.translated = translated
+        self._translated = None if translated is None else ClassWords([", ".join(own) for own in translated])
         self._echoes: dict[tuple[str, int], frozenset] = {}
 
     def spec(self) -> dict:
@@ -273,6 +279,7 @@ class CaptionChecker:
             "clean": self.clean,
             "tokenizer": self.tokens.digest() if self.tokens else None,
             "token_limit": self.tokens.limit if self.tokens else None,
+            **({} if self.translated is None else {"translated": [list(own) for own in self.translated]}),
         }
 
     def check(
@@ -295,8 +302,8 @@ class CaptionChecker:
             prompt (*optional*): the question; a caption that repeats eight consecutive words of it is an echo.
             thinking_tokens: spent before the answer.
             last_try: the caption will not be asked for again.
-            scripts: of the language that was asked for; names of classes, which are in another one, are not looked for. Empty:
-                Latin letters.
+            scripts: of the language that was asked for; names of classes are looked for as far as they are `translated`. Empty: Latin
+                letters.
             says_length: the question says how long the answer is to be, which is not repeated.
         """
         cleaned, changed, unclosed = clean_caption(text or "")
@@ -305,21 +312,24 @@ class CaptionChecker:
         c.scripts = scripts or c.scripts
         if whole:
             self._trim_to_sentences(c, last_try)
-            marked, c.names_class, c.names_other = self._classes.mark(c.text, label)
+            classes, c.class_name = self._classes, self.class_names[label]
+            if scripts and self._translated:
+                classes, c.class_name = self._translated, self.translated[label][0]
+            marked, c.names_class, c.names_other = classes.mark(c.text, label)
             c.words = _without_stops(marked)
             # A denial counts even if it was trimmed away: the model doubted the label of the whole picture.
-            c.all_words = self._classes.mark(whole, label)[0] if c.trimmed else marked
+            c.all_words = classes.mark(whole, label)[0] if c.trimmed else marked
             c.mentions_label = c.names_class
-            if scripts:
+            if scripts and not self._translated:
                 c.names_class, c.names_other = True, False
             if not c.names_class and self.actions["label_missing"] == "prefix":
-                c.text, c.mentions_label = f"{class_prompt(self.template, self.class_names[label])} {c.text}", True
-            self._fit_to_token_limit(c, label, last_try)
+                c.text, c.mentions_label = f"{class_prompt(self.template, c.class_name)} {c.text}", True
+            self._fit_to_token_limit(c, label, last_try, classes)
             c.echo = self._echo(prompt, label) if prompt else frozenset()
         else:
             c.status = "empty"
         checks = tuple(name for name, check in TABLE.items() if check.finds and check.finds(c))
-        status, advice = self._decide(c, checks, label, last_try)
+        status, advice = self._decide(c, checks, last_try)
         length = "" if says_length else f" of at most {self.words} words"
         reask = None if advice is None else " ".join([*advice, f"Answer in one plain paragraph{length}."])
         return Checked(c.text or None, status, checks, c.clip_tokens, c.mentions_label, reask)
@@ -338,7 +348,7 @@ class CaptionChecker:
         if not c.trimmed and self.actions["truncated"] != "keep":
             c.status = "truncated"
 
-    def _fit_to_token_limit(self, c: Candidate, label: int, last_try: bool) -> None:
+    def _fit_to_token_limit(self, c: Candidate, label: int, last_try: bool, classes: ClassWords) -> None:
         """Counts tokens, and removes sentences from the end until template and caption fit, if anything is left then."""
         if not self.tokens:
             return
@@ -350,16 +360,14 @@ class CaptionChecker:
             for end in reversed(ends[: fitting + 5]):
                 if not self._is_over(kept := c.text[:end], label):
                     c.text, c.clip_tokens, c.trimmed = kept, self.tokens.count(kept), True
-                    c.mentions_label = self._classes.mark(c.text, label)[1]
+                    c.mentions_label = classes.mark(c.text, label)[1]
                     return
 
     def _is_over(self, text: str, label: int) -> bool:
         """Whether a caption exceeds the limit together with its class template."""
         return self.tokens.exceeds(training_text(self.template, self.class_names[label], text))
 
-    def _decide(
-        self, c: Candidate, checks: tuple[str, ...], label: int, last_try: bool
-    ) -> tuple[str, list[str] | None]:
+    def _decide(self, c: Candidate, checks: tuple[str, ...], last_try: bool) -> tuple[str, list[str] | None]:
         """The status that follows from the checks, and what to say if it is asked again."""
         asking = [name for name in checks if self.actions.get(name) == "reask"]
         rejecting = [name for name in checks if self.actions.get(name) == "reject"]
@@ -375,7 +383,7 @@ class CaptionChecker:
             status = "rejected" if faulty else "trimmed" if c.trimmed else "ok"
         if not asking or rejecting or last_try:
             return status, None
-        own_name = clean_class_name(self.class_names[label])
+        own_name = clean_class_name(c.class_name)
         letters = " or ".join(script if script == "CJK" else script.title() for script in c.scripts)
         advice = [TABLE[name].advice.format(name=own_name, letters=letters) for name in asking if TABLE[name].advice]
         return status, advice

@@ -235,6 +235,12 @@ def places(rows: Sequence[Row], images: np.ndarray) -> list[tuple[int, int]]:
     return [(i, k) for i in readable(rows, images) for k in rows[i].captions()]
 
 
+def text_of(value: Any) -> str:
+    """The value of a column as text, a list as its entries; empty if there is none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return "; ".join(" ".join(str(one).split()) for one in values if one is not None and str(one).strip())
+
+
 def place_of(record: Mapping) -> str:
     """A caption record among those of its image: `aspect#sample@step`."""
     return f"{record['aspect']}#{record['sample']}@{record.get('step') or 'caption'}"

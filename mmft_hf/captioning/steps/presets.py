@@ -25,14 +25,15 @@ SLOTS = {
     "class_name": "the class of the image",
     "other_class": "the class of the neighbour",
     "region": "where the region is",
+    "rival": "where the region is that a description fits as well",
     "fields": "the fields of the answer",
     "field": "one of the fields",
     "words": "number of words",
     "this": "whether the image is the first or the second of two",
     "other": "whether its neighbour is the first or the second of two",
 }
-CAPTIONS = ("none", "each", "together", "sentences")
-PICTURES = ("self", "region", "marked", "neighbour")
+CAPTIONS = ("none", "each", "together", "sentences", "failed")
+PICTURES = ("self", "region", "marked", "rival", "neighbour")
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -49,12 +50,14 @@ class Preset:
         after: the work that it follows; `differs`: in what it differs from it.
         faithful: whether it does what that work does.
         captions: what `{captions}` holds: `each` (a question for each caption), `together` (one question for all captions, or
-            the best ones) or `sentences` (those sentences of all captions that fit what they describe).
+            the best ones), `sentences` (those sentences of all captions that fit what they describe) or `failed` (a question for
+            each text of a region that was dropped because it fits another one as well, while its region has no caption).
         least: with fewer captions or sentences nothing is asked.
         replaces: whether the new text takes the place of the captions that it was made from.
         accepted: False: the new text is kept to be looked at, but never is a caption.
-        pictures: what is shown, in this order: `self`, `region` (cut out), `marked` (a region outlined), `neighbour` (the most
-            similar image of another class). With regions or neighbours there is a question for each of them.
+        pictures: what is shown, in this order: `self`, `region` (cut out), `marked` (a region outlined), `rival` (the region that a
+            failed text fits best), `neighbour` (the most similar image of another class). With regions or neighbours there is a
+            question for each of them.
         fields: keys of a JSON answer. If there is no such answer, they are asked for one by one with `single`.
         single: the prompt for one field.
         joined: whether the fields form one caption; else each is one.
@@ -171,6 +174,8 @@ def _checked(preset: Preset, where: str) -> Preset:
         raise UserError(f"{where}, captions: expected the slot {{captions}} where captions are given, and only there.")
     if preset.replaces and preset.captions == "none":
         raise UserError(f"{where}, replaces: expected captions, whose place the new text takes, found none.")
+    if (preset.captions == "failed") != ("rival" in preset.pictures):
+        raise UserError(f"{where}, pictures: expected the picture rival with captions: failed, and only there.")
     if bool(preset.fields) != bool(preset.single):
         raise UserError(f"{where}, single: expected the prompt of one field where there are fields, and only there.")
     if preset.check and "neighbour" not in preset.pictures:

@@ -20,10 +20,10 @@ from ..ask.pictures import OUTLINE_NAME
 from ..judge.checks import duplicate_key
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
-from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, written
+from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, text_of, written
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
-from .seen import Seen, look, part_embeddings
+from .seen import Seen, failed_texts, look, part_embeddings, views_of
 
 OPTIONS = {  # the options that fill slots, and the slots
     "column": ("column",),
@@ -163,7 +163,8 @@ class Rewrite(Step):
             raise UserError(f"{where}, keep_if_worse: expected parents, found {self.keep_if_worse!r}.")
         if self.keep_if_worse and not preset.replaces:
             raise UserError(f"{where}: expected no option keep_if_worse, since the captions stay anyway. Leave it out.")
-        if self.regions_column and not {"region", "marked"} & {*preset.pictures}:
+        regions = {"region", "marked"} & {*preset.pictures} and "rival" not in preset.pictures
+        if self.regions_column and not regions:
             raise UserError(f"{where}: expected no option regions_column, since it shows no regions. Leave it out.")
         if "marked" in preset.pictures and not self.regions_column:
             raise UserError(
@@ -266,6 +267,7 @@ class Rewrite(Step):
             others="others" in preset.slots(),
             partners=preset.partner,
             sentences=preset.captions == "sentences",
+            rivals=preset.captions == "failed",
         )
 
     def bound(self, row: Row, fitted: Seen) -> Counter:
@@ -301,7 +303,7 @@ class Rewrite(Step):
         found = []
         for question in self._questions.get(row.class_name, self._questions.get(None, ())):
             for parents, shown in self._groups(row, captions, seen):
-                for pictures, place, refs, view in self._pictures(row, seen):
+                for pictures, place, refs, view in self._pictures(row, seen, parents):
                     values = same | {"question": question, "captions": shown} | place
                     if preset.partner:
                         partner = seen.partners.get(row.image_sha256)
@@ -330,11 +332,11 @@ class Rewrite(Step):
         """What the columns of a row put into slots; None: nothing, so that nothing is asked."""
         found = {}
         if self.column:
-            if not (text := _text(row.columns.get(self.column))):
+            if not (text := text_of(row.columns.get(self.column))):
                 return None
             found["column"] = quoted(text)
         if self.hints:
-            hints = {name: text for name in self.hints if (text := _text(row.columns.get(name)))}
+            hints = {name: text for name in self.hints if (text := text_of(row.columns.get(name)))}
             if not hints:
                 return None
             found["hints"] = "{" + ", ".join(f"{quoted(name)}: {quoted(text)}" for name, text in hints.items()) + "}"
@@ -345,6 +347,8 @@ class Rewrite(Step):
         preset = self._preset
         if preset.captions == "none":
             return [((), "")]
+        if preset.captions == "failed":
+            return [((k,), quoted(row.records[k]["text"])) for k in failed_texts(row)]
         if preset.captions == "sentences":
             sentences = seen.sentences.get((row.image_sha256, row.label), ())
             if len(sentences) < preset.least:
@@ -362,7 +366,9 @@ class Rewrite(Step):
             return []
         return [(tuple(captions), _listed(chosen))]
 
-    def _pictures(self, row: Row, seen: Seen) -> Iterable[tuple[tuple[View, ...], dict, tuple[str, ...], str | None]]:
+    def _pictures(
+        self, row: Row, seen: Seen, parents: Sequence[int]
+    ) -> Iterable[tuple[tuple[View, ...], dict, tuple[str, ...], str | None]]:
         """For each question: its pictures, values of slots, sha256 of other images, and the view."""
         kinds = self._preset.pictures
         if not kinds:
@@ -371,12 +377,15 @@ class Rewrite(Step):
             return [self._pair(row, *neighbour) for neighbour in seen.neighbours.get((row.image_sha256, row.label), ())]
         if not {"region", "marked"} & {*kinds}:
             return [(row.picture(), {}, (), None)]
+        regions = [(what, "") for what in self._regions(row)]
+        if "rival" in kinds:
+            rivals = seen.rivals.get((row.image_sha256, row.label), {})
+            regions = [(row.records[k]["view"], rivals[k]) for k in parents if k in rivals]
         found = []
-        for what in self._regions(row):
-            views = {"self": "whole", "region": what, "marked": what.replace("box:", "marked:")}
+        for what, rival in regions:
+            views = {"self": "whole", "region": what, "marked": what.replace("box:", "marked:"), "rival": rival}
             pictures = tuple(View(row.image_sha256, views[kind]) for kind in kinds)
-            place = PLACES.get(what) or f"its part from x, y = {what.removeprefix('box:').replace(',', ', ')} in pixels"
-            found.append((pictures, {"region": place}, (), what))
+            found.append((pictures, {"region": _place(what), "rival": _place(rival)}, (), what))
         return found
 
     def _pair(self, row: Row, other: str, other_class: str):
@@ -524,10 +533,14 @@ class Rewrite(Step):
     def _margins(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence) -> dict[int, dict[int, float]]:
         """For each row, by how much its new texts fit their own region better than any other region that has a text."""
         margins: dict[int, dict[int, float]] = {}
-        parts = part_embeddings(scorer, {(i, text.question.view) for i, own in enumerate(found) for text in own or ()})
+        again = self._preset.captions == "failed"
+        known = {i: views_of(rows[i]) if again else [] for i, own in enumerate(found) if own}
+        places = {(i, text.question.view) for i in known for text in found[i]}
+        parts = part_embeddings(scorer, places | {(i, view) for i, own in known.items() for view in own})
         for i, texts in enumerate(found):
             texts = {n: text for n, text in enumerate(texts or ()) if (i, text.question.view) in parts}
-            views = list(dict.fromkeys(text.question.view for text in texts.values()))
+            views = [text.question.view for text in texts.values()]
+            views = list(dict.fromkeys([*views, *(view for view in known.get(i, ()) if (i, view) in parts)]))
             if len(views) < 2:
                 continue
             regions = np.stack([parts[i, view] for view in views])
@@ -538,6 +551,11 @@ class Rewrite(Step):
         return margins
 
 
+def _place(view: str) -> str:
+    """Where a region is, in words."""
+    return PLACES.get(view) or f"its part from x, y = {view.removeprefix('box:').replace(',', ', ')} in pixels"
+
+
 def _rank(record: Mapping, score: str) -> tuple:
     value = score_of(record, score)
     better = float("inf") if value is None else value if score == "sr_rank" else -value
@@ -546,9 +564,3 @@ def _rank(record: Mapping, score: str) -> tuple:
 
 def _listed(texts: Iterable[str]) -> str:
     return "\n".join(f"{i}. {quoted(text)}" for i, text in enumerate(texts, 1))
-
-
-def _text(value: Any) -> str:
-    """The value of a column as text; empty if there is none."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return "; ".join(" ".join(str(one).split()) for one in values if one is not None and str(one).strip())

@@ -13,7 +13,7 @@ import numpy as np
 from ...data.images import BadImage
 from ..ask.pictures import part
 from ..judge.cleaning import sentences_of
-from .base import Embeddings, Row, readable
+from .base import Embeddings, Row, readable, score_of
 
 OTHERS = 5  # captions of other images that a question shows
 LEAST = 2  # sentences of an image that are shown, however well they fit
@@ -37,6 +37,7 @@ class Seen:
         neighbours: sha256 and class name of the most similar images of other classes, one of each, nearest first.
         others: captions of other images of the class.
         partners: sha256 and first caption of another image.
+        rivals: for each failed text, by its position, the other region with a text that it fits best.
         sentences: of all captions, those that fit at least as well as the median of the class, and the best two; best first.
     """
 
@@ -44,6 +45,7 @@ class Seen:
     others: dict[tuple, list[str]] = field(default_factory=dict)
     partners: dict[str | None, tuple[str, str]] = field(default_factory=dict)
     sentences: dict[tuple, list[Sentence]] = field(default_factory=dict)
+    rivals: dict[tuple, dict[int, str]] = field(default_factory=dict)
 
 
 def look(
@@ -53,6 +55,7 @@ def look(
     others: bool = False,
     partners: bool = False,
     sentences: bool = False,
+    rivals: bool = False,
 ) -> Seen:
     """What was asked for of all rows. The order of the rows changes nothing."""
     return Seen(
@@ -60,6 +63,7 @@ def look(
         other_captions(rows) if others else {},
         next_images(rows) if partners else {},
         fitting_sentences(rows, scorer) if sentences else {},
+        rivals_of(rows, scorer) if rivals else {},
     )
 
 
@@ -141,6 +145,39 @@ def fitting_sentences(rows: Sequence[Row], scorer: Embeddings) -> dict[tuple, li
         key: [s for place, s in enumerate(own) if place < LEAST or s.score >= medians[key[1]]]
         for key, own in found.items()
     }
+
+
+def views_of(row: Row) -> list[str]:
+    """The regions of an image that have a text, accepted or not."""
+    return list(dict.fromkeys(record["view"] for record in row.records if record.get("view") and record["text"]))
+
+
+def failed_texts(row: Row) -> list[int]:
+    """Positions of the texts that fit another region as well, one for each region that has no caption: its last one."""
+    captioned = {row.records[k].get("view") for k in row.captions()}
+    found = {}
+    for k, record in enumerate(row.records):
+        margin = score_of(record, "region_margin")
+        if record.get("view") not in (None, *captioned) and margin is not None and margin <= 0:
+            found[record["view"]] = k
+    return sorted(found.values())
+
+
+def rivals_of(rows: Sequence[Row], scorer: Embeddings) -> dict[tuple, dict[int, str]]:
+    """See `Seen.rivals`."""
+    failed = {i: own for i in readable(rows, scorer.images()) if (own := failed_texts(rows[i]))}
+    parts = part_embeddings(scorer, {(i, view) for i in failed for view in views_of(rows[i])})
+    found: dict[tuple, dict[int, str]] = {}
+    for i, own in failed.items():
+        for k in own:
+            record = rows[i].records[k]
+            others = [v for v in views_of(rows[i]) if v != record["view"] and (i, v) in parts]
+            if others and (i, record["view"]) in parts:
+                (text,) = scorer.texts([record["text"]])
+                fits = [float(text @ parts[i, view]) for view in others]
+                key = rows[i].image_sha256, rows[i].label
+                found.setdefault(key, {})[k] = others[int(np.argmax(fits))]
+    return found
 
 
 def part_embeddings(scorer: Embeddings, places: Collection[tuple[int, str]]) -> dict[tuple[int, str], np.ndarray]:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...core.console import percent
+from ...core.console import many, percent
 from ...core.errors import UserError
+from ..judge.wording import FUNCTION_WORDS, words_of
 from ..types import DROPPED
 from .asking import NO, UNSURE, YES, Ask, Asking, quoted
-from .base import Embeddings, Row, Step, Told, place_of, readable, replaced, with_scores, written
+from .base import Embeddings, Row, Step, Told, place_of, readable, replaced, text_of, with_scores, written
 from .claims import (
     KINDS,
     NOT_ASKED,
@@ -109,6 +110,8 @@ class Verify(Step):
             image has no better one; `rewrite` has it written without the claim.
         rivals: see `by`.
         most: claims of a caption that are judged.
+        hints: columns of the dataset that captions were written with. It is told how many of their words, among those that the claims
+            took over, were denied.
         on_unanswered: `keep` a caption whose claims are not all answered, or `reject` it as if one was denied.
     """
 
@@ -124,6 +127,7 @@ class Verify(Step):
     rivals: int = 9
     most: int = 12
     on_unanswered: str = "keep"
+    hints: tuple[str, ...] = ()
 
     name: ClassVar[str] = "verify"
     about: ClassVar[str] = "judges what each caption claims, and may remove what is not true"
@@ -164,6 +168,9 @@ class Verify(Step):
 
     def needs_scorer(self) -> bool:
         return self.by == "scorer"
+
+    def columns(self) -> tuple[str, ...]:
+        return self.hints
 
     def roles(self) -> tuple[str, ...]:
         judge = self.by == "judge" or self.completeness
@@ -394,6 +401,13 @@ class Verify(Step):
             **dnli(verdicts, facts),
         }
         notes = []
+        if self.hints:
+            words = [verdict for row, own in zip(rows, found, strict=True) for verdict in self._hinted(row, own or {})]
+            figures |= {"hint_words": len(words), "hint_words_denied": share(words, NO)}
+            if words:
+                notes.append(
+                    f"Of {many(len(words), 'word')} of hints in the claims, the {self.by} denied {percent(share(words, NO))}."
+                )
         if self.decoys and recall is None:
             notes.append(
                 f"The {self.by} answered no statement about another class, so it is not known whether it can be trusted. Verdicts "
@@ -406,6 +420,16 @@ class Verify(Step):
         if recall is not None and not self.trusted(found):
             notes.append(f"Below {percent(self.trust)}, verdicts are recorded and no caption is changed.")
         return Told({name: value for name, value in figures.items() if value is not None}, _details(rows, found), notes)
+
+    def _hinted(self, row: Row, judged: Mapping[str, Judged]) -> list[str]:
+        """The verdict on each word of the hints of an image that a decided claim has: `no` if no affirmed one has it."""
+        words = {word for name in self.hints for word in words_of(text_of(row.columns.get(name)))} - FUNCTION_WORDS
+        found: dict[str, str] = {}
+        for one in judged.values():
+            for claim, verdict in zip(one.claims or (), one.verdicts, strict=True):
+                for word in words.intersection(words_of(claim.text)) if verdict in (YES, NO) else ():
+                    found[word] = YES if YES in (verdict, found.get(word)) else NO
+        return list(found.values())
 
 
 def decoy_recall(found: Sequence[Mapping[str, Judged] | None]) -> float | None:
