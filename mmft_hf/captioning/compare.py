@@ -54,7 +54,7 @@ def caption_comparison(
     details = CaptionFolder(folder).details()
     if not details:
         raise UserError(f"caption report: expected a captioned folder, found no {DETAILS_FILE} in {folder}.")
-    data, train = load_data(DataArguments(dataset_name=folder))
+    data, train, _ = load_data(DataArguments(dataset_name=folder))
     split = next((name for name in captioned_splits(details) if name in data), train)
     name = title(details)
     if other is None:
@@ -76,7 +76,7 @@ def caption_comparison(
         with atomic_write(Path(folder) / REFINED_PAGE) as path:
             refined_page(path, data[split], f"{name}: before and after", details | {"comparison": comparison})
         return figure_rows(**comparison), Path(folder) / REFINED_PAGE
-    others, other_train = load_data(replace(data_args, dataset_name=other))
+    others, other_train, _ = load_data(replace(data_args, dataset_name=other))
     after = CaptionTable(folder, data[split], group_column)
     before = CaptionTable(other, others[split if split in others else other_train], group_column)
     check_scores(metrics, [*before.scores(), *after.scores()])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from ..core.files import DETAILS_FILE, keeping
 from ..core.markdown import public_name
 from ..core.seals import note_if_changed
 from ..data.raw import split_role
+from ..data.texts import joined_class_names
 from .apply import AppliedStep, apply_steps
 from .arguments import COUNTER, CaptionArguments
 from .ask.captioner import Captioner
@@ -113,7 +115,7 @@ class RefineWorkflow:
                 raise UserError(
                     f"{flag}: expected the whole training split to be refined, found {typed}. Leave {flag} out."
                 )
-        self.data, self.train = load_data(replace(data_args, dataset_name=source))
+        self.data, self.train, self.sets = load_data(replace(data_args, dataset_name=source))
         self._check_split(data_args)
         self.table = CaptionTable(source, self.data[self.train], self.group_column, columns_of(self.steps))
         check_order(self.steps, self.table.scores())
@@ -123,7 +125,7 @@ class RefineWorkflow:
                     "--class_names_file: expected a step that writes in another language, such as translate: {language: de}, found none. "
                     "Leave it out."
                 )
-            read_class_names(args.class_names_file, self.table.part.class_names)
+            self._translated()
         self.folder = CaptionFolder(args.output_dir)
         self.earlier = self._earlier()
         needed = {role: captioners[role] for step in self.steps for role in step.roles()}
@@ -138,9 +140,16 @@ class RefineWorkflow:
         """The checks of texts that steps write."""
         tokens, args = load_counter(self.args.model_name_or_path or COUNTER), self.args
         actions = parse_actions(args.on_check or ())
-        names = self.table.part.class_names
-        translated = read_class_names(args.class_names_file, names) if args.class_names_file else None
+        names, translated = self.table.part.class_names, self._translated() if args.class_names_file else None
         return CaptionChecker(names, tokens, args.words, args.class_template, actions, translated=translated)
+
+    def _translated(self) -> list[list[str]]:
+        """What each class is called in the language of the steps; a set of labels, what its labels are called."""
+        if not self.sets:
+            return read_class_names(self.args.class_names_file, self.table.part.class_names)
+        names = read_class_names(self.args.class_names_file, self.sets.class_names)
+        first = [own[0] for own in names]
+        return [[joined_class_names(first, own), *chain(*(names[c] for c in own))] for own in self.sets.sets]
 
     def _check_scorer(self, step: str, is_student: bool) -> None:
         if not self.scorer:
@@ -277,7 +286,7 @@ class RefineWorkflow:
             roles = {name: role_summary(role) for name, role in self.roles.items()}
             details |= {"roles": roles, "judges_itself": self.judges_itself()}
         rows = [{"step": a.step.title, **detail} for a in applied for detail in a.told.details]
-        statistics = write_folder(self.folder, splits, self.train, details, step_details=rows)
+        statistics = write_folder(self.folder, splits, self.train, details, step_details=rows, sets=self.sets)
         return RefineResult(applied, statistics, asker.outcome if asker else Outcome(), open_)
 
     def _fingerprints(self, scorer: Mapping | None, asker: Asker | None) -> dict[str, str]:

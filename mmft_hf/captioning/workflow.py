@@ -19,7 +19,8 @@ from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import CARD_FILE, REFINED_PAGE, STEPS_FILE, keeping
 from ..core.markdown import public_name
 from ..data.columns import check_plain
-from ..data.labels import labels_of, refuse_several
+from ..data.label_sets import LabelSets
+from ..data.labels import labels_of
 from ..data.splits import is_text, load_captioned_dataset, load_splits, text_columns
 from .arguments import COUNTER, CaptionArguments
 from .ask.captioner import Captioner
@@ -64,8 +65,9 @@ def caption_dataset(
     missing.
 
     Args:
-        dataset: columns `image` (`Image`) and `label` (`ClassLabel`), and those that the captioner reads. In a
-            `DatasetDict`, `splits` are captioned; the other splits get the same columns without captions.
+        dataset: columns `image` (`Image`) and `label` (`ClassLabel`, or lists of it for several labels per picture), and those
+            that the captioner reads. In a `DatasetDict`, `splits` are captioned; the other splits get the same columns without
+            captions.
         captioner: see `Captioner`.
         tokenizer (*optional*): of the model that will be trained; counts `clip_tokens` and finds captions over its limit.
         run_dir: folder of the journal; required if a model is asked.
@@ -84,6 +86,11 @@ def caption_dataset(
     run_id = run_id or (new_run_id() if isinstance(dataset, DatasetDict) else None)
 
     def caption(split: Dataset) -> Dataset:
+        if isinstance(split, Dataset) and (sets := LabelSets.of({"dataset": split})):
+            return sets.restored(caption_classes(sets.as_classes(split), captioner.for_several()))
+        return caption_classes(split, captioner)
+
+    def caption_classes(split: Dataset, captioner: Captioner) -> Dataset:
         names = _class_names(split)
         checker = make_checker(captioner, names, tokenizer, check_actions)
         if not captioner.asks:
@@ -129,12 +136,17 @@ def _class_names(dataset: Dataset) -> list[str]:
     return names
 
 
-def load_data(data_args: DataArguments) -> tuple[DatasetDict, str]:
-    """The dataset that the settings name, and the name of its training split."""
+def load_data(data_args: DataArguments) -> tuple[DatasetDict, str, LabelSets | None]:
+    """The dataset that the settings name, the name of its training split, and with several labels per picture, their sets.
+
+    Each picture has one class: with several labels, its set of labels.
+    """
     options = {k: v for k, v in vars(data_args).items() if k not in ("dataset_name", "dataset_config_name")}
     data = load_captioned_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
-    refuse_several(next(iter(data.values())), "caption")
-    return data, data_args.train_split or ("train" if "train" in data else next(iter(data)))
+    sets = LabelSets.of(data)
+    if sets:
+        data = DatasetDict({name: sets.as_classes(split, name) for name, split in data.items()})
+    return data, data_args.train_split or ("train" if "train" in data else next(iter(data))), sets
 
 
 def write_folder(
@@ -144,6 +156,7 @@ def write_folder(
     details: dict,
     source: JournalSource | None = None,
     step_details: Sequence[Mapping] = (),
+    sets: LabelSets | None = None,
 ) -> CaptionStatistics:
     """Writes a captioned dataset with its report and card.
 
@@ -153,12 +166,15 @@ def write_folder(
         details: content of `captions.json`.
         source (*optional*): gives the report the answers that were not accepted.
         step_details: rows of `steps.parquet`: what steps found out about single captions.
+        sets (*optional*): if the classes of `splits` are sets of labels, which are written as lists again.
 
     Returns:
         The statistics of the captioned split.
     """
+    classes, lean = splits[captioned], splits[captioned].select_columns(["label", "image_sha256"])
+    if sets:
+        splits = {name: sets.restored(split) for name, split in splits.items()}
     statistics = CaptionStatistics(splits[captioned])
-    lean = splits[captioned].select_columns(["label", "image_sha256"])
 
     def rejected_text(row: int, position: int) -> str | None:
         found = lean[row]
@@ -168,7 +184,7 @@ def write_folder(
     def extras(path) -> None:
         caption_report(statistics, path, details, rejected_text)
         if details.get("steps"):
-            refined_page(path / REFINED_PAGE, splits[captioned], f"{title(details)}: before and after", details)
+            refined_page(path / REFINED_PAGE, classes, f"{title(details)}: before and after", details)
         if step_details:
             Dataset.from_list([*step_details], features=STEP_DETAILS).to_parquet(path / STEPS_FILE)
         (path / CARD_FILE).write_text(caption_card(statistics, details, splits), encoding="utf-8")
@@ -210,7 +226,7 @@ class CaptionWorkflow:
 
     def __init__(self, data_args: DataArguments, args: CaptionArguments):
         self.data_args, self.args = data_args, args
-        self.data, self.train = load_data(data_args)
+        self.data, self.train, self.sets = load_data(data_args)
         self.splits = args.split or [self.train]
         for split in self.splits:
             if split not in self.data:
@@ -222,6 +238,8 @@ class CaptionWorkflow:
             )
         self.class_names: list[str] = self.data[self.train].features["label"].names
         self.captioner = args.to_captioner(self._text_columns())
+        if self.sets:
+            self.captioner = self.captioner.for_several()
         self.actions = parse_actions(args.on_check or ())
         self.limits = Limits(args.concurrency, args.requests_per_minute, args.tokens_per_minute, args.max_reasks)
         self.folder = CaptionFolder(args.output_dir)
@@ -264,12 +282,13 @@ class CaptionWorkflow:
             chosen = np.array(drawn.train["source_row"][:])
             rows = set((chosen - np.searchsorted(drawn.unlabelled, chosen)).tolist())  # among the rows with a class
         if self.args.classes:
-            names = self.class_names
+            names = self.sets.class_names if self.sets else self.class_names
             for name in self.args.classes:
                 if name not in names:
                     found = f"{name!r}.{nearest(name, names)}"
                     raise UserError(f"--classes: expected names among {some(names)}, found {found}")
             wanted = {names.index(name) for name in self.args.classes}
+            wanted = self.sets.having(wanted) if self.sets else wanted
             of_class = {i for i, label in enumerate(labels_of(self.data[split])) if label in wanted}
             rows = of_class if rows is None else rows & of_class
         return rows if self.args.representatives is None else self._representatives(self.data[split], rows)
@@ -410,7 +429,7 @@ class CaptionWorkflow:
             details["spent"] = spent.summary()
             details["last_run"] = result.outcome.summary()
             details |= asked
-        result.statistics = write_folder(self.folder, splits, self.splits[0], details, source)
+        result.statistics = write_folder(self.folder, splits, self.splits[0], details, source, sets=self.sets)
         return result
 
 

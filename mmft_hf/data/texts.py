@@ -96,15 +96,16 @@ DOMAINS = {
     "cifar100": "general objects",
 }
 PLACEHOLDERS = ("class_name", "domain", "aspect", "words")
+LONGEST_NAME, LONGEST_NAMES = 80, 1000  # characters of the name of a class, and of those of all labels of a picture
 
 
-def printable(name: str) -> str:
-    """A class name as at most 80 visible characters on one line, without control or bidirectional characters."""
+def printable(name: str, most: int = LONGEST_NAME) -> str:
+    """A class name as at most `most` visible characters on one line, without control or bidirectional characters."""
     name = unicodedata.normalize("NFKC", name)
     kept = "".join(
         " " if c.isspace() else c for c in name if c.isspace() or not unicodedata.category(c).startswith("C")
     )
-    return " ".join(kept.split())[:80]
+    return " ".join(kept.split())[:most]
 
 
 def encodable(text: str) -> bool:
@@ -123,6 +124,7 @@ class PromptSet:
         template: text with the placeholders `{class_name}`, `{domain}`, `{aspect}`, `{words}`, each optional.
         own_prompts: templates for single aspects.
         clean_names: whether class names are cleaned (`saint_bernard` -> `saint bernard`) and put in lower case.
+        longest_name: characters of a class name; what is longer is cut.
 
     Raises:
         UserError: no aspect, a repeated aspect, an unknown placeholder, a prompt that is no text, fewer than one word.
@@ -134,6 +136,7 @@ class PromptSet:
     template: str = PROMPT
     own_prompts: Mapping[str, str] = field(default_factory=dict)
     clean_names: bool = True
+    longest_name: int = LONGEST_NAME
 
     def __post_init__(self):
         if not self.aspects or len(set(self.aspects)) != len(self.aspects):
@@ -169,7 +172,7 @@ class PromptSet:
 
     def prompt(self, aspect: str, class_name: str) -> str:
         """The prompt for one picture. Substitution is one pass, so braces inside a class name stay text."""
-        name = printable(clean_class_name(class_name).lower() if self.clean_names else class_name)
+        name = printable(clean_class_name(class_name).lower() if self.clean_names else class_name, self.longest_name)
         values = {
             "class_name": name,
             "domain": DOMAINS.get(self.domain, self.domain),

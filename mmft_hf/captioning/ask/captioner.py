@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...core.errors import UserError, nearest
-from ...data.texts import DEFAULT_TEMPLATE, PromptSet, check_template
+from ...data.texts import DEFAULT_TEMPLATE, LONGEST_NAME, LONGEST_NAMES, PromptSet, check_template
 from ..types import Backend, Sampling
 from .pictures import PicturePolicy
 
@@ -145,6 +145,16 @@ class Captioner:
         """What determines its answers to a given question: for folders that hold such answers."""
         return {"identity": {**identity}, "pictures": self.pictures.spec(), "sampling": self.sampling.spec()}
 
+    def for_several(self) -> Captioner:
+        """The captioner for pictures with several labels: its prompts have room for the names of all of them."""
+        return replace(self, prompts=replace(self.prompts, longest_name=LONGEST_NAMES))
+
+    def _prompts_spec(self) -> dict:
+        found = asdict(self.prompts) | {"own_prompts": dict(self.prompts.own_prompts)}
+        if self.prompts.longest_name == LONGEST_NAME:  # folders tell of it only where it is another one
+            del found["longest_name"]
+        return found
+
     def spec(self, identity: Mapping[str, Any] | None = None) -> dict:
         """Everything that determines a caption. Address, key, concurrency and batch size do not.
 
@@ -160,7 +170,7 @@ class Captioner:
             "identity": {**(identity or {}), "tag": self.tag},
             "pictures": self.pictures.spec(),
             "sampling": self.sampling.spec(),
-            "prompts": asdict(self.prompts) | {"own_prompts": dict(self.prompts.own_prompts)},
+            "prompts": self._prompts_spec(),
             "aspects_per_call": self.aspects_per_call,
             "samples": self.samples,
         }

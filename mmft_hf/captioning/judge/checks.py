@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...core.errors import UserError, nearest
-from ...data.texts import DEFAULT_TEMPLATE, check_template, class_prompt, clean_class_name, training_text
+from ...data.texts import DEFAULT_TEMPLATE, NO_CLASS, check_template, class_prompt, clean_class_name, training_text
 from .cleaning import clean_caption, sentence_ends
 from .tokens import TokenCounter
 from .wording import REFUSAL, STOPS, ClassWords, contradicts, has_loop, has_url, is_foreign, words_of
@@ -322,6 +322,8 @@ class CaptionChecker:
             c.mentions_label = c.names_class
             if scripts and not self._translated:
                 c.names_class, c.names_other = True, False
+            if self.class_names[label] == NO_CLASS:  # there is no name to look for
+                c.names_class = True
             if not c.names_class and self.actions["label_missing"] == "prefix":
                 c.text, c.mentions_label = f"{class_prompt(self.template, c.class_name)} {c.text}", True
             self._fit_to_token_limit(c, label, last_try, classes)

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ...data.texts import clean_class_name
+from ...data.texts import NO_CLASS, clean_class_name
 from .cleaning import fold
 
 STOPS = ".,;:!?()"
@@ -65,7 +65,7 @@ class ClassWords:
         for label, name in enumerate(class_names):
             # `tench, Tinca tinca` holds two names of one class; `AnnualCrop` and `hot dog` have other spellings.
             forms = {tuple(words_of(part)) for part in (name, *name.split(", "), _CAMEL.sub(" ", name))} - {()}
-            forms |= {("".join(words),) for words in forms}
+            forms = set() if name == NO_CLASS else forms | {("".join(words),) for words in forms}
             self.own_words.append({word for words in forms for word in words})
             if _UNSPACED.search(name):
                 self.unspaced.append((fold(clean_class_name(name)), label))

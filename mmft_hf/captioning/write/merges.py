@@ -9,6 +9,8 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from ...core.console import some
 from ...core.errors import UserError
+from ...data.label_sets import LabelSets
+from ...data.labels import class_names_of
 from .dataset import CAPTION_FEATURES, captions_from
 from .labelled import LabelledImages, note, record_key, with_columns
 
@@ -58,7 +60,8 @@ def merge_captions(datasets: Mapping[str, Dataset]) -> tuple[Dataset, MergeSumma
     twice, and both rows get all captions.
 
     Args:
-        datasets: by a name for messages; columns `image`, `label` (`ClassLabel`), and `captions` or `caption_records`.
+        datasets: by a name for messages; columns `image`, `label` (`ClassLabel`, or lists of it), and `captions` or
+            `caption_records`.
 
     Returns:
         The dataset, with classes numbered as in the first one, and a summary.
@@ -69,6 +72,12 @@ def merge_captions(datasets: Mapping[str, Dataset]) -> tuple[Dataset, MergeSumma
     """
     if len(datasets) < 2:
         raise UserError(f"datasets to merge: expected two or more, found {len(datasets)}.")
+    if sets := LabelSets.of(datasets):
+        classes = {name: sets.as_classes(dataset, name) for name, dataset in datasets.items()}
+        merged, summary = merge_captions(classes)
+        own = {name: class_names_of(dataset) for name, dataset in datasets.items()}
+        summary.remapped = [name for name, names in own.items() if names != sets.class_names[: len(names)]]
+        return sets.restored(merged), summary
     parts = [LabelledImages(name, dataset, captioned=True) for name, dataset in datasets.items()]
     first, names = parts[0], parts[0].class_names
     summary = MergeSummary({part.name: len(part.labels) for part in parts})

@@ -15,7 +15,7 @@ from PIL import ImageDraw, ImageFont
 from ...core.files import CARD_FILE, PAGE_FILE, PICTURE_FILE
 from ...core.pages import render_page
 from ...data.images import BadImage, read_image
-from ...data.texts import clean_class_name, printable
+from ...data.texts import LONGEST_NAMES, clean_class_name, printable
 from ...version import __version__
 from ..judge.checks import CHECKS, MEANINGS
 from ..types import ACCEPTED, OPEN
@@ -79,7 +79,9 @@ def caption_report(
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------
-def _class_name(names: list[str], label: int | None) -> str:
+def _class_name(names: list[str], label: int | list[int] | None) -> str:
+    if isinstance(label, list):
+        return printable(clean_class_name(", ".join(names[c] for c in label)), LONGEST_NAMES) or "no label"
     known = label is not None and 0 <= label < len(names)
     return printable(clean_class_name(names[label])) if known else "no label"
 

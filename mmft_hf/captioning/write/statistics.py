@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from ...core.console import percent
+from ...data.labels import class_names_of
 from ..judge.checks import CHECKS, DEFAULT_ACTIONS, SharedTexts
 from ..judge.cleaning import CLEANINGS
 from ..judge.wording import words_of
@@ -67,7 +68,7 @@ class CaptionStatistics:
     """All figures of a captioned dataset, and which of its rows to show.
 
     Args:
-        dataset: with the columns `label` (`ClassLabel`), `caption_records` and `image_sha256`.
+        dataset: with the columns `label` (`ClassLabel`, or lists of it), `caption_records` and `image_sha256`.
 
     Attributes:
         figures: JSON-able; `statistics` in `captions.json`. Counts of images, captions, statuses (of the last try of each
@@ -83,15 +84,15 @@ class CaptionStatistics:
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self.class_names = dataset.features["label"].names
+        self.class_names = class_names_of(dataset)
         self._aspects: dict[str | None, _Counts] = defaultdict(_Counts, {None: _Counts()})  # None: all together
         self.notable: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.unreadable_row: int | None = None
         self._total = Counter()  # the figures that are plain sums
         self._statuses, self._failures, self._models = Counter(), Counter(), Counter()
         self._prompt_ids: dict[str, Counter] = defaultdict(Counter)
-        self._images_of, self._captions_of = Counter(), Counter()  # by label
-        self._rows: dict[int, list[int]] = defaultdict(list)  # label -> rows with captions
+        self._images_of, self._captions_of = Counter(), Counter()  # by class
+        self._rows: dict[int | tuple, list[int]] = defaultdict(list)  # class, or classes -> rows with captions
         self._seen = Counter()
         self._random = random.Random(0)
         self._images: set[str] = set()
@@ -106,12 +107,14 @@ class CaptionStatistics:
                 row += 1
         self.figures = self._figures(row)
 
-    def _add(self, row: int, label: int | None, records: list[dict], image: str) -> None:
+    def _add(self, row: int, label: int | list[int] | None, records: list[dict], image: str) -> None:
+        label = tuple(label) if isinstance(label, list) else label
+        classes = label if isinstance(label, tuple) else (label,)
         # Copies of a picture within a class share its answers, and their cost.
         spent = Counter() if (image, label) in self._asked else self._total
         self._images.add(image)
         self._asked.add((image, label))
-        self._images_of[label] += 1
+        self._images_of.update(classes)
         last = {_slot(record): position for position, record in enumerate(records)}
         first_text: dict[str, str] = {}
         texts: set[str] = set()  # a text that two aspects or models gave is one caption
@@ -140,7 +143,7 @@ class CaptionStatistics:
             for kind in kinds if status != "not_run" else ():
                 self._sample(self.notable[kind], ("notable", kind), (row, position), 3)
         self._total["captions"] += len(texts)
-        self._captions_of[label] += len(texts)
+        self._captions_of.update(dict.fromkeys(classes, len(texts)))
         if any(record["status"] == "bad_image" for record in records):
             self._total["unreadable_images"] += 1
             self.unreadable_row = row if self.unreadable_row is None else self.unreadable_row

@@ -39,6 +39,7 @@ from ...core.errors import UserError, nearest
 from ...core.files import DETAILS_FILE
 from ...core.markdown import public_name
 from ...core.seals import note_if_changed
+from ...data.label_sets import LabelSets
 from ...data.splits import load_captioned_dataset
 from . import printing
 
@@ -290,7 +291,7 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
             f"--key_rule: expected one of {', '.join(KEY_RULES)}, which says how the keys of {files[0]} name images, "
             f"found {args.key_rule or 'none'}."
         )
-    data, train = load_data(data_args)
+    data, train, sets = load_data(data_args)
     captioner = {"backend": "import", "key_rule": args.key_rule}
     folder, made_from = _claim(args, public_name(data_args.dataset_name), captioner, lambda: pictures_of(data))
     tokenizer = load_counter(args.model_name_or_path or COUNTER)
@@ -299,7 +300,8 @@ def import_(data_args: DataArguments, args: CaptionArguments, *files: str) -> No
     names = data[train].features["label"].names
     checker = CaptionChecker(names, tokenizer, template=args.class_template, actions=actions, clean=False)
     captioned, report = import_captions(data[train], files, args.key_rule, args.captioner_model, tokenizer, checker)
-    _write(folder, data, train, captioned, report, made_from, [Path(name).name for name in files], args.captioner_model)
+    names, model = [Path(name).name for name in files], args.captioner_model
+    _write(folder, data, train, captioned, report, made_from, names, model, sets)
 
 
 def _check_file(name: str, output_dir: str) -> None:
@@ -350,7 +352,7 @@ def chats(data_args: DataArguments, args: CaptionArguments, *operands: str) -> N
     details = CaptionFolder(source).details()
     if not details:
         raise UserError(f"caption chats: expected a captioned folder, found no {DETAILS_FILE} in {source}.")
-    data, train = load_data(replace(data_args, dataset_name=source))
+    data, train, _ = load_data(replace(data_args, dataset_name=source))
     recorded = recorded_prompts(details.get("made_from") or {})
     if recorded is None:
         policy = PicturePolicy(args.max_side)
@@ -392,13 +394,21 @@ def _claim(
 
 
 def _write(
-    folder: CaptionFolder, data, train: str, captioned, report, made_from: dict, sources: list[str], model: str | None
+    folder: CaptionFolder,
+    data,
+    train: str,
+    captioned,
+    report,
+    made_from: dict,
+    sources: list[str],
+    model: str | None,
+    sets: LabelSets | None = None,
 ) -> None:
     for line in report.lines():
         say(line)
     others = {name: without_captions(split, progress=False) for name, split in data.items() if name != train}
     details = {**made_from, "made_from": made_from, "sources": sources, "model": model, "complete": True}
     details |= {"run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "fingerprints": None}
-    statistics = write_folder(folder, {train: captioned, **others}, train, details)
+    statistics = write_folder(folder, {train: captioned, **others}, train, details, sets=sets)
     printing.print_folder(str(folder.path), statistics)
     say(f"\n{printing.next_line(str(folder.path), statistics)}")

@@ -22,7 +22,7 @@ from ...captioning.write.statistics import CaptionStatistics
 from ...core.console import many, printable_text, say, some, table
 from ...core.errors import PartialResult, UserError, nearest
 from ...core.files import PAGE_FILE
-from ...data.texts import ASPECTS
+from ...data.texts import ASPECTS, joined_class_names
 
 WIDTH = 100  # characters of an example
 
@@ -253,7 +253,8 @@ def _print_captions(statistics: CaptionStatistics) -> None:
     for row in statistics.dataset.select(rows).select_columns(["label", "captions"]):
         shown = [f'"{shorten(text, WIDTH, placeholder=" …")}"' for text in row["captions"][:3]]
         shown += [f"and {len(row['captions']) - 3} more"] if len(row["captions"]) > 3 else []
-        for line in (f"{statistics.class_names[row['label']]}:", *(f"  {text}" for text in shown)):
+        name = joined_class_names(statistics.class_names, row["label"])
+        for line in (f"{name}:", *(f"  {text}" for text in shown)):
             say(printable_text(f"  {line}"))
 
 
