@@ -183,7 +183,8 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         folder = Path(args.output_dir)
         written = ["report.json", "per_class.csv"] + ["confusion_matrix.csv"] * (not several)
         with keeping(lambda: f"The results are printed above; {folder} may lack some."):
-            write_json(folder / "report.json", {**result, "zero_shot": zero_shot})
+            split = data_args.test_split or "test"
+            write_json(folder / "report.json", {**result, "split": split, "zero_shot": zero_shot})
             header = ["class", *list(result["per_class"][0])[1:]]
             write_csv(folder / "per_class.csv", [header, *map(dict.values, result["per_class"])])
             if not several:

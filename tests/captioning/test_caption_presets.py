@@ -1,6 +1,7 @@
 """Presets and the step `rewrite`: what a model is asked, what becomes of its answers, and what is refused before any question."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -170,7 +171,11 @@ REFUSED = {
     "no option regions_column": {"preset": "short", "regions_column": "boxes"},
     "expected the column of boxes": {"preset": "marked_region"},
     "no option neighbours": {"preset": "short", "neighbours": 2},
-    "question or questions, found both": {"preset": "question", "question": "x", "questions": "y.yaml"},
+    "question, questions or confused, found question and questions": {
+        "preset": "question",
+        "question": "x",
+        "questions": "y.yaml",
+    },
 }
 
 
@@ -270,6 +275,43 @@ def test_the_checks_know_the_scripts_of_a_language_and_look_for_no_class_name(te
     )
     assert checker.check("a ginger cat", "stop", 0).status == "ok"
     assert checker.check("a ginger one", "stop", 0).status == "rejected"
+
+
+def report(path, split="validation", matrix=((5, 2, 1), (0, 4, 0), (2, 0, 3))):
+    content = {"per_class": [{"label": f"class {i}"} for i in range(3)], "confusion_matrix": matrix, "split": split}
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_questions_tell_classes_apart_that_are_confused_on_validation(tmp_path):
+    step = Rewrite("question", confused=report(tmp_path / "report.json"))
+    rows = [row(i, label=i) for i in range(3)]
+    _, asks = run(step, rows, lambda ask: None)
+    asked = [re.search(r"What tells a class . from a class .\?", ask.prompt)[0] for ask in asks]
+    pairs = [(0, 2), (0, 1), (1, 0), (2, 0)]  # both directions: 3, 2, 2 and 3 times
+    assert asked == [f"What tells a class {own} from a class {other}?" for own, other in pairs]
+    assert step.sees_label and not Rewrite("question", question="Which colour?").sees_label
+    other = Rewrite("question", confused=report(tmp_path / "report.json", matrix=((5, 0, 1), (0, 4, 0), (0, 0, 3))))
+    assert other.spec() != step.spec()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"split": "test"}, "expected confusions on a validation split, found test. Captions that are written"),
+        ({"split": None}, "found an unknown split"),
+        ({"matrix": ((5, 0, 0), (0, 4, 0), (0, 0, 3))}, "expected classes that are confused, found none"),
+        ({"matrix": ((5, 0), (0, 4))}, "expected counts of 3 x 3 classes"),
+    ],
+)
+def test_confusions_on_test_images_are_refused(more, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        Rewrite("question", confused=report(tmp_path / "report.json", **more))
+    assert said in str(error.value)
+    with pytest.raises(UserError, match="found no such file"):
+        Rewrite("question", confused=str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match="found question and confused"):
+        Rewrite("question", question="Why?", confused="x")
 
 
 @pytest.mark.parametrize(("text", "language", "checks"), [

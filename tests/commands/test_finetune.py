@@ -196,7 +196,7 @@ def test_evaluate_gives_the_same_accuracy(run, data_folder, capsys, tmp_path):
     results = json.loads((folder / "all_results.json").read_text())
     assert "accuracy        100.0 % (82.4 to 100.0)" in printed
     found = json.loads((report / "report.json").read_text())
-    assert found["accuracy"] == results["test_accuracy"]
+    assert found["accuracy"] == results["test_accuracy"] and found["split"] == "test"
     assert found["zero_shot"]["accuracy"] == results["zero_shot_test_accuracy"]
     assert (report / "confusion_matrix.csv").read_text().splitlines()[1] == "red thing,6,0,0"
     assert (report / "per_class.csv").read_text().splitlines()[1] == "red thing,6,1.0"

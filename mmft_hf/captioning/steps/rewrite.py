@@ -21,6 +21,7 @@ from ..judge.checks import duplicate_key
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
 from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, text_of, written
+from .confused import questions_of_confusions
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
 from .seen import Seen, failed_texts, look, part_embeddings, views_of
@@ -32,6 +33,7 @@ OPTIONS = {  # the options that fill slots, and the slots
     "words": ("words",),
     "question": ("question",),
     "questions": ("question",),
+    "confused": ("question",),
 }
 PLACES = {
     "quadrant:0": "its upper left quarter",
@@ -92,7 +94,8 @@ class Rewrite(Step):
             regions of an image are its quarters and its centre.
         language: code of the language to write in.
         words: number of words for `{words}`.
-        question: text for `{question}`; `questions`: YAML file with a list of them, or with a list for each class.
+        question: text for `{question}`; `questions`: YAML file with a list of them, or with a list for each class; `confused`: the
+            `report.json` of `mmft-hf evaluate` on validation: what tells a class from those that it is confused with most.
         neighbours: number of classes of which the most similar image is shown.
         keep_if_worse: `parents`: a new text stays out that fits the image less than each of those that it was made from.
     """
@@ -107,6 +110,7 @@ class Rewrite(Step):
     words: int | None = None
     question: str | None = None
     questions: str | None = None
+    confused: str | None = None
     neighbours: int = 1
     keep_if_worse: str | None = None
 
@@ -137,8 +141,11 @@ class Rewrite(Step):
             raise UserError(
                 f"{where}: expected a value for its slot {{{missing[0]}}}, found none. Write the option {missing[0]}: {example}."
             )
-        if self.question and self.questions:
-            raise UserError(f"{where}: expected question or questions, found both. Leave one out.")
+        asked = [name for name in ("question", "questions", "confused") if getattr(self, name)]
+        if len(asked) > 1:
+            raise UserError(
+                f"{where}: expected question, questions or confused, found {' and '.join(asked)}. Give one of them."
+            )
         if self.language and self.language not in LANGUAGES:
             raise UserError(
                 f"{where}, language: expected one of {', '.join(LANGUAGES)}, found {self.language!r}."
@@ -177,6 +184,8 @@ class Rewrite(Step):
         """The questions of each class, or of all (None)."""
         if self.question:
             return {None: [self.question]}
+        if self.confused:
+            return questions_of_confusions(self.confused, "step rewrite, confused")
         if not self.questions:
             return {None: [""]}
         where = f"step rewrite, questions {self.questions}"
@@ -217,7 +226,7 @@ class Rewrite(Step):
 
     @property
     def sees_label(self) -> bool:
-        return self._preset.sees_label()
+        return self._preset.sees_label() or self.confused is not None
 
     def spec(self) -> dict:
         questions = json.dumps(sorted(self._questions.items(), key=repr), ensure_ascii=False)
