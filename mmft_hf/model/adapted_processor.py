@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .caption_encoder import CaptionEncoder
 
 logger = logging.getLogger(__name__)
+BATCH_SIZE = 32
 
 
 class TextTrunk:
@@ -60,7 +61,7 @@ class TextTrunk:
         self._encoder: CaptionEncoder | None = None
         self._files: dict[str, bytes] = {}  # what `save_pretrained` of the encoder writes
         self._places: dict[str, tuple[int, int]] = {}  # of a text: the table of its vector, and the row there
-        self._tables: list[Tensor] = []
+        self._tables: list[tuple[Tensor, Tensor]] = []
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """Vectors `(n, d)` in float32 of texts. The encoder is opened if one of them is new.
@@ -68,20 +69,32 @@ class TextTrunk:
         Raises:
             UserError: the encoder is missing, or is not the one that the model was made with.
         """
+        return self.encoded(texts)[0]
+
+    def encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`vectors` of texts, and which of the texts the encoder truncated, bool `(n,)`."""
         if new := self.unknown(texts):
-            self.keep(new, self.open(len(new)).encode(new, batch_size=32))
+            encoder = self.open(len(new))
+            for start in range(0, len(new), BATCH_SIZE):
+                batch = new[start : start + BATCH_SIZE]
+                self.keep(batch, *encoder.encode_batch(batch))
             self.close()
-        found = ((self._tables[table], row) for table, row in (self._places[text] for text in texts))
-        return torch.stack([vectors[row] for vectors, row in found]).float()
+        found = [self._places[text] for text in texts]
+        vectors, cut = ([self._tables[table][column][row] for table, row in found] for column in (0, 1))
+        return torch.stack(vectors).float(), torch.stack(cut)
 
     def unknown(self, texts: Iterable[str]) -> list[str]:
         """The texts whose vectors are not known, each once, short ones first."""
         return sorted({text for text in texts if text not in self._places}, key=lambda text: (len(text), text))
 
-    def keep(self, texts: Sequence[str], vectors: Tensor) -> None:
-        """From now on the vectors `(n, d)` of these texts are known, in half precision, as the cache on disk has them."""
+    def keep(self, texts: Sequence[str], vectors: Tensor, cut: Tensor) -> None:
+        """From now on the vectors `(n, d)` of these texts are known, in half precision, as the cache on disk has them.
+
+        Args:
+            cut: which of the texts were truncated, bool `(n,)`.
+        """
         self._places.update((text, (len(self._tables), row)) for row, text in enumerate(texts))
-        self._tables.append(vectors.detach().cpu().half())
+        self._tables.append((vectors.detach().cpu().half(), cut.cpu()))
 
     def open(self, texts: int) -> CaptionEncoder:
         """The caption encoder; it says its name and size first.

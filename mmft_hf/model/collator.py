@@ -37,7 +37,8 @@ def tokenize(
         `(B, d)`; and which texts were truncated, bool `(B,)`.
     """
     if isinstance(processor, AdaptedProcessor):
-        return {"text_vectors": processor.trunk.vectors(texts)}, torch.zeros(len(texts), dtype=torch.bool)
+        vectors, cut = processor.trunk.encoded(texts)
+        return {"text_vectors": vectors}, cut
     padded = is_padded(processor)
     texts = [text.lower() for text in texts] if padded else list(texts)
     tokenizer = processor.tokenizer

@@ -179,9 +179,14 @@ def prepare_texts(processor, texts: Iterable[str], how: Encoding) -> None:
         return
     trunk = processor.trunk
     unknown = trunk.unknown(texts)
-    if _everywhere(not unknown, how.shard):
+    if how.shard and world_size() > 1:  # each may know some that it has met alone
+        everyone: list = [None] * world_size()
+        dist.all_gather_object(everyone, unknown)
+        unknown = sorted_distinct(text for own in everyone for text in own)
+    if not unknown:
         return
-    trunk.keep(unknown, encode_captions_once(trunk.open(len(unknown)), unknown, how).embeds)
+    found = encode_captions_once(trunk.open(len(unknown)), unknown, how)
+    trunk.keep(unknown, found.embeds, found.flags)
     trunk.close()
 
 

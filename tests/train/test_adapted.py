@@ -63,6 +63,17 @@ def test_no_text_is_encoded_while_training(tmp_path, towers, kept):
     assert ("text_model" in parts, "text_projection" in parts) == (towers[1] == "full", towers[1] != "frozen")
 
 
+def test_texts_that_the_encoder_truncates_are_counted(tmp_path):
+    class Short(HashedWords):
+        def encode_batch(self, texts):
+            return self.encode(texts), torch.tensor(["very" in text for text in texts])
+
+    trainer = make_trainer(start(Short(24)), tmp_path, num_train_epochs=4, **STAY)
+    trainer.train()
+    told = [log["captions_cut"] for log in trainer.state.log_history if "captions_cut" in log]
+    assert len(told) == 4 and 0.2 < sum(told) / 4 < 0.8  # one of two captions of each picture
+
+
 def test_texts_that_are_new_to_a_training_are_encoded_before_it(tmp_path, monkeypatch):
     """The Trainer alone, on other captions than the start has seen, opens the encoder once."""
     words = HashedWords(24)
