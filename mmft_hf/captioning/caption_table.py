@@ -10,6 +10,7 @@ from types import MappingProxyType
 from datasets import Dataset
 
 from ..core.errors import UserError, nearest
+from .experts import asked_expert, is_expert
 from .steps.base import Row
 from .types import ACCEPTED
 from .write.dataset import CAPTION_FEATURES, RECORD, captions_from
@@ -23,7 +24,8 @@ class CaptionTable:
         name: of the dataset, for messages.
         dataset: columns `image`, `label`, and `captions` or `caption_records`.
         group_column: see `CaptionArguments`.
-        columns: those that steps read (`Step.columns`), each with the name of a step that does.
+        columns: those that steps read (`Step.columns`), each with the name of a step that does. A function takes the place of a column
+            that is not there, see `experts`.
 
     Attributes:
         rows: in the order of class and sha256.
@@ -44,7 +46,7 @@ class CaptionTable:
     ):
         asked = {column: f"step {step}, column" for column, step in columns.items()}
         for column, what in (asked | ({group_column: "--group_column"} if group_column else {})).items():
-            if column not in dataset.column_names:
+            if column not in dataset.column_names and not (column in asked and is_expert(column)):
                 raise UserError(
                     f"{what}: expected one of {', '.join(dataset.column_names)}, found {column!r}."
                     f"{nearest(column, dataset.column_names)}"
@@ -66,7 +68,12 @@ class CaptionTable:
         values = dataset[group_column][:] if group_column else [text or None for text in texts]
         groups = [f"row {i}" if value is None else f"= {value}" for i, value in enumerate(values)]
         self.order = sorted(range(len(records)), key=lambda i: (part.labels[i], part.hashes[i] or "", i))
-        read = {column: dataset[column][:] for column in columns}
+        read = {
+            column: dataset[column][:]
+            if column in dataset.column_names
+            else asked_expert(column, part.images, part.hashes)
+            for column in columns
+        }
         self.rows = [
             Row(
                 part.hashes[i],

@@ -15,8 +15,10 @@ import numpy as np
 
 from ...core.console import many
 from ...core.errors import UserError, nearest
+from ...core.functions import named_function, source_digest
 from ...core.reading import read_yaml
 from ..ask.pictures import OUTLINE_NAME
+from ..experts import is_expert
 from ..judge.checks import duplicate_key
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
@@ -89,7 +91,8 @@ class Rewrite(Step):
         rank_by: score by which captions are ordered, the best one first. Those without it come last.
         top_k: number of the best captions that are used.
         column: column of the dataset for `{column}`. Images without a text there are left as they are.
-        hints: columns of the dataset for `{hints}`. Images without any value are left as they are.
+        hints: columns of the dataset for `{hints}`, or functions `package.module:function`, which are called with each picture and return a
+            text, a list of texts or None. Images without any value are left as they are.
         regions_column: column of the dataset with boxes `[x0, y0, x1, y1]` in pixels of the stored image, upright. Without it, the
             regions of an image are its quarters and its centre.
         language: code of the language to write in.
@@ -146,6 +149,8 @@ class Rewrite(Step):
             raise UserError(
                 f"{where}: expected question, questions or confused, found {' and '.join(asked)}. Give one of them."
             )
+        for name in filter(is_expert, self.hints):
+            named_function(name, f"{where}, hints")
         if self.language and self.language not in LANGUAGES:
             raise UserError(
                 f"{where}, language: expected one of {', '.join(LANGUAGES)}, found {self.language!r}."
@@ -210,7 +215,9 @@ class Rewrite(Step):
         return self._preset.name
 
     def typed_options(self) -> dict:
-        return {key: value for key, value in super().typed_options().items() if value != self.title}
+        return {
+            key: value for key, value in super().typed_options().items() if value != self.title and key != "experts"
+        }
 
     @property
     def about(self) -> str:
@@ -231,7 +238,8 @@ class Rewrite(Step):
     def spec(self) -> dict:
         questions = json.dumps(sorted(self._questions.items(), key=repr), ensure_ascii=False)
         content = hashlib.sha256(f"{self._preset.digest()} {questions}".encode()).hexdigest()[:16]
-        return super().spec() | {"version": f"{self.version} {content}"}
+        experts = {name: source_digest(named_function(name, "hints")) for name in self.hints if is_expert(name)}
+        return super().spec() | {"version": f"{self.version} {content}"} | ({"experts": experts} if experts else {})
 
     def roles(self) -> tuple[str, ...]:
         return (self._preset.role,) + (("judge",) if self._preset.check else ())
