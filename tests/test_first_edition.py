@@ -585,7 +585,7 @@ def captioned_rows(folder: str) -> dict:
             row |= {"image": hashlib.sha256(image["bytes"]).hexdigest(), "file": image["path"]}
             for record in row.get("caption_records") or ():
                 record.pop("run_id")
-                for new in ("scores", "step", "parents", "view", "refs"):
+                for new in ("scores", "step", "parents", "view", "refs", "removed_by"):
                     assert record.pop(new, None) is None
         found.setdefault(path.name.split("-")[0], []).extend(rows)
     return found

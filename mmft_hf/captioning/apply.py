@@ -27,11 +27,13 @@ class Asked:
         found: for each row what its `ask` returned.
         figures: of its questions, for `captions.json`.
         model: that wrote its texts.
+        rejected: see `ask.questions.Tally`.
     """
 
     found: Sequence[Any]
     figures: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
+    rejected: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass
@@ -115,6 +117,7 @@ def apply_steps(
         unscored = _unscored(step, before if step.reads() else table.rows)
         totals = counts[0].total(), counts[1].total()
         told = step.told(before, asked.found)
+        told = replace(told, details=[*told.details, *asked.rejected])
         if asked.figures.get("questions") == 0:
             told = replace(told, notes=[*told.notes, "No image has what it asks about, so nothing was asked."])
         if step.scripts() and (ratio := _tokens_per_word(before, table.rows)) > SHREDDED:

@@ -148,7 +148,7 @@ class Asker:
             raise self._stopped(step, outcome)
         writer = next((roles[name] for name in ("writer", "captioner") if name in roles), None)
         model = writer and public_name(writer.captioner.model)
-        return Asked(driver.found, driver.tally.figures(), model)
+        return Asked(driver.found, driver.tally.figures(), model, driver.tally.rejected)
 
     def _stopped(self, step: Step, outcome: Outcome) -> Exception:
         kept = (

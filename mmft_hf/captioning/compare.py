@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from ..core.arguments import DataArguments
 from ..core.console import is_main
 from ..core.errors import UserError
-from ..core.files import COMPARED_PAGE, DETAILS_FILE, REFINED_PAGE, atomic_write
+from ..core.files import COMPARED_PAGE, DETAILS_FILE, REFINED_PAGE, STEPS_FILE, atomic_write
 from ..core.markdown import public_name
 from .caption_table import CaptionTable
 from .metrics.table import Metric, check_scores, metric_of
@@ -74,7 +76,8 @@ def caption_comparison(
                 for (side, figures), rows in zip(comparison.items(), sides, strict=True)
             }
         with atomic_write(Path(folder) / REFINED_PAGE) as path:
-            refined_page(path, data[split], f"{name}: before and after", details | {"comparison": comparison})
+            found = details | {"comparison": comparison}
+            refined_page(path, data[split], f"{name}: before and after", found, _step_details(Path(folder)))
         return figure_rows(**comparison), Path(folder) / REFINED_PAGE
     others, other_train, _ = load_data(replace(data_args, dataset_name=other))
     after = CaptionTable(folder, data[split], group_column)
@@ -100,6 +103,12 @@ def caption_comparison(
         sides, steps = (public_name(other), public_name(folder)), details.get("steps") or ()
         comparison_page(path, f"{name}: compared", sides, figures, steps, choose(pairs, images["label"][:]), images)
     return figures, Path(folder) / COMPARED_PAGE
+
+
+def _step_details(folder: Path) -> list[dict]:
+    """The rows of `steps.parquet`; none if the folder has no such file."""
+    path = folder / STEPS_FILE
+    return pq.read_table(path).to_pylist() if path.is_file() else []
 
 
 def _measured(measures: Sequence[tuple[Metric, bool]], rows: Sequence[Row], scorer: Embeddings | None) -> dict:

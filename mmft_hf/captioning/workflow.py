@@ -184,7 +184,8 @@ def write_folder(
     def extras(path) -> None:
         caption_report(statistics, path, details, rejected_text)
         if details.get("steps"):
-            refined_page(path / REFINED_PAGE, classes, f"{title(details)}: before and after", details)
+            page = f"{title(details)}: before and after"
+            refined_page(path / REFINED_PAGE, classes, page, details, step_details)
         if step_details:
             Dataset.from_list([*step_details], features=STEP_DETAILS).to_parquet(path / STEPS_FILE)
         (path / CARD_FILE).write_text(caption_card(statistics, details, splits), encoding="utf-8")

@@ -23,7 +23,7 @@ from mmft_hf.captioning.asker import Asker, PicturesOfDataset
 from mmft_hf.captioning.caption_table import CaptionTable
 from mmft_hf.captioning.judge.checks import CaptionChecker
 from mmft_hf.captioning.steps.asking import Ask, quoted
-from mmft_hf.captioning.steps.base import Step, replaced, with_scores, written
+from mmft_hf.captioning.steps.base import Step, removed, with_scores, written
 from mmft_hf.captioning.types import Sampling
 from mmft_hf.core.errors import PartialResult, UserError
 
@@ -72,7 +72,7 @@ class Doubt(Step):
             for k in row.captions():
                 if new := own["new"].get(row.records[k]["text"]):
                     records.append(written(row, self.name, new, [row.records[k]]))
-                    records[k] = replaced(records[k], self.name)
+                    records[k] = removed(records[k], self.name)
             result.append(records)
         return result
 
@@ -241,6 +241,14 @@ def test_a_new_text_passes_the_checks_of_captions(server, tmp_path):
     kept = [r for row in found.rows for r in row.records if r["status"] == "ok"]
     assert len(kept) == COUNT and done.written == 0  # repeated texts are not new, and the refused one leaves its parent
     assert done.asked["refused"] == 1
+    (lost,) = done.told.details  # what it wrote is kept, with the reason
+    shown = next(row for row in found.rows if row.records[0]["text"] == f"{long} 5")
+    assert (lost["image_sha256"], lost["kind"], lost["verdict"]) == (
+        shown.image_sha256,
+        "rejected",
+        "refusal, label_missing",
+    )
+    assert lost["text"] == "I cannot help with that request."
 
 
 def test_hostile_captions_stay_data():

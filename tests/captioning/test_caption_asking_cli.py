@@ -144,6 +144,32 @@ def test_failures_end_with_3_and_the_same_command_continues(refine, server, tmp_
     assert refine()[0] == 0 and len(server.requests()) == count + opened
 
 
+def test_the_page_shows_what_checks_rejected_and_why(refine, server, tmp_path, capsys):
+    def reply(prompt, picture):
+        quoted = re.search(r'"(a (first|second) text (\d))"', prompt)
+        answers = {"a first text 3": "I cannot help with that request.", "a first text 1": "a second text 1"}
+        return answers.get(quoted[1], f"a new {quoted[2]} text {quoted[3]}")
+
+    server.server.reply = reply
+    code, said = refine()
+    assert code == 0, said
+    page = (tmp_path / "out" / "refined.html").read_text()
+    assert main(["caption", "report", str(tmp_path / "out")]) == 0
+    for shown in (page, (tmp_path / "out" / "refined.html").read_text()):
+        shown = " ".join(re.sub("<[^>]*>", " ", shown).split())
+        assert (
+            "rejected by diversify: the model or its provider refused; the class is not named I cannot help with that request."
+            in shown
+        )
+        assert "rejected by diversify: another caption has the same text a second text 1" in shown
+    # A caption that was replaced still tells who wrote it, so that `parents` lead to it.
+    for row in written(tmp_path / "out"):
+        places = {f"{r['aspect']}#{r['sample']}@{r['step'] or 'caption'}": r for r in row["caption_records"]}
+        for record in row["caption_records"]:
+            for parent in record["parents"] or ():
+                assert places[parent]["removed_by"] == ("diversify" if record["status"] == "ok" else None)
+
+
 def test_the_cost_limit_ends_with_3_and_what_to_type(refine, server, tmp_path):
     prices = tmp_path / "prices.yaml"
     prices.write_text("models: {llm: {input: 0, output: 1000}, vlm: {input: 0, output: 1}}")

@@ -84,7 +84,7 @@ def test_recipes(recipe, refine, source, tmp_path):
         best, others = ranked[:keep], ranked[keep:]
         assert {r["text"] for r in best} == set(two["captions"]) and len(two["captions"]) == min(keep, 4)
         assert all(r["status"] == "ok" and r["step"] is None for r in best)
-        assert all(r["status"] == "dropped" and r["step"] == "select" for r in others)
+        assert all(r["status"] == "dropped" and (r["step"], r["removed_by"]) == (None, "select") for r in others)
         assert all(r["score"] == score(r, by) for r in ranked)
         dropped += len(others)
     details = json.loads((tmp_path / "out" / "captions.json").read_text())
@@ -103,7 +103,7 @@ def test_recipes_that_keep_a_share(recipe, step, kept, refine, tmp_path):
     rows = written(tmp_path / "out")
     records = [record for row in rows for record in row["caption_records"]]
     assert len(records) == 72 and sum(len(row["captions"]) for row in rows) == kept
-    assert {r["step"] for r in records if r["status"] == "dropped"} == {step}
+    assert {r["removed_by"] for r in records if r["status"] == "dropped"} == {step}
 
 
 def test_the_second_run_computes_nothing(refine, tmp_path):

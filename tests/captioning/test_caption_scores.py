@@ -273,7 +273,7 @@ def test_each_cluster_is_represented(method):
     step, scorer = Representatives(share=0.1, method=method), Vectors(images, {})
     found = step.apply(rows, scorer)
     assert sorted(i // 10 for i, own in enumerate(kept(found)) if own) == [0, 1, 2, 3] and len(found) == 40
-    assert {r["step"] for own in found for r in own if r["status"] == "dropped"} == {"representatives"}
+    assert {r["removed_by"] for own in found for r in own if r["status"] == "dropped"} == {"representatives"}
     order = rng.permutation(40)
     again = step.apply([rows[i] for i in order], Vectors(images[order], {}))
     assert kept(again) == [kept(found)[i] for i in order]

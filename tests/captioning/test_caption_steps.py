@@ -102,7 +102,7 @@ def judged(step, values):
     """Texts that a step keeps; `values`: scores of the captions of each image of one class, None for no score."""
     found = step.apply(with_values("s", values))
     dropped = [r for own in found for r in own if r["status"] == "dropped"]
-    assert all(r["text"] and r["step"] == "select" and r["score"] is not None for r in dropped)
+    assert all(r["text"] and r["removed_by"] == "select" and r["score"] is not None for r in dropped)
     return [[text[2:] for text in own] for own in kept(found)]
 
 

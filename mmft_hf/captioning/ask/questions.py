@@ -48,11 +48,13 @@ class Tally:
         kinds: number of different questions by `KINDS`. An unsure answer is an answer; the last three have none.
         open: number of those that the next run asks again.
         spent: what they took over all runs, as the journal tells.
+        rejected: the texts that failed the checks of captions, as rows of `steps.parquet`; their verdict names the checks.
     """
 
     kinds: Counter = field(default_factory=Counter)
     open: int = 0
     spent: Spending = field(default_factory=Spending)
+    rejected: list[dict] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
         """Entry of `captions.json`."""
@@ -377,6 +379,11 @@ class QuestionDriver:
         else:
             kind = "refused" if judged.status == "refused" else "unparsable"
         self.tally.kinds[kind] += 1
+        if kind in ("unparsable", "refused") and made.ask.answer == "caption":
+            said = {"text": judged.text or last["raw_text"], "verdict": ", ".join(judged.checks) or judged.status}
+            self.tally.rejected.append(
+                {"image_sha256": made.row.image_sha256, "record": None, "kind": "rejected"} | said | {"votes": []}
+            )
         self.tally.open += judged.value is None and _to_be_asked(last, made.role.max_tokens)
         for tried in tries:
             if (key := bytes.fromhex(tried["key"])) not in self.seen:

@@ -266,6 +266,9 @@ def written(row: Row, step: str, text: str, parents: Sequence[Mapping], **fields
     return new | {"prompt_id": step, "step": step, "parents": named, "scores": None} | fields
 
 
-def replaced(record: Mapping, step: str) -> dict:
-    """The record of a text that a new one took the place of."""
-    return {**record, "status": REPLACED, "step": step}
+def removed(record: Mapping, step: str, status: str = REPLACED) -> dict:
+    """The record of a text that a new one took the place of, or with the status `dropped` of one that is left out.
+
+    Its own `step` stays, so that the `parents` of texts that were made from it lead to it.
+    """
+    return {**record, "status": status, "removed_by": step}

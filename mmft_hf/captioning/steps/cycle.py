@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...core.errors import UserError
-from .base import Embeddings, Row, Step, place_of, readable, replaced, scored, with_scores
+from .base import Embeddings, Row, Step, place_of, readable, removed, scored, with_scores
 
 BLOCK = 256  # images, or texts, that are compared at a time
 TIE = 1e-6  # difference of cosines below which rounding decides
@@ -93,7 +93,7 @@ class Cycle(Step):
             if all(old["text"] != rows[j].records[other]["text"] for other in rows[j].captions()):
                 new = {**old, "step": self.name, "parents": [place_of(old)], "scores": None}
                 records[j].append(with_scores(new, {"cycle": value}))
-            records[i][k] = replaced(old, self.name)
+            records[i][k] = removed(old, self.name)
         return records
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from ..types import DROPPED
-from .base import Embeddings, Row, Step, readable
+from .base import Embeddings, Row, Step, readable, removed
 
 ROUNDS = 50  # of k-means at most
 
@@ -62,7 +62,7 @@ class Representatives(Step):
         records = [list(row.records) for row in rows]
         for i in set(seen) - chosen:
             for k in rows[i].captions():
-                records[i][k] = {**records[i][k], "status": DROPPED, "step": self.name}
+                records[i][k] = removed(records[i][k], self.name, DROPPED)
         return records
 
     def chosen(self, rows: Sequence[Row], images: np.ndarray, among: Sequence[int]) -> set[int]:

@@ -22,7 +22,7 @@ from ..experts import is_expert
 from ..judge.checks import duplicate_key
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
-from .base import Embeddings, Row, Step, Told, readable, replaced, score_of, text_of, written
+from .base import Embeddings, Row, Step, Told, readable, removed, score_of, text_of, written
 from .confused import questions_of_confusions
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
@@ -531,7 +531,7 @@ class Rewrite(Step):
             # A text that two captions have led to takes the place of both.
             if preset.replaces and (status == "ok" or present.get(key) == NEW):
                 for k in parents:
-                    records[k] = replaced(row.records[k], preset.name)
+                    records[k] = removed(row.records[k], preset.name)
             if status == "ok":
                 present[key] = NEW
         return [*records, *new]

@@ -12,7 +12,7 @@ import numpy as np
 from ...core.errors import UserError
 from ..judge.wording import has_loop, words_of
 from ..types import DROPPED
-from .base import Embeddings, Row, Step, score_of
+from .base import Embeddings, Row, Step, removed, score_of
 
 WAYS = ("keep", "keep_share", "above")
 PER = ("image", "slot", "class", "split")
@@ -154,7 +154,7 @@ class Select(Step):
     def _judged(self, record, value: float, kept: bool) -> dict:
         if kept:
             return {**record, "score": value}
-        return {**record, "score": value, "status": DROPPED, "step": self.name}
+        return removed({**record, "score": value}, self.name, DROPPED)
 
 
 def shared_out(order: Sequence, strata: Sequence[str], number: int) -> list:

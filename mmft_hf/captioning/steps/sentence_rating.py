@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .asking import Ask, Asking
-from .base import Embeddings, Row, Step, replaced, with_scores, written
+from .base import Embeddings, Row, Step, removed, with_scores, written
 
 PROMPT = "Describe this image."
 # Words that say nothing about a picture, in place of a tagger: only the others decide.
@@ -102,7 +102,7 @@ class SentenceRating(Step):
             kept = shortened(text, gaps, self.threshold)
             if kept and kept != text:
                 new.append(written(row, self.name, kept, [records[k]], scores=records[k]["scores"]))
-                records[k] = replaced(records[k], self.name)
+                records[k] = removed(records[k], self.name)
         return [*records, *new]
 
 

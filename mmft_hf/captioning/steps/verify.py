@@ -14,7 +14,7 @@ from ...core.errors import UserError
 from ..judge.wording import FUNCTION_WORDS, words_of
 from ..types import DROPPED
 from .asking import NO, UNSURE, YES, Ask, Asking, quoted
-from .base import Embeddings, Row, Step, Told, place_of, readable, replaced, text_of, with_scores, written
+from .base import Embeddings, Row, Step, Told, place_of, readable, removed, text_of, with_scores, written
 from .claims import (
     KINDS,
     NOT_ASKED,
@@ -370,7 +370,7 @@ class Verify(Step):
             records[k]["checks"] = list(dict.fromkeys([*(records[k]["checks"] or ()), *checks]))
             if then == "rewrite" and one.denied() and one.new:
                 new.append(written(row, self.name, one.new, [records[k]]))
-                records[k] = replaced(records[k], self.name)
+                records[k] = removed(records[k], self.name)
             elif one.denied() and (then == "drop" or (then == "rewrite" and YES not in one.verdicts)):
                 bad.append(k)
             elif one.unknown() and then != "flag" and self.on_unanswered == "reject":
@@ -378,7 +378,7 @@ class Verify(Step):
         if bad and not new and len(bad) == len(row.captions()):
             bad.remove(min(bad, key=lambda k: -(accuracy(judged[records[k]["text"]].verdicts) or 0)))
         for k in bad:
-            records[k] = {**records[k], "status": DROPPED, "step": self.name}
+            records[k] = removed(records[k], self.name, DROPPED)
         return records + new
 
     def told(self, rows: Sequence[Row], found: Sequence[dict | None]) -> Told:

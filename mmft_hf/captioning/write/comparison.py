@@ -12,6 +12,7 @@ from datasets import Dataset, Image
 
 from ...core.pages import render_page
 from ...version import __version__
+from ..judge.checks import MEANINGS
 from ..types import ACCEPTED, DROPPED, REPLACED
 from .card import TEMPLATES
 from .figures import accepted, figure_rows
@@ -21,7 +22,7 @@ from .report import SAMPLES, show_row
 @dataclass(frozen=True)
 class Compared:
     """One image of a page: its row, and `(mark, text, note)` of each caption; mark: `kept`, `new` or `gone`; or `dropped`,
-    `replaced` or `written` with the step."""
+    `replaced`, `rejected` or `written` with the step."""
 
     row: int
     captions: Sequence[tuple[str, str, str]]
@@ -29,13 +30,31 @@ class Compared:
 
 def own_changes(records: Sequence[Mapping]) -> list[tuple[str, str, str]]:
     """What steps did to the captions of one image, as in `Compared`."""
-    texts = [record for record in records if record["text"] and record["status"] in (*ACCEPTED, DROPPED, REPLACED)]
+    shown = (*ACCEPTED, DROPPED, REPLACED)
+    texts = [r for r in records if r["text"] and (r["status"] in shown or r.get("parents") is not None)]
     return [(_mark(record), record["text"], _scores(record)) for record in texts]
+
+
+def rejected_texts(details: Iterable[Mapping]) -> dict[str, list[tuple[str, str, str]]]:
+    """The answers that could not become captions, by sha256 of the image, as in `Compared`. `details`: rows of `steps.parquet`."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for row in details:
+        if row["kind"] == "rejected":
+            mark = f"rejected by {row['step']}: {_reasons(row['verdict'].split(', '))}"
+            found.setdefault(row["image_sha256"], []).append((mark, row["text"], ""))
+    return found
+
+
+def _reasons(checks: Iterable[str]) -> str:
+    return "; ".join(MEANINGS.get(check, check) for check in checks)
 
 
 def _mark(record: Mapping) -> str:
     if record["status"] not in ACCEPTED:
-        return f"{record['status']} by {record['step']}"
+        if record["status"] not in (DROPPED, REPLACED):
+            return f"{record['status']} by {record['step']}: {_reasons(record['checks'] or ())}"
+        # Earlier versions wrote it over the step that wrote the text.
+        return f"{record['status']} by {record.get('removed_by') or record['step']}"
     return "kept" if record.get("parents") is None else f"written by {record['step']}"
 
 
@@ -63,10 +82,17 @@ def choose(images: Iterable[Compared], labels: Sequence[int], number: int = SAMP
     return [image for _, image in sorted(keyed, key=lambda entry: entry[0])[:number]]
 
 
-def refined_page(path: Path, dataset: Dataset, title: str, details: Mapping) -> None:
-    """Writes the page of a dataset whose records tell what steps did. `details`: as in `captions.json`, with `comparison`."""
-    records, labels = dataset["caption_records"][:], dataset["label"][:]
-    images = choose((Compared(i, own_changes(own or ())) for i, own in enumerate(records)), labels)
+def refined_page(path: Path, dataset: Dataset, title: str, details: Mapping, step_details: Iterable[Mapping]) -> None:
+    """Writes the page of a dataset whose records tell what steps did.
+
+    Args:
+        details: as in `captions.json`, with `comparison`.
+        step_details: rows of `steps.parquet`.
+    """
+    labels, rejected = dataset["label"][:], rejected_texts(step_details)
+    rows = dataset.select_columns(["caption_records", "image_sha256"])
+    changes = ([*own_changes(row["caption_records"] or ()), *rejected.get(row["image_sha256"], ())] for row in rows)
+    images = choose((Compared(i, own) for i, own in enumerate(changes)), labels)
     figures = figure_rows(details["comparison"]["before"], details["comparison"]["after"])
     comparison_page(path, title, ("all captions", "those that are kept"), figures, details["steps"], images, dataset)
 

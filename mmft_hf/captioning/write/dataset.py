@@ -41,6 +41,7 @@ RECORD = {
     "parents": List(Value("string")),
     "view": Value("string"),
     "refs": List(Value("string")),
+    "removed_by": Value("string"),
     "tokens_in": Value("int32"),
     "tokens_out": Value("int32"),
     "attempts": Value("int32"),
