@@ -140,8 +140,9 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
             f"error {result['calibration_error']:.3f}; {result['calibration_error_null']:.3f} would be perfect on so many images"
         )
     least = classifier.head.reject_below
-    if least is not None and several:
-        rows |= threshold_row(least, several)
+    if several:
+        own = classifier.head.thresholds
+        rows |= threshold_row(least, several, None if own is None else own.tolist())
     elif least is not None:
         result |= predictions.answered(least)
         right = (

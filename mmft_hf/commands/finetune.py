@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..core.arguments import DataArguments, ModelArguments
@@ -99,8 +100,7 @@ class Terminal:
         if "test_calibration_error" in metrics:
             error, null = metrics["test_calibration_error"], metrics["test_calibration_error_null"]
             rows["calibration"] = f"error {error:.3f}; {null:.3f} would be perfect on so many images"
-        if metrics["reject_below"] is not None:
-            rows |= threshold_row(metrics["reject_below"], several)
+        rows |= threshold_row(metrics["reject_below"], several, metrics.get("thresholds"))
         metric = metrics["selection_metric"]
         tuned, untuned = metrics[f"test_{metric}"], metrics[f"zero_shot_test_{metric}"]
         if metric != "accuracy" and not several:
@@ -135,8 +135,15 @@ class Terminal:
         say(f"It is at {result.url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {repo_id}")
 
 
-def threshold_row(least: float, several: bool) -> dict[str, str]:
-    """What `reject_below` does, for a table. `several`: a picture may have several labels."""
+def threshold_row(
+    least: float | None, several: bool | None, thresholds: Sequence[float] | None = None
+) -> dict[str, str]:
+    """What `reject_below`, or the thresholds of the classes, do, for a table. `several`: a picture may have several labels."""
+    if thresholds is not None:
+        low, high = percent(min(thresholds)), percent(max(thresholds))
+        return {"decision": f"a class holds from a score of its own on, {low} to {high}"}
+    if least is None:
+        return {}
     if several:
         return {"decision": f"a class holds from a score of {percent(least)} on"}
     return {"unknown": f"the answer to a picture whose best class has less than {percent(least)}"}

@@ -31,6 +31,7 @@ class HeadArguments:
     reject_for_accuracy: float | None = setting(
         None, SHARED["reject_for_accuracy"].metadata["help"], range=SHARED["reject_for_accuracy"].metadata["range"]
     )
+    threshold: str = setting("half", SHARED["threshold"].metadata["help"], choices=("half", "f1"))
 
 
 ARGUMENTS = (HeadArguments,)
@@ -48,7 +49,7 @@ def run(args: HeadArguments, folders: list[str]) -> None:
             f"head: expected one folder of a finished run, found {len(folders)}. Type mmft-hf head outputs/mmft."
         )
     folder = folders[0].rstrip("/")
-    names = ("logit_adjustment", "calibrate", "reject_below", "reject_for_accuracy")
+    names = ("logit_adjustment", "calibrate", "reject_below", "reject_for_accuracy", "threshold")
     settings = {name: getattr(args, name) for name in names}
     output = args.output_dir or f"{folder}-{args.head}"
     found = refit(folder, output, args.head, args.dataset_name, **settings)
@@ -73,8 +74,7 @@ def run(args: HeadArguments, folders: list[str]) -> None:
         "now": f"{line(found.metrics)}, head {found.metrics['head']}",
         "selection": found.metrics["selection"],
     }
-    if (least := found.metrics["reject_below"]) is not None:
-        rows |= threshold_row(least, several)
+    rows |= threshold_row(found.metrics["reject_below"], several, found.metrics.get("thresholds"))
     table(rows)
     if note:
         say(f"\n  {note}")

@@ -275,6 +275,7 @@ class RunResults(_Results, total=False):
     refitted: bool  # by `mmft-hf head`
     temperature: float
     reject_below: Share | None
+    thresholds: list[Share]  # of each class, with several labels per picture
     test_brier_score: float
     test_calibration_error: Share
     test_calibration_error_null: Share

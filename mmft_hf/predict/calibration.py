@@ -18,6 +18,7 @@ from ..data.sampling import IGNORED, is_example
 BOUNDS = math.log(0.05), math.log(20.0)  # of the logarithm of a temperature
 BINS = 15
 DRAWS = 200  # of labels, for the null level
+FEW = 10  # positives of a class, below which it has no threshold of its own
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -87,6 +88,38 @@ def fit_decisions(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
         optimizer.step(loss)
     temperature = math.exp(min(max(tau.item(), BOUNDS[0]), BOUNDS[1]))
     return temperature, offsets.detach() - centre / temperature
+
+
+def f1_thresholds(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each class the score from which on it holds, float64 `(C,)`, so that F1 is as high as possible.
+
+    A class with fewer than 10 positives takes the threshold with which all classes together have the best micro F1: its own
+    would be that of a few pictures. Thresholds lie midway between two scores; among equally good ones the nearest to 0.5 is taken.
+
+    Args:
+        scores (`(n, C)`): of examples that the classifier was not fitted to.
+        labels (`(n, C)`): 1 where a class holds, else 0.
+
+    References: Lipton et al. 2014, "Optimal Thresholding of Classifiers to Maximize F1 Measure" (arXiv 1402.1892).
+    """
+    scores, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels) > 0
+    shared = _best_threshold(scores.ravel(), truth.ravel())
+    own = (_best_threshold(scores[:, c], truth[:, c]) for c in range(scores.shape[1]))
+    return np.array([one if n >= FEW else shared for one, n in zip(own, truth.sum(axis=0), strict=True)])
+
+
+def _best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold with the best F1; 0.5 where nothing holds."""
+    if not truth.any():
+        return 0.5
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], np.cumsum(truth[order])
+    f1 = 2 * hits / (np.arange(1, len(scores) + 1) + hits[-1])
+    below = np.append(scores[1:], 0.0)  # the score that is not accepted any more
+    middle, possible = (scores + below) / 2, scores > below
+    possible[-1] = True  # all are accepted
+    best = possible & np.isclose(f1, f1[possible].max(), rtol=0, atol=1e-12)
+    return float(middle[best][np.abs(middle[best] - 0.5).argmin()])
 
 
 def image_losses(logits: Tensor, labels: Tensor) -> Tensor:

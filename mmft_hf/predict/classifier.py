@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -150,7 +151,8 @@ class ImageClassifier(nn.Module):
             For each picture `[{"label", "score"}, …]`, best first; the scores are probabilities over all classes. For a
             single picture that list alone. A picture whose best class is below the head's `reject_below` is answered
             `unknown` first, with the probability that its best class is wrong. With several labels: all classes with a score
-            of 0.5 (or the head's `reject_below`) or more, whatever `top_k`, best first; an empty list says that none holds.
+            of 0.5 (or the head's `reject_below` or `thresholds`) or more, whatever `top_k`, best first; an empty list says that
+            none holds.
 
         Raises:
             BadImage: a picture that cannot be read.
@@ -173,7 +175,8 @@ class ImageClassifier(nn.Module):
             for row in zip(scores.tolist(), classes.tolist(), strict=True)
         ]
         if several:
-            return [[one for one in row if one["score"] >= self.head.decision] for row in found]
+            least = dict(zip(self.class_names, np.broadcast_to(self.head.decision, count).tolist(), strict=True))
+            return [[one for one in row if one["score"] >= least[one["label"]]] for row in found]
         least = self.head.reject_below or 0
         return [
             row if row[0]["score"] >= least else [{"label": UNKNOWN, "score": 1 - row[0]["score"]}, *row][: len(row)]

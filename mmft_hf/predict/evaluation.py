@@ -29,7 +29,7 @@ class Predictions:
         losses (`(n,)`): cross-entropy of the logits, in nats, with several labels the mean binary one; 0 for an unreadable image.
         class_names: `C` names, in the order of the scores.
         logits (`(n, C)`): with several labels; their sigmoid may be rounded to 0 or 1.
-        decision: with several labels, the score from which a class holds.
+        decision: with several labels, the score from which a class holds, one for all or of each class, `(C,)`.
         strongest (`(n,)`): the largest logit.
     """
 
@@ -38,7 +38,7 @@ class Predictions:
     losses: np.ndarray
     class_names: list[str]
     logits: np.ndarray | None = None
-    decision: float = DECISION
+    decision: float | np.ndarray = DECISION
     strongest: np.ndarray | None = None
 
     @property

@@ -149,11 +149,14 @@ def report(scores: np.ndarray, labels: np.ndarray, class_names: list[str]) -> di
 
 
 # -- several labels per picture --------------------------------------------------------------------------------------------
-def several_report(scores: np.ndarray, labels: np.ndarray, class_names: list[str], decision: float = DECISION) -> dict:
+def several_report(
+    scores: np.ndarray, labels: np.ndarray, class_names: list[str], decision: float | np.ndarray = DECISION
+) -> dict:
     """Metrics of several labels per picture, over the rows that are examples; the others are counted in `skipped`.
 
     Args:
-        scores (`(n, C)`): a class is predicted from `decision` on. Average precision depends on their order alone.
+        scores (`(n, C)`): a class is predicted from `decision` on, a score or one of each class. Average precision depends on
+            their order alone.
         labels (`(n, C)`): 1 where a class holds, else 0; -100 for no example.
 
     Returns:

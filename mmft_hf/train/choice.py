@@ -13,7 +13,7 @@ from ..core.console import is_main
 from ..core.errors import UserError
 from ..data.splits import Splits
 from ..model.interpolation import interpolated
-from ..predict.calibration import fit_decisions, fit_temperature, threshold_for
+from ..predict.calibration import f1_thresholds, fit_decisions, fit_temperature, threshold_for
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import Predictions
 from ..predict.fitting.auto import ADJUSTED, Choice, State, select
@@ -189,8 +189,17 @@ def _new(validated: Predictions, kept: Kept | None) -> np.ndarray:
 
 
 def with_threshold(head: Head, config: MMFTConfig, validated: Predictions, kept: Kept | None) -> tuple[Head, str]:
-    """The head with the threshold that `reject_below` or `reject_for_accuracy` asks for; and why there is none, if so."""
+    """The head with the threshold that `reject_below`, `reject_for_accuracy` or `threshold` asks for; and why there is none, if so."""
     wanted = config.reject_for_accuracy
+    if config.threshold == "f1":
+        known = _new(validated, kept)
+        if not known.any():
+            return (
+                head,
+                "There are no new validation images to choose thresholds on: a class holds from a score of 0.5 on.",
+            )
+        found = f1_thresholds(validated.scores[known], validated.labels[known])
+        return replace(head, thresholds=torch.from_numpy(found).float()), ""
     if wanted is None:
         return head.rejecting(config.reject_below), ""
     known = _new(validated, kept)

@@ -69,7 +69,7 @@ class MMFTConfig(TrainingArguments):
     GROUPS: ClassVar = {
         "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout sample_weight prototypes "
         "template_weight samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
-        "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy",
+        "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy threshold",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate head_learning_rate tune lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
         "greater_is_better patience",
@@ -197,6 +197,13 @@ class MMFTConfig(TrainingArguments):
         None,
         "Choose reject_below on validation, so that accepted answers have this accuracy (for example 0.95), with 95 %% confidence.",
         range=Range(0, 1, open=("low", "high")),
+        decides=False,
+    )
+    threshold: str = setting(
+        "half",
+        "With several labels per picture, the score from which on a class holds. half: 0.5, or reject_below; f1: for each class the "
+        "one with the best F1 on validation.",
+        choices=("half", "f1"),
         decides=False,
     )
 
@@ -376,6 +383,11 @@ class MMFTConfig(TrainingArguments):
         if self.reject_below is not None and self.reject_for_accuracy is not None:
             raise UserError(
                 "--reject_below and --reject_for_accuracy: expected one of them, found both: the second chooses the first."
+            )
+        if self.threshold == "f1" and self.reject_below is not None:
+            raise UserError(
+                f"--threshold f1: expected no --reject_below, found {self.reject_below:g}: validation chooses a threshold for each class. "
+                "Leave one of them out."
             )
         for name, allowed in RANGES.items():
             if (found := getattr(self, name)) is not None and found not in allowed:

@@ -17,12 +17,11 @@ from ..model.weights import Weights
 from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
 from ..predict.heads import ClassPrototypes
-from ..predict.heads.base import check_unknown
 from .choice import calibrated, check_adjustment, choose_classifier, weights_at, with_threshold
 from .config import MMFTConfig
 from .run_folder import RunFolder
 from .selection import metric_name
-from .workflow import IN_MEMORY, check_several_settings
+from .workflow import IN_MEMORY, check_several_settings, check_single_settings
 
 # What heads, and the record of the choice, depend on.
 SETTINGS = (
@@ -93,8 +92,6 @@ def refit(
         raise UserError(f"{folder}: its data were in memory. Type --dataset_name, a folder or Hub id that holds them.")
     splits = load_splits(data_args)
     several = splits.several_labels
-    if not several and (settings.get("reject_below") is not None or settings.get("reject_for_accuracy") is not None):
-        check_unknown(splits.class_names)
     if splits.fingerprint() != identity["dataset_fingerprint"]:
         raise UserError(
             f"--dataset_name {data_args.dataset_name}: expected the data of the run, with the fingerprint "
@@ -110,6 +107,8 @@ def refit(
     check_adjustment(config)
     if several:
         check_several_settings(config)
+    else:
+        check_single_settings(config, splits.class_names)
     towers = {key: identity[key] for key in ("vision_tower", "text_tower")} | (identity["lora"] or {})
     model_args = ModelArguments(identity["base_model"], identity["base_model_revision"], **towers)
     run = RunFolder(str(output_dir), model_args, data_args, config, splits)

@@ -265,6 +265,7 @@ class RunFolder:
             "several_labels": head.several_labels,
             "temperature": head.temperature,
             "reject_below": head.reject_below,
+            **({} if head.thresholds is None else {"thresholds": head.decision.tolist()}),
             **{f"test_{name}": value for name, value in predictions.certainty().items()},
             "seed": self.config.seed,
             **({"tuning": self.tuning} if self.tuning else {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -239,8 +239,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         refuse_without_classes(splits.test, "test")
         check_several_settings(config)
         config.metric_for_best_model, config.greater_is_better = metric, True
-    if not several and (config.reject_below is not None or config.reject_for_accuracy is not None):
-        check_unknown(splits.class_names)
+    else:
+        check_single_settings(config, splits.class_names)
     labels, terms = labels_of(splits.train), terms_of(None, config)
     trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
     check_adjustment(config, terms if trains else ())
@@ -302,7 +302,7 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     zero_shot = replace(zero_shot, several_labels=several)
     untuned_scores = score(ImageClassifier(model, processor, zero_shot), splits.validation, name="validation")
     if several:  # there is no decision without
-        zero_shot = calibrated(zero_shot, untuned_scores, None).rejecting(config.reject_below)
+        zero_shot, _ = with_threshold(calibrated(zero_shot, untuned_scores, None), config, untuned_scores, None)
         untuned_scores.decision = zero_shot.decision
     untuned_validation = untuned_scores.report()
     parameters, memory = parameter_counts(model), _memory(model, processor, config, splits)
@@ -433,6 +433,17 @@ def _trainer(model, config: MMFTConfig, splits: Splits, processor) -> MMFTTraine
         raise UserError(f"finetune: {str(error).strip()}") from error
 
 
+def check_single_settings(config: MMFTConfig, class_names: Sequence[str]) -> None:
+    """Refuses settings that have no meaning where each picture has one class."""
+    if config.threshold != "half":
+        raise UserError(
+            f"--threshold {config.threshold}: expected lists of labels, of which each is decided by itself, found one class for each "
+            "picture. Leave it out; for an answer `unknown` there is --reject_below."
+        )
+    if config.reject_below is not None or config.reject_for_accuracy is not None:
+        check_unknown(class_names)
+
+
 def check_several_settings(config: MMFTConfig) -> None:
     """Refuses settings that have no meaning where a picture may have several labels."""
     if config.head != "auto":
@@ -466,10 +477,11 @@ def _results_of(folder: Path) -> dict:
 def _check_head(folder: Path, metrics: dict, config: MMFTConfig) -> None:
     """Refuses another head for a finished run, where nothing is fitted."""
     before, least = metrics.get("head", "prototypes"), metrics.get("reject_below")
-    if config.head not in ("auto", before) or config.reject_below not in (None, least):
+    other_threshold = config.threshold == "f1" and not metrics.get("thresholds")
+    if config.head not in ("auto", before) or config.reject_below not in (None, least) or other_threshold:
         raise UserError(
             f"--resume_from_checkpoint: expected the head of this finished run, {before} with reject_below {least}, found "
-            f"--head {config.head} with {config.reject_below}. Type mmft-hf head {shlex.quote(str(folder))}, which fits another "
+            f"--head {config.head} with {config.reject_below}{' and --threshold f1' * other_threshold}. Type mmft-hf head {shlex.quote(str(folder))}, which fits another "
             "one without training."
         )
 

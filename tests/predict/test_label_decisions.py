@@ -12,9 +12,10 @@ from tiny_clip import COLOURS, colour_dataset, striped_dataset
 
 from mmft_hf import ClassPrototypes, ImageClassifier
 from mmft_hf.core.errors import UserError
+from mmft_hf.data.labels import labels_of
 from mmft_hf.data.sampling import IGNORED
 from mmft_hf.hub.publish import inference_code
-from mmft_hf.predict.calibration import fit_decisions, image_losses
+from mmft_hf.predict.calibration import f1_thresholds, fit_decisions, image_losses
 from mmft_hf.predict.evaluation import classify
 from mmft_hf.predict.fitting.auto import State, select
 from mmft_hf.predict.fitting.data import HeadData, head_data
@@ -113,6 +114,29 @@ def test_separable_data_and_no_data_give_finite_decisions():
     for logits, labels in ((z, (z > 0).float()), (z[:0], z[:0]), (z, torch.ones(3, 2))):
         temperature, offsets = fit_decisions(logits, labels)
         assert 0.05 <= temperature <= 20 and offsets.isfinite().all()
+
+
+def test_thresholds_have_the_best_f1_that_any_threshold_has():
+    rng = np.random.default_rng(3)
+    truth = rng.random((120, 4)) < [0.5, 0.3, 0.15, 0.05]
+    scores = np.round(np.clip(0.35 * truth + 0.6 * rng.random((120, 4)), 0, 1), 2)  # with ties
+    found = f1_thresholds(scores.astype(np.float32), truth.astype(np.float32))
+    steps = np.arange(0, 1.001, 0.005)
+    for c in range(3):
+        best = max(f1_score(truth[:, c], scores[:, c] >= step) for step in steps)
+        assert f1_score(truth[:, c], scores[:, c] >= found[c]) == pytest.approx(best)
+    # The last class has too few positives for a threshold of its own: it takes that of all classes together.
+    assert 0 < truth[:, 3].sum() < 10
+    best = max(f1_score(truth, scores >= step, average="micro") for step in steps)
+    assert f1_score(truth, scores >= found[3], average="micro") == pytest.approx(best)
+
+
+def test_thresholds_of_scores_that_tell_classes_apart_or_tell_nothing():
+    truth = np.arange(40)[:, None] < 20
+    assert f1_thresholds(np.where(truth, 0.9, 0.3), truth) == pytest.approx([0.6])  # midway between the two
+    assert f1_thresholds(np.full((40, 1), 0.7), truth) == pytest.approx([0.35])  # all hold, or none
+    assert f1_thresholds(np.zeros((40, 1)), truth) == pytest.approx([0.0])
+    assert f1_thresholds(np.full((40, 2), 0.7), np.zeros((40, 2))).tolist() == [0.5, 0.5]
 
 
 def test_losses_of_images():
@@ -269,6 +293,40 @@ def test_predict_gives_all_classes_above_the_decision_and_the_published_code_the
         assert surer == [one for one in found if one["score"] >= 0.97]
         assert [one["label"] for one in found] == [one["label"] for one in expected]
         assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-4)
+
+
+def test_each_class_may_have_a_threshold_of_its_own(classifier, tmp_path):
+    own = torch.tensor([0.2, 0.97, 0.5])
+    classifier = ImageClassifier(
+        classifier.model, classifier.processor, replace(classifier.head, thresholds=own, temperature=4.0)
+    )
+    data = striped_dataset(16, seed=5)
+    predictions = classify(classifier, data, progress=False)
+    expected = [{n for n, s, t in zip(COLOURS, row, own, strict=True) if s >= t} for row in predictions.scores]
+    assert expected != [{n for n, s in zip(COLOURS, row, strict=True) if s >= 0.5} for row in predictions.scores]
+    assert [{n for n, holds in zip(COLOURS, row, strict=True) if holds} for row in predictions.predicted] == expected
+    assert [{one["label"] for one in row} for row in classifier.predict(data["image"][:])] == expected
+    truth = labels_of(data)
+    assert predictions.report()["macro_f1"] == pytest.approx(
+        f1_score(truth, predictions.scores >= own.numpy(), average="macro")
+    )
+    classifier.head.save_pretrained(tmp_path)
+    again = load_head(tmp_path)
+    assert torch.equal(again.thresholds, own)
+    assert again.rejecting(0.4).decision == 0.4  # what is typed counts for all classes
+    module = types.ModuleType("mmft_inference")
+    exec(compile(inference_code(again), "mmft_inference.py", "exec"), vars(module))
+    head = {field.name: getattr(again, field.name) for field in fields(again)}
+    this = types.SimpleNamespace(head=head, class_names=classifier.class_names)
+    with torch.no_grad():
+        pixels = classifier.preprocess(data["image"][:])
+        embeds = torch.nn.functional.normalize(classifier.model.get_image_features(pixels).pooler_output, dim=1)
+    for x, names in zip(embeds, expected, strict=True):
+        found = module.MMFTImageClassificationPipeline.postprocess(this, {"logits": module.logits(x[None], **head)})
+        assert {one["label"] for one in found} == names
+    replace(again, thresholds=own[:2]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="expected a head for the model's embedding size"):
+        load_head(tmp_path).check_model(classifier.model, "model")
 
 
 def test_labels_of_the_other_kind_are_refused(classifier):

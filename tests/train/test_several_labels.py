@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from card_tools import execute, snippets
@@ -22,6 +23,7 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.data.labels import labels_of
 from mmft_hf.hub.cards import model_card
 from mmft_hf.hub.publish import model_files
+from mmft_hf.predict.evaluation import classify
 from mmft_hf.train.terms import ClassTextCrossEntropy
 
 FAST = "--learning_rate 3e-3 --per_device_train_batch_size 16 --use_cpu true --disable_tqdm true".split()
@@ -183,6 +185,37 @@ def test_another_head_is_fitted_to_a_finished_run(run, data, tmp_path):
     assert classifier.class_names == list(COLOURS)
 
 
+def test_thresholds_are_chosen_on_validation_and_what_reads_them_agrees(run, data, tmp_path, monkeypatch):
+    folder, new = run[0], tmp_path / "new"
+    words = ["--head", "prototypes", "--threshold", "f1", "--output_dir", new]
+    code, said = run_verb("head", folder, *words)
+    assert code == 0 and "a class holds from a score of its own on, " in said
+    results, card = json.loads((new / "all_results.json").read_text()), (new / "README.md").read_text()
+    classifier = mmft_hf.ImageClassifier.from_pretrained(new)
+    own = classifier.head.thresholds.numpy()
+    assert results["thresholds"] == pytest.approx(own.tolist()) and results["reject_below"] is None
+    validation = Dataset.from_parquet(str(data / "validation.parquet"))
+    scores = classify(classifier, validation, progress=False).scores
+    truth = labels_of(validation)
+    assert (truth.sum(axis=0) >= 10).all()
+    for c in range(3):  # no other threshold is better there
+        best = max(f1_score(truth[:, c], scores[:, c] >= t) for t in np.linspace(0, 1, 301))
+        assert f1_score(truth[:, c], scores[:, c] >= own[c]) >= best - 1e-9
+    test = Dataset.from_parquet(str(data / "test.parquet"))
+    answers = truth_and_answers(new)[1]
+    assert [{one["label"] for one in row} for row in classifier.predict(test["image"][:])] == answers
+    assert f"{own.min():.3g} to {own.max():.3g}, by class" in card and "best F1 on validation" in card
+    picture = next(i for i, found in enumerate(answers) if found)
+    test[picture]["image"].save(tmp_path / "one.png")
+    monkeypatch.chdir(new)
+    stock = snippets(card)[1].replace("predictions_test.png", str(tmp_path / "one.png"))
+    assert {line.rsplit(" ", 1)[0] for line in execute(stock).splitlines()} == answers[picture]
+    code, said = run_verb("evaluate", "--model_name_or_path", new, "--dataset_name", data)
+    assert code == 0 and "a class holds from a score of its own on" in said
+    code, said = run_verb("evaluate", "--model_name_or_path", new, "--dataset_name", data, "--reject_below", 0.4)
+    assert code == 0 and "a class holds from a score of 40.0 % on" in said
+
+
 @pytest.mark.slow
 def test_a_head_without_training_and_without_captions(clip_folder, tmp_path):
     """A table with a separator, a tenth of it held out; the untuned tower alone."""
@@ -241,6 +274,7 @@ def test_evaluate_names_classes_without_a_test_image(run, data, tmp_path):
         ("--calibrate false", "--calibrate: expected true with several labels"),
         ("--reject_for_accuracy 0.9", "--reject_for_accuracy: expected one class for each picture"),
         ("--samples_per_class 2", "--samples_per_class: expected one class for each image"),
+        ("--threshold f1 --reject_below 0.3", "--threshold f1: expected no --reject_below, found 0.3"),
         ("--metric_for_best_model loss", "--metric_for_best_model loss: expected one label per picture, found several"),
     ],
 )
@@ -257,6 +291,8 @@ def test_single_labels_and_lists_are_not_mixed_up(run, data_folder, clip_folder,
     words = ["--dataset_name", data_folder, "--model_name_or_path", clip_folder, "--output_dir", tmp_path / "out"]
     code, said = run_verb("finetune", *words, "--metric_for_best_model", "mean_average_precision", *FAST)
     assert code == 2 and "expected several labels per picture, found one label" in said
+    code, said = run_verb("finetune", *words, "--threshold", "f1", *FAST)
+    assert code == 2 and "--threshold f1: expected lists of labels" in said and "--reject_below" in said
 
 
 def test_the_trainer_learns_several_labels(clip, tmp_path):

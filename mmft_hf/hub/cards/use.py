@@ -71,6 +71,7 @@ def snippets(
         family=family,
         many=len(names) > 10,
         least=results.get("reject_below"),
+        thresholds="thresholds" in results,
         several=results.get("several_labels", False),
         made_from=PROTOTYPES_FROM[record["prototypes"]],
         template_weight=record["identity"].get("template_weight") if record["prototypes"] == "captions" else 0,

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -44,6 +45,7 @@ class Answers:
         several_labels: each class is decided by itself, so that a picture may have several, or none.
         offsets (`(C,)`, *optional*): added to the logits after the temperature. Several labels need them, since their scores are
             compared with a threshold.
+        thresholds (`(C,)`, *optional*): with several labels, the probability from which on each class holds, in place of one for all.
     """
 
     temperature: Positive = 1.0
@@ -51,6 +53,7 @@ class Answers:
     fitted: dict = field(default_factory=dict)
     several_labels: bool = False
     offsets: Tensor | None = None
+    thresholds: Tensor | None = None
 
 
 class Head(Answers):
@@ -85,12 +88,14 @@ class Head(Answers):
         return logits if self.offsets is None else logits + self.offsets.to(logits.device)
 
     @property
-    def decision(self) -> float:
-        """With several labels: the probability from which a class holds."""
+    def decision(self) -> float | np.ndarray:
+        """With several labels: the probability from which a class holds, one for all or of each class, float32 `(C,)`."""
+        if self.thresholds is not None:
+            return self.thresholds.float().cpu().numpy()
         return DECISION if self.reject_below is None else self.reject_below
 
     def rejecting(self, reject_below: float | None) -> Head:
-        """This head with another threshold.
+        """This head with another threshold, which is also that of all classes; with None as it is.
 
         Raises:
             UserError: it is not a probability, or a class has the name of the answer to rejected pictures.
@@ -99,7 +104,8 @@ class Head(Answers):
             raise UserError(f"--reject_below: expected a probability from 0 to 1, found {reject_below!r}.")
         if reject_below is not None and not self.several_labels:
             check_unknown(self.class_names)
-        return replace(self, reject_below=reject_below)
+        thresholds = self.thresholds if reject_below is None else None
+        return replace(self, reject_below=reject_below, thresholds=thresholds)
 
     def scores(self, image_embeds: Tensor) -> Tensor:
         """`(B, C)` probabilities of unit-norm image embeddings `(B, D)`; with several labels, that each class holds."""
@@ -116,7 +122,8 @@ class Head(Answers):
             shape = tuple(self.logits(torch.zeros(1, size)).shape)
         except (RuntimeError, IndexError):  # how torch refuses a product of matrices that do not fit
             shape = None
-        if shape != (1, classes):
+        own = self.thresholds is None or self.thresholds.shape == (classes,)
+        if shape != (1, classes) or not own:
             tensors = {f.name: getattr(self, f.name) for f in fields(self)}
             found = [f"{key} {tuple(value.shape)}" for key, value in tensors.items() if isinstance(value, Tensor)]
             raise UserError(
