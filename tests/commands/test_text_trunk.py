@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from processes import run_python
 from safetensors.torch import load_file
 from tiny_clip import COLOURS, colour_dataset, colour_images
@@ -14,6 +15,8 @@ from tiny_trunks import WORDS, save_bert, save_llama, word_tokenizer
 
 import mmft_hf
 from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
+from mmft_hf.hub.publish import model_files
 from mmft_hf.model.caption_encoder import CaptionEncoder
 from mmft_hf.model.loading import load_model
 
@@ -96,6 +99,8 @@ import json, sys
 from transformers import pipeline
 import mmft_hf
 from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
+from mmft_hf.hub.publish import model_files
 run, picture, data = sys.argv[1:]
 found = pipeline("mmft-image-classification", model=run)(picture)
 classifier = mmft_hf.ImageClassifier.from_pretrained(run)
@@ -168,6 +173,33 @@ def test_a_missing_base_model_is_named_with_what_to_do(place, capsys):
     err = capsys.readouterr().err
     assert f"expected its base model {str(place / 'llama')!r}, which caption_encoder.json names" in err
     assert "pictures are classified without it" in err and "leave the new class names out" in err
+
+
+def test_what_is_published_of_a_run(place):
+    """Whole: the trunk by the last part of its path alone. `--parts vision`: a stock model, the head, and no trunk."""
+    whole = model_files(place / "run", "me/x")
+    assert json.loads(whole["text_trunk/caption_encoder.json"])["base"] == "llama"
+    assert "mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path me/x --classes" in whole["README.md"].decode()
+    tower = model_files(place / "run", "me/x", parts="vision")
+    assert whole.keys() - tower.keys() == {"text_trunk/caption_encoder.json"}
+    (place / "tower").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (place / "tower" / name).write_bytes(tower[name])
+    stock, found = transformers.CLIPVisionModelWithProjection.from_pretrained(place / "tower", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    model, processor = load_model(place / "run")
+    pixels = processor(images=colour_images(1)[1][0])["pixel_values"]
+    assert torch.equal(stock(pixels).image_embeds, model.get_image_features(pixels).pooler_output)
+
+
+def test_an_image_tower_that_transformers_has_no_class_for_is_not_published_alone(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = tmp_path / "run" / "config.json"
+    content = json.loads(config.read_text())
+    content["vision_config"]["model_type"] = "efficientnet"
+    config.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"expected an image tower of CLIP or MetaCLIP 2.*found efficientnet"):
+        model_files(tmp_path / "run", "me/x", parts="vision")
 
 
 def test_a_trunk_that_cannot_be_opened_is_refused_before_anything_is_written(place, clip_folder, data_folder, capsys):
