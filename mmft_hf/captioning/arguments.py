@@ -142,7 +142,8 @@ class CaptionArguments(
     classes: list[str] | None = setting(None, "Caption only these classes.")
     representatives: float | None = setting(
         None,
-        "Caption only this share of the images of each class: those that stand for the others, by the embeddings of --scorer.",
+        "Caption only this share of the images of each class (with several labels per picture, of all images): those that stand for the "
+        "others, by the embeddings of --scorer.",
         range=Range(0, 1, open=("low",)),
     )
     key_rule: str | None = setting(

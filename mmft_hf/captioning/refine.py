@@ -110,7 +110,12 @@ class RefineWorkflow:
         captioners = args.to_roles()
         check_roles(self.steps, captioners)
         check_samples(self.steps, captioners)
-        for flag, typed in (("--classes", args.classes), ("--shots", data_args.shots)):
+        left_out = {
+            "--classes": args.classes,
+            "--shots": data_args.shots,
+            "--representatives": args.representatives,
+        }
+        for flag, typed in left_out.items():
             if typed:
                 raise UserError(
                     f"{flag}: expected the whole training split to be refined, found {typed}. Leave {flag} out."

@@ -304,7 +304,9 @@ class CaptionWorkflow:
         found = [(label, digest if isinstance(digest, str) else "") for digest, label in digests(own)]
         order = sorted(range(len(own)), key=lambda i: found[i])
         images = Scorer(self.args.scorer, own.select(order), is_main()).images()
-        rows = [Row(found[i][1] or None, found[i][0], self.class_names[found[i][0]], "", ()) for i in order]
+        # Nearly every picture may have a set of labels of its own, so with several labels all of them are chosen from together.
+        pools = [0 if self.sets else found[i][0] for i in order]
+        rows = [Row(found[i][1] or None, pool, "", "", ()) for i, pool in zip(order, pools, strict=True)]
         chosen = Representatives(self.args.representatives).chosen(rows, images, readable(rows, images))
         return {numbers[order[i]] for i in chosen}
 

@@ -213,6 +213,8 @@ def test_only_representatives_are_captioned(server, source, seed, clip_folder, t
     refined = tmp_path / "refined"
     flags = ("--steps", steps, "--scorer", clip_folder)
     assert run("caption", "refine", seed, "--output_dir", refined, *flags) == 0
+    assert run("caption", "refine", seed, "--output_dir", tmp_path / "x", *flags, *words) == 2
+    assert "--representatives: expected the whole training split to be refined" in capsys.readouterr().err
     own, kept = (
         {row["image_sha256"] for row in load_dataset(str(folder), split="train") if row["captions"]}
         for folder in (out, refined)

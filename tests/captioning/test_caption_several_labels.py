@@ -247,3 +247,22 @@ def test_a_classifier_is_trained_on_the_captioned_folder(tmp_path, clip_folder):
     assert code == 0, text
     results = json.loads((tmp_path / "model" / "all_results.json").read_text())
     assert results["several_labels"] and results["test_mean_average_precision"] > 0.4
+
+
+def test_representatives_are_chosen_among_all_pictures(clip_folder, tmp_path):
+    """Each picture here has a set of labels of its own, and a share of each set would be all of them."""
+    labels = [[], [0], [1], [0, 1], [2], [0, 2], [1, 2], [0, 1, 2]]
+    (tmp_path / "data").mkdir()
+    labelled(labels).to_parquet(tmp_path / "data" / "train.parquet")
+    words = (
+        "caption",
+        "--captioner",
+        "template",
+        "--dataset_name",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "out",
+    )
+    code, text = run(*words, "--representatives", 0.25, "--scorer", clip_folder)
+    assert code == 0, text
+    assert sum(bool(row["captions"]) for row in rows_of(tmp_path / "out")) == 2

@@ -41,6 +41,7 @@ from ...core.markdown import public_name
 from ...core.seals import note_if_changed
 from ...data.label_sets import LabelSets
 from ...data.splits import load_captioned_dataset
+from ...data.texts import LONGEST_NAMES
 from . import printing
 
 logger = logging.getLogger(__name__)
@@ -352,11 +353,12 @@ def chats(data_args: DataArguments, args: CaptionArguments, *operands: str) -> N
     details = CaptionFolder(source).details()
     if not details:
         raise UserError(f"caption chats: expected a captioned folder, found no {DETAILS_FILE} in {source}.")
-    data, train, _ = load_data(replace(data_args, dataset_name=source))
+    data, train, sets = load_data(replace(data_args, dataset_name=source))
     recorded = recorded_prompts(details.get("made_from") or {})
     if recorded is None:
-        policy = PicturePolicy(args.max_side)
-        recorded = args.to_prompts(), policy
+        prompts = args.to_prompts()
+        prompts = replace(prompts, longest_name=LONGEST_NAMES) if sets else prompts
+        recorded = prompts, PicturePolicy(args.max_side)
         say(
             f"Note: {source} does not say with which prompts its captions were asked for. Those of the settings are taken."
         )
