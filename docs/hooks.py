@@ -97,11 +97,15 @@ def methods_page() -> str:
     for family, title in methods.FAMILIES.items():
         lines += [f"## {title}", "", "| method | |", "|---|---|"]
         lines += [
-            f"| `{m.name}` | {m.about} |" for m in methods.METHODS.values() if m.family == family and m.alpha == 1
+            f"| `{m.name}` | {m.about} |"
+            for m in methods.METHODS.values()
+            if m.family == family and m.alpha == m.share == 1
         ]
         lines.append("")
     lines.append(
-        "`NAME+wise`, for methods that train weights: halfway between the untuned weights and those of `NAME`."
+        "`NAME+wise`, for methods that train weights: halfway between the untuned weights and those of `NAME`. `NAME+auto`, `NAME+kernel`: weights and "
+        "head of `--head auto`, and the head of `--head kernel`. `NAME+mix`, for methods that train a head: 0.3 times its logits and 0.7 times those of "
+        "the untuned model."
     )
     lines += ["", "## Budgets of the authors", "", "What `--budget authors` trains with.", ""]
     lines += ["| methods | few shots | all images | source |", "|---|---|---|---|"]

@@ -327,6 +327,29 @@ def test_the_anchor_keeps_the_embeddings_of_ce_last4_nearer_to_the_untuned_ones(
     assert 0 < (anchored - untuned).abs().mean() < 0.9 * (plain - untuned).abs().mean()
 
 
+def test_a_mix_adds_trained_and_untuned_logits(context, task):
+    context.config.max_steps = 8
+    method = METHODS["ce-last4-gram+mix"]
+    assert method.share == 0.3 and method.needs_captions
+    trained = context.train(method.training, task, 1e-3)
+    found = fit(method, context, task).classifier(task.validation)
+    parts = [
+        context.encoded(model, task.validation)[0] @ head.weight.T + (0 if head.bias is None else head.bias)
+        for model, head in ((trained.model, trained.head), (context.model, trained.first_head))
+    ]
+    np.testing.assert_allclose(found, (0.3 * parts[0] + 0.7 * parts[1]).numpy(), atol=1e-4)
+    assert (parts[0] - parts[1]).abs().max() > 0.01
+    # What chooses among learning rates is the mix, too.
+    labels = torch.tensor(task.validation["label"][:])
+    report = context.report(trained.model, trained.head, task.validation, lambda _: found)
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(found), labels).item()
+    assert report["loss"] == pytest.approx(expected, abs=1e-5)
+    assert report["accuracy"] == (found.argmax(axis=1) == labels.numpy()).mean()
+    assert {name.removesuffix("+mix") for name in METHODS if name.endswith("+mix")} == {
+        "ce", "ce-frozen", "lp-ft", "ce-last4", "ce-last4-gram", "2sfs", "2sfs-cap"
+    }  # fmt: skip
+
+
 def test_2sfs_starts_its_head_at_tuned_class_texts_or_captions(context, task):
     """Two steps leave the head near its start, and `+wise` goes back to the same texts of the untuned model."""
     context.config.max_steps = 4

@@ -24,8 +24,8 @@ class BenchmarkArguments:
 
     methods: list[str] = setting(
         "zs zs-ens zs-cap lp gda tip-f lp++ flyp mmft mmft-no-captions".split(),
-        f"Methods by name: {', '.join(name for name, method in METHODS.items() if method.alpha == 1)}; NAME+wise: halfway "
-        "between the untuned weights and those of NAME, for methods that train weights; NAME@refined: NAME with the captions of "
+        f"Methods by name: {', '.join(name for name, method in METHODS.items() if method.alpha == method.share == 1)}; NAME+wise: halfway "
+        "between the untuned weights and those of NAME, for methods that train weights; NAME+mix: 0.3 times the trained and 0.7 times the untuned logits, for methods that train a head; NAME@refined: NAME with the captions of "
         f"--refined. With --refined the default is {' '.join(default_methods([DEFAULT]))}.",
     )
     refined: list[str] | None = setting(

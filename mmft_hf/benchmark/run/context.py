@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ...data.texts import TEMPLATES
 from ...model.features import image_features
 from ...model.loading import load_model, logit_scale
 from ...model.memory import give_memory_back
+from ...predict.calibration import image_losses
 from ...predict.classifier import ImageClassifier
 from ...predict.evaluation import classify
 from ...predict.fitting.data import HeadData, embeddings, head_data
@@ -147,10 +148,28 @@ class Context:
         right = classifier(dataset).argmax(axis=1) == labels_of(dataset)
         return float(right[readable_rows(dataset)].mean() if self.config.on_bad_image == "skip" else right.mean())
 
-    def report(self, model: PreTrainedModel, head: Head, dataset: Dataset) -> dict:
-        """`Predictions.report` of a head on the image embeddings of a model: every metric that can select."""
-        found = ImageClassifier(model, self.processor, head)
-        return classify(found, dataset, *self._batches, progress=False).report()
+    def report(self, model: PreTrainedModel, head: Head, dataset: Dataset, logits: Classifier | None = None) -> dict:
+        """`Predictions.report` of a head on the image embeddings of a model: every metric that can select.
+
+        Args:
+            logits (*optional*): gives those of each image, in place of the head's own.
+        """
+        found = classify(ImageClassifier(model, self.processor, head), dataset, *self._batches, progress=False)
+        if logits is not None:
+            values = torch.from_numpy(logits(dataset)).float()
+            losses = image_losses(values, torch.from_numpy(found.labels))
+            found = replace(found, scores=values.softmax(dim=1).numpy(), losses=losses.numpy())
+        return found.report()
+
+    def mixture(self, trained: Trained, share: float) -> Classifier:
+        """Logits `(n, C)`: `share` times those of a training, the rest those of the untuned model with the training's first head."""
+
+        def logits(dataset: Dataset) -> np.ndarray:
+            tuned = trained.head.logits(self.encoded(trained.model, dataset)[0])
+            untuned = trained.first_head.logits(self._encoded(dataset)[0])
+            return (share * tuned + (1 - share) * untuned).numpy()
+
+        return logits
 
     def template_prototypes(self, model: PreTrainedModel, class_names: list[str]) -> ClassPrototypes:
         """Class embeddings of a tuned or the untuned model: the class names in the class template."""

@@ -73,6 +73,7 @@ class Method:
         takes_captions: it fits a head to captions where there are some, and runs without.
         sanity_check: its labels are permuted, so it should fall to chance; it is not a baseline.
         alpha: weights are `(1 - alpha) * untuned + alpha * trained`.
+        share: of the trained model's logits in the scores; the rest is the untuned model with the head that the training started from.
         auto: weights and head are chosen on validation, as `--head auto` does; `inference` has no part in it.
         captions: the refined captions that it reads, by name; empty: those of the dataset.
     """
@@ -85,6 +86,7 @@ class Method:
     needs_captions: bool = False
     sanity_check: bool = False
     alpha: float = 1.0
+    share: float = 1.0
     auto: bool = False
     captions: str = ""
     takes_captions: bool = False
@@ -227,9 +229,16 @@ def _with_kernel(method: Method) -> Method:
     return replace(method, name=f"{method.name}+kernel", about=about, inference=head, takes_captions=takes)
 
 
+def _with_mix(method: Method) -> Method:
+    """`NAME+mix`: mostly the untuned model, as MPS-Tuning mixes them at inference."""
+    about = f"0.3 times the trained logits and 0.7 times the untuned ones, which takes two image towers. {method.about}"
+    return replace(method, name=f"{method.name}+mix", about=about, share=0.3)
+
+
 _TRAINED = [row for row in _ROWS if row.training and not row.auto]
 _VARIANTS = [vary(row) for vary in (_halfway, _with_auto, _with_kernel) for row in _TRAINED]
-METHODS = {row.name: row for row in (*_ROWS, *_VARIANTS)}
+_MIXES = [_with_mix(row) for row in _TRAINED if row.inference is trained_head]
+METHODS = {row.name: row for row in (*_ROWS, *_VARIANTS, *_MIXES)}
 
 
 def method_named(name: str) -> Method:
@@ -303,10 +312,13 @@ def fit(method: Method, context: Context, task: Task) -> Fitted:
         else:
             head = method.inference(context, task, trained)
         classifier = context.classifier(trained.model, head)
+        if method.share < 1:
+            classifier = context.mixture(trained, method.share)
         choice = head.choice if isinstance(head, FeatureHead) else None
         accuracy = value = choice.accuracy if choice else context.accuracy(classifier, task.validation)
         if len(rates) > 1 and metric != "accuracy":
-            value = context.report(trained.model, head, task.validation)[metric]
+            mixed = classifier if method.share < 1 else None
+            value = context.report(trained.model, head, task.validation, mixed)[metric]
         seconds += trained.seconds + time.monotonic() - start
         if best is None or is_better(metric, value, best_value):
             best_value = value
