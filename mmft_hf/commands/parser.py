@@ -3,7 +3,7 @@
 The dataclasses in a command's `ARGUMENTS` hold the settings. A dataclass may name the groups of its settings in `GROUPS`,
 as `{title: "setting another *"}`, where `*` stands for all settings of the dataclass that no group names. Inherited
 settings of `transformers.TrainingArguments` that no group names are stock settings: only `--help all` prints them.
-`STOCK_HELP` replaces the help texts of inherited settings.
+`STOCK_HELP` replaces the help texts of inherited settings. A recipe with settings of its own says in `PROGRAM` what is typed.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class VerbParser(HfArgumentParser):
         words = f"[{self.positional} …] " if self.positional else ""
         super().__init__(
             command.ARGUMENTS,
-            prog=f"mmft-hf {verb}",
-            usage=f"mmft-hf {verb} {words}[--config FILE.yaml] [--key value …]",
+            prog=getattr(command, "PROGRAM", f"mmft-hf {verb}"),
+            usage=f"%(prog)s {words}[--config FILE.yaml] [--key value …]",
             description=command.__doc__,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
@@ -106,7 +106,7 @@ class VerbParser(HfArgumentParser):
             self.groups[title] = [settings[name] for name in names]
 
     def error(self, message):
-        raise UserError(f"{self.verb}: {message}. `mmft-hf {self.verb} --help` lists the settings.")
+        raise UserError(f"{self.verb}: {message}. `{self.prog} --help` lists the settings.")
 
     def format_help(self, everything: bool = False) -> str:
         """The help text. The stock settings are one line unless `everything` is true."""
@@ -116,7 +116,7 @@ class VerbParser(HfArgumentParser):
         for title, actions in self.groups.items():
             formatter.start_section(title)
             if title == STOCK and not everything:
-                formatter.add_text(f"{len(actions)} more; mmft-hf {self.verb} --help all prints them.")
+                formatter.add_text(f"{len(actions)} more; {self.prog} --help all prints them.")
             else:
                 formatter.add_arguments(actions)
             formatter.end_section()
@@ -189,7 +189,7 @@ def parse(verb: str, command, argv: list[str]) -> tuple:
     for word in rest:
         if word.startswith("--"):
             key = word[2:].split("=")[0]
-            raise UserError(f"{verb}: unknown setting --{key}.{nearest(key, known)} See `mmft-hf {verb} --help`.")
+            raise UserError(f"{verb}: unknown setting --{key}.{nearest(key, known)} See `{parser.prog} --help`.")
         raise UserError(f"{verb}: unexpected word {word!r}. Settings are written --key value.")
     return (*filled, getattr(extra, parser.positional)) if parser.positional else tuple(filled)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TypedDict
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -158,7 +159,7 @@ class CaptionEncoder(nn.Module):
                 f"Restore that model, or write the place of the right one into {RECORD}, field base."
             )
         if record.get("lora"):
-            encoder._load_lora(name, revision)
+            encoder._open_lora(name, revision)
         return encoder
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -335,13 +336,23 @@ class CaptionEncoder(nn.Module):
             target_modules=layers,
             fan_in_fan_out=isinstance(self.model.get_submodule(layers[0]), Conv1D),
         )
-        self.model = get_peft_model(self.model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute by its old name
+            self.model = get_peft_model(self.model, config)
 
-    def _load_lora(self, name: str, revision: str | None) -> None:
+    def load_lora(self, folder: str | Path) -> None:
+        """Replaces the LoRA weights by those that `save_pretrained` wrote into a folder."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.model, load_file(Path(folder) / ADAPTER_FILES[1]))
+
+    def _open_lora(self, name: str, revision: str | None) -> None:
         from peft import PeftModel
 
         try:
-            self.model = PeftModel.from_pretrained(self.model, name, revision=revision, use_safetensors=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # as in `add_lora`
+                self.model = PeftModel.from_pretrained(self.model, name, revision=revision, use_safetensors=True)
         except Exception as error:  # missing, damaged, or for another model
             raise UserError(
                 f"caption encoder {name!r}: expected its LoRA adapter ({' and '.join(ADAPTER_FILES)}), which {RECORD} names; it could "
@@ -353,6 +364,12 @@ class CaptionEncoder(nn.Module):
                 f"caption encoder {name!r}: expected the LoRA adapter that {RECORD} was written with, found another one. Copy the whole "
                 "folder again."
             )
+
+    def checkpoint_gradients(self) -> None:
+        """Recomputes activations in the backward pass, which takes less memory and more time."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its name from version 6 on is not in version 5.2
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _lora_state(self) -> dict[str, Tensor]:
         if not hasattr(self.model, "peft_config"):

@@ -69,3 +69,25 @@ def _save(kind: type, config, tokenizer, folder: Path, seed: int) -> Path:
     kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# Four attributes, each in two wordings that share no word.
+ATTRIBUTES = [
+    {"red": "scarlet", "blue": "azure", "green": "emerald", "black": "dark", "white": "pale"},
+    {"cat": "feline", "dog": "hound", "bird": "fowl", "horse": "steed", "cow": "cattle"},
+    {"one": "single", "two": "pair", "three": "trio", "many": "several"},
+    {"house": "home", "tree": "oak", "road": "street", "river": "stream", "hill": "mount"},
+]
+WORDINGS = "{2} {0} {1} near the {3}", "beside a {3} there stands , {0} , the {1} : {2}"
+
+
+def wordings(combination) -> list[str]:
+    """The two captions of a combination of attributes, given as one word of each of `ATTRIBUTES`."""
+    other = [words[word] for words, word in zip(ATTRIBUTES, combination, strict=True)]
+    return [WORDINGS[0].format(*combination), WORDINGS[1].format(*other)]
+
+
+def wording_tokenizer():
+    """A tokenizer of the words of `wordings`."""
+    words = {word for words in ATTRIBUTES for pair in words.items() for word in pair}
+    return word_tokenizer(sorted(words | set("near the beside a there stands , :".split())))
