@@ -57,6 +57,18 @@ def test_clauses_keep_numbers_and_negations():
         ({"claims": [{"claim": " a cat ", "kind": "entity", "of": []}]}, [Claim("a cat", "entity")]),
         ({"claims": [{"claim": "it sits", "kind": "attribute", "of": [1, 9, "2", True]}]}, [("it sits", (0,))]),
         ({"claims": []}, []),
+        (
+            # The numbers in `of` are those of the whole list.
+            {
+                "claims": [
+                    {"claim": "a cat", "kind": "thing"},
+                    {"claim": "a dog", "kind": "entity", "of": []},
+                    "a tree",
+                    {"claim": "it sits", "kind": "attribute", "of": [1, 2]},
+                ]
+            },
+            [("a dog", ()), ("it sits", (0,))],
+        ),
         ({"claims": [{"claim": "a cat", "kind": "thing"}]}, None),
         ({"claims": [{"claim": "", "kind": "entity"}]}, None),
         ({"claims": ["a cat"]}, None),
@@ -65,10 +77,32 @@ def test_clauses_keep_numbers_and_negations():
     ],
 )
 def test_claims_are_read_or_unknown(answer, expected):
-    found = read_claims(answer)
+    found, unread = read_claims(answer)
+    listed = (answer or {}).get("claims")
+    assert unread == (len(listed) - len(expected or ()) if isinstance(listed, list) else 0)
     if expected and isinstance(expected[0], tuple):
         found = [(claim.text, claim.of) for claim in found]
     assert found == expected
+
+
+def test_what_cannot_be_read_of_a_list_of_claims_is_counted_and_the_rest_is_judged():
+    rows, truth = planted(6)
+    respond = responder(truth)
+
+    def spoilt(ask):
+        answer = respond(ask)
+        return {"claims": [*answer["claims"], "more"]} if ask.answer == "json:claims" else answer
+
+    step = Verify(then="drop", on_unanswered="reject")
+    whole, _ = ran(step, rows, respond)
+    found, records = ran(step, rows, spoilt)
+    assert [one.verdicts for own in found for one in own.values()] == [
+        v.verdicts for own in whole for v in own.values()
+    ]
+    assert (
+        step.told(rows, found).figures["claims_unread"] == 6 and "claims_unread" not in step.told(rows, whole).figures
+    )
+    assert all("unanswered" in own[0]["checks"] for own in records)
 
 
 def test_a_caption_is_data_within_the_question():

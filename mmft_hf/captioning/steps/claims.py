@@ -45,22 +45,27 @@ def split_ask(caption: str, most: int) -> Ask:
     )
 
 
-def read_claims(answer: Mapping[str, Any] | None) -> list[Claim] | None:
-    """The claims of an answer to `split_ask`; None if it has another form."""
+def read_claims(answer: Mapping[str, Any] | None) -> tuple[list[Claim] | None, int]:
+    """The claims of an answer to `split_ask`, and how many of its entries have another form.
+
+    The claims are None if the answer is no list, or a list of which no entry can be read.
+    """
     found = (answer or {}).get("claims")
     if not isinstance(found, list):
-        return None
+        return None, 0
+    readable = [n for n, one in enumerate(found) if _is_claim(one)]
+    place = {n: k for k, n in enumerate(readable)}
     claims = []
-    for one in found:
-        if not isinstance(one, dict) or one.get("kind") not in KINDS or not isinstance(one.get("claim"), str):
-            return None
+    for one in (found[n] for n in readable):
         of = one.get("of") if isinstance(one.get("of"), list) else ()
-        parents = tuple(n - 1 for n in of if type(n) is int and 0 < n <= len(found))
-        if text := one["claim"].strip():
-            claims.append(Claim(text, one["kind"], parents))
-        else:
-            return None
-    return claims
+        parents = tuple(place[n - 1] for n in of if type(n) is int and n - 1 in place)
+        claims.append(Claim(one["claim"].strip(), one["kind"], parents))
+    return (None if found and not claims else claims), len(found) - len(claims)
+
+
+def _is_claim(one: Any) -> bool:
+    claim = one.get("claim") if isinstance(one, dict) else None
+    return isinstance(claim, str) and bool(claim.strip()) and one.get("kind") in KINDS
 
 
 def clauses(caption: str) -> list[Claim]:

@@ -54,6 +54,7 @@ class Judged:
 
     Args:
         claims: None if they are not known.
+        unread: number of claims that the writer listed in another form, and that nobody judges.
         verdicts, votes: of each claim.
         decoys: statements about another class, with verdict and votes.
         facts: what the judge sees, and whether the caption says it.
@@ -61,6 +62,7 @@ class Judged:
     """
 
     claims: list[Claim] | None
+    unread: int = 0
     verdicts: list[str] = field(default_factory=list)
     votes: list[list[str | None]] = field(default_factory=list)
     decoys: list[tuple[str, str, list[str | None]]] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Judged:
 
     def unknown(self) -> bool:
         """Whether nothing, or not everything, was answered."""
-        return self.claims is None or UNANSWERED in self.verdicts
+        return self.claims is None or self.unread > 0 or UNANSWERED in self.verdicts
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Verify(Step):
     hints: tuple[str, ...] = ()
 
     name: ClassVar[str] = "verify"
+    version: ClassVar[int] = 2
     about: ClassVar[str] = "judges what each caption claims, and may remove what is not true"
     after: ClassVar[str] = (
         "Visual Fact Checker (arXiv 2404.19752); levels and completeness after HMGIE (arXiv 2412.05685); what the student can see "
@@ -240,8 +243,8 @@ class Verify(Step):
         texts = row.texts()
         if row.image_sha256 is None or not texts:
             return None
-        split, facts = yield from self._split(row, texts, fitted)
-        found = {text: Judged(split[text]) for text in texts}
+        split, unread, facts = yield from self._split(row, texts, fitted)
+        found = {text: Judged(split[text], unread.get(text, 0)) for text in texts}
         decoys = self._decoys(row, fitted.captions, split.get)
         yield from self._judge(row, fitted, found, decoys)
         if facts:
@@ -259,7 +262,7 @@ class Verify(Step):
         return found
 
     def _split(self, row: Row, texts: list[str], fitted: Fitted) -> Iterator:
-        """The claims of the captions, and of those that decoys come from; and the facts that the judge sees."""
+        """The claims of the captions, and of those that decoys come from; how many could not be read; and the facts that the judge sees."""
         foreign = [foreign_caption(fitted.captions, row, text, k) for text in texts for k in range(self.decoys)]
         wanted = list(dict.fromkeys([*texts, *filter(None, foreign)]))
         asks = [split_ask(text, self.most) for text in wanted] if self.claims == "writer" else []
@@ -268,8 +271,9 @@ class Verify(Step):
         )
         facts = (answers[-1] or [])[:FACTS] if self.completeness else []
         if not asks:
-            return {text: clauses(text) for text in wanted}, facts
-        return {text: read_claims(answer) for text, answer in zip(wanted, answers[: len(wanted)], strict=True)}, facts
+            return {text: clauses(text) for text in wanted}, {}, facts
+        read = {text: read_claims(answer) for text, answer in zip(wanted, answers[: len(wanted)], strict=True)}
+        return {text: own for text, (own, _) in read.items()}, {text: lost for text, (_, lost) in read.items()}, facts
 
     def _decoys(self, row: Row, captions: list, split: Callable[[str], list[Claim] | None]) -> dict[str, list[str]]:
         """The decoys of each caption. `captions`: of `foreign_captions`; `split`: gives the claims of a caption."""
@@ -394,6 +398,7 @@ class Verify(Step):
             "claims": len(verdicts),
             **{name: verdicts.count(name) for name in (YES, NO, UNSURE, UNANSWERED, NOT_ASKED)},
             "captions_without_claims": sum(one.claims is None for one in every),
+            **({"claims_unread": unread} if (unread := sum(one.unread for one in every)) else {}),
             "decoys": sum(len(one.decoys) for one in every),
             "decoy_recall": recall,
             **{f"accuracy_{kind}": accuracy(own) for kind, own in kinds.items()},
