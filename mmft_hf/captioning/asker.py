@@ -62,6 +62,7 @@ class Asker:
         run_dir: folder whose subfolder `journal/` keeps the answers.
         checker: checks answers that are captions.
         progress: whether to show progress bars.
+        steps: all that it will be called with, in order. A model in this process stays loaded as long as one of them asks it.
 
     Attributes:
         outcome: the calls of this run.
@@ -77,12 +78,14 @@ class Asker:
         limits: Limits,
         run_id: str,
         progress: bool = True,
+        steps: Sequence[Step] = (),
     ):
         self.roles, self.data, self.checker, self.limits = roles, data, checker, limits
         self.run_id, self.progress = run_id, progress
         self.folder = Path(run_dir) / "journal"
         self.outcome, self.open = Outcome(), 0
         self._seen: set[bytes] = set()
+        self._to_come = [step for step in steps if step.roles()]
 
     def __enter__(self) -> Asker:
         self.journal = Journal(self.folder)
@@ -140,7 +143,9 @@ class Asker:
                 self._known,
                 self._seen,
             )
-            driver = QuestionDriver(*asked, done, without)
+            self._to_come = self._to_come[1:]
+            again = frozenset(id(self.roles[name].backend) for later in self._to_come for name in later.roles())
+            driver = QuestionDriver(*asked, done, without, again)
             outcome = finished(driver, lambda: driver.run(rows, lambda row: step.ask(row, fitted)), bar.write)
         self.outcome += outcome
         self.open += driver.tally.open

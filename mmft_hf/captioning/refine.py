@@ -251,7 +251,7 @@ class RefineWorkflow:
                 return self._run(None)
             data = PicturesOfDataset(self.table.part.images, self.table.part.hashes)
             limits = Limits(args.concurrency, args.requests_per_minute, args.tokens_per_minute, args.max_reasks)
-            asked = (self.roles, data, self.folder.path, self.checker, limits, self.run_id, is_main())
+            asked = (self.roles, data, self.folder.path, self.checker, limits, self.run_id, is_main(), self.steps)
             return self._run(stack.enter_context(Asker(*asked)))
 
     def _kept(self) -> str | None:
@@ -388,7 +388,7 @@ def refine_captions(
     check_features(made, opened)
     checker = CaptionChecker(table.part.class_names, tokenizer)
     data = PicturesOfDataset(table.part.images, table.part.hashes)
-    with Asker(opened, data, run_dir, checker, limits, new_run_id(), progress) as asker:
+    with Asker(opened, data, run_dir, checker, limits, new_run_id(), progress, made) as asker:
         apply_steps(table, made, embeddings, asker, checker)
     return table.dataset()
 

@@ -160,8 +160,8 @@ class Backend(Protocol):
         Raises `Transient`, `Unanswerable` or `Fatal` if all requests are concerned.
         """
 
-    async def aclose(self) -> None:
-        """Closes connections."""
+    async def aclose(self, again: bool = False) -> None:
+        """Closes connections, which belong to one event loop. Frees a model in this process, unless it will be asked `again`."""
 
 
 # What providers call the token limit of an answer.

@@ -11,6 +11,8 @@ import weakref
 
 import pytest
 import torch
+from caption_tools import NAMES, dataset
+from caption_tools import picture as shapes
 from PIL import Image
 from processes import run_python
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,16 @@ from tiny_vlm import CHAT_TEMPLATE
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from vlm_requests import GREEDY, LONG, MIXED, ask, picture, request, seen
 
+from mmft_hf.captioning.apply import apply_steps
 from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
+from mmft_hf.captioning.ask.captioner import Captioner
+from mmft_hf.captioning.ask.limits import Limits
+from mmft_hf.captioning.ask.roles import open_roles
+from mmft_hf.captioning.asker import Asker, PicturesOfDataset
+from mmft_hf.captioning.caption_table import CaptionTable
+from mmft_hf.captioning.judge.checks import CaptionChecker
+from mmft_hf.captioning.steps.choice import Choice
+from mmft_hf.captioning.steps.rubric import Rubric
 from mmft_hf.captioning.types import Fatal, Picture, Request, Sampling, Unanswerable
 from mmft_hf.core.errors import UserError
 
@@ -249,6 +260,31 @@ def test_closing_frees_the_model(vlm, monkeypatch):
     assert ask(backend, MIXED[:1]) == first
 
 
+def test_a_model_is_loaded_once_for_all_steps_and_freed_after_the_last(vlm, tmp_path, monkeypatch):
+    loaded, real = [], AutoModelForImageTextToText.from_pretrained
+
+    def counted(*args, **options):
+        loaded.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", counted)
+    data = dataset([shapes(i) for i in range(2)]).add_column("captions", [["one", "two"]] * 2)
+    table, steps = CaptionTable("data", data), [Rubric(), Choice(), Rubric(dimensions=("grammar",))]
+    roles = open_roles({"judge": Captioner("transformers", str(vlm), sampling=GREEDY)}, 1, None, 0.0, None)
+    pictures = PicturesOfDataset(table.part.images, table.part.hashes)
+    checker, limits = CaptionChecker(NAMES), Limits()
+    with Asker(roles, pictures, tmp_path, checker, limits, "a run", False, steps) as asker:
+        held = []
+
+        def asking(step, *args):
+            found = asker(step, *args)
+            held.append(roles["judge"].backend._model is not None)
+            return found
+
+        apply_steps(table, steps, None, asking, checker)
+    assert len(loaded) == 1 and held == [True, True, False]
+
+
 # -- who answers ------------------------------------------------------------------------------------------------------
 def test_identity_is_that_of_the_weights_and_knows_no_path(vlm, copy, monkeypatch):
     identity = TransformersBackend(str(vlm)).identity()
@@ -292,7 +328,16 @@ def test_identity_is_the_same_in_another_process_and_a_commit_for_a_hub_model(vl
     (cached / "refs" / "main").write_text(commit)
     code = f"""if True:
         import asyncio, json
-        from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
+        from mmft_hf.captioning.apply import apply_steps
+from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
+from mmft_hf.captioning.ask.captioner import Captioner
+from mmft_hf.captioning.ask.limits import Limits
+from mmft_hf.captioning.ask.roles import open_roles
+from mmft_hf.captioning.asker import Asker, PicturesOfDataset
+from mmft_hf.captioning.caption_table import CaptionTable
+from mmft_hf.captioning.judge.checks import CaptionChecker
+from mmft_hf.captioning.steps.choice import Choice
+from mmft_hf.captioning.steps.rubric import Rubric
         from vlm_requests import GREEDY, MIXED
         hub = TransformersBackend("someone/tiny-vlm", sampling=GREEDY)
         answer = asyncio.run(hub.generate(MIXED[:1]))[0]

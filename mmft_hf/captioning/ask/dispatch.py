@@ -114,10 +114,11 @@ class Dispatcher:
         self.error = self.error or error
         self.stop("error", str(error))
 
-    async def aclose(self) -> None:
+    async def aclose(self, again: bool = False) -> None:
+        """Ends it. `again`: whether the backend will be asked by another one."""
         if self._batches_task:
             self._batches_task.cancel()
-        await self.backend.aclose()
+        await self.backend.aclose(again)
 
     async def ask(self, request: Request) -> tuple[Answer, dict]:
         """Returns the answer and what it took: `tokens_in`, `tokens_out`, `cost`, `attempts`, `latency_ms`.

@@ -111,6 +111,7 @@ class QuestionDriver:
         seen: keys of the tries that were counted for earlier steps, to which those of this one are added.
         done: called after each row that has ended.
         left_out: called with each field that a server refuses, and that is left out from then on.
+        again: `id` of the backends that later steps ask, whose models stay loaded.
     """
 
     roles: Mapping[str, Role]
@@ -124,6 +125,7 @@ class QuestionDriver:
     seen: set[bytes]
     done: Callable[[], None] = lambda: None
     left_out: Callable[[Role, FieldRefused], None] = lambda role, error: None
+    again: frozenset[int] = frozenset()
 
     def __post_init__(self):
         self.tally = Tally()
@@ -174,7 +176,7 @@ class QuestionDriver:
                 task.cancel()
             self._pool.shutdown(wait=False, cancel_futures=True)
             for calls in self._dispatchers:
-                await calls.aclose()
+                await calls.aclose(again=id(calls.backend) in self.again)
             self._reader.close()
         outcome = self.outcome
         outcome.seconds = time.monotonic() - started

@@ -101,7 +101,7 @@ class HTTPBackend(ABC):
         """The answers in the order of the requests, asked for one after the other."""
         return [await self._ask(request) for request in requests]
 
-    async def aclose(self) -> None:
+    async def aclose(self, again: bool = False) -> None:
         """Closes the connections."""
         await self.transport.aclose()
 

@@ -152,9 +152,10 @@ class TransformersBackend:
             raise results[0]
         return results
 
-    async def aclose(self) -> None:
-        """Frees the model; a later `generate` loads it again."""
-        await asyncio.to_thread(self._free)
+    async def aclose(self, again: bool = False) -> None:
+        """Frees the model, unless it will be asked `again`. A later `generate` loads it again."""
+        if not again:
+            await asyncio.to_thread(self._free)
 
     # -- loading ------------------------------------------------------------------------------------------------------
     @cached_property
