@@ -145,7 +145,7 @@ class Asker:
             )
             self._to_come = self._to_come[1:]
             again = frozenset(id(self.roles[name].backend) for later in self._to_come for name in later.roles())
-            driver = QuestionDriver(*asked, done, without, again)
+            driver = QuestionDriver(*asked, done, without, lambda text: bar.write(plain(f"Note: {text}")), again)
             outcome = finished(driver, lambda: driver.run(rows, lambda row: step.ask(row, fitted)), bar.write)
         self.outcome += outcome
         self.open += driver.tally.open

@@ -157,11 +157,14 @@ class SplitCaptioner:
                 self.journal.put_left_out(self.run_id, self.captioner.model, error.field, error.instead, str(error))
                 bar.write(plain(self._says(error)))
 
+            def note(text: str) -> None:
+                bar.write(plain(f"Note: {text}"))
+
             for row in self.left_out():
                 if row["run_id"] == self.run_id:  # refused earlier in this run: for another split
                     self.backend.leave_out(FieldRefused(row["said"], row["field"], row["instead"]))
             asked = (self.captioner, self.keys, self.backend, self.journal, self.checker, self.dataset)
-            driver = Driver(*asked, self.limits, meter, self.run_id, done, without)
+            driver = Driver(*asked, self.limits, meter, self.run_id, done, without, note)
             return finished(driver, lambda: driver.run(plan), bar.write)
 
     def _says(self, error: FieldRefused) -> str:

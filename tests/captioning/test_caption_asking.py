@@ -3,16 +3,23 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
+import caption_server
 import pytest
 from caption_server import serving
 from caption_tools import NAMES, dataset, picture
+from launch_tools import free_port
 
 from mmft_hf.captioning.apply import apply_steps
+from mmft_hf.captioning.ask import dispatch
 from mmft_hf.captioning.ask.captioner import Captioner
 from mmft_hf.captioning.ask.journal import Journal
 from mmft_hf.captioning.ask.journal_reader import read_rows
@@ -97,7 +104,7 @@ def table(count=COUNT, texts=lambda i: [f"a text {i}"]):
 
 
 @contextmanager
-def asker(server, folder, own=None, concurrency=4, limit=None, prices=None, found=None, **sampling):
+def asker(server, folder, own=None, concurrency=4, limit=None, prices=None, found=None, retry=None, **sampling):
     """The Asker of a table; judge and writer are two models of one server."""
     found = found or table()
     roles = {
@@ -107,7 +114,7 @@ def asker(server, folder, own=None, concurrency=4, limit=None, prices=None, foun
         for name in ("judge", "writer")
     }
     opened = open_roles(roles | (own or {}), concurrency, prices, 0.0, limit)
-    limits = Limits(concurrency, retry=RetryPolicy(max_attempts=2, base_s=0.01))
+    limits = Limits(concurrency, retry=retry or RetryPolicy(max_attempts=2, base_s=0.01))
     data = PicturesOfDataset(found.part.images, found.part.hashes)
     checker = CaptionChecker(NAMES)
     with Asker(opened, data, folder, checker, limits, "a run", progress=False) as made:
@@ -291,6 +298,110 @@ def test_the_cost_limit_counts_all_roles_together(server, tmp_path):
     paid = [row["cost"] for row in read_rows(tmp_path / "b" / "journal")]
     # How many questions the judge had answered when the writer's first one came depends on the machine.
     assert paid and paid == pytest.approx([0.001] * len(paid)) and len(paid) <= COUNT
+
+
+@dataclass(frozen=True)
+class Cheap(Doubt):
+    """Asks the writer about texts first, which costs little, and then the judge with pictures."""
+
+    name: ClassVar[str] = "cheap"
+
+    def ask(self, row, fitted):
+        text = row.texts()[0]
+        yield [Ask("writer", f"Say: {quoted(text)}", (), "text")]
+        yield [Ask("judge", f"Is this true? {quoted(text)}", row.picture(), "yes_no")]
+        return {"answers": {}, "new": {}}
+
+
+def test_a_bill_beyond_the_estimate_does_not_pass_the_limit(server, tmp_path):
+    """A picture is billed at 5,000 tokens, many times its estimate. One call tells so before others follow."""
+
+    def billed(text, tokens):
+        message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1}
+        return {"model": "m", "choices": [message], "usage": usage}
+
+    answers = {"Say:": billed("said", 10), "Is this true?": billed("yes", 5000)}
+    server.server.reply = None
+    server.server.script = {"rules": [{"do": "ok", "prompt": p, "body": b, "delay_ms": 50} for p, b in answers.items()]}
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("models: {m: {input: 100, output: 0}}")  # half a dollar a picture
+    both = Captioner("openai", "m", sampling=Sampling(max_tokens=100), base_url=f"{server.url}/v1")
+    with pytest.raises(PartialResult, match="max_cost_usd"):
+        own = {"judge": both, "writer": both}
+        run(server, tmp_path / "a", (Cheap(),), own=own, concurrency=COUNT, prices=str(prices), limit=1.3)
+    assert sum(row["cost"] for row in read_rows(tmp_path / "a" / "journal")) <= 1.3
+    assert sum(row["prompt"].startswith("Is") for row in server.requests()) == 2
+
+
+def away(server, log, seconds=None):
+    """Kills a server in a process of its own once it has answered some questions. Starts it again after so many seconds."""
+
+    def work():
+        while len(server.requests()) < 3:
+            time.sleep(0.01)
+        server.kill()
+        if seconds is not None:
+            time.sleep(seconds)
+            server.start()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+class Killable:
+    """A server of `replies` in a process, which may be killed and started again at the same port."""
+
+    def __init__(self, log):
+        self.port, self.log, self.child = free_port(), log, None
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.script = log.with_suffix(".json")
+        self.script.write_text(json.dumps({"rules": [{"do": "ok", "text": "yes", "delay_ms": 30}]}))
+
+    def start(self):
+        command = [sys.executable, caption_server.__file__, "--port", str(self.port), "--script", str(self.script)]
+        self.child = subprocess.Popen([*command, "--log", str(self.log)], stdout=subprocess.PIPE)
+        self.child.stdout.readline()  # it listens
+
+    def kill(self):
+        self.child.kill()
+        self.child.wait()
+        self.child.stdout.close()
+
+    def requests(self):
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def killable(tmp_path):
+    running = Killable(tmp_path / "killable.jsonl")
+    running.start()
+    yield running
+    if running.child.poll() is None:
+        running.kill()
+
+
+def test_a_server_that_is_away_for_a_moment_costs_no_answer(killable, tmp_path):
+    thread = away(killable, tmp_path, seconds=1.0)
+    retry = RetryPolicy(max_attempts=4, base_s=0.1)
+    (done,), _, ask = run(killable, tmp_path, found=table(60), concurrency=2, retry=retry)
+    thread.join()
+    assert done.asked["answered"] == 60 and not ask.open and ask.outcome.failures["connect"]
+
+
+def test_a_server_that_stays_away_ends_the_run_and_says_so_meanwhile(killable, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "NOTE_EVERY_S", 0.2)
+    thread = away(killable, tmp_path)
+    retry = RetryPolicy(base_s=0.05, outage_s=1.0)
+    with pytest.raises(PartialResult, match=r"127.0.0.1.*nothing has answered there for") as caught:
+        run(killable, tmp_path, found=table(60), concurrency=2, retry=retry)
+    thread.join()
+    assert caught.value.again and "Note: judge: No answer for" in " ".join("".join(capsys.readouterr()).split())
+    answered = len([row for row in read_rows(tmp_path / "journal") if row["raw_text"]])
+    killable.start()
+    (done,), _, _ = run(killable, tmp_path, found=table(60), concurrency=2)
+    assert done.asked["answered"] == 60 and answered > 0
 
 
 def test_what_is_missing_is_named_before_any_call(tmp_path):

@@ -137,17 +137,26 @@ class CostMeter:
         price: of the model; None if unknown.
         spent: US dollars that earlier runs cost.
         limit: US dollars that all runs may cost together.
+
+    Attributes:
+        billed: whether what a call with pictures (True) and one without (False) costs is known.
     """
 
     def __init__(self, price: Price | None = None, spent: float = 0.0, limit: float | None = None):
         self.price, self.limit, self._sum = price, limit, _Sum(spent)
         self._dearest = 0.0
+        self.billed: set[bool] = set()
 
     def beside(self, price: Price | None) -> CostMeter:
         """A meter of another model, which counts towards the same limit."""
         other = CostMeter(price, limit=self.limit)
         other._sum = self._sum
         return other
+
+    @property
+    def keeps_limit(self) -> bool:
+        """Whether calls of this model count towards a limit."""
+        return self.limit is not None and self.price is not None
 
     @property
     def spent(self) -> float:
@@ -162,7 +171,7 @@ class CostMeter:
 
     def reserve(self, tokens_in: int, tokens_out: int) -> float | None:
         """Sets aside the most that a call can cost, in US dollars; None if that would exceed the limit."""
-        if self.limit is None or self.price is None:
+        if not self.keeps_limit:
             return 0.0
         dollars = max(self.of(tokens_in, tokens_out), self._dearest)
         if self._sum.spent + self._sum.reserved + dollars > self.limit:

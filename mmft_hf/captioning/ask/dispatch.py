@@ -18,6 +18,7 @@ from .limits import CircuitBreaker, ConcurrencyLimit, Limits, RateLimit, RetryPo
 # The first call goes alone and gives up sooner, so that a wrong key or a server that is down costs a single call.
 PROBE = RetryPolicy(max_attempts=3, base_s=0.5, cap_s=4.0)
 ALIKE = 3  # pictures that a server turned away in the same words before it answered any: then no picture is to blame
+NOTE_EVERY_S = 10.0  # seconds without an answer after which the user is told, again and again
 WINDOW = 4  # batches of a model in this process that are sorted by length together
 
 
@@ -71,6 +72,7 @@ class Dispatcher:
     Args:
         on_stop: called once, when the run has to end.
         on_left_out: called once for each field that the server refuses and that is left out from then on.
+        note: prints a line for the user.
     """
 
     def __init__(
@@ -80,9 +82,13 @@ class Dispatcher:
         meter: CostMeter,
         on_stop: Callable[[], None],
         on_left_out: Callable[[FieldRefused], None] = lambda error: None,
+        note: Callable[[str], None] = lambda text: None,
     ):
         self.backend, self.limits, self.meter = backend, limits, meter
-        self._on_stop, self._on_left_out = on_stop, on_left_out
+        self._on_stop, self._on_left_out, self._note = on_stop, on_left_out, note
+        self._unreached_since: float | None = None
+        self._noted = time.monotonic()
+        self._first: set[bool] = set()  # calls in flight that tell what such a call costs: with pictures, without
         self._left_out: set[str] = set()
         self._turned_away: dict[tuple[str, str], tuple[set[int], str]] = {}
         self.outcome = Outcome()
@@ -152,6 +158,7 @@ class Dispatcher:
                     raise
             except Unanswerable as error:
                 self.outcome.failures[error.kind] += 1
+                self._unreached_since = None
                 self._note_turned_away(request, error)
                 self._gave_up(error)
                 raise
@@ -169,6 +176,9 @@ class Dispatcher:
                 return answer, {**spent, "attempts": attempts, "latency_ms": round(1000 * seconds)}
             finally:
                 self.meter.settle(reserved, dollars)
+                self._first.discard(bool(request.pictures))
+                if dollars is not None:
+                    self.meter.billed.add(bool(request.pictures))
                 self._tokens.settle(estimate, used if used is not None else estimate)
                 self.flying.discard(asyncio.current_task())
                 self._concurrency.release()
@@ -185,9 +195,16 @@ class Dispatcher:
             raise Stopped
         await self._requests.take()
         await self._tokens.take(estimate)
-        began = await self._concurrency.acquire()
+        began, kind = await self._concurrency.acquire(), bool(request.pictures)
         while True:
-            reserved = self.meter.reserve(max(tokens_in, self._largest_in), request.max_tokens)
+            # A server may bill more than is estimated. The first call with a picture, and without one, tells how much.
+            unknown = self.meter.keeps_limit and kind not in self.meter.billed
+            waits = unknown and kind in self._first
+            reserved = None
+            if not waits:
+                reserved = self.meter.reserve(max(tokens_in, self._largest_in), request.max_tokens)
+            if reserved is not None and unknown:
+                self._first.add(kind)
             if reserved is not None or self.stopping or not self.flying:
                 break
             self._landed.clear()  # a call in flight usually costs less than what is set aside for it
@@ -205,6 +222,13 @@ class Dispatcher:
     def _wait(self, error: Transient, failures: int, limited: int, began: float, first: float) -> float | None:
         """Seconds until the next try of a call that failed, or None to give it up."""
         self.outcome.failures[error.kind] += 1
+        now = time.monotonic()
+        self._note_silence(error, now)
+        if error.kind != "connect":
+            self._unreached_since = None
+        elif not self._probing:
+            self._unreached_since = self._unreached_since or now
+            return self.limits.retry.wait_for_server(failures, now - self._unreached_since, now - first, self._rng)
         policy = PROBE if self._probing and not error.limited else self.limits.retry
         if self._probing and error.kind in ("connect", "timeout"):
             # While probing, calls take turns in case a picture is to blame. But a server that is down is down for all.
@@ -213,7 +237,14 @@ class Dispatcher:
         since = max(first, self._answered) if error.limited else first
         if error.limited:
             self._concurrency.limited(began, error.wait)
-        return policy.wait(error, failures, limited, time.monotonic() - since, self._rng)
+        return policy.wait(error, failures, limited, now - since, self._rng)
+
+    def _note_silence(self, error: Transient, now: float) -> None:
+        """Tells the user if no call has been answered for a while."""
+        if now - max(self._noted, self._answered) >= NOTE_EVERY_S:
+            self._noted = now
+            since = f" for {now - self._answered:.0f} s" if self._answered else ""
+            self._note(f"No answer{since}: {error}. Trying again.")
 
     def _succeeded(self, answer: Answer, dollars: float | None, seconds: float) -> None:
         outcome = self.outcome
@@ -225,7 +256,7 @@ class Dispatcher:
         self._largest_in = max(self._largest_in, answer.tokens_in or 0)
         self._breaker.record(None)
         self._concurrency.succeeded()
-        self._answered = time.monotonic()
+        self._answered, self._unreached_since = time.monotonic(), None
         if self._probing:
             self._probing = False
             self._concurrency.open()
@@ -267,6 +298,9 @@ class Dispatcher:
                 if error.kind == "connect":
                     why = f"{error}: nothing answers there. Start the server, or type another --base_url."
                 self.stop("fatal", why)
+        elif error.kind == "connect":
+            seconds = time.monotonic() - (self._unreached_since or 0)
+            self.stop("breaker", f"{error}: nothing has answered there for {seconds:.0f} s")
         elif isinstance(error, Transient) and error.limited:
             self.stop("quota", f"the rate limit persists: {error}")
         elif why := self._breaker.why:

@@ -40,6 +40,7 @@ class Driver:
         meter: prices, what was spent, and the limit.
         done: called after each caption with the outcome so far and the number of new captions.
         left_out: called with each field that the server refuses, and that is left out from then on.
+        note: prints a line for the user.
     """
 
     captioner: Captioner
@@ -53,6 +54,7 @@ class Driver:
     run_id: str | None = None
     done: Callable[[Outcome, int], None] = lambda outcome, captions: None
     left_out: Callable[[FieldRefused], None] = lambda error: None
+    note: Callable[[str], None] = lambda text: None
 
     def __post_init__(self):
         self._known = JournalReader(self.journal.folder)
@@ -67,7 +69,7 @@ class Driver:
         """
         started = time.monotonic()
         self._tried = unsettled_slots(self.journal.folder)
-        self.calls = Dispatcher(self.backend, self.limits, self.meter, self._on_stop, self.left_out)
+        self.calls = Dispatcher(self.backend, self.limits, self.meter, self._on_stop, self.left_out, self.note)
         # The number of calls prepared or in flight, which bounds the pictures in memory.
         self._ahead = 2 * self.calls.most + len(self.captioner.prompts.aspects) * self.captioner.samples
         self._room = asyncio.Semaphore(self._ahead)

@@ -19,7 +19,8 @@ class RetryPolicy:
     """Which failed calls are tried again, and after how long.
 
     Full jitter: a wait drawn from 0 to `min(cap, base * 2^k)` seconds. The wait that a server asks for is a lower bound.
-    Rate limits do not use up the attempts of a call, only its time.
+    Rate limits do not use up the attempts of a call, only its time. Nor does a server that cannot be reached after it has answered:
+    calls wait for it up to `outage_s` seconds, and then the run ends.
 
     Reference: Brooker 2015, "Exponential Backoff and Jitter" (AWS Architecture Blog).
     """
@@ -28,6 +29,18 @@ class RetryPolicy:
     max_elapsed_s: float = 600.0
     base_s: float = 1.0
     cap_s: float = 60.0
+    outage_s: float = 45.0
+
+    def wait_for_server(self, failures: int, gone_s: float, elapsed_s: float, rng: random.Random) -> float | None:
+        """Seconds until the next try after a failed connection, or None if there is to be none.
+
+        Args:
+            failures, elapsed_s: see `wait`.
+            gone_s: seconds since the server was found to be out of reach.
+        """
+        if gone_s >= self.outage_s or elapsed_s >= self.max_elapsed_s:
+            return None
+        return rng.uniform(0.2, 1) * min(5.0, self.base_s * 2 ** min(failures, 60))
 
     def wait(self, error: Transient, failures: int, limited: int, elapsed_s: float, rng: random.Random) -> float | None:
         """Seconds until the next try, or None if there is to be none.

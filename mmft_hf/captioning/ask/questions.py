@@ -111,6 +111,7 @@ class QuestionDriver:
         seen: keys of the tries that were counted for earlier steps, to which those of this one are added.
         done: called after each row that has ended.
         left_out: called with each field that a server refuses, and that is left out from then on.
+        note: prints a line for the user.
         again: `id` of the backends that later steps ask, whose models stay loaded.
     """
 
@@ -125,6 +126,7 @@ class QuestionDriver:
     seen: set[bytes]
     done: Callable[[], None] = lambda: None
     left_out: Callable[[Role, FieldRefused], None] = lambda role, error: None
+    note: Callable[[str], None] = lambda text: None
     again: frozenset[int] = frozenset()
 
     def __post_init__(self):
@@ -153,7 +155,7 @@ class QuestionDriver:
         by_backend: dict[int, Dispatcher] = {}
         for role in self.roles.values():
             if id(role.backend) not in by_backend:
-                options = (self._on_stop, partial(self.left_out, role))
+                options = (self._on_stop, partial(self.left_out, role), partial(self._says, role))
                 by_backend[id(role.backend)] = Dispatcher(role.backend, self.limits, role.meter, *options)
         self._calls = {name: by_backend[id(role.backend)] for name, role in self.roles.items()}
         self._dispatchers = list(by_backend.values())
@@ -217,6 +219,9 @@ class QuestionDriver:
         among.add(task)
         task.add_done_callback(among.discard)
         return task
+
+    def _says(self, role: Role, text: str) -> None:
+        self.note(f"{role.name}: {text}")
 
     # -- one row ------------------------------------------------------------------------------------------------------
     async def _row(self, i: int, row: Row, asking: Asking) -> None:
