@@ -228,6 +228,10 @@ def _captions(config: MMFTConfig, splits) -> str:
     text = f'{per_image.mean():.1f} per training image, after "{config.class_template}"'
     if without := int((per_image == 0).sum()):
         text += f"; {without} images have none and use that alone"
+    if config.long_captions == "windows":
+        text += "; long ones are read in parts"
+    if config.long_captions == "stretch":
+        text += "; the text tower is stretched for long ones"
     if config.sample_weight:
         text += f"; they count by {config.sample_weight}"
     if config.caption_dropout:

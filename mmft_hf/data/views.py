@@ -44,6 +44,8 @@ class TextView:
         templates: with `{}` for the class name; of several, one is drawn for each read.
         caption_dropout: probability of the class template alone instead of a caption.
         seed: of all draws.
+        windows: splits a caption, given the class prompt before it, into parts that the text tower reads whole; of several, one is
+            drawn for each read. None: the caption stays whole.
 
     A row is a mapping with `label`, a class or a list of classes, and, perhaps, `captions` and `caption_weights` (how much each of
     them counts). In a text of several classes, their
@@ -54,6 +56,7 @@ class TextView:
     templates: str | Sequence[str] = DEFAULT_TEMPLATE
     caption_dropout: float = 0.0
     seed: int = 0
+    windows: Callable[[str, str], Sequence[str]] | None = None
 
     def __post_init__(self):
         templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
@@ -65,14 +68,21 @@ class TextView:
         name = joined_class_names(self.class_names, label)
         return [class_prompt(template, name) for template in self.templates]
 
-    def caption_texts(self, row: Mapping) -> list[str]:
-        """Each caption of a row after each template."""
+    def caption_texts(self, row: Mapping) -> list[tuple[str, ...]]:
+        """Each caption of a row after each template: one text, or one for each of its windows."""
         captions, name = captions_of(row.get("captions")), joined_class_names(self.class_names, row["label"])
-        return [training_text(template, name, caption) for template in self.templates for caption in captions]
+        return [
+            tuple(training_text(template, name, part) for part in self._parts(template, name, caption))
+            for template in self.templates
+            for caption in captions
+        ]
+
+    def _parts(self, template: str, name: str, caption: str) -> Sequence[str]:
+        return (caption,) if self.windows is None else self.windows(class_prompt(template, name), caption)
 
     def possible_texts(self, row: Mapping) -> list[str]:
         """Every text that `draw` may give to a row."""
-        texts = self.caption_texts(row)
+        texts = [text for parts in self.caption_texts(row) for text in parts]
         return texts if texts and not self.caption_dropout else texts + self.class_texts(row["label"])
 
     def draw(
@@ -95,9 +105,12 @@ class TextView:
         drawn = crop(rng) if crop else None
         template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
         caption = None if number is None else captions[number]
+        name = joined_class_names(self.class_names, row["label"])
+        if caption and len(parts := self._parts(template, name, caption)) > 1:
+            caption = parts[generator(self.seed, epoch, place, 4).integers(len(parts))]  # 4: a stream of its own
         weights = row.get(WEIGHTS)
         weight = 1.0 if number is None or weights is None else weights[number]
-        return training_text(template, joined_class_names(self.class_names, row["label"]), caption), drawn, weight
+        return training_text(template, name, caption), drawn, weight
 
 
 def text_rows(dataset: Dataset) -> Iterator[dict]:
@@ -108,9 +121,10 @@ def text_rows(dataset: Dataset) -> Iterator[dict]:
             yield {"label": label, "captions": value}
 
 
-def caption_counts(dataset: Dataset, texts: TextView) -> Counter[tuple[int, str]]:
-    """How many rows of each class have each text with a caption. A text counts for all classes of its picture."""
-    counts: Counter[tuple[int, str]] = Counter()
+def caption_counts(dataset: Dataset, texts: TextView) -> Counter[tuple[int, tuple[str, ...]]]:
+    """How many rows of each class have each caption, as `TextView.caption_texts` gives it. It counts for all classes of its
+    picture."""
+    counts: Counter[tuple[int, tuple[str, ...]]] = Counter()
     for row in text_rows(dataset):
         for text in texts.caption_texts(row):
             counts.update((c, text) for c in (row["label"] if isinstance(row["label"], list) else [row["label"]]))

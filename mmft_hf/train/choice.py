@@ -130,7 +130,8 @@ def choose_classifier(
             # No later run has the weights of another alpha.
             how = shared | {"cached": alpha == 0 and config.cache_frozen_features, "trunk": trunk}
             prototypes[alpha] = prototypes_of(model, processor, splits.train, config)
-            data = head_data(model, processor, splits.train, prototypes[alpha], config.class_template, **how)
+            texts = {"template": config.class_template, "long_captions": config.long_captions}
+            data = head_data(model, processor, splits.train, prototypes[alpha], **texts, **how)
             yield State(alpha, data, *embeddings(model, processor, splits.validation, name="validation", **how))
 
     metric = config.metric_for_best_model and metric_name(config.metric_for_best_model)

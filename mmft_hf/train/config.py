@@ -20,6 +20,7 @@ from ..data.texts import DEFAULT_TEMPLATE, check_template
 from ..predict.fitting import NAMES
 from .selection import METRICS, metric_name
 
+LONG_CAPTIONS = ("cut", "windows", "stretch")
 PROTOTYPE_SOURCES = ("captions", "template", "templates", "images")
 SHARE = Range(0, 1)
 # Stock settings that no weight depends on, so that a resume may change them. Any other one counts as deciding, also one that
@@ -67,8 +68,8 @@ class MMFTConfig(TrainingArguments):
     """
 
     GROUPS: ClassVar = {
-        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout sample_weight prototypes "
-        "template_weight samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
+        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout long_captions sample_weight "
+        "prototypes template_weight samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
         "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy threshold",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate head_learning_rate tune lr_scheduler_type warmup_steps "
         "weight_decay max_grad_norm seed eval_strategy eval_on_start load_best_model_at_end metric_for_best_model "
@@ -109,6 +110,13 @@ class MMFTConfig(TrainingArguments):
         0.0,
         "Probability, from 0 to 1, that a training text is the class template alone, without a caption.",
         range=SHARE,
+    )
+    long_captions: str = setting(
+        "cut",
+        "Captions that are longer than the text tower reads, 77 tokens for CLIP. cut: their ends are left out; windows: they are "
+        "split at sentences, of which training draws one part and prototypes average all; stretch: the text tower reads 248 tokens, "
+        "with positions in between the learned ones (CLIP and MetaCLIP 2 alone).",
+        choices=LONG_CAPTIONS,
     )
     sample_weight: str | None = setting(
         None,

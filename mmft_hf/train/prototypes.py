@@ -30,8 +30,8 @@ def prototypes_of(
         "shard": shard,
     }
     if source == "captions":
-        weight = config.template_weight
-        return ClassPrototypes.from_captions(model, processor, train, template, template_weight=weight, **options)
+        options |= {"template_weight": config.template_weight, "long_captions": config.long_captions}
+        return ClassPrototypes.from_captions(model, processor, train, template, **options)
     if source == "images":
         options |= {"on_bad_image": config.on_bad_image, "workers": config.dataloader_num_workers}
         return ClassPrototypes.from_images(model, processor, train, **options)

@@ -25,7 +25,7 @@ from .workflow import IN_MEMORY, check_several_settings, check_single_settings
 
 # What heads, and the record of the choice, depend on.
 SETTINGS = (
-    "class_template prototypes template_weight on_bad_image seed load_best_model_at_end metric_for_best_model"
+    "class_template long_captions prototypes template_weight on_bad_image seed load_best_model_at_end metric_for_best_model"
 ).split()
 AGAIN = "Copy the file again, or run mmft-hf finetune again."
 

@@ -44,7 +44,7 @@ DECIDING = (
     "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
     "eval_strategy eval_steps load_best_model_at_end world_size supcon_weight include_self class_template prototypes "
     "crop_min_area on_bad_image samples_per_class caption_dropout template_weight supcon_weight_end "
-    "weight_averaging"
+    "weight_averaging long_captions"
 ).split()
 
 # Metrics of the test split in the results, beside accuracy and the one that selects.

@@ -59,11 +59,12 @@ from ..data.caption_weights import WEIGHTS, with_caption_weights
 from ..data.labels import class_names_of, has_several, labels_of
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler, is_example
 from ..data.texts import class_prompt
-from ..data.views import ImageView, TextView, TrainingView, check_dataset, warn_once
+from ..data.views import ImageView, TrainingView, check_dataset, warn_once
 from ..model.collator import KEPT, MMFTDataCollator, PreparedRows, input_size
 from ..model.embedding import add_embedding_forward, term_parameters, untuned_images
 from ..model.families import FAMILIES, TEXT_INPUTS
 from ..model.loading import encode_images, is_dual_encoder, logit_scale, run_head
+from ..model.long_captions import check_stretched
 from ..model.losses import Batch, class_cross_entropy
 from ..model.towers import TOWERS, frozen_batch_norms
 from ..predict.classifier import set_class_names
@@ -81,6 +82,7 @@ from .pushes import STAY, TrainingPushes
 from .selection import SEVERAL, check_metric, metric_name, stale
 from .sharding import ShardedTraining
 from .terms import LossTerm, terms_of
+from .texts import texts_of
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +176,8 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
                 f"--head_learning_rate: expected a model with an adaptor, as --text_trunk makes one, found a {type(model).__name__}. Leave "
                 "it out, or type --text_trunk too."
             )
+        if args.long_captions == "stretch":
+            check_stretched(model)
         if args.decode_cache:
             check_short_side(args.decode_cache, input_size(processing_class))
         if args.n_gpu > 1:
@@ -249,7 +253,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         )
         self._tokens = "image_tokens" in needs
         self._untuned = untuned_images(self.model).to(args.device) if "untuned_images" in needs else None
-        self.texts = TextView(self.class_names or (), args.class_template, args.caption_dropout, self._data_seed)
+        self.texts = texts_of(self.class_names or (), args, processing_class, self._data_seed)
         if self.class_names:
             set_class_names(self.model, self.class_names)
         self._batch_norms = frozen_batch_norms(self.model)

@@ -32,7 +32,7 @@ from ..data.identical import find_identical
 from ..data.labels import labels_of, refuse_without_classes
 from ..data.splits import Splits, load_splits
 from ..data.texts import class_prompt
-from ..data.views import TextView, text_rows
+from ..data.views import text_rows
 from ..hub.client import check_access, check_name, make_repo
 from ..hub.publish import push_model
 from ..model.adapted_processor import TextTrunk
@@ -40,6 +40,7 @@ from ..model.adapted_start import with_text_trunk
 from ..model.collator import same_prompts
 from ..model.features import Encoding
 from ..model.loading import load_model
+from ..model.long_captions import share_cut, stretched
 from ..model.memory import MemoryEstimate, estimate_memory
 from ..model.towers import Adapter, merge, parameter_counts, set_towers
 from ..predict.classifier import ImageClassifier
@@ -57,9 +58,11 @@ from .learnable import check_learnable, refuse_balance
 from .run_folder import RunFolder
 from .selection import by_metric, check_metric, is_better
 from .terms import terms_of
+from .texts import texts_of
 from .trainer import MMFTTrainer
 from .tuning import replaced, search
 
+MANY_CUT = 0.05  # share of captions that are cut, from which on a note says so
 IN_MEMORY = "in-memory data"  # recorded as the name of a dataset that was given as an object
 
 
@@ -241,6 +244,11 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         config.metric_for_best_model, config.greater_is_better = metric, True
     else:
         check_single_settings(config, splits.class_names)
+    if model_args.text_trunk and config.long_captions != "cut":
+        raise UserError(
+            f"--long_captions: expected cut with --text_trunk, whose caption encoder reads whole captions, found {config.long_captions}. "
+            "Leave it out."
+        )
     labels, terms = labels_of(splits.train), terms_of(None, config)
     trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
     check_adjustment(config, terms if trains else ())
@@ -263,13 +271,11 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     set_seed(config.seed)
     load = partial(load_model, model_args.model_name_or_path, model_args.model_revision, model_args.allow_pickle)
     base, base_processor = load()
-    start = (
-        partial(
-            _with_text_trunk, TextTrunk(model_args.text_trunk, allow_pickle=model_args.allow_pickle), splits, config
-        )
-        if model_args.text_trunk
-        else _as_it_is
-    )
+    if model_args.text_trunk:
+        reader = TextTrunk(model_args.text_trunk, allow_pickle=model_args.allow_pickle)
+        start = partial(_with_text_trunk, reader, splits, config)
+    else:
+        start = stretched if config.long_captions == "stretch" else _as_it_is
     model, processor = start(base.to(config.device), base_processor)
     for names in same_prompts(processor, splits.class_names, config.class_template):
         splits.notes.append(
@@ -277,6 +283,9 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
             f"{' and others' * (len(names) > 3)}: texts of the class alone cannot tell them apart, only captions or "
             "--prototypes images can. Give them other names, or type a shorter --class_template."
         )
+
+    if is_main():
+        splits.notes += _cut_note(processor, config, splits)
 
     # One pass over the images of a split is then enough for all weights of the run.
     trunk = model_args.vision_tower == "head" and config.cache_frozen_features
@@ -393,8 +402,8 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     fallback = (kept.prototypes if kept else chosen.head).fallback_classes
     source = (kept.prototypes if kept else chosen.head).source
     if is_main():
-        # The base of an adapter with an adaptor would be its start, which is nowhere to be had.
-        kept_adapter = None if model_args.text_trunk else adapter
+        # The base of an adapter would be the start of this training, which is nowhere to be had.
+        kept_adapter = None if start is not _as_it_is else adapter
         folder.save(chosen, predictions, metrics, state, untuned.model.mmft_weights, source, kept_adapter)
     result = FinetuneResult(folder.path, metrics, fallback, no_threshold)
     reporter.finished(result)
@@ -410,7 +419,7 @@ def _as_it_is(model, processor):
 def _with_text_trunk(trunk: TextTrunk, splits: Splits, config: MMFTConfig, model, processor):
     """The model and processor with which a training on vectors of a caption encoder starts."""
     names, template = splits.class_names, config.class_template
-    view = TextView(names, template, config.caption_dropout)
+    view = texts_of(names, config, processor)
     texts = {text for row in text_rows(splits.train.remove_columns("image")) for text in view.possible_texts(row)}
     texts.update(class_prompt(template, name) for name in names)
     # Heads, and prototypes of several templates, read these.
@@ -419,6 +428,21 @@ def _with_text_trunk(trunk: TextTrunk, splits: Splits, config: MMFTConfig, model
     progress = is_main() and not config.disable_tqdm
     how = Encoding(config.per_device_eval_batch_size, shard=True, progress=progress)
     return with_text_trunk(model, processor, trunk, texts, how, further)
+
+
+def _cut_note(processor, config: MMFTConfig, splits: Splits) -> list[str]:
+    """A note where so many captions are cut that reading them in parts is worth a try; a few thousand of them tell."""
+    if not splits.has_captions or config.long_captions == "windows":
+        return []
+    rows = splits.train.select(range(0, len(splits.train), 1 + len(splits.train) // 1000)).remove_columns("image")
+    view = texts_of(splits.class_names, config, processor)
+    share = share_cut(processor, [text for row in text_rows(rows) for (text,) in view.caption_texts(row)])
+    if share < MANY_CUT:
+        return []
+    return [
+        f"{share:.0%} of the captions, with the class template before them, are longer than the {processor.tokenizer.model_max_length} "
+        "tokens that the text tower reads, and lose their ends. To use these too, type --long_captions windows."
+    ]
 
 
 def _trainer(model, config: MMFTConfig, splits: Splits, processor) -> MMFTTrainer:
@@ -508,7 +532,7 @@ def _pushed(result: FinetuneResult, config: MMFTConfig, reporter: Reporter) -> F
 def _memory(model, processor, config: MMFTConfig, splits: Splits) -> MemoryEstimate:
     """Estimates a training step; a few hundred rows tell how long the texts are."""
     some = splits.train.select(range(0, len(splits.train), 1 + len(splits.train) // 256)).remove_columns("image")
-    view = TextView(splits.class_names, config.class_template, config.caption_dropout)
+    view = texts_of(splits.class_names, config, processor)
     texts = [text for row in text_rows(some) for text in view.possible_texts(row)]
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     autocast = torch.autocast(config.device.type, half) if half else nullcontext()

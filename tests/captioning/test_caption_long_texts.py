@@ -7,6 +7,7 @@ import pytest
 from mmft_hf.captioning.ask.driver import parse_joint
 from mmft_hf.captioning.judge import cleaning, wording
 from mmft_hf.core.markdown import code, fenced, md
+from mmft_hf.data.sentences import sentence_ends
 
 UNITS = [
     "a",
@@ -71,7 +72,7 @@ def test_checks_and_cards(alarm, end):
         raw = unit * (50_000 // len(unit)) + end
         alarm()
         text = cleaning.clean_caption(raw)[0]
-        cleaning.sentence_ends(text), cleaning.fold(text)
+        sentence_ends(text), cleaning.fold(text)
         wording.contradicts(classes.mark(text, 0)[0]), wording.REFUSAL.match(text), wording.is_foreign(text)
         found = wording.has_url(text)
         assert found or not (end.startswith(" x") and end in text)

@@ -58,6 +58,7 @@ CASES = {
     "sample weights": {"scores": True, "sample_weight": "score:clip", "caption_dropout": 0.2},
     "adapted": {"adapted": True},
     "adapted, frozen text": {"adapted": True, "towers": ("lora", "frozen"), "loss_chunk_size": 2},
+    "long captions": {"long": True, "long_captions": "windows"},
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
 }
@@ -122,6 +123,11 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
             for i, own in enumerate(data[0]["captions"][:])
         ]
         data = data[0].add_column("caption_records", records), data[1]
+    if settings.pop("long", False):
+        captions = [
+            [f"{text}. {'It stands on a table. ' * i}" for text in own] for i, own in enumerate(data[0]["captions"][:])
+        ]
+        data = data[0].remove_columns("captions").add_column("captions", captions), data[1]
     if settings.pop("several", False):
         data = striped_dataset(19, captions=True), striped_dataset(11, seed=1)
     model, processor = build_clip()

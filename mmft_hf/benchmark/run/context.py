@@ -19,6 +19,7 @@ from ...data.splits import labels_of
 from ...data.texts import TEMPLATES
 from ...model.features import image_features
 from ...model.loading import load_model, logit_scale
+from ...model.long_captions import stretched
 from ...model.memory import give_memory_back
 from ...predict.calibration import image_losses
 from ...predict.classifier import ImageClassifier
@@ -83,6 +84,8 @@ class Context:
         self.min_steps, self.budget = min_steps, budget
         self._batches = config.per_device_eval_batch_size, config.on_bad_image
         self.model, self.processor = load_model(model_name, revision, allow_pickle)
+        if config.long_captions == "stretch":
+            self.model, self.processor = stretched(self.model, self.processor)
         self.model.to(config.device)
         self.scale = logit_scale(self.model).item()
         self._trained: dict[tuple, Trained] = {}
@@ -125,9 +128,8 @@ class Context:
             prototypes: of the same weights.
         """
         template, cached = self.config.class_template, trained.model is self.model
-        return head_data(
-            trained.model, self.processor, trained.texts, prototypes, template, *self._batches, cached=cached
-        )
+        more = {"cached": cached, "long_captions": self.config.long_captions}
+        return head_data(trained.model, self.processor, trained.texts, prototypes, template, *self._batches, **more)
 
     def _encoded(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         return image_features(self.model, self.processor, dataset, *self._batches)
@@ -184,8 +186,8 @@ class Context:
             template_weight: share of the class template. Default: the config's.
         """
         weight = self.config.template_weight if template_weight is None else template_weight
-        template = self.config.class_template
-        return ClassPrototypes.from_captions(model, self.processor, texts, template, template_weight=weight)
+        template, more = self.config.class_template, {"long_captions": self.config.long_captions}
+        return ClassPrototypes.from_captions(model, self.processor, texts, template, template_weight=weight, **more)
 
     def zero_shot_prototypes(self, class_names: list[str]) -> ClassPrototypes:
         """Class embeddings of the untuned model, averaged over the 80 templates."""

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...core.errors import UserError, nearest
+from ...data.sentences import sentence_ends
 from ...data.texts import DEFAULT_TEMPLATE, NO_CLASS, check_template, class_prompt, clean_class_name, training_text
-from .cleaning import clean_caption, sentence_ends
+from .cleaning import clean_caption
 from .tokens import TokenCounter
 from .wording import REFUSAL, STOPS, ClassWords, contradicts, has_loop, has_url, is_foreign, words_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import pairwise
 
 CLEANINGS = ("thinking", "markdown", "boilerplate", "quotes")
 
@@ -55,9 +54,6 @@ _FOOTER = re.compile(
 # Looked for first, because the pattern is slow.
 _FOOTER_SIGNS = ("word", "let me know", "i hope this", "feel free", "would you like")
 _SPECIAL = re.compile(r"<\|[\w ]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/?INST\]")
-
-_SENTENCE_END = re.compile(r"[.!?…][\"')\]]*(?=\s+[^a-z\s]|\s*$)|[。！？][」』\"]?")
-_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:st|mr|mrs|ms|dr|vs|approx|cf|no|fig|e\.g|i\.e|[A-Za-z])\.$", re.IGNORECASE)
 
 
 def clean_caption(text: str) -> tuple[str, set[str], bool]:
@@ -132,17 +128,6 @@ def _without_boilerplate(text: str) -> str:
     ending = text[-240:].lower()
     footer = any(sign in ending for sign in _FOOTER_SIGNS) and _FOOTER.search(text, max(len(text) - 240, 0))
     return " ".join((text[: footer.start()] if footer else text).split())
-
-
-def sentence_ends(text: str) -> list[int]:
-    """Positions after the end of each sentence. `St. Bernard` and `3.5` do not end one."""
-    return [m.end() for m in _SENTENCE_END.finditer(text) if not _ABBREVIATION.search(text[: m.start() + 1][-10:])]
-
-
-def sentences_of(text: str) -> list[str]:
-    """The sentences of a text."""
-    ends = [0, *sentence_ends(text), len(text)]
-    return [part for a, b in pairwise(ends) if (part := text[a:b].strip())]
 
 
 def fold(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from ...core.errors import UserError
+from ...data.sentences import sentences_of
 from ...data.texts import DEFAULT_TEMPLATE, class_prompt
-from ..judge.cleaning import sentences_of
 from .base import Embeddings, Row, Step, places, scored
 
 BINS = ("uniform", "quantile")

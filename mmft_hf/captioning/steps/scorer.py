@@ -10,6 +10,7 @@ from PIL.Image import Image as PILImage
 
 from ...core.markdown import public_name
 from ...data.images import read_image
+from ...data.sentences import sentences_of
 from ...data.views import ImageView
 from ...model.features import (
     BATCH_SIZE,
@@ -23,7 +24,6 @@ from ...model.features import (
 from ...model.loading import load_model, logit_scale
 from ...model.opening import default_device
 from ..ask.pictures import part
-from ..judge.cleaning import sentences_of
 
 BLOCK = 32 * BATCH_SIZE  # pictures or texts that are encoded between two files of the cache
 

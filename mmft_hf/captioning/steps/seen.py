@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...data.images import BadImage
+from ...data.sentences import sentences_of
 from ..ask.pictures import part
-from ..judge.cleaning import sentences_of
 from .base import Embeddings, Row, readable, score_of
 
 OTHERS = 5  # captions of other images that a question shows

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from datasets import Dataset
 
+from ...data.sentences import sentences_of
 from ..judge.checks import SharedTexts
-from ..judge.cleaning import sentences_of
 from ..judge.wording import FUNCTION_WORDS, words_of
 from ..types import ACCEPTED, DROPPED, REPLACED
 

@@ -26,6 +26,7 @@ from ...model.features import (
     sorted_distinct,
     text_features,
 )
+from ...model.long_captions import windows_for
 from ..heads import ClassPrototypes, Head
 from .inputs import Inputs, check
 
@@ -98,6 +99,7 @@ def head_data(
     shard: bool = False,
     cached: bool = False,
     trunk: bool = False,
+    long_captions: str = "cut",
 ) -> HeadData:
     """Encodes what heads are fitted to.
 
@@ -108,6 +110,7 @@ def head_data(
         shard: each of several processes encodes its share; all of them must call this, and all get everything.
         cached: embeddings are kept on disk, for weights that are used again.
         trunk: what the projection of the image tower reads is kept on disk, for several weights that differ in it alone.
+        long_captions: as in `ClassPrototypes.from_captions`. The embedding of a caption in parts is their normalized sum.
 
     Raises:
         UserError: an image that cannot be read, with `on_bad_image="fail"`; fewer than two readable images.
@@ -120,11 +123,11 @@ def head_data(
     images, labels = images[readable], labels[readable]
     if len(labels) < 2:
         raise UserError(f"--head: expected at least two readable training images, found {len(labels)}.")
-    view = TextView(names, template)
-    pairs = sorted((text, label) for label, text in caption_counts(train, view))
+    view = TextView(names, template, windows=windows_for(processor, long_captions))
+    pairs = sorted((parts, label) for label, parts in caption_counts(train, view))
     own_templates = TextView(names, templates_like(template))
     prompts = [text for c in range(len(names)) for text in own_templates.class_texts(c)]
-    distinct = sorted_distinct([*(text for text, _ in pairs), *prompts])
+    distinct = sorted_distinct([*(text for parts, _ in pairs for text in parts), *prompts])
     if cached:
         encoded = text_features(model, processor, distinct, batch_size, shard=shard, progress=progress)
     else:
@@ -140,9 +143,18 @@ def head_data(
         ),
         images,
         labels,
-        encoded[[place[text] for text, _ in pairs]],
+        _of_parts(encoded, [[place[text] for text in parts] for parts, _ in pairs]),
         torch.tensor([label for _, label in pairs], dtype=torch.long),
     )
+
+
+def _of_parts(encoded: Tensor, rows: list[list[int]]) -> Tensor:
+    """Embeddings `(m, D)` of m captions, from the rows of their parts in `encoded`."""
+    found = encoded[[own[0] for own in rows]]
+    for i, own in enumerate(rows):
+        if len(own) > 1:
+            found[i] = F.normalize(encoded[own].double().sum(dim=0), dim=0).to(found.dtype)
+    return found
 
 
 def templates_like(template: str) -> Sequence[str]:

@@ -31,6 +31,7 @@ from ...data.texts import DEFAULT_TEMPLATE
 from ...data.views import TextView, caption_counts
 from ...model.features import BATCH_SIZE, encode_text_batches, image_embeddings, sorted_distinct
 from ...model.loading import embedding_size, logit_scale
+from ...model.long_captions import windows_for
 from .base import REMEDY, Head, Positive, read
 
 SOURCES = {
@@ -114,6 +115,7 @@ class ClassPrototypes(Head):
         progress: bool = False,
         shard: bool = False,
         template_weight: float = 0.0,
+        long_captions: str = "cut",
     ) -> ClassPrototypes:
         """Averages the captions of each class: normalize each embedding, mean per class, normalize.
 
@@ -125,12 +127,17 @@ class ClassPrototypes(Head):
             dataset: the training split, never an evaluation split; with the column `label` and perhaps `captions`.
             shard: each of several processes encodes its share; all of them must call this.
             template_weight: share of the class template, from 0 to 1; see `interpolate`.
+            long_captions: `windows` reads captions that are longer than the text tower's limit in parts, each with the weight
+                1 / number of parts, so that a caption counts once; otherwise their ends are cut.
 
         References: Enomoto & Yamaguchi 2026 (arXiv 2601.21426), classification by class-averaged caption embeddings.
         """
         names = class_names_of(dataset)
-        texts = TextView(names, template)
-        weights = caption_counts(dataset, texts)
+        texts = TextView(names, template, windows=windows_for(processor, long_captions))
+        weights: Counter[tuple[int, str]] = Counter()
+        for (label, parts), images in caption_counts(dataset, texts).items():
+            for text in parts:
+                weights[label, text] += images / len(parts)
         captioned = {label for label, _ in weights}
         missing = [c for c in range(len(names)) if c not in captioned]
         weights.update((c, text) for c in missing for text in texts.class_texts(c))
@@ -256,7 +263,7 @@ def _average_texts(
     progress: bool,
     shard: bool,
 ) -> Tensor:
-    """Unit-norm weighted means `(C, D)` of text embeddings; `weights` counts each (class, text)."""
+    """Unit-norm weighted means `(C, D)` of text embeddings; `weights` are of each (class, text)."""
     texts = sorted_distinct(text for _, text in weights)
     if shard:  # every process gets short and long texts
         texts = [texts[i] for i in share_of(len(texts))]
@@ -269,7 +276,8 @@ def _average_texts(
         until = done
         while until < len(pairs) and pairs[until][0] < start + len(embeds):
             until += 1
-        where, labels, counts = (torch.tensor(column) for column in zip(*pairs[done:until], strict=True))
-        sums.index_add_(0, labels, embeds.cpu().double()[where - start] * counts[:, None])
+        where, labels, own = zip(*pairs[done:until], strict=True)
+        where, labels, own = torch.tensor(where), torch.tensor(labels), torch.tensor(own, dtype=torch.float64)
+        sums.index_add_(0, labels, embeds.cpu().double()[where - start] * own[:, None])
         done, start = until, start + len(embeds)
     return F.normalize(sum_over_processes(sums) if shard else sums, dim=1).float()
