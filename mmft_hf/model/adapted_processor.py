@@ -219,11 +219,12 @@ def parameters_shown(count: int) -> str:
 
 def describe(encoder: CaptionEncoder) -> dict:
     """What an `AdaptedCLIP` records about its caption encoder, in values that JSON can hold: its `name`, its number of
-    `parameters`, and a `digest` of all that its vectors depend on but for the versions of libraries."""
-    identity = {key: value for key, value in encoder.identity().items() if key != "versions"}
-    content = json.dumps(identity, sort_keys=True, default=str)
+    `parameters`, and a `digest` of all that its vectors depend on, but for its place and the versions of libraries."""
+    identity = encoder.identity()
+    # The weights say what the base model is, wherever it lies.
+    content = json.dumps({**identity, "versions": None, "base": None}, sort_keys=True, default=str)
     return {
-        "name": public_name(str(identity.get("base") or type(encoder).__name__)),
+        "name": public_name(str(identity["base"])),
         "parameters": encoder.parameters_count,
         "digest": hashlib.sha256(content.encode()).hexdigest(),
     }

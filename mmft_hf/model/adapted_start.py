@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .adapted_clip import AdaptedCLIP, AdaptedCLIPConfig
@@ -55,20 +55,21 @@ def with_text_trunk(
 def _untrained(model: PreTrainedModel, size: int) -> AdaptedCLIP:
     """An `AdaptedCLIP` with the image tower and the scale of a dual encoder, and an adaptor of vectors of this size, random but
     the same every time."""
-    projection = head_of(model, "vision")
+    name = head_of(model, "vision")
+    projection = model.get_submodule(name) if name else None
     config = AdaptedCLIPConfig(
         vision_config=model.config.vision_config.to_dict(),
         text_config={"hidden_size": size},
         projection_dim=embedding_size(model),
-        vision_projection=projection is not None,
+        vision_projection=isinstance(projection, nn.Linear),
         logit_scale_init_value=logit_scale(model).log().item(),
     )
     with torch.random.fork_rng(devices=[]):  # a run makes it twice: to train it, and to compare with the start
         torch.manual_seed(0)
         found = AdaptedCLIP(config)
     found.vision_model = model.vision_model
-    if projection:
-        found.visual_projection = model.get_submodule(projection)
+    if projection is not None:
+        found.visual_projection = projection
     for name in ("name_or_path", "mmft_weights"):
         if hasattr(model, name):
             setattr(found, name, getattr(model, name))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..core.errors import UserError
-from ..core.files import RUN_FILE, write_json
+from ..core.files import RUN_FILE, TRUNK_FILES, TRUNK_FOLDER, write_json
 from ..core.markdown import without_local_paths
 from ..core.reading import read_json
 from ..core.seals import sealed
@@ -61,6 +61,10 @@ class TrainingPushes:
             shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link_or_copy)
             state = read_json(checkpoint / TRAINER_STATE_NAME)
             write_json(checkpoint / TRAINER_STATE_NAME, without_local_paths(state))  # replaces the hard link
+        for name in TRUNK_FILES:  # they name the base model of a caption encoder
+            if name.endswith(".json"):
+                for path in staged.rglob(f"{TRUNK_FOLDER}/{name}"):
+                    write_json(path, without_local_paths(read_json(path)))
         upload = HfApi(token=args.hub_token).upload_folder(
             folder_path=staged,
             repo_id=self.hub_model_id,

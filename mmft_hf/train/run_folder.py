@@ -233,10 +233,11 @@ class RunFolder:
         best_epoch = 0.0 if untuned else epochs.get(state.best_global_step) if selected else state.epoch
         shared = dict.fromkeys(("accuracy", "accuracy_ci_low", "accuracy_ci_high", "mean_per_class_accuracy", metric))
         smallest, largest = class_sizes(row["images"] for row in test["per_class"])
+        start = "the start of the adaptor" if self.identity.get("text_trunk") else "the untuned model"
         selection = (
             f"the untuned model with the class template: no epoch was better on validation{by}"
             if zero_shot_won
-            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation{by}; epoch 0 is the untuned model"
+            else f"epoch {best_epoch:g} of {state.epoch:g}, the best on validation{by}; epoch 0 is {start}"
             if selected
             else f"the last epoch ({state.epoch:g})"
         )

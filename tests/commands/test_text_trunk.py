@@ -263,6 +263,31 @@ def test_a_sentence_encoder_is_a_trunk_and_lora_leaves_no_adapter(place, clip_fo
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_equal_one(place, clip_folder, data_folder):
+    """Each encodes its share of the texts, with an empty cache."""
+
+    def finetuned(launcher: list[str], name: str, batch: int) -> dict:
+        settings = {
+            **{"model_name_or_path": clip_folder, "text_trunk": place / "llama", "dataset_name": data_folder},
+            **{"output_dir": place / name, "num_train_epochs": 2, "per_device_train_batch_size": batch},
+            # Adam would blow the rounding of gradients that are zero (those of k_proj.bias) up to whole steps.
+            **{"optim": "sgd", "learning_rate": 0.03, "use_cpu": "true", "load_best_model_at_end": "false"},
+            "head": "prototypes",
+        }
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        out, err = run_python(["-m", *launcher, "mmft_hf", "finetune", *words], MMFT_HF_CACHE=place / f"cache-{name}")
+        assert out.count("ridge start from 30 texts") == 1 and (out + err).count(f"{OPENING} llama") == 1
+        return load_file(place / name / "model.safetensors") | load_file(place / name / "head.safetensors")
+
+    one = finetuned([], "one", 8)
+    two = finetuned(["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"], "two", 4)
+    assert one.keys() == two.keys()
+    assert one["text_model.layers.0.down.weight"].abs().max() > 1e-4  # it was zero
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 2e-6
+
+
+@pytest.mark.slow
 def test_from_python(place, clip_folder):
     data = {"train": colour_dataset(8), "validation": colour_dataset(4, 1), "test": colour_dataset(6, 2)}
     settings = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "head": "prototypes"}

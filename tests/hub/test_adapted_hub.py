@@ -114,6 +114,23 @@ def test_new_names_without_a_network_say_what_they_need(hub, run):
     assert code == 2 and "text_trunk/caption_encoder.json" in said and "classified without it" in said, said
 
 
+def test_pushes_during_a_training_have_no_local_path(hub, run, tmp_path):
+    trunk = save_llama(tmp_path / "secret" / "llama", tokenizer=word_tokenizer([*WORDS, "thing"]))
+    words = ["--model_name_or_path", "alice/clip", "--text_trunk", str(trunk), "--head", "prototypes"]
+    words += ["--dataset_name", str(run / "data"), "--output_dir", str(tmp_path / "run")]
+    words += ["--push_to_hub", "true", "--hub_model_id", "alice/during", "--hub_strategy", "checkpoint"]
+    with client(hub, "hf_alice", "alice") as alice:
+        code, said = alice.mmft("finetune", *training(*words, "--hub_always_push", "true"))
+        assert code == 0, said
+    seen = set()
+    for commit in hub.commits("alice/during"):
+        for name, content in hub.files("alice/during", commit.sha).items():
+            if name.endswith(".json") and "trainer_state" not in name:
+                assert b"secret" not in content, name
+                seen.add(name)
+    assert {"text_trunk/caption_encoder.json", "last-checkpoint/text_trunk/caption_encoder.json"} <= seen
+
+
 ALONE = """
 import sys
 sys.modules["mmft_hf"] = None  # an import of it fails
