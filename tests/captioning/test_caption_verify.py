@@ -1,10 +1,12 @@
 """The step verify: planted truths, answered by a scripted responder."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image as PILImage
 
 from mmft_hf.captioning.refine import CaptionTable
 from mmft_hf.captioning.steps.asking import rendered
@@ -354,11 +356,67 @@ def test_a_scorer_compares_claims_with_those_of_other_images():
     assert again == [found[i] for i in order]
 
 
+DETECTOR = """
+def sees(picture, statement):
+    if statement == "tree7":
+        return None
+    return statement in picture.info["names"]
+
+def breaks(picture, statement):
+    raise OSError("no weights")
+
+def counts(picture, statement):
+    return 3
+"""
+
+
+@pytest.fixture
+def detector(tmp_path, monkeypatch):
+    """A module `detector` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("detector", None)
+    (tmp_path / "detector.py").write_text(DETECTOR)
+    yield
+    sys.modules.pop("detector", None)
+
+
+def with_pictures(rows, truth):
+    """A scorer whose pictures know their true names."""
+    scorer = axes(rows, truth)
+    shown = [PILImage.new("RGB", (4, 4)) for _ in rows]
+    for own, picture in zip(rows, shown, strict=True):
+        picture.info["names"] = truth[own.image_sha256]
+    scorer.picture = shown.__getitem__
+    return scorer
+
+
+def test_a_function_judges_claims_and_decoys(detector):
+    rows, truth = planted(40)
+    step = Verify(claims="clauses", by="detector:sees", then="drop")
+    assert step.roles() == () and step.needs_scorer() and "code" not in step.typed_options()
+    found, _ = ran(step, rows, None, with_pictures(rows, truth))
+    for row_, own in zip(rows, found, strict=True):
+        for one in own.values():
+            said = {claim.text: verdict for claim, verdict in zip(one.claims, one.verdicts, strict=True)}
+            assert said == {
+                name: "unsure" if name == "tree7" else "yes" if name in truth[row_.image_sha256] else "no"
+                for name in said
+            }
+    assert decoy_recall(found) == 1
+    assert step.told(rows, found).notes[0].endswith("the function detector:sees denied 100.0 %.")
+    for name, said in (("breaks", "it raised OSError: no weights"), ("counts", "found 3")):
+        with pytest.raises(UserError, match=said):
+            ran(Verify(claims="clauses", by=f"detector:{name}"), rows, None, with_pictures(rows, truth))
+    with pytest.raises(UserError, match="expected a function other in detector, found none"):
+        Verify(claims="clauses", by="detector:other")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"then": "delete"}, "expected one of flag, drop, rewrite, found 'delete'"),
         ({"by": "scorer"}, "expected claims: clauses"),
+        ({"by": "detector"}, "expected judge, scorer or package.module:function, found 'detector'"),
         ({"levels": True, "claims": "clauses"}, "clauses have no kind"),
         ({"votes": 0}, "expected 1 or more"),
         ({"votes": 3, "by": "scorer", "claims": "clauses"}, "expected 1 with by: scorer"),

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL.Image import Image
 
 from ...core.console import many, percent
 from ...core.errors import UserError
+from ...core.functions import named_function, source_digest
+from ..experts import is_expert
 from ..judge.wording import FUNCTION_WORDS, words_of
 from ..types import DROPPED
 from .asking import NO, UNSURE, YES, Ask, Asking, quoted
@@ -40,7 +43,6 @@ from .claims import (
 FACTS = 8  # facts that the judge lists itself
 CHOICES = {
     "claims": ("writer", "clauses"),
-    "by": ("judge", "scorer"),
     "per_call": ("one", "all"),
     "then": ("flag", "drop", "rewrite"),
     "on_unanswered": ("keep", "reject"),
@@ -101,7 +103,8 @@ class Verify(Step):
     Args:
         claims: `writer` asks for the claims; `clauses` cuts the caption at commas and sentences, without a question.
         by: `judge` answers with the picture. `scorer` asks nobody: a claim is true if it fits the image better than `rivals`
-            clauses of other images of its class.
+            clauses of other images of its class. Or `package.module:function`, such as a detector, which is called with picture and claim
+            and returns True, False or None.
         per_call: judge `one` claim, or `all` claims of a caption, in a question.
         levels: judge entities first, then attributes, then relations, and leave out what depends on a denied entity.
         votes: questions about each claim, of which the majority counts.
@@ -139,7 +142,7 @@ class Verify(Step):
         "after KnowAda (arXiv 2411.09018)"
     )
     differs: ClassVar[str] = (
-        "Claims are judged by questions about the picture alone: there is no object detector, and no 3D. Levels are weighted "
+        "Claims are judged by questions about the picture alone: no object detector is shipped, and there is no 3D. Levels are weighted "
         "equally. Statements about another class measure the judge. by: scorer compares claims with those of other images of "
         "the class, where KnowAda asks the model to be tuned ten questions about each image."
     )
@@ -150,27 +153,52 @@ class Verify(Step):
                 raise UserError(
                     f"step verify, {name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}."
                 )
+        if self._function:
+            named_function(self.by, "step verify, by")
+        elif self.by not in ("judge", "scorer"):
+            raise UserError(f"step verify, by: expected judge, scorer or package.module:function, found {self.by!r}.")
         for name, least in (("votes", 1), ("decoys", 0), ("rivals", 1), ("most", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"step verify, {name}: expected {least} or more, found {getattr(self, name)}.")
         if not 0 <= self.trust <= 1:
             raise UserError(f"step verify, trust: expected a share between 0 and 1, found {self.trust:g}.")
-        if self.by == "scorer" and self.claims != "clauses":
+        if self.by != "judge" and self.claims != "clauses":
             raise UserError(
-                "step verify, by: expected claims: clauses with by: scorer, which asks nobody, found claims: writer."
+                f"step verify, by: expected claims: clauses with by: {self.by}, which asks nobody, found claims: writer."
             )
-        if self.by == "scorer" and self.votes > 1:
-            raise UserError("step verify, votes: expected 1 with by: scorer, which always says the same, found more.")
+        if self.by != "judge" and self.votes > 1:
+            raise UserError(
+                f"step verify, votes: expected 1 with by: {self.by}, which always says the same, found more."
+            )
         if self.levels and self.claims == "clauses":
             raise UserError(
                 "step verify, levels: expected claims: writer, because clauses have no kind, found claims: clauses."
             )
 
+    @property
+    def _function(self) -> bool:
+        return is_expert(self.by)
+
+    @property
+    def _who(self) -> str:
+        """Who judges, in a sentence."""
+        return f"the function {self.by}" if self._function else f"the {self.by}"
+
+    def spec(self) -> dict:
+        """The options, and what the function is written in."""
+        if not self._function:
+            return super().spec()
+        return super().spec() | {"code": source_digest(named_function(self.by, "step verify, by"))}
+
+    def typed_options(self) -> dict:
+        return {key: value for key, value in super().typed_options().items() if key != "code"}
+
     def writes(self) -> tuple[str, ...]:
         return ("accuracy", "completeness") if self.completeness else ("accuracy",)
 
     def needs_scorer(self) -> bool:
-        return self.by == "scorer"
+        """Also for a function: pictures are read through the scorer."""
+        return self.by != "judge"
 
     def columns(self) -> tuple[str, ...]:
         return self.hints
@@ -199,7 +227,21 @@ class Verify(Step):
     # -- before the first question ------------------------------------------------------------------------------------
     def fit(self, rows: Sequence[Row], scorer: Embeddings | None) -> Fitted:
         captions = foreign_captions(rows)
-        return Fitted(captions, self._scored(rows, captions, scorer) if self.by == "scorer" else {})
+        if self.by == "judge":
+            return Fitted(captions, {})
+        return Fitted(captions, (self._called if self._function else self._scored)(rows, captions, scorer))
+
+    def _called(self, rows: Sequence[Row], captions: list, scorer: Embeddings) -> dict[tuple[str, int, str], str]:
+        """The verdict of a function on each clause and decoy of each image that can be read."""
+        function, found = named_function(self.by, "step verify, by"), {}
+        for i in readable(rows, scorer.images()):
+            decoys = [text for one in self._decoys(rows[i], captions, clauses).values() for text in one]
+            if statements := dict.fromkeys([*_clauses_of(rows[i]), *decoys]):
+                picture = scorer.picture(i)
+                for text in statements:
+                    verdict = _called(function, self.by, picture, text)
+                    found[rows[i].image_sha256, rows[i].label, text] = verdict
+        return found
 
     def _scored(self, rows: Sequence[Row], captions: list, scorer: Embeddings) -> dict[tuple[str, int, str], str]:
         """The verdict of the scorer on each clause and decoy of each image that can be read."""
@@ -319,7 +361,7 @@ class Verify(Step):
 
     def _votes(self, row: Row, fitted: Fitted, statements: Mapping[str, list[str]]) -> Iterator:
         """The votes on the statements of each caption."""
-        if self.by == "scorer":
+        if self.by != "judge":
             verdicts = fitted.verdicts
             return {
                 text: {one: [verdicts.get((row.image_sha256, row.label, one))] for one in own}
@@ -411,16 +453,16 @@ class Verify(Step):
             figures |= {"hint_words": len(words), "hint_words_denied": share(words, NO)}
             if words:
                 notes.append(
-                    f"Of {many(len(words), 'word')} of hints in the claims, the {self.by} denied {percent(share(words, NO))}."
+                    f"Of {many(len(words), 'word')} of hints in the claims, {self._who} denied {percent(share(words, NO))}."
                 )
         if self.decoys and recall is None:
             notes.append(
-                f"The {self.by} answered no statement about another class, so it is not known whether it can be trusted. Verdicts "
+                f"{self._who[0].upper()}{self._who[1:]} answered no statement about another class, so it is not known whether it can be trusted. Verdicts "
                 "are recorded and no caption is changed."
             )
         elif self.decoys:
             notes.append(
-                f"Of {figures['decoys']:,} statements about other classes among the claims, the {self.by} denied {percent(recall)}."
+                f"Of {figures['decoys']:,} statements about other classes among the claims, {self._who} denied {percent(recall)}."
             )
         if recall is not None and not self.trusted(found):
             notes.append(f"Below {percent(self.trust)}, verdicts are recorded and no caption is changed.")
@@ -435,6 +477,19 @@ class Verify(Step):
                 for word in words.intersection(words_of(claim.text)) if verdict in (YES, NO) else ():
                     found[word] = YES if YES in (verdict, found.get(word)) else NO
         return list(found.values())
+
+
+def _called(function: Callable[[Image, str], bool | None], name: str, picture: Image, text: str) -> str:
+    """What a function of the user's own says of a statement."""
+    try:
+        said = function(picture, text)
+    except Exception as error:
+        raise UserError(
+            f"step verify, by {name}: expected True, False or None for {text!r}, but it raised {type(error).__name__}: {error}"
+        ) from error
+    if said is not None and not isinstance(said, bool | np.bool_):
+        raise UserError(f"step verify, by {name}: expected True, False or None for {text!r}, found {said!r}.")
+    return UNSURE if said is None else YES if said else NO
 
 
 def decoy_recall(found: Sequence[Mapping[str, Judged] | None]) -> float | None:
