@@ -42,6 +42,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from mmft_hf import ClassPrototypes, MMFTConfig, MMFTDataCollator, MMFTTrainer, load_model
 from mmft_hf.data.texts import training_text
 from mmft_hf.data.views import ImageView
+from mmft_hf.model.adapted_clip import AdaptedCLIP, AdaptedCLIPConfig
+from mmft_hf.model.adapted_processor import AdaptedProcessor, TextTrunk
 from mmft_hf.model.collator import tokenize
 from mmft_hf.model.embedding import add_embedding_forward, embedding_forward
 from mmft_hf.model.loading import encode_texts
@@ -419,6 +421,48 @@ def chunks(geometry: str, precision: str, whole: int, batch: int) -> None:
     print_table(["batch", "at once", "seconds", "memory at rest", "peak"], rows)
 
 
+def text_trunk(geometry: str, batch: int, rounds: int, precision: str, size: int = 2048) -> None:
+    """A step of a CLIP beside one of the same image tower with an adaptor on vectors that are known, as `--text_trunk` trains.
+
+    Args:
+        size: of the vectors; 2048 is that of a language model of a billion parameters.
+    """
+    give_memory_back()
+    clip, processor = build(geometry)
+    sizes = {"hidden_size": size}, clip.config.projection_dim
+    adapted = AdaptedCLIP(AdaptedCLIPConfig(clip.config.vision_config, *sizes)).to(DEVICE)
+    texts = [training_text(TEMPLATE, "thing", text) for text in captions(batch)]
+    trunk = TextTrunk()
+    trunk.keep(texts, torch.randn(batch, size), torch.zeros(batch, dtype=torch.bool))
+    processors = {"text tower": processor, "adaptor": AdaptedProcessor(processor.image_processor, trunk)}
+    width, loss, taken = processor.image_processor.crop_size["width"], MMFTLoss(), defaultdict(list)
+    pixels, labels = torch.rand(batch, 3, width, width, device=DEVICE), torch.arange(batch, device=DEVICE) % CLASSES
+    models = {"text tower": clip, "adaptor": adapted}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    for model in models.values():
+        add_embedding_forward(model.train())
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            synchronize()
+            start = time.perf_counter()
+            inputs = {key: value.to(DEVICE) for key, value in tokenize(processors[name], texts)[0].items()}
+            with autocast(precision):
+                out = model(pixel_values=pixels, **inputs, chunk_size=0)
+                value = loss(out["image_embeds"], out["text_embeds"], labels, out["scale"])["loss"]
+            value.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            synchronize()
+            taken[name].append(time.perf_counter() - start)
+    rows = []
+    for name, model in models.items():
+        seconds = statistics.median(taken[name][1:])
+        ratio = seconds / statistics.median(taken["text tower"][1:])
+        rows.append([name, f"{sum(p.numel() for p in model.parameters()):,}", f"{seconds:.2f}", f"{ratio:.2f}"])
+    print(f"### Text trunk, {geometry}, batch {batch}, {precision}, captions, vectors of size {size:,}\n")
+    print_table(["texts by", "parameters", "seconds of a step", "of the text tower's"], rows)
+
+
 def main() -> None:
     on_cpu = DEVICE.type == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -430,7 +474,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3 if on_cpu else 10)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument(
-        "--sections", nargs="+", choices=("steps", "prototypes", "chunks"), default=["steps", "prototypes", "chunks"]
+        "--sections",
+        nargs="+",
+        choices=("steps", "prototypes", "chunks", "text_trunk"),
+        default=["steps", "prototypes", "chunks"],
     )
     parser.add_argument("--chunks", nargs=2, type=int, default=[64, 1024], metavar=("CHUNK", "BATCH"))
     parser.add_argument("--at_once", type=int, default=100_000, help="captions the plain way may encode at once")
@@ -446,6 +493,8 @@ def main() -> None:
             prototypes(geometry, args.precision, args.rounds, args.at_once)
         if "chunks" in args.sections:
             chunks(geometry, args.precision, *args.chunks)
+        if "text_trunk" in args.sections:
+            text_trunk(geometry, args.batches[0], args.rounds, args.precision)
 
 
 if __name__ == "__main__":
