@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_callback import TrainerCallback
 
 from ..core.console import is_main, say
@@ -171,7 +172,12 @@ def has_dropout(model, tower: str) -> bool:
 
 
 def _sharded(model) -> bool:
-    """Whether the weights are sharded over processes (FSDP, DeepSpeed stage 3), so that no tower can run alone."""
+    """Whether the weights are sharded over processes (FSDP, DeepSpeed stage 3), so that no tower can run alone.
+
+    A model of FSDP counts also where its weights are gathered for a while.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
     return any(
         hasattr(p, "_local_tensor") or hasattr(p, "ds_id") or "_fsdp" in name for name, p in model.named_parameters()
     )

@@ -233,6 +233,21 @@ def test_fsdp2_equals_one_process(fsdp, clip_folder, data_folder, tmp_path):
     assert difference(*adapters) < 1e-6
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("vision", "text"), [("last:1", "norms"), ("norms", "head"), ("head", "last:1")])
+def test_fsdp2_trains_parts_of_towers_as_one_process_does(vision, text, fsdp, clip_folder, data_folder, tmp_path):
+    more = {"vision_tower": vision, "text_tower": text, "head": "prototypes", "load_best_model_at_end": "false"}
+    words = two(clip_folder, data_folder, tmp_path / "alone", **more | {"per_device_train_batch_size": 8})
+    end(launch("--config_file", YAMLS / "cpu.yaml", words=words))
+    fsdp("sharded", **more)
+    before, alone, sharded = (weights(folder) for folder in (clip_folder, tmp_path / "alone", tmp_path / "sharded"))
+    moved = {key for key in before if (before[key] != alone[key]).any()}
+    assert moved and len(moved) < len(before) / 2  # a part
+    assert moved == {key for key in before if (before[key] != sharded[key]).any()}
+    assert difference(alone, sharded) < 1e-6
+
+
 def test_fsdp_with_what_it_cannot_do_is_refused():
     config = load_config_from_file(str(YAMLS / "fsdp2.yaml")).fsdp_config
     fine = {
