@@ -70,11 +70,7 @@ def check_learnable(
     else:
         counts = np.unique(known, return_counts=True)[1]
     images = len(known)
-    if len(counts) < 2:
-        raise UserError(
-            f"expected training images of two classes or more, found {images} of {len(counts)}: there is nothing to tell "
-            "apart. Add images of another class, or choose another --train_split."
-        )
+    _check_classes(images, len(counts))
     active = [term for term in terms if callable(term.weight) or term.weight]
     contrastive = all(isinstance(term, (SupCon, Clip)) for term in active)
     if contrastive and batch == 1:
@@ -113,6 +109,20 @@ def check_learnable(
                 "or a larger --per_device_train_batch_size."
             )
     return notes
+
+
+def check_fittable(labels: Sequence[int]) -> None:
+    """Raises `UserError` if the training images are of one class, where each has one: no head could be fitted to them."""
+    known = np.asarray(labels)[is_example(np.asarray(labels))]
+    _check_classes(len(known), len(np.unique(known)))
+
+
+def _check_classes(images: int, classes: int) -> None:
+    if classes < 2:
+        raise UserError(
+            f"expected training images of two classes or more, found {images} of {classes}: there is nothing to tell "
+            "apart. Add images of another class, or choose another --train_split."
+        )
 
 
 def share_with_positives(counts: Sequence[int], batch: int, samples_per_class: int | None = None) -> float:

@@ -103,6 +103,18 @@ def test_frozen_towers(clip, tmp_path):
         check_learnable(labels, [CrossEntropy(head, fixed=True)], config(tmp_path), model)
 
 
+@pytest.mark.parametrize("epochs", ["0", "1"])
+def test_one_class_is_refused_also_where_a_head_alone_is_fitted(epochs, clip_folder, tmp_path, capsys):
+    data = colour_dataset(4)
+    data = data.select([i for i, label in enumerate(data["label"]) if label == 0]).remove_columns("label")
+    data.add_column("label", ["red"] * len(data)).to_parquet(tmp_path / "data" / "train.parquet")
+    words = ["finetune", "--dataset_name", tmp_path / "data", "--model_name_or_path", clip_folder, "--use_cpu", "true"]
+    words += ["--output_dir", tmp_path / "out", "--num_train_epochs", epochs]
+    assert main([*map(str, words)]) == 2
+    assert "expected training images of two classes or more, found" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_refuses_before_it_writes(data_folder, clip_folder, tmp_path, capsys):
     words = [
         "finetune",
