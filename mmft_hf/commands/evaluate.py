@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,12 +39,6 @@ class EvaluateArguments:
         "with. With several labels per picture: a class holds from this score on.",
         range=Range(0, 1),
     )
-    unknown_split: str | None = setting(
-        None,
-        "A split of the data, or a folder, with pictures of classes that the classifier does not know: how many of them are answered "
-        "unknown, and how well they are told from the test pictures. Labels do not matter, except that pictures of its own classes "
-        "are left out.",
-    )
 
 
 ARGUMENTS = (DataArguments, EvaluateArguments)
@@ -55,6 +48,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     """Prints the accuracy, its interval, the zero-shot baseline and a table per class."""
     from ..data.identical import find_identical
     from ..data.labels import refuse_without_classes
+    from ..data.strangers import unknown_pictures
     from ..data.texts import DEFAULT_TEMPLATE
     from ..model.loading import load_model
     from ..model.opening import default_device
@@ -62,7 +56,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     from ..predict.evaluation import classify
     from ..predict.heads import ClassPrototypes
     from ..predict.metrics import class_sizes, uneven_note
-    from .finetune import SEVERAL_LABELS, threshold_row
+    from .finetune import SEVERAL_LABELS, threshold_row, unknown_rows
 
     check_settings(args)
     if args.output_dir:
@@ -79,13 +73,13 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     dataset, train, uncompared = _test_split(data_args, names, record)
     refuse_without_classes(dataset, data_args.test_split or "test")
     strangers, left_out = None, []
-    if args.unknown_split:
+    if data_args.unknown_split:
         if several:
             raise UserError(
                 "--unknown_split: expected a classifier with one class for each picture, found one with several labels, which answers "
                 "with an empty list where no class holds. Leave it out."
             )
-        strangers, left_out = _unknown_pictures(data_args, args.unknown_split, names)
+        strangers, left_out = unknown_pictures(data_args, data_args.unknown_split, names)
     say(
         f"Evaluating {args.model_name_or_path} on {data_args.dataset_name}: {len(dataset):,} images, {len(names)} classes, "
         f"{classifier.head.about}\n"
@@ -152,11 +146,13 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
         )
         rows["answered"] = f"{percent(result['answered'])} with a probability of {least:.3g} or more{right}"
     if strangers is not None:
-        others = score(classifier, strangers, args.unknown_split)
+        others = score(classifier, strangers, data_args.unknown_split)
         if not others.known.any():
-            raise UserError(f"--unknown_split {args.unknown_split}: expected pictures that can be read, found none.")
+            raise UserError(
+                f"--unknown_split {data_args.unknown_split}: expected pictures that can be read, found none."
+            )
         result["unknown_split"] = found = predictions.unknown(others, least)
-        rows |= _unknown_rows(args.unknown_split, found)
+        rows |= unknown_rows(data_args.unknown_split, found)
     if result["skipped"]:
         rows["skipped"] = f"{result['skipped']} images that cannot be read"
     table(rows)
@@ -169,7 +165,7 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
     parts = {"train": train} if train is not None and train is not dataset else {}
     parts |= {data_args.test_split or "test": dataset}
     if strangers is not None:
-        parts.setdefault(args.unknown_split, strangers.select_columns("image"))
+        parts.setdefault(data_args.unknown_split, strangers.select_columns("image"))
     for note in left_out + find_identical(parts).notes():
         say(f"\n  Note: {note}")
     say("\nPer class, weakest first")
@@ -192,82 +188,6 @@ def run(data_args: DataArguments, args: EvaluateArguments) -> None:
                 matrix = [[name, *row] for name, row in zip(names, result["confusion_matrix"], strict=True)]
                 write_csv(folder / "confusion_matrix.csv", [["true class", *names], *matrix])
         say(f"\nWritten to {folder}: {', '.join(written)}")
-
-
-def _unknown_rows(name: str, found: dict) -> dict[str, str]:
-    """What the pictures of unknown classes were answered, for a table."""
-    images = f"{name}, {found['examples']:,} images" + (
-        f" ({found['skipped']} cannot be read)" if found["skipped"] else ""
-    )
-    answered = "no threshold, so each gets a class: type --reject_below"
-    if (share := found["answered_unknown"]) is not None:
-        ends = found["answered_unknown_ci_low"], found["answered_unknown_ci_high"]
-        answered = f"{percent(share, ends)} answered unknown"
-
-    def area(name: str) -> str:
-        value, low, high = (found[f"auroc_{name}{end}"] for end in ("", "_ci_low", "_ci_high"))
-        return f"{value:.2f} ({low:.2f} to {high:.2f})"
-
-    apart = f"AUROC {area('logit')} by the largest logit, {area('probability')} by the probability; 0.5 is chance"
-    return {"unknown classes": f"{images}: {answered}", "told from test": apart}
-
-
-def _unknown_pictures(data_args: DataArguments, name: str, class_names: list[str]) -> tuple[Dataset, list[str]]:
-    """The pictures of a split, or of a folder, that have none of these classes, all with the label 0; and what was left out."""
-    import pyarrow as pa
-    from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
-
-    from ..core.builtin import builtin
-    from ..data.columns import column_of, undecoded
-    from ..data.sources import open_source
-    from .predict import find_images
-
-    splits, column = open_source(data_args).splits, data_args.image_column
-    places = (Path(builtin(data_args.dataset_name)) / name, Path(name))
-    if name in splits:
-        rows = splits[name]
-        if column not in rows.column_names:
-            raise UserError(
-                f"--unknown_split {name}: expected images in column {column!r}, found {some(rows.column_names)}. Type "
-                "--image_column NAME."
-            )
-        new = _of_other_classes(rows, data_args.label_column, class_names)
-        own = f"{len(rows) - len(new):,} of {len(rows):,} images of {name!r} are of the classifier's own classes and are left out."
-        notes = [own] if len(new) < len(rows) else []
-    elif folder := next((place for place in places if place.is_dir()), None):
-        files, notes = find_images([str(folder)])
-        rows, column, new = Dataset.from_dict({"image": files}), "image", range(len(files))
-    else:
-        raise UserError(
-            f"--unknown_split {name}: expected a split of {data_args.dataset_name}, or a folder of pictures, found neither. Its "
-            f"splits are {some(list(splits))}."
-        )
-    if not len(new):
-        raise UserError(
-            f"--unknown_split {name}: expected pictures of classes that the classifier does not know, found none."
-        )
-    pictures = column_of(undecoded(rows, column, f"--unknown_split {name}"), column)
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=class_names)})
-    table = pa.table({"image": pictures, "label": pa.array([0] * len(rows))})
-    return Dataset(table.cast(features.arrow_schema), DatasetInfo(features=features)).select(new), notes
-
-
-def _of_other_classes(rows: Dataset, column: str, class_names: list[str]) -> Sequence[int]:
-    """The numbers of the rows whose label is none of these classes, as far as the labels have names."""
-    from ..data.labels import Labels, same_name
-
-    if column not in rows.column_names:
-        return range(len(rows))
-    if column != "label":
-        rows = rows.select_columns(column).rename_column(column, "label")
-    try:
-        labels = Labels.of(rows, column)
-    except UserError:  # of a kind that no classifier has
-        return range(len(rows))
-    if labels.several or not labels.names:
-        return range(len(rows))
-    ours = {same_name(name) for name in class_names}
-    return [i for i, code in enumerate(labels.codes) if code < 0 or same_name(labels.names[code]) not in ours]
 
 
 def _print_several(classes: list[dict]) -> None:

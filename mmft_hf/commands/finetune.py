@@ -101,6 +101,8 @@ class Terminal:
             error, null = metrics["test_calibration_error"], metrics["test_calibration_error_null"]
             rows["calibration"] = f"error {error:.3f}; {null:.3f} would be perfect on so many images"
         rows |= threshold_row(metrics["reject_below"], several, metrics.get("thresholds"))
+        if unknown := metrics.get("unknown_split"):
+            rows |= unknown_rows(unknown["name"], unknown)
         metric = metrics["selection_metric"]
         tuned, untuned = metrics[f"test_{metric}"], metrics[f"zero_shot_test_{metric}"]
         if metric != "accuracy" and not several:
@@ -147,6 +149,24 @@ def threshold_row(
     if several:
         return {"decision": f"a class holds from a score of {percent(least)} on"}
     return {"unknown": f"the answer to a picture whose best class has less than {percent(least)}"}
+
+
+def unknown_rows(name: str, found: dict) -> dict[str, str]:
+    """What the pictures of unknown classes were answered, for a table."""
+    images = f"{name}, {found['examples']:,} images" + (
+        f" ({found['skipped']} cannot be read)" if found["skipped"] else ""
+    )
+    answered = "no threshold, so each gets a class: type --reject_below"
+    if (share := found["answered_unknown"]) is not None:
+        ends = found["answered_unknown_ci_low"], found["answered_unknown_ci_high"]
+        answered = f"{percent(share, ends)} answered unknown"
+
+    def area(name: str) -> str:
+        value, low, high = (found[f"auroc_{name}{end}"] for end in ("", "_ci_low", "_ci_high"))
+        return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+    apart = f"AUROC {area('logit')} by the largest logit, {area('probability')} by the probability; 0.5 is chance"
+    return {"unknown classes": f"{images}: {answered}", "told from test": apart}
 
 
 def beside_zero_shot(value: float, untuned: float, interval: tuple[float, float] | None = None) -> str:

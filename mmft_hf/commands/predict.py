@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,7 @@ def run(args: PredictArguments, images: list[str]) -> None:
     from tqdm.auto import tqdm
 
     from ..data.images import BadImage, read_image
+    from ..data.strangers import find_images
     from ..model.opening import default_device
     from ..predict.classifier import ImageClassifier
 
@@ -104,39 +104,6 @@ def run(args: PredictArguments, images: list[str]) -> None:
             print(plain(f"{file}: {said}", lines=False))
     if bad:
         raise PartialResult(f"{len(bad)} of {len(files)} pictures could not be read; the others are classified.")
-
-
-def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The given files, and the pictures in the given folders and below, sorted; and notes on what was left out of the folders.
-
-    Raises:
-        UserError: nothing given, no such file, or a folder without pictures.
-    """
-    from ..data.folders import left_out, suffix_of
-    from ..data.images import PICTURE_SUFFIXES
-    from ..data.walk import walk
-
-    if not arguments:
-        raise UserError("predict: expected pictures or folders, found none. Type mmft-hf predict PICTURE.jpg.")
-    files, notes = [], []
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            tree = walk(path)
-            found = [os.path.join(argument, file) for file in tree.files if suffix_of(file) in PICTURE_SUFFIXES]
-            about = [plain(f"{argument}: {note}") for note in left_out(tree)]
-            if not found:
-                known = ", ".join(sorted(PICTURE_SUFFIXES))
-                raise UserError(
-                    " ".join([f"{argument}: expected pictures in this folder ({known}), found none.", *about])
-                )
-            files += found
-            notes += about
-        elif path.is_file():
-            files.append(argument)
-        else:
-            raise UserError(f"{argument}: expected a picture or a folder, found nothing there.")
-    return files, notes
 
 
 def _write(path: Path, answers: list[tuple[str, list[dict]]]) -> None:

@@ -205,6 +205,12 @@ class DataArguments:
         "Split that is read once, after selection. Default: test; without one, part of the training split is held "
         "out (--test_size).",
     )
+    unknown_split: str | None = setting(
+        None,
+        "A split, or a folder, with pictures of classes that the classifier does not know. finetune and evaluate tell how many of them "
+        "are answered `unknown`, and how well they are told from the test pictures; nothing is fitted to them. Pictures of its own "
+        "classes are left out.",
+    )
     validation_size: float = setting(
         0.1, "Share of each class to hold out if there is no validation split.", range=SHARE
     )

@@ -235,6 +235,23 @@ class HeadCandidate(_HeadCandidate, total=False):
     validation_top5_accuracy: Share
 
 
+class UnknownClasses(TypedDict):
+    """The answers to pictures of classes that the classifier does not know."""
+
+    name: str  # of the split, or the folder
+    examples: Count
+    skipped: Count
+    answered_unknown: Share | None
+    answered_unknown_ci_low: Share | None
+    answered_unknown_ci_high: Share | None
+    auroc_logit: Share
+    auroc_logit_ci_low: Share
+    auroc_logit_ci_high: Share
+    auroc_probability: Share
+    auroc_probability_ci_low: Share
+    auroc_probability_ci_high: Share
+
+
 class RunResults(_Results, total=False):
     """`all_results.json`."""
 
@@ -275,6 +292,7 @@ class RunResults(_Results, total=False):
     refitted: bool  # by `mmft-hf head`
     temperature: float
     reject_below: Share | None
+    unknown_split: UnknownClasses
     thresholds: list[Share]  # of each class, with several labels per picture
     test_brier_score: float
     test_calibration_error: Share

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -229,6 +229,13 @@ class Labels:
         """The names that rows have."""
         return [self.names[code] for code in np.unique(self.codes).tolist() if code != MISSING]
 
+    def without(self, names: Set[str]) -> Labels:
+        """The labels, numbered without these names, which no row has."""
+        kept = [name for name in self.names if name not in names]
+        place = {name: number for number, name in enumerate(kept)}
+        table = np.array([*(place.get(name, MISSING) for name in self.names), MISSING], dtype=np.int64)
+        return replace(self, codes=table[self.codes], names=kept)
+
     def under(self, classes: ClassList) -> np.ndarray:
         """The labels as numbers of `classes`, int64 `(rows,)`; rows without a class stay `MISSING`.
 
@@ -329,6 +336,19 @@ class ClassList:
             f"{len(typed)} names ({some(typed, 20)}). Names of other classes are taken where the data have the numbers 0, 1, … or "
             "1, 2, … instead. Correct the list, or rename the classes in the data."
         )
+
+
+def named_labels(rows: Dataset, column: str) -> Labels | None:
+    """The labels of rows that may have any: one for each row, with names; None if there are no such labels."""
+    if column not in rows.column_names:
+        return None
+    try:
+        labels = Labels.of(
+            rows.select_columns(column).rename_columns({column: "label"} if column != "label" else {}), column
+        )
+    except UserError:  # of a kind that no classifier has
+        return None
+    return None if labels.several or not labels.names else labels
 
 
 def renumbered(codes: np.ndarray, own: Sequence[str], names: Sequence[str]) -> np.ndarray:

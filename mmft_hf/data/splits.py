@@ -26,7 +26,7 @@ from ..core.console import some
 from ..core.errors import UserError, in_python, nearest
 from .columns import NULL, TEXT, check_plain, column_of, undecoded
 from .join import join_captions
-from .labels import ClassList, Labels, has_several, images_per_class, labels_of
+from .labels import ClassList, Labels, has_several, images_per_class, labels_of, named_labels
 from .raw import RawData, empty_split, split_for, split_role
 from .sampling import few_shot_split, hold_out
 from .sources import open_source
@@ -237,6 +237,10 @@ def _load(
             check_plain(f"split {split!r}", rows)
     opened = RawData(DatasetDict(dataset)) if dataset else open_source(args)
     raw, notes = opened.splits, list(opened.notes)
+    strangers = None
+    if args.unknown_split in raw and len(raw) > 1:
+        strangers = named_labels(raw[args.unknown_split], args.label_column)
+        raw = DatasetDict({split: rows for split, rows in raw.items() if split != args.unknown_split})
     if len(raw) == 1:
         notes += _split_columns(next(iter(raw.values())))
     if only is not None:
@@ -257,6 +261,9 @@ def _load(
         s: Labels.of(rows, f"column {args.label_column!r}, split {s!r}", args.class_names, args.label_separator)
         for s, rows in data.items()
     }
+    if strangers:  # files of one table share their list of classes
+        unknown = set(strangers.used()).difference(*(own.used() for own in labels.values() if own.names))
+        labels = {split: own.without(unknown) if own.names else own for split, own in labels.items()}
     for split in sorted(data.keys() - {train, args.validation_split, args.test_split}):
         if not labels[split].has_any():  # for example the test split of a challenge
             del data[split], labels[split]

@@ -214,7 +214,6 @@ class MMFTConfig(TrainingArguments):
         choices=("half", "f1"),
         decides=False,
     )
-
     cache_frozen_features: bool = setting(
         True,
         "Encode everything with a frozen tower only once, and keep the embeddings on disk (mmft-hf env says where) for "

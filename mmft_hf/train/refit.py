@@ -136,7 +136,8 @@ def refit(
         key.removeprefix("zero_shot_test_"): v for key, v in before.items() if key.startswith("zero_shot_test_")
     }
     state = TrainerState.load_from_json(str(folder / STATE_FILE))
-    metrics = before | run.results(
+    of_head = ("thresholds", "unknown_split")  # what the other head may lack
+    metrics = {key: value for key, value in before.items() if key not in of_head} | run.results(
         predictions,
         zero_shot,
         {f"validation_{name}": validation[name] for name in ("accuracy", metric)},

@@ -25,12 +25,14 @@ from ..core.console import is_main
 from ..core.errors import PartialResult, UserError, nearest
 from ..core.files import RESULTS_FILE, RUN_FILE, keeping
 from ..core.launch import alone_in, together
+from ..core.markdown import public_name
 from ..core.reading import read_json
 from ..core.records import RunResults
 from ..core.seals import note_changed_files
 from ..data.identical import find_identical
 from ..data.labels import labels_of, refuse_without_classes
 from ..data.splits import Splits, load_splits
+from ..data.strangers import unknown_pictures
 from ..data.texts import class_prompt
 from ..data.views import text_rows
 from ..hub.client import check_access, check_name, make_repo
@@ -54,7 +56,7 @@ from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
 from .choice import calibrated, check_adjustment, choose_classifier, with_threshold
 from .config import MMFTConfig
-from .learnable import check_learnable, refuse_balance
+from .learnable import check_fittable, check_learnable, refuse_balance
 from .run_folder import RunFolder
 from .selection import by_metric, check_metric, is_better
 from .terms import terms_of
@@ -241,6 +243,11 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
         refuse_without_classes(splits.validation, "validation")
         refuse_without_classes(splits.test, "test")
         check_several_settings(config)
+        if data_args.unknown_split is not None:
+            raise UserError(
+                "--unknown_split: expected one class for each picture, found lists of labels: the answer to a picture of none of the "
+                "classes is an empty list. Leave it out."
+            )
         config.metric_for_best_model, config.greater_is_better = metric, True
     else:
         check_single_settings(config, splits.class_names)
@@ -249,22 +256,30 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
             f"--long_captions: expected cut with --text_trunk, whose caption encoder reads whole captions, found {config.long_captions}. "
             "Leave it out."
         )
+    strangers = None
+    if data_args.unknown_split is not None:
+        strangers, left_out = unknown_pictures(data_args, data_args.unknown_split, splits.class_names, dataset)
+        splits.notes += left_out
     labels, terms = labels_of(splits.train), terms_of(None, config)
     trains = config.max_steps > 0 or config.num_train_epochs > 0  # else a head alone is fitted
     check_adjustment(config, terms if trains else ())
     if trains:
         check_learnable(labels, terms, config)
+    elif not several:
+        check_fittable(labels)
     folder = RunFolder(config.output_dir, model_args, data_args, config, splits)
     resume = folder.check(config.overwrite_output_dir, config.resume_from_checkpoint)
     if folder.completed:
         metrics = _results_of(folder.path)
-        _check_head(folder.path, metrics, config)
+        _check_head(folder.path, metrics, config, data_args.unknown_split)
         result = FinetuneResult(folder.path, metrics, repeated=True)
         reporter.finished(result)
         return _pushed(result, config, reporter)
 
     if is_main():
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        if strangers is not None:
+            parts.setdefault(data_args.unknown_split, strangers.select_columns("image"))
         splits.notes += find_identical(parts).notes()
 
     # -- the untuned model: baseline, and first candidate --------------------------------------------------------------
@@ -389,6 +404,13 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     zero_shot_test = score(untuned, splits.test, name="test", cached=once)
     cached = once and (chosen.model is untuned.model or model_args.vision_tower == "frozen")
     predictions = score(chosen, splits.test, name="test", cached=cached)
+    others = None
+    if strangers is not None:
+        others = score(chosen, strangers, name=data_args.unknown_split)
+        if not others.known.any():
+            raise UserError(
+                f"--unknown_split {data_args.unknown_split}: expected pictures that can be read, found none."
+            )
 
     # -- files ---------------------------------------------------------------------------------------------------------
     validations = {
@@ -399,6 +421,9 @@ def _run(model_args, data_args, config, dataset, reporter, begun: ExitStack) -> 
     metrics = folder.results(
         predictions, zero_shot_test.report(), validations, train_metrics, state, zero_shot_won, kept, chosen.head
     )
+    if others is not None:
+        found = predictions.unknown(others, chosen.head.reject_below)
+        metrics["unknown_split"] = {"name": public_name(data_args.unknown_split)} | found
     fallback = (kept.prototypes if kept else chosen.head).fallback_classes
     source = (kept.prototypes if kept else chosen.head).source
     if is_main():
@@ -498,8 +523,14 @@ def _results_of(folder: Path) -> dict:
     return metrics
 
 
-def _check_head(folder: Path, metrics: dict, config: MMFTConfig) -> None:
-    """Refuses another head for a finished run, where nothing is fitted."""
+def _check_head(folder: Path, metrics: dict, config: MMFTConfig, unknown_split: str | None) -> None:
+    """Refuses another head for a finished run, where nothing is fitted or measured."""
+    if unknown_split is not None and "unknown_split" not in metrics:
+        again = ["mmft-hf", "evaluate", "--model_name_or_path", str(folder), "--unknown_split", unknown_split]
+        raise UserError(
+            f"--unknown_split {unknown_split}: expected a run that is not finished, found one that was finished without. Type "
+            f"{shlex.join(again)} --dataset_name …"
+        )
     before, least = metrics.get("head", "prototypes"), metrics.get("reject_below")
     other_threshold = config.threshold == "f1" and not metrics.get("thresholds")
     if config.head not in ("auto", before) or config.reject_below not in (None, least) or other_threshold:

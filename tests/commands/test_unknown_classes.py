@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from scipy.stats import norm
@@ -148,6 +149,53 @@ def test_refusals(saved, data, capsys, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert "cannot be read" in refused(tmp_path)
     assert "expected pictures that can be read, found none" in refused(tmp_path, "--on_bad_image", "skip")
+
+
+def test_a_run_measures_them_and_its_card_tells(clip_folder, data, tmp_path, capsys):
+    folder, new = tmp_path / "pictures", tmp_path / "new"
+    for seed, (split, per_class) in enumerate((("train", 4), ("validation", 18), ("test", 5))):
+        colour_dataset(per_class, seed + 3, captions=False).to_parquet(folder / f"{split}.parquet")
+    strangers().to_parquet(folder / "others-00000-of-00001.parquet")
+    run = ["finetune", "--dataset_name", folder, "--model_name_or_path", clip_folder, "--output_dir", tmp_path / "out"]
+    run = [*map(str, run), "--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "0"]
+    measured = [*run, "--unknown_split", "others", "--reject_below", "0.5"]
+    assert main(measured) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "all_results.json").read_text())["unknown_split"]
+    classifier = ImageClassifier.from_pretrained(tmp_path / "out")
+    pictures = [colour_dataset(5, 5, captions=False), strangers().select(range(9))]
+    with torch.no_grad():
+        logits = [classifier(classifier.preprocess(rows["image"][:])) for rows in pictures]
+    truth, scores = [1] * 15 + [0] * 9, torch.cat(logits)
+    assert found["auroc_logit"] == pytest.approx(roc_auc_score(truth, scores.amax(dim=1)), abs=1e-9)
+    assert found["auroc_probability"] == pytest.approx(
+        roc_auc_score(truth, scores.softmax(dim=1).amax(dim=1)), abs=1e-9
+    )
+    share = (logits[1].softmax(dim=1).amax(dim=1) < 0.5).double().mean().item()
+    assert (found["name"], found["examples"], found["answered_unknown"]) == ("others", 9, pytest.approx(share))
+    assert "others, 9 images: " in said and "3 of 12 images of 'others' are of the classifier's own classes" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Of 9 pictures of other classes (`others`), {100 * share:.1f} %" in card
+    assert f"area under the ROC curve of {found['auroc_logit']:.2f} (" in card
+    # Another head was not measured on them, and a finished run is not measured again without a word.
+    assert main(["head", str(tmp_path / "out"), "--head", "prototypes", "--output_dir", str(new)]) == 0
+    assert "unknown_split" not in json.loads((new / "all_results.json").read_text())
+    assert "pictures of other classes" not in (new / "README.md").read_text()
+    again = ["--resume_from_checkpoint", "true"]
+    assert main([*measured, *again]) == 0
+    (folder / "others-00000-of-00001.parquet").unlink()  # its classes would be those of the classifier
+    run[run.index("--output_dir") + 1] = str(tmp_path / "plain")
+    assert main(run) == 0
+    capsys.readouterr()
+    shots = str(data / "shots")
+    assert main([*run, "--unknown_split", shots, *again]) == 2
+    assert "Type mmft-hf evaluate --model_name_or_path" in capsys.readouterr().err
+    assert main([*run, "--unknown_split", shots, "--overwrite_output_dir", "true"]) == 0
+    found = json.loads((tmp_path / "plain" / "all_results.json").read_text())["unknown_split"]
+    assert (found["examples"], found["answered_unknown"]) == (4, None) and shots not in json.dumps(found)
+    assert "since there is no threshold" in (tmp_path / "plain" / "README.md").read_text()
+    assert main([*run, "--unknown_split", "nowhere", "--output_dir", str(tmp_path / "no")]) == 2
+    assert "expected a split of" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_several_labels_have_no_unknown(_clip, data, capsys, tmp_path):

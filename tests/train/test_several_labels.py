@@ -214,6 +214,8 @@ def test_thresholds_are_chosen_on_validation_and_what_reads_them_agrees(run, dat
     assert code == 0 and "a class holds from a score of its own on" in said
     code, said = run_verb("evaluate", "--model_name_or_path", new, "--dataset_name", data, "--reject_below", 0.4)
     assert code == 0 and "a class holds from a score of 40.0 % on" in said
+    code, said = run_verb("head", new, "--head", "linear", "--output_dir", tmp_path / "third")
+    assert code == 0 and "thresholds" not in json.loads((tmp_path / "third" / "all_results.json").read_text())
 
 
 @pytest.mark.slow
@@ -274,6 +276,7 @@ def test_evaluate_names_classes_without_a_test_image(run, data, tmp_path):
         ("--calibrate false", "--calibrate: expected true with several labels"),
         ("--reject_for_accuracy 0.9", "--reject_for_accuracy: expected one class for each picture"),
         ("--samples_per_class 2", "--samples_per_class: expected one class for each image"),
+        ("--unknown_split others", "--unknown_split: expected one class for each picture"),
         ("--threshold f1 --reject_below 0.3", "--threshold f1: expected no --reject_below, found 0.3"),
         ("--metric_for_best_model loss", "--metric_for_best_model loss: expected one label per picture, found several"),
     ],
