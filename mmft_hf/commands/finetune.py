@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.arguments import DataArguments, ModelArguments
@@ -13,6 +14,7 @@ from ..core.files import RESULTS_FILE, SHEET_FILE
 from ..data.labels import labels_of
 from ..train.config import MMFTConfig
 from ..train.selection import by_metric, is_better, shown
+from .push import keys_note
 
 if TYPE_CHECKING:
     from ..model.memory import MemoryEstimate
@@ -132,6 +134,8 @@ class Terminal:
 
     def pushing(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"\nPushing {result.output_dir} to {repo_id}")
+        if note := keys_note(Path(result.output_dir)):
+            say(note)
 
     def pushed(self, result: FinetuneResult, repo_id: str) -> None:
         say(f"It is at {result.url}. Use it:\n  mmft-hf predict YOUR_PICTURE.jpg --model_name_or_path {repo_id}")

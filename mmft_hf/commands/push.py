@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from ..core.arguments import setting
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import DETAILS_FILE, RUN_FILE
+from ..core.reading import read_json
+from ..core.records import RunRecord
 
 POSITIONAL = ("folder", "the --output_dir of mmft-hf finetune or mmft-hf caption")
 MARKERS = {"model": RUN_FILE, "dataset": DETAILS_FILE}  # the file that tells what a folder holds
@@ -40,6 +43,15 @@ class PushArguments:
     )
 
 
+def keys_note(folder: Path) -> str | None:
+    """What is published of the training pictures with a kernel head, in a line; None for other heads."""
+    record = read_json(folder / RUN_FILE, RunRecord, "Restore the file, or run mmft-hf finetune again.")
+    if record.get("head") != "kernel":
+        return None
+    other = shlex.join(["mmft-hf", "head", str(folder), "--head", "linear"])
+    return f"Note: its kernel head holds the embeddings of the training pictures, not the pictures. For a head without, type {other}"
+
+
 ARGUMENTS = (PushArguments,)
 
 
@@ -69,6 +81,8 @@ def run(args: PushArguments, folders: list[str]) -> None:
     options["create_pr"] = args.create_pr
     say(f"Pushing {folder} to {args.repo_id} ({found})")
     if found == "model":
+        if note := keys_note(folder):
+            say(note)
         url = push_model(
             folder, args.repo_id, parts=args.parts, with_inference_code=args.with_inference_code, **options
         )

@@ -275,7 +275,18 @@ def test_a_linear_probe_of_permuted_labels_falls_to_chance(context, task):
     assert 0.2 < np.mean([accuracy("lp-permuted-labels", seed) for seed in range(8)]) < 0.47
 
 
-HEADS = ("proker", "proker-cap", "gda-cap", "tip-cap", "tip-f-cap", "zs-lp-cap", "clap-cap", "timo-cap", "zs+mean")
+HEADS = (
+    "proker",
+    "proker-cap",
+    "gda-cap",
+    "tip-cap",
+    "tip-f-cap",
+    "zs-lp-cap",
+    "clap-cap",
+    "timo-cap",
+    "zs+mean",
+    "zs+kernel",
+)
 
 
 @pytest.mark.parametrize("name", [*HEADS, "zs+auto", "zs-no-captions+auto"])

@@ -206,7 +206,16 @@ def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path):
 
 def test_methods_that_read_captions_are_known_as_such():
     reading = {name for name, method in METHODS.items() if method.reads_captions}
-    assert {"mmft", "zs-cap", "zs+auto", "zs+mean", "ce+auto", "clip-lora+kernel", "mmft-test-captions"} <= reading
+    assert {
+        "mmft",
+        "zs-cap",
+        "zs+auto",
+        "zs+mean",
+        "zs+kernel",
+        "ce+auto",
+        "clip-lora+kernel",
+        "mmft-test-captions",
+    } <= reading
     without = {"zs", "lp", "flyp", "flyp+auto", "flyp+kernel", "mmft-no-captions+auto", "zs-no-captions+auto", "ce"}
     assert not without & reading
 

@@ -16,6 +16,7 @@ from tiny_clip import colour_dataset
 
 import mmft_hf
 from mmft_hf.cli import main
+from mmft_hf.commands.push import keys_note
 from mmft_hf.predict.heads import load_head
 
 FIRST = Path(__file__).parents[1] / "fixtures" / "first_edition"
@@ -249,3 +250,10 @@ def test_a_finished_run_does_not_silently_keep_another_head(run, clip_folder, da
     assert main([*words, "--head", "prototypes"]) == 0
     assert "already holds this run" in capsys.readouterr().out
     assert content(run) == before
+
+
+def test_a_push_of_a_kernel_head_says_what_it_holds(run, tmp_path):
+    assert main(["head", str(run), "--head", "kernel", "--output_dir", str(tmp_path / "new")]) == 0
+    note = keys_note(tmp_path / "new")
+    assert "holds the embeddings of the training pictures" in note and f"{tmp_path / 'new'} --head linear" in note
+    assert keys_note(run) is None

@@ -137,6 +137,8 @@ _ROWS = (
            "After TIMO: captions weighted by the images they fit, and Gaussians of both.", True),
     Method("zs+mean", None, fitted("mean"), "features",
            "The head of --head mean on the untuned model.", takes_captions=True),
+    Method("zs+kernel", None, fitted("kernel"), "features",
+           "The head of --head kernel on the untuned model.", takes_captions=True),
     Method("zs+auto", None, template, "features",
            "The head that --head auto chooses on the untuned model.", auto=True, takes_captions=True),
     Method("zs-no-captions+auto", none_without_captions, template, "features",
