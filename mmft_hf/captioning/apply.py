@@ -11,6 +11,7 @@ from ..core.console import some
 from ..core.errors import UserError
 from .caption_table import CaptionTable
 from .judge.checks import CaptionChecker
+from .spool import Spool
 from .steps.asking import Ask, answered
 from .steps.base import Embeddings, Row, Step, Told
 from .types import ACCEPTED, REPLACED
@@ -101,11 +102,10 @@ def apply_steps(
         else:
             asked = Asked([answered(step.ask(row, fitted), _nobody) for row in before])
         records = step.apply(before, scorer, asked.found)
-        records = [
-            [_completed(r, row.label, asked.model, checker, step.scripts()) for r in own]
+        table.rows = Spool(
+            replace(row, records=[_completed(r, row.label, asked.model, checker, step.scripts()) for r in own])
             for row, own in zip(before, records, strict=True)
-        ]
-        table.rows = [replace(row, records=own) for row, own in zip(before, records, strict=True)]
+        )
         counted = _changes(before, table.rows)
         counts = _by_class(before), _by_class(table.rows)
         lost = [name for name in counts[0] if not counts[1][name]]

@@ -15,6 +15,7 @@ from .ask.pictures import shown
 from .ask.roles import Role
 from .asker import PicturesOfDataset
 from .caption_table import CaptionTable
+from .spool import Spool
 from .steps.asking import Ask, answered, rendered
 from .steps.base import Embeddings, Row, Step
 
@@ -57,7 +58,7 @@ def planned(
         elif not found:
             fitted = step.fit(rows, scorer)
             records = step.apply(rows, scorer, [answered(step.ask(row, fitted), lambda ask: None) for row in rows])
-            rows = [replace(row, records=own) for row, own in zip(rows, records, strict=True)]
+            rows = Spool(replace(row, records=own) for row, own in zip(rows, records, strict=True))
     return found
 
 

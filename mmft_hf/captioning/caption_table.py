@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 
-from datasets import Dataset
+from datasets import Dataset, Features, concatenate_datasets
 
 from ..core.errors import UserError, nearest
 from .experts import asked_expert, is_expert
+from .spool import Spool
 from .steps.base import Row
 from .types import ACCEPTED
 from .write.dataset import CAPTION_FEATURES, RECORD, captions_from
-from .write.labelled import LabelledImages, with_columns
+from .write.labelled import LabelledImages, beside
 
 
 class CaptionTable:
@@ -28,7 +31,8 @@ class CaptionTable:
             that is not there, see `experts`.
 
     Attributes:
-        rows: in the order of class and sha256.
+        rows: in the order of class and sha256. They are on disk, and so is what takes their place.
+        digest: of the captions, in the order of the dataset.
         order: for each of them, its number in the dataset.
         shared: number of images that have all their captions in common with another one. Without a `group_column` they form
             groups.
@@ -57,34 +61,38 @@ class CaptionTable:
                 "type --captions_column NAME."
             )
         self.part = part = LabelledImages(name, dataset, captioned=True)
-        records = [with_all(r, c) for r, c in zip(part.records, part.captions, strict=True)]
-        if not any(map(captions_from, records)):
+        seen, texts = hashlib.sha256(), []  # of each image, the digest of its captions; empty without any
+        for captions, records in part.each():
+            seen.update(repr(captions).encode())
+            own = captions_from(with_all(records, captions))
+            texts.append(hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest() if own else "")
+        self.digest = seen.hexdigest()
+        if not any(texts):
             raise UserError(
                 f"{name}: expected captions, found none. Type mmft-hf caption --dataset_name {shlex.quote(name)} …"
             )
-        texts = ["\n".join(sorted(captions_from(own))) for own in records]
         counts = Counter(zip(part.labels, texts, strict=True))
         self.shared = sum(count for (_, text), count in counts.items() if count > 1 and text)
         values = dataset[group_column][:] if group_column else [text or None for text in texts]
         groups = [f"row {i}" if value is None else f"= {value}" for i, value in enumerate(values)]
-        self.order = sorted(range(len(records)), key=lambda i: (part.labels[i], part.hashes[i] or "", i))
+        self.order = sorted(range(len(texts)), key=lambda i: (part.labels[i], part.hashes[i] or "", i))
         read = {
             column: dataset[column][:]
             if column in dataset.column_names
             else asked_expert(column, part.images, part.hashes)
             for column in columns
         }
-        self.rows = [
+        self.rows: Sequence[Row] = Spool(
             Row(
                 part.hashes[i],
                 part.labels[i],
                 part.class_name(i),
                 groups[i],
-                records[i],
+                with_all(records, captions),
                 {column: found[i] for column, found in read.items()},
             )
-            for i in self.order
-        ]
+            for i, (captions, records) in zip(self.order, part.each(self.order), strict=True)
+        )
 
     def images(self) -> Dataset:
         """The images and labels in the order of `rows`, not decoded."""
@@ -101,10 +109,9 @@ class CaptionTable:
 
     def dataset(self) -> Dataset:
         """The dataset with the present records."""
-        records: list = [None] * len(self.order)
-        for i, row in zip(self.order, self.rows, strict=True):
-            records[i] = [dict.fromkeys(RECORD) | record for record in row.records]
-        return _rebuilt(self.part, records, [captions_from(own) for own in records])
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        found = ([dict.fromkeys(RECORD) | record for record in self.rows[k].records] for k in places)
+        return _rebuilt(self.part, ((captions_from(own), own) for own in found))
 
 
 def with_all(records: Sequence[dict], captions: Sequence[str]) -> list[dict]:
@@ -122,9 +129,14 @@ def with_all(records: Sequence[dict], captions: Sequence[str]) -> list[dict]:
     return [*records, *(dict.fromkeys(RECORD) | own | {"text": text, "sample": i} for i, text in enumerate(new))]
 
 
-def _rebuilt(part: LabelledImages, records: list, captions: list) -> Dataset:
-    columns = {"captions": captions, "caption_records": records, "image_sha256": part.hashes}
-    result = with_columns(part.images, columns, CAPTION_FEATURES)
+def _rebuilt(part: LabelledImages, rows: Iterator[tuple[list[str], list[dict]]]) -> Dataset:
+    """The dataset with other captions and records."""
+    parts, features = [], Features(CAPTION_FEATURES)
+    for start in range(0, len(part.hashes), 1000):
+        captions, records = zip(*islice(rows, 1000), strict=True)
+        columns = {"captions": captions, "caption_records": records, "image_sha256": part.hashes[start : start + 1000]}
+        parts.append(Dataset.from_dict(columns, features=features))
+    result = beside(part.images, concatenate_datasets(parts))
     ordered = [name for name in part.columns if name in result.column_names]
     return result.select_columns(ordered + [name for name in result.column_names if name not in ordered])
 
@@ -132,4 +144,4 @@ def _rebuilt(part: LabelledImages, records: list, captions: list) -> Dataset:
 def completed(name: str, dataset: Dataset) -> Dataset:
     """A split that is not refined, with the columns and fields of one that is."""
     part = LabelledImages(name, dataset)
-    return _rebuilt(part, part.records, part.captions)
+    return _rebuilt(part, part.each())

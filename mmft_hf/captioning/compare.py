@@ -16,10 +16,11 @@ from ..core.markdown import public_name
 from .caption_table import CaptionTable
 from .metrics.table import Metric, check_scores, metric_of
 from .refine import open_scorer
+from .spool import Spool
 from .steps.base import Embeddings, Row
 from .workflow import load_data
 from .write.card import captioned_splits, title
-from .write.comparison import Compared, changes_from, choose, comparison_page, refined_page
+from .write.comparison import changes_from, choose, comparison_page, refined_page
 from .write.figures import as_before, caption_figures, figure_rows
 from .write.output_folder import CaptionFolder
 
@@ -70,7 +71,7 @@ def caption_comparison(
             table = CaptionTable(folder, data[split], group_column)
             check_scores(metrics, table.scores())
             model = scorer and open_scorer(scorer, table, is_main())
-            sides = ([replace(row, records=as_before(row.records)) for row in table.rows], table.rows)
+            sides = (Spool(replace(row, records=as_before(row.records)) for row in table.rows), table.rows)
             comparison = {
                 side: figures | {"metrics": _measured(measures, rows, model)}
                 for (side, figures), rows in zip(comparison.items(), sides, strict=True)
@@ -90,18 +91,21 @@ def caption_comparison(
             for t in (before, after)
         )
     )
-    there = {(row.image_sha256, row.class_name): row.records for row in before.rows if row.image_sha256}
-    pairs = [
-        Compared(i, changes_from(there[row.image_sha256, row.class_name], row.records))
-        for i, row in enumerate(after.rows)
-        if (row.image_sha256, row.class_name) in there
-    ]
-    if not pairs:
+    there = {(row.image_sha256, row.class_name): k for k, row in enumerate(before.rows) if row.image_sha256}
+
+    def changes(i: int) -> list[tuple[str, str, str]]:
+        row = after.rows[i]
+        return changes_from(before.rows[there[row.image_sha256, row.class_name]].records, row.records)
+
+    shared = [i for i, row in enumerate(after.rows) if (row.image_sha256, row.class_name) in there]
+    if not shared:
         raise UserError(f"--compare {other}: expected captions of the images of {folder}, found none of them there.")
     images = after.images()
     with atomic_write(Path(folder) / COMPARED_PAGE) as path:
         sides, steps = (public_name(other), public_name(folder)), details.get("steps") or ()
-        comparison_page(path, f"{name}: compared", sides, figures, steps, choose(pairs, images["label"][:]), images)
+        comparison_page(
+            path, f"{name}: compared", sides, figures, steps, choose(shared, changes, images["label"][:]), images
+        )
     return figures, Path(folder) / COMPARED_PAGE
 
 

@@ -297,7 +297,7 @@ class RefineWorkflow:
     def _fingerprints(self, scorer: Mapping | None, asker: Asker | None) -> dict[str, str]:
         """Of each split: they change with everything that the result depends on, the answers in the journal among it."""
         part = self.table.part
-        seen = [self.args.report_scorer, self.data[self.train]._fingerprint, part.hashes, part.captions]
+        seen = [self.args.report_scorer, self.data[self.train]._fingerprint, part.hashes, self.table.digest]
         seen += [[step.spec() for step in self.steps], scorer, self.group_column, VERSION]
         if asker:
             seen += [asker.digest(), self.checker.spec(), self.args.max_reasks]

@@ -20,6 +20,7 @@ from typing import Any
 
 from ...data.images import BadImage
 from ..judge.checks import CaptionChecker
+from ..spool import Spool
 from ..steps.asking import UNSURE, Ask, Asking, View, forced, parsed, rendered
 from ..steps.base import Row
 from ..types import ACCEPTED, OPEN, CallError, FieldRefused, Picture, Request
@@ -150,7 +151,7 @@ class QuestionDriver:
             Exception: what a generator raised.
         """
         started = time.monotonic()
-        self.found: list[Any] = [None] * len(rows)
+        self.found = Spool(length=len(rows))
         self._reader = JournalReader(self.journal.folder)
         by_backend: dict[int, Dispatcher] = {}
         for role in self.roles.values():

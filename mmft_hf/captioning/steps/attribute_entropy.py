@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from .asking import Ask, Asking, quoted
-from .base import Embeddings, Row, Step, Told
+from .base import ByRow, Embeddings, Row, Step, Told
 
 NONE = "none of the above"
 DEFAULT = 0.8  # share of a value that is called the default of its class
@@ -69,8 +69,8 @@ class AttributeEntropy(Step):
 
     def apply(
         self, rows: Sequence[Row], scorer: Embeddings | None = None, found: Sequence[Any] = ()
-    ) -> list[list[dict]]:
-        return [list(row.records) for row in rows]
+    ) -> Sequence[list[dict]]:
+        return ByRow(rows, lambda i, row: list(row.records))
 
     def told(self, rows: Sequence[Row], found: Sequence[Any]) -> Told:
         counts: dict[tuple, list[int]] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -181,8 +181,8 @@ class Step:
         return None
         yield []  # a generator
 
-    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> list[list[dict]]:
-        """The new records of each row.
+    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> Sequence[list[dict]]:
+        """The new records of each row: `ByRow`, or a list.
 
         Args:
             found: for each row, what `ask` returned.
@@ -206,15 +206,39 @@ def with_scores(record: Mapping, scores: Mapping[str, float | None]) -> dict:
     return {**record, "scores": kept + [{"name": name, "value": float(np.float32(value))} for name, value in found]}
 
 
-def scored(rows: Sequence[Row], scores: Mapping[tuple[int, int], Mapping[str, float | None]]) -> list[list[dict]]:
+class ByRow(Sequence):
+    """The records of each row, made when they are asked for, so that those of all rows are never in memory at a time.
+
+    Args:
+        make: gives the records of a row, from its number and the row.
+    """
+
+    def __init__(self, rows: Sequence[Row], make: Callable[[int, Row], list[dict]]):
+        self._rows, self._make = rows, make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return self._make(i, self._rows[i])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+
+def scored(rows: Sequence[Row], scores: Mapping[tuple[int, int], Mapping[str, float | None]]) -> Sequence[list[dict]]:
     """The records of all rows, with the scores of those at `(row, position)`."""
-    return [
-        [with_scores(record, scores.get((i, k), {})) for k, record in enumerate(row.records)]
-        for i, row in enumerate(rows)
-    ]
+    return ByRow(
+        rows, lambda i, row: [with_scores(record, scores.get((i, k), {})) for k, record in enumerate(row.records)]
+    )
 
 
-def scored_texts(rows: Sequence[Row], scores: Sequence[Mapping[str, Mapping] | None]) -> list[list[dict]]:
+def scored_texts(rows: Sequence[Row], scores: Sequence[Mapping[str, Mapping] | None]) -> Sequence[list[dict]]:
     """The records of all rows, with the scores of each caption of a row by its text."""
     by_place = {
         (i, k): own[row.records[k]["text"]]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...core.errors import UserError
-from .base import Embeddings, Row, Step, place_of, readable, removed, scored, with_scores
+from .base import ByRow, Embeddings, Row, Step, place_of, readable, removed, scored, with_scores
 
 BLOCK = 256  # images, or texts, that are compared at a time
 TIE = 1e-6  # difference of cosines below which rounding decides
@@ -49,7 +49,7 @@ class Cycle(Step):
     def writes(self) -> tuple[str, ...]:
         return ("cycle",)
 
-    def apply(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence = ()) -> list[list[dict]]:
+    def apply(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence = ()) -> Sequence[list[dict]]:
         images = scorer.images()
         members: dict[int, list[int]] = {}
         for i in sorted(readable(rows, images), key=lambda i: rows[i].image_sha256):
@@ -87,14 +87,22 @@ class Cycle(Step):
             if own[place] != i and value > scores[i, k]["cycle"] + TIE:
                 moves[i, k] = own[place], value
 
-    def _moved(self, rows: Sequence[Row], records: list[list[dict]], moves: dict) -> list[list[dict]]:
+    def _moved(self, rows: Sequence[Row], records: Sequence[list[dict]], moves: dict) -> Sequence[list[dict]]:
+        given: dict[int, list[tuple[int, int, float]]] = {}  # what each image gets
         for (i, k), (j, value) in moves.items():
-            old = records[i][k]
-            if all(old["text"] != rows[j].records[other]["text"] for other in rows[j].captions()):
+            text = rows[i].records[k]["text"]
+            if all(text != rows[j].records[other]["text"] for other in rows[j].captions()):
+                given.setdefault(j, []).append((i, k, value))
+
+        def make(i: int, row: Row) -> list[dict]:
+            own = [removed(record, self.name) if (i, k) in moves else record for k, record in enumerate(records[i])]
+            for a, k, value in given.get(i, ()):
+                old = records[a][k]
                 new = {**old, "step": self.name, "parents": [place_of(old)], "scores": None}
-                records[j].append(with_scores(new, {"cycle": value}))
-            records[i][k] = removed(old, self.name)
-        return records
+                own.append(with_scores(new, {"cycle": value}))
+            return own
+
+        return ByRow(rows, make)
 
 
 def _blocks(numbers: np.ndarray) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from ..types import DROPPED
-from .base import Embeddings, Row, Step, readable, removed
+from .base import ByRow, Embeddings, Row, Step, readable, removed
 
 ROUNDS = 50  # of k-means at most
 
@@ -55,15 +55,17 @@ class Representatives(Step):
     def needs_scorer(self) -> bool:
         return True
 
-    def apply(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence = ()) -> list[list[dict]]:
+    def apply(self, rows: Sequence[Row], scorer: Embeddings, found: Sequence = ()) -> Sequence[list[dict]]:
         images = scorer.images()
         seen = [i for i in readable(rows, images) if rows[i].captions()]
         chosen = self.chosen(rows, images, seen)
-        records = [list(row.records) for row in rows]
-        for i in set(seen) - chosen:
-            for k in rows[i].captions():
-                records[i][k] = removed(records[i][k], self.name, DROPPED)
-        return records
+        left_out = set(seen) - chosen
+
+        def make(i: int, row: Row) -> list[dict]:
+            own = {*row.captions()} if i in left_out else ()
+            return [removed(r, self.name, DROPPED) if k in own else r for k, r in enumerate(row.records)]
+
+        return ByRow(rows, make)
 
     def chosen(self, rows: Sequence[Row], images: np.ndarray, among: Sequence[int]) -> set[int]:
         """The rows that stand for those `among` which they are. `images` `(n, D)`: see `Embeddings`."""

@@ -22,7 +22,7 @@ from ..experts import is_expert
 from ..judge.checks import duplicate_key
 from ..types import DROPPED
 from .asking import Ask, Asking, View, quoted
-from .base import Embeddings, Row, Step, Told, readable, removed, score_of, text_of, written
+from .base import ByRow, Embeddings, Row, Step, Told, readable, removed, score_of, text_of, written
 from .confused import questions_of_confusions
 from .languages import LANGUAGES
 from .presets import Preset, filled, read_preset
@@ -495,10 +495,10 @@ class Rewrite(Step):
         return Told(dict(counts), notes=[note] if columns and empty else [])
 
     # -- what it writes ---------------------------------------------------------------------------------------------------
-    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> list[list[dict]]:
+    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> Sequence[list[dict]]:
         worse = self._worse(rows, scorer, found) if self.keep_if_worse else {}
         margins = self._margins(rows, scorer, found) if self._preset.apart else {}
-        return [self._records(row, found[i] or (), worse.get(i, ()), margins.get(i, {})) for i, row in enumerate(rows)]
+        return ByRow(rows, lambda i, row: self._records(row, found[i] or (), worse.get(i, ()), margins.get(i, {})))
 
     def _records(
         self, row: Row, texts: Sequence[Written], worse: Container[int], margins: Mapping[int, float]

@@ -12,7 +12,7 @@ import numpy as np
 from ...core.errors import UserError
 from ..judge.wording import has_loop, words_of
 from ..types import DROPPED
-from .base import Embeddings, Row, Step, removed, score_of
+from .base import ByRow, Embeddings, Row, Step, removed, score_of
 
 WAYS = ("keep", "keep_share", "above")
 PER = ("image", "slot", "class", "split")
@@ -20,6 +20,19 @@ FLAWS = ("repetition", "truncated", "foreign_script")  # checks of captions that
 TRAITS = ("class", "aspect")  # what strata may be besides a score
 
 Place = tuple[int, str]  # the number of a row, and a text
+
+
+@dataclass(frozen=True, slots=True)
+class _Caption:
+    """What `select` knows of a caption: there is one for each of the whole split."""
+
+    image_sha256: str
+    label: int
+    aspect: str | None
+    sample: int
+    flawed: bool
+    scores: tuple[float, ...]
+    stratum: str
 
 
 @dataclass(frozen=True)
@@ -88,61 +101,69 @@ class Select(Step):
     def reads(self) -> tuple[str, ...]:
         return self._scores() + ((self.strata,) if self.strata and self.strata not in TRAITS else ())
 
-    def apply(self, rows: Sequence[Row], scorer: Embeddings | None = None, found: Sequence = ()) -> list[list[dict]]:
-        captions: dict[Place, Mapping] = {}
+    def apply(
+        self, rows: Sequence[Row], scorer: Embeddings | None = None, found: Sequence = ()
+    ) -> Sequence[list[dict]]:
+        captions: dict[Place, _Caption] = {}
         for i, row in enumerate(rows):
             for k in row.captions():
                 record = row.records[k]
-                if all(score_of(record, name) is not None for name in self._scores()):
-                    captions.setdefault((i, record["text"]), record)
-        values = self._values(rows, captions)
+                scores = tuple(score_of(record, name) for name in self._scores())
+                place = (i, record["text"])
+                if None not in scores and place not in captions:
+                    own = (row.image_sha256 or "", row.label, record["aspect"], record["sample"] or 0)
+                    captions[place] = _Caption(*own, _flawed(record), scores, self._stratum(row, record))
+        values = self._values(captions)
         better = -1 if self.by == "sr_rank" else 1
 
         def rank(place: Place) -> tuple:
-            record, sha = captions[place], rows[place[0]].image_sha256 or ""
-            ties = (sha, record["aspect"] or "", record["sample"] or 0, record["text"])
-            return (_flawed(record), -better * values[place], *ties)
+            one = captions[place]
+            ties = (one.image_sha256, one.aspect or "", one.sample, place[1])
+            return (one.flawed, -better * values[place], *ties)
 
-        kept = self._kept(rows, sorted(captions, key=rank), values, captions)
-        records = [list(row.records) for row in rows]
-        for i, row in enumerate(rows):
+        kept = self._kept(sorted(captions, key=rank), values, captions)
+
+        def make(i: int, row: Row) -> list[dict]:
+            records = list(row.records)
             for k in row.captions():
-                place = (i, row.records[k]["text"])
+                place = (i, records[k]["text"])
                 if place in values:
-                    records[i][k] = self._judged(row.records[k], values[place], place in kept)
-        return records
+                    records[k] = self._judged(records[k], values[place], place in kept)
+            return records
 
-    def _values(self, rows: Sequence[Row], captions: Mapping[Place, Mapping]) -> dict[Place, float]:
+        return ByRow(rows, make)
+
+    def _values(self, captions: Mapping[Place, _Caption]) -> dict[Place, float]:
         """The number by which each caption is sorted."""
         if isinstance(self.by, str):
-            return {place: score_of(record, self.by) for place, record in captions.items()}
+            return {place: one.scores[0] for place, one in captions.items()}
         total = np.zeros(len(captions))
         pools: dict[Hashable, list[int]] = {}
-        for n, (i, _) in enumerate(captions):
-            pools.setdefault({"image": i, "class": rows[i].label}.get(self.z), []).append(n)
-        for name, weight in self.by.items():
-            column = np.array([score_of(record, name) for record in captions.values()])
+        for n, ((i, _), one) in enumerate(captions.items()):
+            pools.setdefault({"image": i, "class": one.label}.get(self.z), []).append(n)
+        for number, weight in enumerate(self.by.values()):
+            column = np.array([one.scores[number] for one in captions.values()])
             for own in pools.values() if self.z else ():
                 deviation = column[own].std()
                 column[own] = (column[own] - column[own].mean()) / deviation if deviation > 0 else 0
             total += weight * column
         return dict(zip(captions, total.tolist(), strict=True))
 
-    def _kept(self, rows, order: list[Place], values: dict, captions: Mapping[Place, Mapping]) -> set[Place]:
+    def _kept(self, order: list[Place], values: dict, captions: Mapping[Place, _Caption]) -> set[Place]:
         """What is kept of `order`, in which the best caption is first."""
         if self.above is not None:
             return {place for place in order if values[place] > self.above}
         per = self.per or ("image" if self.keep else "class")
         pools: dict[Hashable, list[Place]] = {}
         for place in order:
-            aspect = captions[place]["aspect"]
-            key = {"image": place[0], "slot": (place[0], aspect), "class": rows[place[0]].label}.get(per)
+            one = captions[place]
+            key = {"image": place[0], "slot": (place[0], one.aspect), "class": one.label}.get(per)
             pools.setdefault(key, []).append(place)
         kept: set[Place] = set()
         for own in pools.values():
             # 0.1 * 30 is a little more than 3 in binary.
             number = self.keep or math.ceil(round(self.keep_share * len(own), 9))
-            kept.update(shared_out(own, [self._stratum(rows[p[0]], captions[p]) for p in own], number))
+            kept.update(shared_out(own, [captions[p].stratum for p in own], number))
         first = {i: (i, text) for i, text in reversed(order)}  # the best of each image
         return kept if self.empty_images else kept | set(first.values())
 

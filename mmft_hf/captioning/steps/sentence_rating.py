@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .asking import Ask, Asking
-from .base import Embeddings, Row, Step, removed, with_scores, written
+from .base import ByRow, Embeddings, Row, Step, removed, with_scores, written
 
 PROMPT = "Describe this image."
 # Words that say nothing about a picture, in place of a tagger: only the others decide.
@@ -89,8 +89,8 @@ class SentenceRating(Step):
                 found[k] = [(one[0], one[1], one[place] - other[place]) for one, other in pairs]
         return found
 
-    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> list[list[dict]]:
-        return [self._records(row, own or {}) for row, own in zip(rows, found, strict=True)]
+    def apply(self, rows: Sequence[Row], scorer: Embeddings | None, found: Sequence[Any] = ()) -> Sequence[list[dict]]:
+        return ByRow(rows, lambda i, row: self._records(row, found[i] or {}))
 
     def _records(self, row: Row, found: Mapping[int, Sequence[Token]]) -> list[dict]:
         records, new = list(row.records), []

@@ -17,7 +17,7 @@ from ..experts import is_expert
 from ..judge.wording import FUNCTION_WORDS, words_of
 from ..types import DROPPED
 from .asking import NO, UNSURE, YES, Ask, Asking, quoted
-from .base import Embeddings, Row, Step, Told, place_of, readable, removed, text_of, with_scores, written
+from .base import ByRow, Embeddings, Row, Step, Told, place_of, readable, removed, text_of, with_scores, written
 from .claims import (
     KINDS,
     NOT_ASKED,
@@ -392,9 +392,9 @@ class Verify(Step):
     # -- the result ---------------------------------------------------------------------------------------------------
     def apply(
         self, rows: Sequence[Row], scorer: Embeddings | None = None, found: Sequence[dict | None] = ()
-    ) -> list[list[dict]]:
+    ) -> Sequence[list[dict]]:
         then = self.then if self.trusted(found) else "flag"
-        return [self._records(row, own or {}, then) for row, own in zip(rows, found, strict=True)]
+        return ByRow(rows, lambda i, row: self._records(row, found[i] or {}, then))
 
     def trusted(self, found: Sequence[dict | None]) -> bool:
         """Whether enough decoys were denied; without decoys, it is taken for granted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,17 +69,26 @@ def _scores(record: Mapping) -> str:
     return ", ".join(f"{score['name']} {score['value']:.3g}" for score in record.get("scores") or ())
 
 
-def choose(images: Iterable[Compared], labels: Sequence[int], number: int = SAMPLES) -> list[Compared]:
-    """Images to be shown: those with a change first, from as many classes as possible, in a seeded order."""
-    found = list(images)
+def choose(
+    rows: Iterable[int],
+    changes: Callable[[int], Sequence[tuple[str, str, str]]],
+    labels: Sequence[int],
+    number: int = SAMPLES,
+) -> list[Compared]:
+    """Images to be shown: those with a change first, from as many classes as possible, in a seeded order.
+
+    Args:
+        changes: what became of the captions of a row, as in `Compared`. Those of all rows are never in memory at a time.
+    """
+    found = [(i, all(mark == "kept" for mark, _, _ in changes(i))) for i in rows]
     random.Random(0).shuffle(found)
     turn: Counter = Counter()
     keyed = []
-    for image in found:
-        same = all(mark == "kept" for mark, _, _ in image.captions)
-        keyed.append(((same, turn[labels[image.row], same]), image))
-        turn[labels[image.row], same] += 1
-    return [image for _, image in sorted(keyed, key=lambda entry: entry[0])[:number]]
+    for i, same in found:
+        keyed.append(((same, turn[labels[i], same]), i))
+        turn[labels[i], same] += 1
+    chosen = sorted(keyed, key=lambda entry: entry[0])[:number]
+    return [Compared(i, changes(i)) for _, i in chosen]
 
 
 def refined_page(path: Path, dataset: Dataset, title: str, details: Mapping, step_details: Iterable[Mapping]) -> None:
@@ -91,8 +100,12 @@ def refined_page(path: Path, dataset: Dataset, title: str, details: Mapping, ste
     """
     labels, rejected = dataset["label"][:], rejected_texts(step_details)
     rows = dataset.select_columns(["caption_records", "image_sha256"])
-    changes = ([*own_changes(row["caption_records"] or ()), *rejected.get(row["image_sha256"], ())] for row in rows)
-    images = choose((Compared(i, own) for i, own in enumerate(changes)), labels)
+
+    def changes(i: int) -> list[tuple[str, str, str]]:
+        row = rows[i]
+        return [*own_changes(row["caption_records"] or ()), *rejected.get(row["image_sha256"], ())]
+
+    images = choose(range(len(rows)), changes, labels)
     figures = figure_rows(details["comparison"]["before"], details["comparison"]["after"])
     comparison_page(path, title, ("all captions", "those that are kept"), figures, details["steps"], images, dataset)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from datasets import Dataset
@@ -88,8 +88,13 @@ def caption_figures(images: Iterable[tuple[str | None, Sequence[Mapping]]], befo
 def own_figures(dataset: Dataset) -> dict:
     """`caption_figures` of a dataset `before` and `after` the steps that its records tell of."""
     rows = dataset.select_columns(["image_sha256", "caption_records"])
-    images = [(row["image_sha256"], row["caption_records"] or ()) for row in rows]
-    return {"before": caption_figures(images, before=True), "after": caption_figures(images)}
+
+    def images() -> Iterator[tuple[str | None, Sequence[Mapping]]]:
+        for batch in rows.iter(1000):
+            records = (own or () for own in batch["caption_records"])
+            yield from zip(batch["image_sha256"], records, strict=True)
+
+    return {"before": caption_figures(images(), before=True), "after": caption_figures(images())}
 
 
 def figure_rows(before: Mapping, after: Mapping) -> list[tuple[str, str, str]]:

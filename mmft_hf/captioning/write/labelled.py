@@ -7,7 +7,8 @@ and one name per image are held in memory.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -31,7 +32,7 @@ class LabelledImages:
     Attributes:
         labels, files, hashes: of each row: class number, names of the image's folder and file (empty if unknown), and
             sha256 of the image (None if it cannot be read).
-        captions, records: of each row.
+        captions, records: of each row. `each` gives them without holding them all.
 
     Raises:
         UserError: no rows; columns that are missing or of another type; a row without a class; an image whose sha256
@@ -66,9 +67,28 @@ class LabelledImages:
                     f"{name}, row {row} ({self.image_name(row)}): expected the picture with sha256 {sha[:12]}…, found "
                     f"{self.hashes[row][:12]}…. Its captions may be another picture's: caption it again."
                 )
-        self.captions = [captions_of(value) for value in self._column(dataset, "captions")]
-        self.records = [self._complete(value) for value in self._column(dataset, "caption_records")]
+        own = [column for column in ("captions", "caption_records") if column in self.columns]
+        self._captioned = dataset.select_columns(own) if own else None
         self.images = dataset.remove_columns([column for column in CAPTION_FEATURES if column in self.columns])
+
+    def each(self, rows: Sequence[int] | None = None) -> Iterator[tuple[list[str], list[dict]]]:
+        """Captions and records of all rows, or of some in their order, with few of them in memory at a time."""
+        if self._captioned is None:
+            yield from (([], []) for _ in (self.labels if rows is None else rows))
+            return
+        chosen = self._captioned if rows is None else self._captioned.select(rows)
+        for batch in chosen.iter(1000):
+            size = len(next(iter(batch.values())))
+            captions, records = (batch.get(name, [None] * size) for name in ("captions", "caption_records"))
+            yield from ((captions_of(own), self._complete(found)) for own, found in zip(captions, records, strict=True))
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        return [captions for captions, _ in self.each()]
+
+    @cached_property
+    def records(self) -> list[list[dict]]:
+        return [records for _, records in self.each()]
 
     def class_name(self, row: int) -> str:
         return self.class_names[self.labels[row]]
@@ -112,6 +132,11 @@ def note(before: str, names: list[str], what: str) -> list[str]:
 
 
 def with_columns(images: Dataset, columns: dict[str, list], features: Mapping) -> Dataset:
+    """Adds columns, `image_sha256` among them, to undecoded images. See `beside`."""
+    return beside(images, Dataset.from_dict(columns, features=Features(features)))
+
+
+def beside(images: Dataset, columns: Dataset) -> Dataset:
     """Adds columns, `image_sha256` among them, to undecoded images.
 
     Images that are separate files are read into the dataset, because parquet files contain only what is inside; a selection
@@ -124,11 +149,11 @@ def with_columns(images: Dataset, columns: dict[str, list], features: Mapping) -
             features=images.features,
             writer_batch_size=16,
             new_fingerprint=Hasher.hash(
-                (images._fingerprint, columns["image_sha256"], "inside")
+                (images._fingerprint, columns["image_sha256"][:], "inside")
             ),  # files may have changed
             desc="Gathering pictures",
         )
-    result = concatenate_datasets([images, Dataset.from_dict(columns, features=Features(features))], axis=1)
-    if [stored_image(row["image"])[1] for row in result.select_columns("image")] != columns["image_sha256"]:
+    result = concatenate_datasets([images, columns], axis=1)
+    if [stored_image(row["image"])[1] for row in result.select_columns("image")] != columns["image_sha256"][:]:
         raise RuntimeError("captions were paired with other pictures, or pictures changed")  # a bug in this package
     return result.cast_column("image", Image())
