@@ -1055,7 +1055,7 @@ def test_caption(case, caplog):
     if refuses(layout, lambda: load_data(args)):
         return
     with caplog.at_level(logging.WARNING):
-        data, train = load_data(args)
+        data, train, _ = load_data(args)
     assert {split: in_order(rows_of(rows, root)) for split, rows in data.items()} == {
         split: expected_rows(layout, split) for split in labelled(layout)
     }
