@@ -258,6 +258,8 @@ def _captions(config: MMFTConfig, splits) -> str:
         text += "; the text tower is stretched for long ones"
     if config.sample_weight:
         text += f"; they count by {config.sample_weight}"
+    if config.text_mix:
+        text += f"; sources {', '.join(config.text_mix)}, otherwise all captions"
     if config.caption_dropout:
         text += f"; left out with probability {config.caption_dropout:g}"
     return text

@@ -9,15 +9,13 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 
 from ..core.console import many
 from ..core.errors import UserError, nearest
-from .columns import column_of
+from .caption_records import fields_of_records
 from .splits import captions_of
 
 WEIGHTS = "caption_weights"  # column: for each text of `captions_of`, how much it counts
@@ -101,25 +99,12 @@ def weights_digest(dataset: Dataset) -> str:
 
 
 def _scores(dataset: Dataset) -> list[list[tuple[str, dict[str, float]]]]:
-    """For each row, the texts of its records with their scores by name; other fields of the records are not read."""
-    found = []
-    for chunk in column_of(dataset, "caption_records").chunks:
-        for records in _without_other_fields(chunk):
-            own = []
-            for text, scores in records:
-                if text and scores:
-                    own.append((text.strip(), {s["name"]: s["value"] for s in scores if s["value"] is not None}))
-            found.append(own)
-    return found
-
-
-def _without_other_fields(chunk) -> list[list[tuple]]:
-    kind = getattr(chunk.type, "value_type", None)
-    names = {kind.field(i).name for i in range(kind.num_fields)} if kind else set()
-    if not {"text", "scores"} <= names:  # of the first edition, or no records of ours
-        return [[] for _ in range(len(chunk))]
-    entries = chunk.flatten()
-    texts, scores = (pc.struct_field(entries, name).to_pylist() for name in ("text", "scores"))
-    lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_pylist()
-    ends = np.cumsum([0, *lengths])
-    return [list(zip(texts[a:b], scores[a:b], strict=True)) for a, b in pairwise(ends)]
+    """For each row, the texts of its records with their scores by name."""
+    return [
+        [
+            (text.strip(), {s["name"]: s["value"] for s in scores if s["value"] is not None})
+            for text, scores in records
+            if text and scores
+        ]
+        for records in fields_of_records(dataset, ("text", "scores"))
+    ]

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..core.console import some
 from ..core.errors import UserError
 from .cache import DecodedPictures, Features
+from .caption_sources import SOURCES, TEMPLATE
 from .caption_weights import WEIGHTS
 from .columns import check_plain, column_of, entries_of, with_values
 from .images import BadImage, random_crop_box, read_image
@@ -42,13 +43,15 @@ class TextView:
     Args:
         class_names: `C` names, in the order of the labels.
         templates: with `{}` for the class name; of several, one is drawn for each read.
-        caption_dropout: probability of the class template alone instead of a caption.
+        caption_dropout: probability of the class template alone instead of a caption; the mix `(("template", p),)`.
         seed: of all draws.
         windows: splits a caption, given the class prompt before it, into parts that the text tower reads whole; of several, one is
             drawn for each read. None: the caption stays whole.
+        mix: names and probabilities of sources: `template`, and those that captions have by `caption_sources`; what is left to 1
+            goes to all captions of the row alike. If the row has none of a source, the class template takes its place.
 
-    A row is a mapping with `label`, a class or a list of classes, and, perhaps, `captions` and `caption_weights` (how much each of
-    them counts). In a text of several classes, their
+    A row is a mapping with `label`, a class or a list of classes, and, perhaps, `captions`, `caption_weights` (how much each of
+    them counts) and `caption_sources` (see `data.caption_sources`). In a text of several classes, their
     names are joined.
     """
 
@@ -57,11 +60,14 @@ class TextView:
     caption_dropout: float = 0.0
     seed: int = 0
     windows: Callable[[str, str], Sequence[str]] | None = None
+    mix: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
         object.__setattr__(self, "templates", templates)
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.caption_dropout and not self.mix:
+            object.__setattr__(self, "mix", ((TEMPLATE, self.caption_dropout),))
 
     def class_texts(self, label: int | Sequence[int]) -> list[str]:
         """The templates with the name of a class, or of several."""
@@ -83,7 +89,7 @@ class TextView:
     def possible_texts(self, row: Mapping) -> list[str]:
         """Every text that `draw` may give to a row."""
         texts = [text for parts in self.caption_texts(row) for text in parts]
-        return texts if texts and not self.caption_dropout else texts + self.class_texts(row["label"])
+        return texts if texts and not self.mix else texts + self.class_texts(row["label"])
 
     def draw(
         self, row: Mapping, epoch: int, place: int, crop: Callable[[np.random.Generator], tuple] | None = None
@@ -99,9 +105,8 @@ class TextView:
         rng = generator(self.seed, epoch, place, 1)
         captions = captions_of(row.get("captions"))
         number = rng.integers(len(captions)) if captions else None
-        # 2: another separate stream, so that every other draw is what it would be without dropout.
-        if self.caption_dropout and generator(self.seed, epoch, place, 2).random() < self.caption_dropout:
-            number = None
+        if self.mix and captions:
+            number = self._of_source(row, number, epoch, place)
         drawn = crop(rng) if crop else None
         template = self.templates[rng.integers(len(self.templates)) if len(self.templates) > 1 else 0]
         caption = None if number is None else captions[number]
@@ -111,6 +116,19 @@ class TextView:
         weights = row.get(WEIGHTS)
         weight = 1.0 if number is None or weights is None else weights[number]
         return training_text(template, name, caption), drawn, weight
+
+    def _of_source(self, row: Mapping, number: int, epoch: int, place: int) -> int | None:
+        """The number of a caption of the drawn source: `number` if that is all captions; None for the class template."""
+        # 2: another separate stream, so that every other draw is what it would be without a mix.
+        rng, bit = generator(self.seed, epoch, place, 2), 1
+        at = rng.random()
+        for name, share in self.mix:
+            if at < share:
+                own = [] if name == TEMPLATE else [k for k, sources in enumerate(row[SOURCES]) if sources & bit]
+                return own[rng.integers(len(own))] if own else None
+            at -= share
+            bit <<= name != TEMPLATE
+        return number
 
 
 def text_rows(dataset: Dataset) -> Iterator[dict]:
@@ -150,7 +168,7 @@ class ImageView(TorchDataset):
     def __init__(
         self, dataset: Dataset, on_bad_image: str = "fail", name: str = "evaluation", short_side: int | None = None
     ):
-        wanted = ("image", "label", "captions", WEIGHTS, "source_row")
+        wanted = ("image", "label", "captions", WEIGHTS, SOURCES, "source_row")
         columns = [name for name in wanted if name in dataset.column_names]
         # Undecoded: datasets would raise inside itself at a bad picture, without the row's number.
         self.rows = dataset.select_columns(columns).cast_column("image", Image(decode=False))

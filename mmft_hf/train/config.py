@@ -15,6 +15,7 @@ from ..core.arguments import Range, check_settings, setting
 from ..core.console import some
 from ..core.errors import UserError
 from ..core.reading import parse_json, read_bytes
+from ..data.caption_sources import parse_mix
 from ..data.caption_weights import check_weighting
 from ..data.texts import DEFAULT_TEMPLATE, check_template
 from ..predict.fitting import NAMES
@@ -68,7 +69,7 @@ class MMFTConfig(TrainingArguments):
     """
 
     GROUPS: ClassVar = {
-        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout long_captions sample_weight "
+        "method": "supcon_weight supcon_weight_end include_self class_template caption_dropout text_mix long_captions sample_weight "
         "prototypes template_weight samples_per_class class_balance weight_averaging crop_min_area horizontal_flip on_bad_image",
         "classifier": "head head_alphas logit_adjustment calibrate reject_below reject_for_accuracy threshold",
         "training": "num_train_epochs max_steps per_device_train_batch_size learning_rate head_learning_rate tune lr_scheduler_type warmup_steps "
@@ -117,6 +118,11 @@ class MMFTConfig(TrainingArguments):
         "split at sentences, of which training draws one part and prototypes average all; stretch: the text tower reads 248 tokens, "
         "with positions in between the learned ones (CLIP and MetaCLIP 2 alone).",
         choices=LONG_CAPTIONS,
+    )
+    text_mix: list[str] | None = setting(
+        None,
+        "NAME=SHARE …, for example template=0.2 short=0.5: with these probabilities a training text is the class template alone, or has a "
+        "caption of that step, aspect or prompt_id in caption_records; otherwise one of all captions. Default: always one of all captions.",
     )
     sample_weight: str | None = setting(
         None,
@@ -348,6 +354,14 @@ class MMFTConfig(TrainingArguments):
                     "by the sampler, per_device_train_batch_size to each process. Leave it out."
                 )
         check_template(self.class_template)
+        if self.text_mix:
+            if self.caption_dropout:
+                raise UserError(
+                    f"--caption_dropout: expected 0 with --text_mix, found {self.caption_dropout:g}. Leave it out, and type "
+                    f"--text_mix template={self.caption_dropout:g} with the other sources."
+                )
+            # One form for each mix, so that a resume knows it.
+            self.text_mix = [f"{name}={share}" for name, share in parse_mix(self.text_mix).items()] or None
         if self.sample_weight:
             check_weighting(self.sample_weight)
         check_settings(self)

@@ -21,6 +21,7 @@ from ..core.launch import check_shared
 from ..core.reading import read_json
 from ..core.records import RunRecord, Tuning
 from ..core.seals import digests_of, note_if_changed, sealed
+from ..data.caption_sources import parse_mix, sources_digest, sources_of, with_caption_sources
 from ..data.caption_weights import weights_digest, with_caption_weights
 from ..data.splits import Splits
 from ..hub import cards
@@ -44,7 +45,7 @@ DECIDING = (
     "adam_beta1 adam_beta2 adam_epsilon optim lr_scheduler_type warmup_steps max_grad_norm seed data_seed bf16 fp16 "
     "eval_strategy eval_steps load_best_model_at_end world_size supcon_weight include_self class_template prototypes "
     "crop_min_area on_bad_image samples_per_class caption_dropout template_weight supcon_weight_end "
-    "weight_averaging long_captions"
+    "weight_averaging long_captions text_mix"
 ).split()
 
 # Metrics of the test split in the results, beside accuracy and the one that selects.
@@ -72,6 +73,8 @@ class RunFolder:
         # Through JSON, because that is how they will be read back: enums become text.
         plain = json.loads(json.dumps({**config.to_dict(), "world_size": config.world_size}, default=str))
         self.defaults = default = {field.name: field.default for field in fields(MMFTConfig)}
+        mix = parse_mix(config.text_mix or ())
+        sources = with_caption_sources(splits.train, mix)[0] if sources_of(mix) else None
         weights = with_caption_weights(splits.train, config.sample_weight)[0] if config.sample_weight else None
         self.identity = {
             "base_model": model_args.model_name_or_path,
@@ -87,6 +90,7 @@ class RunFolder:
             "shots": data_args.shots,
             "shots_seed": data_args.shots_seed,
             **({"caption_weights": weights_digest(weights)} if weights else {}),
+            **({"caption_sources": sources_digest(sources)} if sources else {}),
             **{key: plain[key] for key in DECIDING},
             "other_settings": {
                 k: v for k, v in plain.items() if k not in DECIDING and v != default.get(k) and config.decides(k)

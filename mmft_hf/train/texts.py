@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import ProcessorMixin
 
+from ..data.caption_sources import parse_mix
 from ..data.views import TextView
 from ..model.long_captions import windows_for
 from .config import MMFTConfig
@@ -20,4 +21,5 @@ def texts_of(class_names: Sequence[str], config: MMFTConfig, processor: Processo
         seed: of all draws.
     """
     windows = windows_for(processor, config.long_captions)
-    return TextView(class_names, config.class_template, config.caption_dropout, seed, windows)
+    mix = tuple(parse_mix(config.text_mix or ()).items())
+    return TextView(class_names, config.class_template, config.caption_dropout, seed, windows, mix)

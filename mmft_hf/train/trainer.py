@@ -55,6 +55,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..core.console import say
 from ..core.errors import UserError
 from ..data.cache import check_short_side
+from ..data.caption_sources import parse_mix, with_caption_sources
 from ..data.caption_weights import WEIGHTS, with_caption_weights
 from ..data.labels import class_names_of, has_several, labels_of
 from ..data.sampling import IGNORED, ClassBalancedSampler, EpochSampler, is_example
@@ -231,6 +232,7 @@ class MMFTTrainer(WeightAveraging, TrainingPushes, TrainingCheckpoints, ShardedT
         needs = {need for term in self.terms for need in term.needs}
         if train_dataset is not None:
             train_dataset = _weighted(train_dataset, args, "texts" in needs)
+            train_dataset = _with_sources(train_dataset, args, "texts" in needs)
         class_texts = (class_prompt(args.class_template, name) for name in self.class_names or ())
         data_collator = kwargs.pop("data_collator", None) or MMFTDataCollator(
             processing_class,
@@ -570,6 +572,22 @@ def _weighted(dataset: Dataset, args: MMFTConfig, texts: bool) -> Dataset:
             f"--sample_weight: expected a loss of images and texts, found one without texts, with {args.sample_weight}. Leave it out."
         )
     dataset, notes = with_caption_weights(dataset, args.sample_weight)
+    for note in notes if args.process_index == 0 else ():
+        warn_once(note)
+    return dataset
+
+
+def _with_sources(dataset: Dataset, args: MMFTConfig, texts: bool) -> Dataset:
+    """The training images with the sources of their captions, as far as `args.text_mix` names any.
+
+    Args:
+        texts: whether the loss has texts that could be drawn.
+    """
+    if args.text_mix and not texts:
+        raise UserError(
+            f"--text_mix: expected a loss of images and texts, found one without texts, with {' '.join(args.text_mix)}. Leave it out."
+        )
+    dataset, notes = with_caption_sources(dataset, parse_mix(args.text_mix or ()))
     for note in notes if args.process_index == 0 else ():
         warn_once(note)
     return dataset

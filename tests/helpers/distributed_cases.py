@@ -58,6 +58,7 @@ CASES = {
     "sample weights": {"scores": True, "sample_weight": "score:clip", "caption_dropout": 0.2},
     "adapted": {"adapted": True},
     "adapted, frozen text": {"adapted": True, "towers": ("lora", "frozen"), "loss_chunk_size": 2},
+    "text mix": {"sources": True, "text_mix": ["template=0.2", "short=0.5"]},
     "long captions": {"long": True, "long_captions": "windows"},
     "bf16": {"bf16": True},
     "bf16, chunks": {"bf16": True, "loss_chunk_size": 2},
@@ -121,6 +122,12 @@ def run(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
         records = [
             [{"text": text, "scores": [{"name": "clip", "value": (7 * i + k) % 11}]} for k, text in enumerate(own)]
             for i, own in enumerate(data[0]["captions"][:])
+        ]
+        data = data[0].add_column("caption_records", records), data[1]
+    if settings.pop("sources", False):
+        records = [
+            [{"text": text, "step": "short" if k else None} for k, text in enumerate(own)]
+            for own in data[0]["captions"][:]
         ]
         data = data[0].add_column("caption_records", records), data[1]
     if settings.pop("long", False):

@@ -97,7 +97,8 @@ class Method:
         return self.needs_captions or self.takes_captions
 
 
-MMFT, NO_CAPTIONS, WEIGHTED = contrastive(), contrastive(without_captions), contrastive(weighted=True)
+MMFT, NO_CAPTIONS = contrastive(), contrastive(without_captions)
+WEIGHTED, MIXED = contrastive(weighted=True), contrastive(mixed=True)
 
 # fmt: off
 _ROWS = (
@@ -184,6 +185,8 @@ _ROWS = (
            "Half of the captions dropped in training: do class templates among them help?", True),
     Method("mmft-weighted", WEIGHTED, training_texts, "mmft",
            "Captions count in the loss by the score of --sample_weight: are better captions worth more?", True),
+    Method("mmft-text-mix", MIXED, training_texts, "mmft",
+           "Texts come from the sources of --text_mix: does it matter which captions are drawn how often?", True),
     Method("mmft-lora-all", contrastive(vision_tower="lora", text_tower="lora", recipe=None), training_texts, "mmft",
            "LoRA of rank 8 in all layers of both towers instead of whole towers.", True),
     Method("mmft-frozen-text", contrastive(text_tower="frozen"), training_texts, "mmft",
@@ -259,6 +262,11 @@ def method_named(name: str) -> Method:
 def weighs(name: str) -> bool:
     """Whether a method weighs captions by their scores."""
     return method_named(name).training is WEIGHTED
+
+
+def mixes(name: str) -> bool:
+    """Whether a method draws texts by their sources."""
+    return method_named(name).training is MIXED
 
 
 @dataclass

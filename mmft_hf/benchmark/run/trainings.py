@@ -111,6 +111,7 @@ def settings_for(
         "disable_tqdm": True,
         "learning_rate": learning_rate,
         "patience": None,  # equal budgets
+        "text_mix": None,  # only `mmft-text-mix` mixes sources
         "sample_weight": None,  # only `mmft-weighted` weighs captions
         "save_only_model": True,  # nothing is resumed here, and Adam's moments are twice the size of the weights
         **settings_of(context.budget, recipe, task.shots),
@@ -151,6 +152,7 @@ def contrastive(
     small_lora: bool = False,
     templates: bool = False,
     weighted: bool = False,
+    mixed: bool = False,
     recipe: Recipe | None = MMFT_RECIPE,
     **settings,
 ) -> Training:
@@ -162,6 +164,7 @@ def contrastive(
         small_lora: uses the LoRA of `clip_lora` instead of the default one.
         templates: each image is paired with one of 80 class templates, drawn at random in each epoch.
         weighted: captions count by `sample_weight` of the benchmark.
+        mixed: texts come from the sources of `text_mix` of the benchmark.
         recipe: see `Training`. Variants of MMFT train as MMFT does.
         settings: of `MMFTConfig`, instead of the benchmark's.
     """
@@ -175,6 +178,7 @@ def contrastive(
         lora = "lora" in (vision_tower, text_tower)
         rate = LORA_FACTOR * learning_rate if lora else learning_rate
         more = {"sample_weight": context.config.sample_weight} if weighted else {}
+        more |= {"text_mix": context.config.text_mix} if mixed else {}
         with set_up(context, task, rate, recipe, **settings, **more) as (model, config, validation):
             where = (RANK, ALPHA, DROPOUT, attention_inputs(model)) if small_lora else ()
             set_towers(model, vision_tower, text_tower, *where)

@@ -30,7 +30,7 @@ from .data_checks import check_labels, notes_on, refuse_unreadable, runnable, un
 from .data_summary import DATA_FILE, groups_of, load_or_summarize, write_summary
 from .grid import Grid, cells
 from .identity import identity_of
-from .methods import AT, METHODS, method_named, weighs
+from .methods import AT, METHODS, method_named, mixes, weighs
 from .processes import Claims, count_of_processes, number_of_process
 from .protocol import Shots, make_task, parse_shots
 from .refined import check_sources, summary_of, with_refined
@@ -177,6 +177,7 @@ def check_supported(args: BenchmarkArguments, model_args: ModelArguments, config
             raise UserError(f"--methods: found {name!r}.{nearest(name, METHODS)} Expected one of {', '.join(METHODS)}.")
     check_sources(args.methods, args.sources)
     check_weighted(args.methods, config.sample_weight)
+    check_mixed(args.methods, config.text_mix)
     towers = "A method says what it trains: --methods mmft-lora."
     no_model = "A benchmark keeps and publishes no model, and an interrupted one continues by itself. Leave it out."
     prototypes = (  # an epoch must be selected by the prototypes that are judged
@@ -209,6 +210,17 @@ def check_weighted(methods: Sequence[str], setting: str | None) -> None:
     if setting and not weighted:
         raise UserError(
             f"--sample_weight: expected a method that weighs captions, found none, with {setting}. Type --methods mmft mmft-weighted."
+        )
+
+
+def check_mixed(methods: Sequence[str], mix: Sequence[str] | None) -> None:
+    """Raises `UserError` unless there is a mix exactly where a method draws texts by one."""
+    mixed = [name for name in methods if mixes(name)]
+    if mixed and not mix:
+        raise UserError(f"--methods {mixed[0]}: expected the mix of texts, found none. Type --text_mix template=0.2.")
+    if mix and not mixed:
+        raise UserError(
+            f"--text_mix: expected a method that draws texts by it, found none, with {' '.join(mix)}. Type --methods mmft mmft-text-mix."
         )
 
 
