@@ -84,8 +84,11 @@ def captions_of_all(images: Dataset, captions: Dataset, name: str) -> list[list[
     return joined
 
 
+KEPT = ("text", "scores", "step", "aspect", "prompt_id")  # fields of records
+
+
 def records_of_all(images: Dataset, captions: Dataset) -> list[list[dict]]:
-    """Text and scores of the caption records of the images, under whatever class.
+    """Text, scores and sources of the caption records of the images, under whatever class.
 
     Args:
         images: column `image` (not decoded).
@@ -93,7 +96,7 @@ def records_of_all(images: Dataset, captions: Dataset) -> list[list[dict]]:
     """
     found: dict[str, list[dict]] = {}
     for row in captions.select_columns(["caption_records", "image_sha256"]):
-        own = [{"text": r["text"], "scores": r.get("scores")} for r in row["caption_records"] or () if r["text"]]
+        own = [{name: r.get(name) for name in KEPT} for r in row["caption_records"] or () if r["text"]]
         found.setdefault(row["image_sha256"], []).extend(own)
     return [found.get(_digest(row["image"]), []) for row in images.select_columns("image")]
 

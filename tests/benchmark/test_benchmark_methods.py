@@ -42,7 +42,7 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
     before, trained = weights(context.model), {}
     first = {method.training: name for name, method in reversed(METHODS.items()) if method.training}
     del first[none_without_captions]  # which trains nothing
-    assert len(first) == 26
+    assert len(first) == 27
     for training, name in first.items():
         found = context.train(training, task, 1e-3)
         assert found.steps == 2 and found.seconds > 0
@@ -65,8 +65,8 @@ def test_every_training_trains_what_it_should_and_leaves_the_untuned_model_alone
     assert all(torch.equal(value, before[key]) for key, value in weights(context.model).items())
     # Two rows with the same training under two names would show here. The captions of these images are
     # alike within a class, so shuffling them there changes little, and LoRA leaves the projection as it is.
-    # mmft-weighted is mmft where captions have no scores.
-    alike = {"mmft-shuffle-within", "mmft-weighted"}
+    # mmft-weighted is mmft where captions have no scores, mmft-text-mix where no mix is named.
+    alike = {"mmft-shuffle-within", "mmft-weighted", "mmft-text-mix"}
     left_out = alike | {"mmft-lora", "mmft-lora-all", "clip-lora", "2sfs", "2sfs-cap", "ce", "ce-frozen"}
     different = [weight for name, weight in trained.items() if name not in left_out]
     for i, one in enumerate(different):
@@ -157,7 +157,7 @@ def test_a_named_metric_chooses_among_learning_rates(clip_folder, task, tmp_path
     context = Context(str(clip_folder), None, config, learning_rates=(1e-3, 1e-4))
     found = {1e-3: {"mean_per_class_accuracy": 0.2, "loss": 0.5}, 1e-4: {"mean_per_class_accuracy": 0.6, "loss": 0.7}}
     judged = iter(found.values())
-    monkeypatch.setattr(context, "report", lambda model, head, dataset: next(judged))
+    monkeypatch.setattr(context, "report", lambda model, head, dataset, *more: next(judged))
     training = Training(lambda context, task, rate: Trained(context.model, task.train, 1))
     assert fit(dataclasses.replace(METHODS["flyp"], training=training), context, task).chosen == {"learning_rate": best}
 

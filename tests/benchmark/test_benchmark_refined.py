@@ -273,9 +273,15 @@ def test_weights_are_for_the_method_that_weighs_alone(both, clip_folder, data_fo
             "expected a method that weighs captions, found none, with score:clip",
         ),
         (["mmft-weighted", "--sample_weight", "score:clip"], "expected columns captions and caption_records"),
+        (["mmft-text-mix"], "--methods mmft-text-mix: expected the mix of texts, found none"),
+        (
+            ["mmft", "--text_mix", "template=0.2"],
+            "expected a method that draws texts by it, found none, with template=0.2",
+        ),
+        (["mmft-text-mix", "--text_mix", "short=0.2"], "expected columns captions and caption_records"),
     ],
 )
-def test_a_score_and_a_method_that_reads_it_belong_together(
+def test_a_setting_of_captions_and_a_method_that_reads_it_belong_together(
     words, expected, clip_folder, data_folder, tmp_path, capsys
 ):
     assert main(command(clip_folder, data_folder, tmp_path / "out", *SOME, *words)) == 2

@@ -19,7 +19,7 @@ from ...data.splits import Splits, labels_of
 from ...version import __version__
 from .arguments import BenchmarkArguments, BenchmarkData
 from .budgets import DECIDED, EQUAL
-from .refined import fingerprint_of_captions, weights_of_methods
+from .refined import fingerprint_of_captions, sources_of_methods, weights_of_methods
 
 LIBRARIES = ("torch", "transformers", "peft", "scikit-learn")
 
@@ -44,6 +44,7 @@ def identity_of(
     budget = {} if args.budget == EQUAL else {"budget": args.budget}
     captions = {source: fingerprint_of_captions(splits, source) for source in args.sources}
     weights = weights_of_methods(splits, args.methods, config.sample_weight)
+    sources = sources_of_methods(splits, args.methods, config.text_mix)
     model, revision = model_args.model_name_or_path, model_args.model_revision
     return {
         "base_model": describe_source(model, revision, "model", offline=True)["name"],
@@ -55,6 +56,7 @@ def identity_of(
         "versions": {"mmft_hf": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES},
         **({"captions": captions} if captions else {}),
         **({"weights": weights} if weights else {}),
+        **({"sources": sources} if sources else {}),
     }
 
 

@@ -17,16 +17,22 @@ from datasets import List, Value
 from ...core.arguments import DataArguments
 from ...core.errors import UserError
 from ...core.repositories import describe_source
+from ...data.caption_sources import parse_mix, sources_digest, sources_of, with_caption_sources
 from ...data.caption_weights import weights_digest, with_caption_weights
 from ...data.join import captions_of_all, records_of_all
 from ...data.raw import split_for
 from ...data.sources import open_source
 from ...data.splits import Splits, captions_of
 from ...hub.cards.sources import captioning_cost
-from .methods import AT, METHODS, weighs
+from .methods import AT, METHODS, mixes, weighs
 from .protocol import refined_column, undecoded, with_captions_of
 
-SCORED = List({"text": Value("string"), "scores": List({"name": Value("string"), "value": Value("float32")})})
+RECORDS = List(
+    {
+        **dict.fromkeys(("text", "step", "aspect", "prompt_id"), Value("string")),
+        "scores": List({"name": Value("string"), "value": Value("float32")}),
+    }
+)
 DEFAULT = "refined"  # the name of a folder that is typed without one
 # The methods of a benchmark of refined captions: untuned and trained, each on both captions, and the two controls.
 BOTH, CONTROLS = ("zs-cap", "mmft"), ("mmft-shuffle-within", "mmft-no-captions")
@@ -86,12 +92,12 @@ def check_sources(methods: Sequence[str], sources: Iterable[str]) -> None:
         )
 
 
-def with_refined(splits: Splits, folders: Mapping[str, str], scores: bool = False) -> Splits:
+def with_refined(splits: Splits, folders: Mapping[str, str], records: bool = False) -> Splits:
     """The splits, whose training images have the captions of each folder in a column of their own.
 
     Args:
         folders: by name.
-        scores: whether the scores of these captions are wanted, too.
+        records: whether the scores and sources of these captions are wanted, too.
 
     Raises:
         UserError: no such folder, or it lacks a training image.
@@ -111,9 +117,9 @@ def with_refined(splits: Splits, folders: Mapping[str, str], scores: bool = Fals
         if not any(map(captions_of, texts)):
             raise UserError(f"{place}: expected captions, found none.")
         train = train.add_column(refined_column(name), texts, feature=List(Value("string")))
-        if scores and "caption_records" in captions.column_names:
-            records = records_of_all(images, captions)
-            train = train.add_column(refined_column(name, "caption_records"), records, feature=SCORED)
+        if records and "caption_records" in captions.column_names:
+            found = records_of_all(images, captions)
+            train = train.add_column(refined_column(name, "caption_records"), found, feature=RECORDS)
     return replace(splits, train=train)
 
 
@@ -121,6 +127,20 @@ def fingerprint_of_captions(splits: Splits, source: str) -> str:
     """16 hex digits of the refined captions of the training images."""
     texts = [captions_of(own) for own in splits.train[refined_column(source)][:]]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def sources_of_methods(splits: Splits, methods: Iterable[str], mix: Sequence[str] | None) -> dict[str, str]:
+    """What the methods that mix texts draw from, by the name of the captions: 16 hex digits of the sources of all captions.
+
+    Raises:
+        UserError: the captions of one of them lack a source.
+    """
+    shares, found = parse_mix(mix or ()), {}
+    if not sources_of(shares):
+        return found
+    for source in dict.fromkeys(name.partition(AT)[2] for name in methods if mixes(name)):
+        found[source] = sources_digest(with_caption_sources(with_captions_of(splits.train, source), shares)[0])
+    return found
 
 
 def weights_of_methods(splits: Splits, methods: Iterable[str], setting: str | None) -> dict[str, str]:

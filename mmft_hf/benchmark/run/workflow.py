@@ -92,7 +92,7 @@ def run_benchmark(
     check_labels(data_args.whole, args.shift_splits or [])
     splits = load_splits(data_args.whole)
     refuse_several(splits.train, "benchmark")
-    splits = with_refined(splits, args.sources, scores=bool(config.sample_weight))
+    splits = with_refined(splits, args.sources, records=bool(config.sample_weight or config.text_mix))
     check_metric(config.metric_for_best_model, splits.class_names)
     methods, left_out = runnable(args.methods, splits, data_args.dataset_name)
     grid_cells = cells(methods, shots, args.seeds)
