@@ -72,6 +72,7 @@ def test_a_setting_of_our_own_decides_unless_it_says_otherwise():
         "calibrate",
         "reject_below",
         "reject_for_accuracy",
+        "threshold",
     }
 
 
