@@ -88,6 +88,9 @@ def test_pictures_and_prompts_are_those_that_the_captioner_was_sent(chats, seed,
 def test_the_folder_opens_as_its_card_says(chats, monkeypatch):
     card = (chats / "README.md").read_text()
     assert "22 captions of 11 training pictures, written by `strong`" in card and "(1 here)" in card
+    assert (
+        "the prompt that asked for it" in card and "Pictures and prompts are those that the captioner was sent" in card
+    )
     assert "terms of whoever runs `strong`" in card and "/" not in card.split("data_dir=")[1].split(",")[0]
     monkeypatch.chdir(chats)
     found = {}
@@ -189,11 +192,13 @@ def test_captions_without_a_prompt_are_counted_and_a_folder_without_captions_is_
     assert run(*words, "--own_prompts", '{"dense": "Say all of this {class_name}."}') == 0
     assert "does not say with which prompts" in capsys.readouterr().out
     asked = {line["prompt"][0]["content"][1]["text"] for line in lines(tmp_path / "own")}
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "a prompt for it" in card and "The captions were not asked for with these prompts" in card
     assert asked == {f"Say all of this {name.replace('_', ' ')}." for name in NAMES}
     for words, expected in (
         ((tmp_path,), "expected a captioned folder, found no captions.json"),
         ((), "expected one captioned folder, found none"),
-        ((other, "--aspects", "texture"), "expected captions of the aspects texture, found captions of visual, dense"),
+        ((other, "--aspects", "texture"), "expected captions of the aspects texture, found the aspects visual, dense"),
     ):
         assert run("caption", "chats", *words, "--output_dir", tmp_path / "none") == 2
         assert expected in " ".join(capsys.readouterr().err.split())

@@ -97,16 +97,18 @@ def write_chats(
     sealed: Collection[str],
     details: Mapping[str, Any],
     overwrite: bool = False,
+    asked: bool = True,
 ) -> Chats:
     """Writes a line for each accepted caption of a training split.
 
     Args:
         folder: that does not exist, or is empty, or has such lines already.
         dataset: columns `image`, `label`, `captions` and `caption_records`.
-        prompts, pictures: what the captioner was sent.
+        prompts, pictures: what the captioner was sent, or will be sent.
         sealed: sha256 of pictures that must not be trained on.
         details: content of `captions.json`, for the card.
         overwrite: allows earlier lines to be replaced.
+        asked: whether the captions were asked for with these prompts.
 
     Raises:
         UserError: the folder has other files; no caption can be written.
@@ -121,10 +123,10 @@ def write_chats(
         if not found.chats:
             aspects = ", ".join(found.unprompted) or "none"
             raise UserError(
-                f"caption chats: expected captions of the aspects {', '.join(prompts.aspects)}, found captions of {aspects}. Type --aspects, "
+                f"caption chats: expected captions of the aspects {', '.join(prompts.aspects)}, found the aspects {aspects}. Type --aspects, "
                 "perhaps with --own_prompts."
             )
-        (partial / CARD_FILE).write_text(_card(found, prompts, pictures, details), encoding="utf-8")
+        (partial / CARD_FILE).write_text(_card(found, prompts, pictures, details, asked), encoding="utf-8")
         shutil.rmtree(folder / PICTURES, ignore_errors=True)
     return found
 
@@ -180,15 +182,17 @@ def _said(role: str, *content: dict) -> dict:
     return {"role": role, "content": list(content)}
 
 
-def _card(found: Chats, prompts: PromptSet, pictures: PicturePolicy, details: Mapping[str, Any]) -> str:
+def _card(found: Chats, prompts: PromptSet, pictures: PicturePolicy, details: Mapping[str, Any], asked: bool) -> str:
     models = [name for name in found.models if name not in ("columns", "template", "unknown")]
     front: dict = {"license": details["license"]} if details.get("license") else {}
-    front |= {"task_categories": ["image-to-text"], "tags": ["captions", "synthetic-captions", "trl"]}
+    tags = ["captions", *(["synthetic-captions"] if models else []), "trl"]
+    front |= {"task_categories": ["image-to-text"], "tags": tags}
     return render_card(
         TEMPLATES / "chats_card.md.j2",
         front=Markup(front_matter(front)),
         title=title(details).replace("Captions", "Conversations about pictures", 1),
         found=found,
+        asked=asked,
         written_by=Markup(listed(map(code, models))) if models else None,
         steps=[step["name"] for step in details.get("steps") or ()],
         flags=prompt_flags(prompts, pictures),

@@ -354,17 +354,16 @@ def chats(data_args: DataArguments, args: CaptionArguments, *operands: str) -> N
     if not details:
         raise UserError(f"caption chats: expected a captioned folder, found no {DETAILS_FILE} in {source}.")
     data, train, sets = load_data(replace(data_args, dataset_name=source))
-    recorded = recorded_prompts(details.get("made_from") or {})
+    recorded = prompts = recorded_prompts(details.get("made_from") or {})
     if recorded is None:
-        prompts = args.to_prompts()
-        prompts = replace(prompts, longest_name=LONGEST_NAMES) if sets else prompts
-        recorded = prompts, PicturePolicy(args.max_side)
+        typed = args.to_prompts()
+        prompts = replace(typed, longest_name=LONGEST_NAMES) if sets else typed, PicturePolicy(args.max_side)
         say(
             f"Note: {source} does not say with which prompts its captions were asked for. Those of the settings are taken."
         )
     sealed = pictures_of({name: split for name, split in data.items() if name != train})
     out = Path(args.output_dir)
-    found = write_chats(out, data[train], *recorded, sealed, details, args.overwrite_output_dir)
+    found = write_chats(out, data[train], *prompts, sealed, details, args.overwrite_output_dir, recorded is not None)
     say(f"{many(found.chats, 'caption')} of {many(found.images, 'picture')} are in {out}.")
     if found.sealed:
         say(
@@ -372,7 +371,7 @@ def chats(data_args: DataArguments, args: CaptionArguments, *operands: str) -> N
         )
     for aspect, count in found.unprompted.items():
         say(f"Left out: {many(count, 'caption')} of the aspect {printable_text(aspect)}, which no prompt asks for.")
-    flags = prompt_flags(*recorded)
+    flags = prompt_flags(*prompts)
     say(
         "\nNext: tune a model of images and text on it, for example with TRL's SFTTrainer, then mmft-hf caption --captioner transformers "
         f"--captioner_model TUNED{' ' * bool(flags)}{flags}"
