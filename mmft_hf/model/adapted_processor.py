@@ -134,9 +134,8 @@ class TextTrunk:
                 size,
                 "a text" if texts == 1 else f"{texts:,} texts",
             )
-        folder, file = (str(Path(place).parent), Path(place).name) if place.endswith(".gguf") else (place, None)
         try:
-            return CaptionEncoder.from_pretrained(folder, gguf_file=file, allow_pickle=self._allow_pickle)
+            return CaptionEncoder.from_pretrained(place, allow_pickle=self._allow_pickle)
         except UserError as error:
             if self._source is not None:
                 raise

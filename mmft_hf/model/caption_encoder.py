@@ -114,14 +114,15 @@ class CaptionEncoder(nn.Module):
         """Opens a model of transformers or of sentence-transformers, or a folder of `save_pretrained`, which has its own settings.
 
         Args:
-            path_or_id: folder or Hub id.
+            path_or_id: folder or Hub id; or one followed by the name of a GGUF file in it, `FOLDER/model.gguf`.
             pooling: `mean`, `first` or `last`. Default: what sentence-transformers' files say, else `mean`.
             bidirectional: whether a decoder reads in both directions. Default: yes, unless it is a folder of
                 sentence-transformers, which is opened as it was trained.
             instruction: put before every text. It is read, but not pooled.
             max_length: tokens; default 512, or less where the model reads less.
             normalize: whether vectors have unit length; default yes.
-            gguf_file: the file of weights in a folder or repository of GGUF files; needs `pip install mmft_hf[llm]`.
+            gguf_file: the file of weights in a folder or repository of GGUF files; needs `pip install mmft_hf[llm]`. Weights are
+                taken to `dtype`.
             dtype: of the weights: float32 (default), bfloat16 or float16.
             allow_pickle: as in `load_model`.
             device: default the accelerator if there is one.
@@ -131,6 +132,8 @@ class CaptionEncoder(nn.Module):
                 pickle that is not allowed; or a folder of ours was saved with another setting than the one given.
         """
         name = str(path_or_id)
+        if name.endswith(".gguf") and not gguf_file:
+            name, gguf_file = str(Path(name).parent), Path(name).name
         text = read_text_file(name, RECORD, revision, "model")
         given = {
             "pooling": pooling,
@@ -376,7 +379,7 @@ class CaptionEncoder(nn.Module):
             return {}
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(self.model)
+        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         return {key: value.detach().cpu().contiguous() for key, value in sorted(state.items())}
 
 
@@ -503,12 +506,10 @@ def _load(
 def _check_gguf(name: str, path: Path, gguf_file: str | None) -> None:
     there = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
     if gguf_file is None:
-        if path.suffix == ".gguf":
-            raise _wrong(
-                name, f"expected a folder or a Hub id, found a file. Type its folder, and --gguf_file {path.name}."
-            )
         if there and not (path / "config.json").exists():
-            raise _wrong(name, f"expected config.json, found GGUF files. To open one, type --gguf_file {there[0]}.")
+            raise _wrong(
+                name, f"expected config.json, found GGUF files. To open one, type its name, too: {path / there[0]}."
+            )
     elif not is_gguf_available():
         raise _wrong(
             name, "a GGUF file is opened by the package gguf, which is missing. Type pip install 'mmft_hf[llm]'."

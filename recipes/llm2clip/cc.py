@@ -31,9 +31,9 @@ HELD_OUT = 0.1  # of the training pictures, where validation pictures have no ca
 class TrunkArguments:
     """The language model or sentence encoder, and how it makes vectors."""
 
-    text_trunk: str | None = setting(None, "Hub id or folder of a language model or a sentence encoder.")
+    text_trunk: str | None = setting(None, "Hub id, folder or GGUF file of a language model or a sentence encoder.")
     revision: str | None = setting(None, "Branch, tag or commit of it on the Hub.")
-    gguf_file: str | None = setting(None, "Its GGUF file, if it is a folder or repository of such files.")
+    gguf_file: str | None = setting(None, "Name of its GGUF file, if --text_trunk names only the folder or repository.")
     pooling: str | None = setting(
         None, "mean, first or last token. Default: what its files say, else mean.", choices=("mean", "first", "last")
     )
@@ -181,9 +181,9 @@ def run(data_args: DataArguments, trunk: TrunkArguments, args: TuningArguments) 
     for note in splits.notes:
         say(f"\n  Note: {note}")
     say(f"\nThe text trunk is in {folder}. Next:")
-    say(
-        f"  mmft-hf finetune --text_trunk {shlex.quote(str(folder))} --dataset_name {shlex.quote(data_args.dataset_name)}"
-    )
+    words = ["--text_trunk", str(folder), "--dataset_name", data_args.dataset_name]
+    words += ["--captions_column", data_args.captions_column] if data_args.captions_column else []
+    say(f"  mmft-hf finetune {shlex.join(words)}")
     return results
 
 

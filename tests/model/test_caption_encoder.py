@@ -264,8 +264,8 @@ def test_pickles_and_gguf_files_are_refused(llama, tmp_path, monkeypatch):
     folder = tmp_path / "gguf"
     folder.mkdir()
     (folder / "tiny.gguf").write_bytes(b"GGUF")
-    refused(folder, "found GGUF files", "gguf_file tiny.gguf")
-    refused(folder / "tiny.gguf", "found a file", "gguf_file tiny.gguf")
+    refused(folder, "found GGUF files", f"type its name, too: {folder}/tiny.gguf")
+    refused(folder / "tiny.gguf", "expected weights and a tokenizer")
     refused(folder, "expected one of tiny.gguf, found other.gguf", gguf_file="other.gguf")
     refused(folder, "expected weights and a tokenizer", gguf_file="tiny.gguf")
     monkeypatch.setattr("mmft_hf.model.caption_encoder.is_gguf_available", lambda: False)
