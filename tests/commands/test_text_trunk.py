@@ -205,7 +205,7 @@ def test_an_image_tower_that_transformers_has_no_class_for_is_not_published_alon
 def test_a_trunk_that_cannot_be_opened_is_refused_before_anything_is_written(place, clip_folder, data_folder, capsys):
     (place / "ggufs").mkdir(exist_ok=True)
     (place / "ggufs" / "model.gguf").write_bytes(b"GGUF")
-    for trunk, message in {"nowhere": "nowhere", "ggufs/model.gguf": "gguf", "ggufs": "gguf_file"}.items():
+    for trunk, message in {"nowhere": "nowhere", "ggufs/model.gguf": "gguf", "ggufs": "type its name, too"}.items():
         assert finetune(place, clip_folder, data_folder, "refused", trunk=trunk) == 2
         assert message in capsys.readouterr().err
         assert not (place / "refused").exists() or not any((place / "refused").iterdir())
