@@ -83,6 +83,7 @@ def test_a_prompt_names_all_labels_and_the_lists_stay(captioned):
     assert [row["captions"] for row in rows] == [[caption_of(*pair)] for pair in wanted]
     test = load_dataset(str(folder), split="test")
     assert test["label"][:] == [[0, 1], [2]] and test["captions"][:] == [[], []]
+    assert "  classes    3, in 8 sets of labels" in text  # those of the test split are among them
     assert "Next: mmft-hf finetune" in text and "red thing, green thing" in (folder / "captions.html").read_text()
     classes = json.loads((folder / "captions.json").read_text())["statistics"]["classes"]
     counts = {entry["label"]: (entry["images"], entry["captions"]) for entry in classes["fewest"]}

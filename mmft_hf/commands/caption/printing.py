@@ -50,8 +50,11 @@ def print_heading(verb: str, workflow: CaptionWorkflow) -> None:
         for split, rows in workflow.rows.items()
     ]
     what = {"columns": ", ".join(captioner.columns), "template": args.class_template}
+    sets = workflow.sets
     lines = {
-        "classes": len(workflow.class_names),
+        "classes": len(workflow.class_names)
+        if sets is None
+        else f"{len(sets.class_names)}, in {len(sets.sets):,} sets of labels",
         "images": ", ".join(images) + (f"; other splits get no captions: {', '.join(others)}" if others else ""),
         "captioner": f"{captioner.backend} ({what.get(captioner.backend, captioner.model)})",
     }
