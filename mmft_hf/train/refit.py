@@ -19,9 +19,10 @@ from ..predict.evaluation import classify
 from ..predict.heads import ClassPrototypes
 from .choice import calibrated, check_adjustment, choose_classifier, weights_at, with_threshold
 from .config import MMFTConfig
+from .label_settings import check_several_settings, check_single_settings
 from .run_folder import RunFolder
 from .selection import metric_name
-from .workflow import IN_MEMORY, check_several_settings, check_single_settings
+from .workflow import IN_MEMORY
 
 # What heads, and the record of the choice, depend on.
 SETTINGS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -49,14 +49,13 @@ from ..predict.classifier import ImageClassifier
 from ..predict.evaluation import classify
 from ..predict.fitting.auto import ZERO_SHOT
 from ..predict.fitting.data import templates_like
-from ..predict.fitting.heads import check_several
 from ..predict.heads import ClassPrototypes
-from ..predict.heads.base import check_unknown
 from ..predict.pipeline import TASK
 from .checkpoints import last_complete_checkpoint
 from .choice import calibrated, check_adjustment, choose_classifier, with_threshold
 from .config import MMFTConfig
-from .learnable import check_fittable, check_learnable, refuse_balance
+from .label_settings import check_several_settings, check_single_settings
+from .learnable import check_fittable, check_learnable
 from .run_folder import RunFolder
 from .selection import by_metric, check_metric, is_better
 from .terms import terms_of
@@ -480,34 +479,6 @@ def _trainer(model, config: MMFTConfig, splits: Splits, processor) -> MMFTTraine
         if isinstance(error, RuntimeError) and "to be installed" not in str(error):
             raise
         raise UserError(f"finetune: {str(error).strip()}") from error
-
-
-def check_single_settings(config: MMFTConfig, class_names: Sequence[str]) -> None:
-    """Refuses settings that have no meaning where each picture has one class."""
-    if config.threshold != "half":
-        raise UserError(
-            f"--threshold {config.threshold}: expected lists of labels, of which each is decided by itself, found one class for each "
-            "picture. Leave it out; for an answer `unknown` there is --reject_below."
-        )
-    if config.reject_below is not None or config.reject_for_accuracy is not None:
-        check_unknown(class_names)
-
-
-def check_several_settings(config: MMFTConfig) -> None:
-    """Refuses settings that have no meaning where a picture may have several labels."""
-    if config.head != "auto":
-        check_several(config.head)
-    refuse_balance(config)
-    if not config.calibrate:
-        raise UserError(
-            "--calibrate: expected true with several labels per picture, found false: it is calibration that decides from which "
-            "score on a class holds. Leave it out."
-        )
-    if config.reject_for_accuracy is not None:
-        raise UserError(
-            "--reject_for_accuracy: expected one class for each picture, found lists of labels: each class is decided by itself, and "
-            "a picture may have none. Leave it out, or type --reject_below with the score from which a class holds."
-        )
 
 
 def _results_of(folder: Path) -> dict:
