@@ -1,7 +1,9 @@
 """`mmft-hf finetune --text_trunk`, and what follows it: prediction without the caption encoder, other class names with it."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from mmft_hf.core.errors import UserError
 from mmft_hf.hub.publish import model_files
 from mmft_hf.model.caption_encoder import CaptionEncoder
 from mmft_hf.model.loading import load_model
+from mmft_hf.train.workflow import Reporter
 
 OPENING = "Opening the caption encoder"
 
@@ -288,8 +291,23 @@ def test_two_processes_equal_one(place, clip_folder, data_folder):
 
 
 @pytest.mark.slow
-def test_from_python(place, clip_folder):
+def test_from_python_no_encoder_is_in_memory_once_the_training_starts(place, clip_folder, monkeypatch):
+    opened, alive = [], []
+
+    def remembered(*args, own=CaptionEncoder.from_pretrained, **options):
+        encoder = own(*args, **options)
+        opened.append(weakref.ref(encoder.model))
+        return encoder
+
+    class Watch(Reporter):
+        def started(self, plan):
+            gc.collect()
+            alive.extend(one() is not None for one in opened)
+
+    monkeypatch.setattr(CaptionEncoder, "from_pretrained", remembered)
     data = {"train": colour_dataset(8), "validation": colour_dataset(4, 1), "test": colour_dataset(6, 2)}
     settings = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "head": "prototypes"}
+    settings["reporter"] = Watch()
     result = mmft_hf.finetune(data, clip_folder, place / "python", text_trunk=str(place / "llama"), **settings)
+    assert alive == [False] and len(opened) == 1
     assert {one["label"] for one in result.classifier(str(place / "green.png"))} == set(COLOURS)
