@@ -257,7 +257,8 @@ class Labels:
             name = self.names[self.codes[unknown[0]]]
             raise UserError(
                 f"{self.where}, row {_row(unknown[0], self.row_of)}: label {name!r} is outside the class list ({len(classes.names)} classes: "
-                f"{some(classes.names)}).{nearest(name, classes.names)} Correct the row, or leave the split out."
+                f"{some(classes.names)}).{nearest(name, classes.names)} Correct the row, or leave the split out; one with pictures of "
+                "other classes may be the --unknown_split."
             )
         return codes
 

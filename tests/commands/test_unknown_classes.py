@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from tiny_clip import COLOURS, colour_dataset, striped_dataset
 
+import mmft_hf
 from mmft_hf.cli import main
+from mmft_hf.core.errors import UserError
 from mmft_hf.predict.classifier import ImageClassifier
 from mmft_hf.predict.evaluation import Predictions
 from mmft_hf.predict.heads import ClassPrototypes
@@ -196,6 +198,17 @@ def test_a_run_measures_them_and_its_card_tells(clip_folder, data, tmp_path, cap
     assert "since there is no threshold" in (tmp_path / "plain" / "README.md").read_text()
     assert main([*run, "--unknown_split", "nowhere", "--output_dir", str(tmp_path / "no")]) == 2
     assert "expected a split of" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_split_of_data_in_memory(clip_folder, tmp_path):
+    parts = {"train": colour_dataset(4), "validation": colour_dataset(4, 1), "test": colour_dataset(4, 2)}
+    data = DatasetDict({**parts, "others": strangers()})
+    settings = {"model": str(clip_folder), "num_train_epochs": 0, "use_cpu": True, "disable_tqdm": True}
+    found = mmft_hf.finetune(data, output_dir=str(tmp_path / "out"), unknown_split="others", **settings)
+    assert found.metrics["unknown_split"]["examples"] == 9
+    assert ImageClassifier.from_pretrained(tmp_path / "out").class_names == list(COLOURS)
+    with pytest.raises(UserError, match=r"label 'grey thing' is outside .* may be the unknown_split"):
+        mmft_hf.finetune(data, output_dir=str(tmp_path / "no"), **settings)
 
 
 def test_several_labels_have_no_unknown(_clip, data, capsys, tmp_path):
