@@ -11,6 +11,8 @@ import sys
 from .version import __version__
 
 _PUBLIC = {
+    "AdaptedCLIP": "model.adapted_clip",
+    "CaptionEncoder": "model.caption_encoder",
     "ClassBalancedSampler": "data.sampling",
     "ClassPrototypes": "predict.heads.prototypes",
     "ClassificationReport": "predict.metrics",

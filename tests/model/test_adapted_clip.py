@@ -8,6 +8,7 @@ import pytest
 import tiny_encoders
 import torch
 import torch.nn.functional as F
+from processes import run_python
 from tiny_clip import colour_images
 from transformers import AutoModel
 from word_trunk import HashedWords
@@ -85,6 +86,14 @@ def test_the_forward_gives_what_clip_gives(clip):
     assert torch.equal(found.logits_per_image, found.logits_per_text.T)
     rows = [np.log(np.exp(cosines).sum(axis)) - np.diag(cosines) for axis in (0, 1)]
     assert found.loss.item() == pytest.approx(np.mean(rows), rel=1e-5)
+
+
+def test_its_public_name_is_enough_for_the_auto_classes(clip, tmp_path):
+    """In a fresh process, without anything else of this library."""
+    adapted(*copy.deepcopy(clip))[0].save_pretrained(tmp_path)
+    code = "import sys; from mmft_hf import AdaptedCLIP; from transformers import AutoModel; "
+    code += "assert type(AutoModel.from_pretrained(sys.argv[1])) is AdaptedCLIP"
+    run_python(["-c", code, tmp_path])
 
 
 def test_size_of_the_adaptor():
