@@ -21,7 +21,7 @@ ALONE = {"evaluate": False, "load_best_model_at_end": False}
 
 
 def with_steps(data):
-    """The second caption of each image is of the step short."""
+    """The second caption of each image is of the step short. The records are the user's own and say nothing else."""
     records = [
         [
             {
@@ -29,8 +29,6 @@ def with_steps(data):
                 "step": "short" if k else None,
                 "aspect": "visual",
                 "prompt_id": "aa",
-                "status": "ok",
-                "model": "m",
             }
             for k, text in enumerate(own)
         ]

@@ -138,9 +138,10 @@ def _captions(splits: Splits, data_settings: dict, record: dict, made_from: dict
     for captions, records in zip(splits.train["captions"], splits.train["caption_records"], strict=True):
         texts = set(captions_of(captions))
         for one in records or ():
-            if one["status"] in ACCEPTED and (one["text"] or "").strip() in texts:
-                used[public_name(one["model"] or "unknown")] += 1
-                aspects[one["aspect"] or ""] += one["model"] not in ("columns", "template")
+            status, text, model, aspect = (one.get(name) for name in ("status", "text", "model", "aspect"))
+            if status in ACCEPTED and (text or "").strip() in texts:
+                used[public_name(model or "unknown")] += 1
+                aspects[aspect or ""] += model not in ("columns", "template")
     found["models"] = dict(used.most_common())
     found["aspects"] = [aspect for aspect, count in aspects.most_common() if aspect and count]
     prompts = record.get("prompt_texts")
