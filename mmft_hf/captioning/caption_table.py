@@ -132,9 +132,9 @@ def with_all(records: Sequence[dict], captions: Sequence[str]) -> list[dict]:
 def _rebuilt(part: LabelledImages, rows: Iterator[tuple[list[str], list[dict]]]) -> Dataset:
     """The dataset with other captions and records."""
     parts, features = [], Features(CAPTION_FEATURES)
-    for start in range(0, len(part.hashes), 1000):
-        captions, records = zip(*islice(rows, 1000), strict=True)
-        columns = {"captions": captions, "caption_records": records, "image_sha256": part.hashes[start : start + 1000]}
+    for start in range(0, len(part.hashes), 200):
+        captions, records = zip(*islice(rows, 200), strict=True)
+        columns = {"captions": captions, "caption_records": records, "image_sha256": part.hashes[start : start + 200]}
         parts.append(Dataset.from_dict(columns, features=features))
     result = beside(part.images, concatenate_datasets(parts))
     ordered = [name for name in part.columns if name in result.column_names]

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import config
 
-RECENT = 256  # items that were read last stay in memory: a step looks at the same row several times
+RECENT = 64  # items that were read last stay in memory: a step looks at the same row several times
 
 
 class Spool(Sequence):

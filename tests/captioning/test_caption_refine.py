@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import pickle
 import re
+import socket
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from caption_tools import undecoded, written
+from caption_tools import dataset, picture, undecoded, written
 from datasets import Dataset, DatasetDict, load_dataset
 from tiny_clip import COLOURS, colour_dataset
 
@@ -17,8 +22,13 @@ import mmft_hf
 from mmft_hf.captioning.apply import apply_steps
 from mmft_hf.captioning.caption_table import CaptionTable
 from mmft_hf.captioning.steps import scorer as scoring
+from mmft_hf.captioning.steps.asking import answered
+from mmft_hf.captioning.steps.base import Step, scored
 from mmft_hf.captioning.steps.clip_score import ClipScore
+from mmft_hf.captioning.steps.select import Select
 from mmft_hf.captioning.steps.self_retrieval import SelfRetrieval
+from mmft_hf.captioning.steps.settings import make_step
+from mmft_hf.captioning.write.figures import own_figures
 from mmft_hf.cli import main
 from mmft_hf.core.errors import UserError
 from mmft_hf.data.splits import load_captioned_dataset
@@ -213,11 +223,73 @@ def test_row_order_changes_no_bit(source, clip_folder):
     assert found[0] == found[1]
 
 
-def test_without_steps_nothing_changes(source):
+def test_without_steps_nothing_changes_not_a_byte(source, tmp_path):
     data = load_captioned_dataset(str(source))["train"]
     table = CaptionTable("x", data)
     assert apply_steps(table, [], None) == []
     assert undecoded(table.dataset()) == undecoded(data) and table.dataset().column_names == data.column_names
+    for name, one in (("before", data), ("after", table.dataset())):
+        one.to_parquet(tmp_path / name)
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+
+
+def test_steps_are_pure_functions_that_need_no_network(source, clip_folder, monkeypatch):
+    """Twice the same bytes, from every step that asks nobody, with all sockets blocked."""
+
+    def blocked(*_):
+        raise AssertionError("a step without questions opened a socket")
+
+    table = CaptionTable("x", load_captioned_dataset(str(source))["train"])
+    scorer = scoring.Scorer(str(clip_folder), table.images())
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, blocked)
+    options = {"select": {"by": "clip", "keep": 2}, "representatives": {"share": 0.5}, "cycle": {"reassign": True}}
+    made = [make_step(name, options.get(name, {})) for name in ("clip_score", "self_retrieval", "cycle")]
+    made += [make_step(name, options[name]) for name in ("select", "representatives")]
+    made += [make_step("verify", {"claims": "clauses", "by": "scorer", "then": "drop", "trust": 0.0})]
+    assert not any(step.roles() for step in made)
+    for step in made:
+        rows = table.rows
+        apply_steps(table, [step], scorer, allow_empty_classes=True)
+        fitted = step.fit(rows, scorer)
+        found = [answered(step.ask(row, fitted), blocked) for row in rows]
+        once, again = (pickle.dumps([*step.apply(rows, scorer, found)]) for _ in range(2))
+        assert once == again, step.name
+
+
+@pytest.mark.slow
+def test_memory_hardly_grows_with_the_number_of_captions():
+    """Records take 6.5 KB each in memory. Those of all rows are never there together: what remains is a fifth of that."""
+    peaks = []
+    for images in (300, 900):
+        captions = [[f"text {k} of image {i}, which is a little longer" for k in range(4)] for i in range(images)]
+        data = dataset([picture(i) for i in range(images)]).add_column("captions", captions)
+        tracemalloc.start()
+        table = CaptionTable("x", data)
+        apply_steps(table, [Scored(), Select("s", keep=2), Scored("t"), Select("t", keep=1)], None)
+        refined = table.dataset()
+        own_figures(refined)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / (4 * 600) < 1300
+
+
+@dataclass(frozen=True)
+class Scored(Step):
+    """A step that gives each caption its length as a score."""
+
+    score: str = "s"
+    name: ClassVar[str] = "scored"
+    about: ClassVar[str] = "scores"
+
+    def writes(self):
+        return (self.score,)
+
+    def needs_scorer(self):
+        return False
+
+    def apply(self, rows, scorer, found=()):
+        return scored(rows, {(i, k): {self.score: i + k} for i, row in enumerate(rows) for k in row.captions()})
 
 
 def test_a_folder_without_the_new_fields_opens(source, tmp_path, clip_folder, capsys):

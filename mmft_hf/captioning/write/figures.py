@@ -90,7 +90,7 @@ def own_figures(dataset: Dataset) -> dict:
     rows = dataset.select_columns(["image_sha256", "caption_records"])
 
     def images() -> Iterator[tuple[str | None, Sequence[Mapping]]]:
-        for batch in rows.iter(1000):
+        for batch in rows.iter(200):
             records = (own or () for own in batch["caption_records"])
             yield from zip(batch["image_sha256"], records, strict=True)
 

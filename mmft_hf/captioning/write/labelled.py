@@ -77,7 +77,7 @@ class LabelledImages:
             yield from (([], []) for _ in (self.labels if rows is None else rows))
             return
         chosen = self._captioned if rows is None else self._captioned.select(rows)
-        for batch in chosen.iter(1000):
+        for batch in chosen.iter(200):
             size = len(next(iter(batch.values())))
             captions, records = (batch.get(name, [None] * size) for name in ("captions", "caption_records"))
             yield from ((captions_of(own), self._complete(found)) for own, found in zip(captions, records, strict=True))
