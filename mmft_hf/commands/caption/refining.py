@@ -144,7 +144,13 @@ def _print_cost(workflow: RefineWorkflow, total: float | None) -> None:
     if meter.spent:
         say(f"\nSpent so far: {printing.money(meter.spent)}; what the journal has is not asked again.")
     if total is None:
-        say("\nThe price of a model is unknown. Type --prices FILE.yaml to name it.")
+        unknown = {
+            r.captioner.model
+            for r in workflow.roles.values()
+            if r.captioner.backend != "transformers" and not r.meter.price
+        }
+        names = printable_text(", ".join(sorted(unknown)))
+        say(f"\nNot in the price table: {names}. Type --prices FILE.yaml to name what a million tokens cost.")
     elif limit is not None and meter.spent + total > limit:
         say(f"\n--max_cost_usd {limit:g} will stop it if all of that is needed.")
 
