@@ -175,7 +175,7 @@ class AdaptedCLIP(PreTrainedModel):
 
         Args:
             text_vectors (`(B, d)`): of the caption encoder.
-            pixel_values (`(B, 3, height, width)`).
+            pixel_values (`(B, 3, height, width)`): of the images.
         """
         images, texts = self.get_image_features(pixel_values), self.get_text_features(text_vectors)
         image_embeds, text_embeds = (F.normalize(found.pooler_output, dim=-1) for found in (images, texts))
