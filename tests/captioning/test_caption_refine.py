@@ -180,6 +180,16 @@ def test_dry_run_writes_nothing(refine, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_more_processes_than_one_are_told_that_they_do_nothing(refine, monkeypatch):
+    words = ("--steps", RECIPES / "specific.yaml", "--dry_run", "true")
+    assert "processes refines" not in refine(*words)[1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = refine(*words)
+    assert code == 0 and "one of the 2 processes refines, and the others end at once" in said
+    monkeypatch.setenv("RANK", "1")
+    assert refine(*words) == (0, "")
+
+
 def test_a_run_that_was_stopped_goes_on(refine, tmp_path, monkeypatch):
     """Blocks of pictures that were encoded before a stop are not encoded again, and the result is the same."""
     assert refine("--steps", "clip_score", output=tmp_path / "whole")[0] == 0

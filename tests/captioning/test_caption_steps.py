@@ -176,6 +176,17 @@ def test_unknown_steps_and_options_are_refused(name, options, said):
         make_step(name, options)
 
 
+def test_a_step_named_alone_that_needs_options_says_where_they_stand():
+    for name, missing in (("select", "by: expected the name of a score"), ("fuse_hints", "slot {hints}")):
+        with pytest.raises(UserError) as caught:
+            read_recipe([name])
+        assert missing in str(caught.value)
+        assert f"write steps: [{name}: {{OPTION: VALUE}}] and type" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        read_recipe(["selct"])
+    assert "OPTION" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [

@@ -69,7 +69,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     """
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     if not files:
-        return Recipe(tuple(make_step(word, {}) for word in words))
+        return Recipe(tuple(_step_without_options(word) for word in words))
     if len(words) > 1:
         raise UserError(f"--steps: expected names of steps, or one YAML file, found {' '.join(words)}.")
     path = Path(words[0])
@@ -89,6 +89,17 @@ def read_recipe(words: Sequence[str]) -> Recipe:
             raise UserError(f"{where}, {key}: expected {_words(keys[key])}, found {value!r}.")
     steps = tuple(make_step(*named_step(entry, where)) for entry in found.pop("steps"))
     return Recipe(steps, **found)
+
+
+def _step_without_options(name: str) -> Step:
+    try:
+        return make_step(name, {})
+    except UserError as error:
+        if name not in STEPS and name not in preset_names():
+            raise
+        raise UserError(
+            f"{error} Options stand in a YAML file: write steps: [{name}: {{OPTION: VALUE}}] and type --steps FILE.yaml."
+        ) from error
 
 
 def named_step(entry: Any, where: str) -> tuple[str, Mapping]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from textwrap import indent
@@ -29,6 +30,11 @@ def refine(data_args: DataArguments, args: CaptionArguments, *operands: str) -> 
         )
     workflow = RefineWorkflow(data_args, args, operands[0])
     _print_heading("Plan for refining" if args.dry_run else "Refining", workflow)
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        say(
+            f"\n  Note: one of the {started} processes refines, and the others end at once. A model behind a server, such as vLLM, uses "
+            "several GPUs."
+        )
     if args.dry_run:
         _print_plan(workflow)
         return
