@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from datasets import concatenate_datasets, load_dataset
 from long_captions import FILLER, NAMES, planted
 from tiny_clip import build_clip, colour_dataset
+from tiny_trunks import save_llama, word_tokenizer
 from training import StopAfter, changed, make_trainer, weights
 from transformers import CLIPModel, CLIPTokenizerFast
 from word_trunk import HashedWords
@@ -54,7 +56,7 @@ def test_the_trainer_wants_a_model_that_is_stretched(clip, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cut", "windows", "stretch", "trunk"])
+@pytest.mark.parametrize("how", ["cut", "windows", "stretch", "words", "llama"])
 def test_training_learns_a_fact_behind_filler_unless_it_is_cut(how, tmp_path, monkeypatch):
     """Kinds have any colour, so the colour alone tells which text belongs to an image. Then kinds with one colour each are told
     apart by it, on average over the colours that they can have."""
@@ -63,12 +65,15 @@ def test_training_learns_a_fact_behind_filler_unless_it_is_cut(how, tmp_path, mo
     model, processor = build_clip()
     if how == "stretch":
         model, processor = stretched(model, processor)
-    if how == "trunk":
+    trunk = how in ("words", "llama")
+    if trunk:
         texts = [text for row in data for text in TextView(NAMES).possible_texts(row)]
-        model, processor = with_text_trunk(model, processor, TextTrunk(HashedWords(32)), texts, Encoding())
-    long = "cut" if how == "trunk" else how
+        words = sorted({word for text in texts for word in re.findall(r"\w+|[.,]", text)})
+        source = HashedWords(32) if how == "words" else save_llama(tmp_path / "llama", tokenizer=word_tokenizer(words))
+        model, processor = with_text_trunk(model, processor, TextTrunk(source), texts, Encoding())
+    long = "cut" if trunk else how
     settings = {"num_train_epochs": 50, "supcon_weight": 0, "crop_min_area": 1.0, "per_device_train_batch_size": 9}
-    settings |= {"save_strategy": "no", "head_learning_rate": 1e-3 if how == "trunk" else None}
+    settings |= {"save_strategy": "no", "head_learning_rate": 1e-3 if trunk else None}
     trainer = make_trainer((model, processor), tmp_path, data, long_captions=long, **ALONE, **settings)
     trainer.train()
     found = []
