@@ -328,16 +328,7 @@ def test_identity_is_the_same_in_another_process_and_a_commit_for_a_hub_model(vl
     (cached / "refs" / "main").write_text(commit)
     code = f"""if True:
         import asyncio, json
-        from mmft_hf.captioning.apply import apply_steps
-from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
-from mmft_hf.captioning.ask.captioner import Captioner
-from mmft_hf.captioning.ask.limits import Limits
-from mmft_hf.captioning.ask.roles import open_roles
-from mmft_hf.captioning.asker import Asker, PicturesOfDataset
-from mmft_hf.captioning.caption_table import CaptionTable
-from mmft_hf.captioning.judge.checks import CaptionChecker
-from mmft_hf.captioning.steps.choice import Choice
-from mmft_hf.captioning.steps.rubric import Rubric
+        from mmft_hf.captioning.ask.backends.transformers import TransformersBackend
         from vlm_requests import GREEDY, MIXED
         hub = TransformersBackend("someone/tiny-vlm", sampling=GREEDY)
         answer = asyncio.run(hub.generate(MIXED[:1]))[0]
