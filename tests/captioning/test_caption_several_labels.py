@@ -49,7 +49,9 @@ def run(*words) -> tuple[int, str]:
 
 
 def rows_of(folder) -> list[dict]:
-    data = load_dataset(str(folder), split="train").cast_column("image", Image(decode=False))
+    # A cache of its own: that of datasets may take one folder named out for another.
+    cache = str(Path(folder).parent / "cache of rows_of")
+    data = load_dataset(str(folder), split="train", cache_dir=cache).cast_column("image", Image(decode=False))
     assert data.features["label"] == List(ClassLabel(names=NAMES))
     return list(data)
 
