@@ -127,6 +127,7 @@ def test_the_start_is_the_ridge_regression(clip):
     assert not any(layer.down.weight.any() for layer in model.text_model.layers)
 
 
+@pytest.mark.slow
 def test_the_start_keeps_the_accuracy_of_the_text_tower_and_a_random_adaptor_does_not():
     """On emoji-mini, prototypes of captions: at most 2 points below the text tower of tiny-clip. Chance is 4 %."""
     splits = load_splits(DataArguments(captions_column="text"))
