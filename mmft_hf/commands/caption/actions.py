@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from ...captioning.ask.plan import Plan, pictures_of
 from ...captioning.ask.refresh import refresh_prices
 from ...captioning.judge.checks import CaptionChecker, parse_actions
 from ...captioning.judge.tokens import load_counter
+from ...captioning.split import new_run_id
 from ...captioning.types import ACCEPTED, OPEN, STATUSES, TERMINAL
 from ...captioning.workflow import CaptionWorkflow, load_data, write_folder
 from ...captioning.write.chats import prompt_flags, recorded_prompts, write_chats
@@ -409,7 +409,7 @@ def _write(
         say(line)
     others = {name: without_captions(split, progress=False) for name, split in data.items() if name != train}
     details = {**made_from, "made_from": made_from, "sources": sources, "model": model, "complete": True}
-    details |= {"run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "fingerprints": None}
+    details |= {"run_id": new_run_id(), "fingerprints": None}
     statistics = write_folder(folder, {train: captioned, **others}, train, details, sets=sets)
     printing.print_folder(str(folder.path), statistics)
     say(f"\n{printing.next_line(str(folder.path), statistics)}")
